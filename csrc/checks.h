@@ -1,0 +1,61 @@
+// Every check of the operators' arguments, worded once. Python puts the name of the function in front:
+// "fused_penalty: params[3] must be floating point, got torch.int64".
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+namespace fused_reg {
+
+inline std::string name_of(at::ScalarType dtype) {
+  return "torch." + std::string(c10::getDtypeNames(dtype).first);
+}
+
+inline bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+inline void check_params(at::TensorList params) {
+  TORCH_CHECK_VALUE(!params.empty(), "params must not be empty");
+  for (const auto i : c10::irange(params.size())) {
+    const at::Tensor& p = params[i];
+    TORCH_CHECK_TYPE(
+        at::isFloatingType(p.scalar_type()),
+        "params[", i, "] must be floating point, got ", name_of(p.scalar_type()));
+    TORCH_CHECK_TYPE(
+        is_supported(p.scalar_type()),
+        "params[", i, "] must be float32, float64, bfloat16 or float16, got ", name_of(p.scalar_type()));
+    TORCH_CHECK_TYPE(p.has_storage(), "params[", i, "] must have memory of its own, got a tensor subclass without");
+    TORCH_CHECK_VALUE(
+        p.device() == params[0].device(),
+        "params[", i, "] must be on ", params[0].device(), ", as params[0], got ", p.device());
+  }
+}
+
+// Python has normalized the strengths: none (the term is absent), one for all, or one per parameter.
+inline void check_strength(const char* name, size_t count, size_t params) {
+  TORCH_CHECK_VALUE(
+      count <= 1 || count == params,
+      name, " must be one strength or one per parameter (", params, "), got ", count);
+}
+
+// Called by fused_reg alone, which keeps these: the checks guard the memory.
+inline void check_needs_grad(size_t count, size_t params) {
+  TORCH_CHECK_VALUE(count == params, "needs_grad must have one entry per parameter (", params, "), got ", count);
+}
+
+inline void check_grads(size_t count, size_t params) {
+  TORCH_CHECK_VALUE(count == params, "grads must have one tensor per parameter (", params, "), got ", count);
+}
+
+inline void check_grad(size_t i, const at::Tensor& grad, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(
+      grad.scalar_type() == like.scalar_type() && grad.sizes() == like.sizes() && grad.strides() == like.strides(),
+      "grads[", i, "] must have the dtype, shape and strides that penalty_and_grad gave it");
+}
+
+}  // namespace fused_reg

@@ -1,0 +1,19 @@
+// Memory for gradients that comes back warm.
+//
+// A training step frees every gradient (.grad = None) and the next one asks for the same sizes again. malloc
+// gives large blocks back to the system in between, and the page faults of fresh memory then cost more than the
+// whole computation: 28 ms instead of 8 ms for ResNet-50 (2 cores). So freed gradients are kept for the next call.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace fused_reg {
+
+// Uninitialized, with the dtype, shape and strides of a dense tensor.
+//
+// What is kept and what is in use never exceed together what has been in use at once. Blocks of 32 MB and more
+// are offered to the system, which may take them while they are unused; for smaller ones the offer alone costs
+// 3 ms in ResNet-50.
+at::Tensor empty_grad_like(const at::Tensor& dense);
+
+}  // namespace fused_reg

@@ -1,0 +1,126 @@
+// One pass over a list of CPU tensors: a task a tensor, cut into the chunks of the plan, in one parallel region.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "../checks.h"
+#include "../chunks.h"
+#include "../strengths.h"
+#include "../summation.h"
+#include "dispatch.h"
+#include "grad_memory.h"
+#include "parallel.h"
+
+namespace fused_reg {
+
+class ListPass {
+ public:
+  // Until write_grad() says otherwise, the pass only sums.
+  ListPass(at::TensorList params, Strengths strengths) : strengths_(std::move(strengths)) {
+    dense_.reserve(params.size());
+    tasks_.reserve(params.size());
+    for (const auto t : c10::irange(params.size())) {
+      // One run of memory, its elements in any order: the parameter itself if it is dense, else a copy.
+      dense_.push_back(params[t].is_non_overlapping_and_dense() ? params[t] : params[t].clone());
+      ChunkTask task{};
+      task.dtype = dtype_of(dense_[t]);
+      task.terms = terms_of(strengths_.l1[t], strengths_.l2[t]);
+      task.param = dense_[t].const_data_ptr();
+      task.size = dense_[t].numel();
+      tasks_.push_back(task);
+      tasks_[t].l1_scale = scaled_l1(t).scale;
+      tasks_[t].l2_scale = scaled_l2(t).scale;
+    }
+  }
+
+  // Memory for the gradient of parameter t, not yet written, with the strides of the parameter.
+  at::Tensor fresh_grad(size_t t) const { return empty_grad_like(dense_[t]); }
+
+  // The pass shall write the gradient of parameter t for this upstream gradient. The layout is fresh_grad's.
+  void write_grad(size_t t, const at::Tensor& grad, double upstream, Pass pass) {
+    check_grad(t, grad, dense_[t]);
+    ChunkTask& task = tasks_[t];
+    task.pass = pass;
+    task.grad = grad.mutable_data_ptr();
+    const auto factor = [&](double strength) -> double {
+      return is_float64(t) ? gradient_factor<double>(upstream, strength) : gradient_factor<float>(upstream, strength);
+    };
+    task.c1 = factor(strengths_.l1[t]);
+    task.c2 = factor(strengths_.l2[t]);
+  }
+
+  // Does the work. [tensors], each the sums of its (scaled) terms.
+  std::vector<ChunkSums> run() const {
+    std::vector<int64_t> sizes;
+    sizes.reserve(tasks_.size());
+    for (const ChunkTask& task : tasks_) {
+      sizes.push_back(task.size);
+    }
+    const ChunkPlan plan(sizes);
+    const ChunkKernel kernel = cpu_capability().kernel;
+    std::vector<ChunkSums> chunk_sums(plan.chunks());
+    for_each_chunk(plan, [&](int64_t c) {
+      const Chunk chunk = plan.chunk(c);
+      ChunkTask task = tasks_[chunk.tensor];
+      const int64_t offset = chunk.begin * static_cast<int64_t>(dense_[chunk.tensor].element_size());
+      task.param = static_cast<const char*>(task.param) + offset;
+      task.grad = static_cast<char*>(task.grad) + (task.pass == Pass::kSums ? 0 : offset);
+      task.size = chunk.size;
+      chunk_sums[c] = kernel(task);
+    });
+
+    std::vector<ChunkSums> sums(tasks_.size());
+    for (const auto t : c10::irange(tasks_.size())) {
+      CompensatedSum<double> l1, l2;
+      for (int64_t c = plan.first_chunk(t); c < plan.first_chunk(t + 1); ++c) {
+        l1.add(chunk_sums[c].l1);
+        l2.add(chunk_sums[c].l2);
+      }
+      sums[t] = {result(l1), result(l2)};
+    }
+    return sums;
+  }
+
+  // The penalty from the sums, 0-dim: float64 if any parameter is, else float32.
+  at::Tensor penalty(const std::vector<ChunkSums>& sums) const {
+    CompensatedSum<double> total;
+    bool any_float64 = false;
+    for (const auto t : c10::irange(sums.size())) {
+      any_float64 |= is_float64(t);
+      if (tasks_[t].terms & kL1) {
+        total.add(scaled_l1(t).factor * sums[t].l1);
+      }
+      if (tasks_[t].terms & kL2) {
+        total.add(scaled_l2(t).factor * sums[t].l2);
+      }
+    }
+    return at::scalar_tensor(result(total), at::TensorOptions(any_float64 ? at::kDouble : at::kFloat));
+  }
+
+ private:
+  static Dtype dtype_of(const at::Tensor& t) {
+    switch (t.scalar_type()) {
+      case at::kFloat:
+        return Dtype::kFloat32;
+      case at::kDouble:
+        return Dtype::kFloat64;
+      case at::kBFloat16:
+        return Dtype::kBFloat16;
+      default:
+        return Dtype::kFloat16;
+    }
+  }
+
+  bool is_float64(size_t t) const { return tasks_[t].dtype == Dtype::kFloat64; }
+
+  ScaledStrength scaled_l1(size_t t) const { return scaled_strength(strengths_.l1[t], kL1, is_float64(t)); }
+  ScaledStrength scaled_l2(size_t t) const { return scaled_strength(strengths_.l2[t], kL2, is_float64(t)); }
+
+  Strengths strengths_;
+  std::vector<at::Tensor> dense_;
+  std::vector<ChunkTask> tasks_;
+};
+
+}  // namespace fused_reg

@@ -1,0 +1,164 @@
+// SIMD vectors and the loads and stores of every dtype, for the instruction set that the including file
+// chose: FUSED_REG_ISA names it, FUSED_REG_VECTOR_BYTES is its width. Vectors are GCC vector types, so the
+// operators and `?:` of penalty.h work on them; intrinsics stand only where GCC's own code is slow.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "chunk_kernel.h"
+
+#if FUSED_REG_VECTOR_BYTES > 16
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false for _mm512_undefined_pd (GCC bug 105593)
+#endif
+#else
+#include <c10/util/Half.h>
+#endif
+
+namespace fused_reg::FUSED_REG_ISA {
+
+typedef float Float __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
+typedef double Double __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
+typedef uint32_t Bits32 __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
+typedef uint16_t Bits16 __attribute__((vector_size(FUSED_REG_VECTOR_BYTES / 2)));
+
+constexpr int kFloats = sizeof(Float) / sizeof(float);
+
+// The elements of one Float in float64: half[0] has the first of them.
+struct DoublePair {
+  Double half[2];
+};
+
+template <class V>
+FUSED_REG_INLINE V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));  // an unaligned load
+  return v;
+}
+
+template <class V>
+FUSED_REG_INLINE void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof(V));
+}
+
+template <class S>
+FUSED_REG_INLINE auto broadcast(double x) {
+  using V = std::conditional_t<std::is_same_v<S, float>, Float, Double>;
+  return static_cast<S>(x) - V{};  // x - 0 is x, also for -0.0
+}
+
+#if FUSED_REG_VECTOR_BYTES == 64
+FUSED_REG_INLINE DoublePair widen(const float* p) {
+  return {{(Double)_mm512_cvtps_pd(_mm256_loadu_ps(p)), (Double)_mm512_cvtps_pd(_mm256_loadu_ps(p + 8))}};
+}
+FUSED_REG_INLINE DoublePair widen(Float v) {
+  return {{(Double)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
+          (Double)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))}};
+}
+FUSED_REG_INLINE Float load_float16(const uint16_t* p) {
+  return (Float)_mm512_cvtph_ps(load<__m256i>(p));
+}
+FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
+  store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif FUSED_REG_VECTOR_BYTES == 32
+FUSED_REG_INLINE DoublePair widen(const float* p) {
+  return {{(Double)_mm256_cvtps_pd(_mm_loadu_ps(p)), (Double)_mm256_cvtps_pd(_mm_loadu_ps(p + 4))}};
+}
+FUSED_REG_INLINE DoublePair widen(Float v) {
+  return {{(Double)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
+          (Double)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))}};
+}
+FUSED_REG_INLINE Float load_float16(const uint16_t* p) {
+  return (Float)_mm256_cvtph_ps(load<__m128i>(p));
+}
+FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
+  store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+FUSED_REG_INLINE DoublePair widen(const float* p) {
+  return {{Double{p[0], p[1]}, Double{p[2], p[3]}}};
+}
+FUSED_REG_INLINE DoublePair widen(Float v) {
+  return {{Double{v[0], v[1]}, Double{v[2], v[3]}}};
+}
+FUSED_REG_INLINE Float load_float16(const uint16_t* p) {
+  Float v{};
+  for (int i = 0; i < kFloats; ++i) {
+    v[i] = c10::detail::fp16_ieee_to_fp32_value(p[i]);
+  }
+  return v;
+}
+FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
+  for (int i = 0; i < kFloats; ++i) {
+    p[i] = c10::detail::fp16_ieee_from_fp32_value(v[i]);
+  }
+}
+#endif
+
+FUSED_REG_INLINE Float load_bfloat16(const uint16_t* p) {
+  return (Float)(__builtin_convertvector(load<Bits16>(p), Bits32) << 16);
+}
+
+FUSED_REG_INLINE void store_bfloat16(uint16_t* p, Float v) {
+  const Bits32 bits = (Bits32)v;
+  const Bits32 nearest_even = (bits + (((bits >> 16) & 1) + 0x7fff)) >> 16;
+  const Bits32 rounded = v == v ? nearest_even : Bits32{} + 0x7fc0;
+  store(p, __builtin_convertvector(rounded, Bits16));
+}
+
+// One Element a dtype: how kFloats consecutive elements reach the sums, and the gradient the memory.
+// map() applies a function of the compute type to them.
+template <Dtype>
+struct Element;
+
+template <>
+struct Element<Dtype::kFloat32> {
+  using Storage = float;
+  using Scalar = float;
+  static FUSED_REG_INLINE DoublePair widened(const float* p) { return widen(p); }
+  template <class F>
+  static FUSED_REG_INLINE void map(const float* from, float* to, F f) {
+    store(to, f(load<Float>(from)));
+  }
+};
+
+template <>
+struct Element<Dtype::kFloat64> {
+  using Storage = double;
+  using Scalar = double;
+  static FUSED_REG_INLINE DoublePair widened(const double* p) {
+    return {{load<Double>(p), load<Double>(p + kFloats / 2)}};
+  }
+  template <class F>
+  static FUSED_REG_INLINE void map(const double* from, double* to, F f) {
+    store(to, f(load<Double>(from)));
+    store(to + kFloats / 2, f(load<Double>(from + kFloats / 2)));
+  }
+};
+
+template <>
+struct Element<Dtype::kBFloat16> {
+  using Storage = uint16_t;
+  using Scalar = float;
+  static FUSED_REG_INLINE DoublePair widened(const uint16_t* p) { return widen(load_bfloat16(p)); }
+  template <class F>
+  static FUSED_REG_INLINE void map(const uint16_t* from, uint16_t* to, F f) {
+    store_bfloat16(to, f(load_bfloat16(from)));
+  }
+};
+
+template <>
+struct Element<Dtype::kFloat16> {
+  using Storage = uint16_t;
+  using Scalar = float;
+  static FUSED_REG_INLINE DoublePair widened(const uint16_t* p) { return widen(load_float16(p)); }
+  template <class F>
+  static FUSED_REG_INLINE void map(const uint16_t* from, uint16_t* to, F f) {
+    store_float16(to, f(load_float16(from)));
+  }
+};
+
+}  // namespace fused_reg::FUSED_REG_ISA
