@@ -1,0 +1,33 @@
+"""Build of the compiled part; everything else about the package stands in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    raise SystemExit(
+        "fused_reg: torch 2.10 or later must be installed before fused_reg is built: "
+        "`pip install torch`, then `pip install --no-build-isolation fused_reg`"
+    ) from None
+
+CSRC = Path("csrc")
+SOURCES = ["module.cpp", *(CSRC / "sources.txt").read_text().split()]
+# Bits are promised: no contraction to fused multiply-add.
+CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+if os.environ.get("FUSED_REG_WERROR") == "1":
+    CXX_FLAGS.append("-Werror")
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "fused_reg._C",
+            [str(CSRC / source) for source in SOURCES],
+            extra_compile_args=[*CXX_FLAGS, "-fopenmp"],  # without it at::parallel_for is serial
+            extra_link_args=["-fopenmp"],
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+)
