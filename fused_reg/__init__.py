@@ -1,0 +1,10 @@
+"""L1/L2 weight penalties for PyTorch: value and gradient of a whole list of parameters in one pass."""
+
+from importlib.metadata import version as _version
+
+from fused_reg import reference
+from fused_reg.functional import fused_penalty, value_and_grad
+
+__version__ = _version("fused_reg")
+
+__all__ = ["fused_penalty", "reference", "value_and_grad"]

@@ -1,0 +1,171 @@
+"""Checks what users pass, and words what is wrong with it.
+
+The path of a correct call is short: the operators check dtypes and layouts in C++ (``csrc/checks.h``), and only a
+call that failed is looked at again, here, for the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
+
+#: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
+Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
+
+
+class Strengths(NamedTuple):
+    """The strengths as the operators take them: floats (none, one, or one per parameter), or a tensor that wins."""
+
+    l1: tuple[float, ...] = ()
+    l2: tuple[float, ...] = ()
+    l1_tensor: Tensor | None = None
+    l2_tensor: Tensor | None = None
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(t is not None and t.requires_grad for t in (self.l1_tensor, self.l2_tensor))
+
+    def select(self, keep: Sequence[bool]) -> Strengths:
+        """The strengths of the parameters to keep."""
+
+        def floats(values: tuple[float, ...]) -> tuple[float, ...]:
+            return values if len(values) <= 1 else tuple(v for v, k in zip(values, keep, strict=True) if k)
+
+        def tensor(values: Tensor | None) -> Tensor | None:
+            return values if values is None or values.ndim == 0 else values[list(keep)]
+
+        return Strengths(floats(self.l1), floats(self.l2), tensor(self.l1_tensor), tensor(self.l2_tensor))
+
+
+SUM_OF_SQUARES = Strengths(l2=(1.0,))
+
+
+def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    """The parameters, read once. What they are is checked later, by the operators."""
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"{function}: params must be tensors, got the module {type(params).__name__}; "
+            "pass its `.parameters()`"
+        )
+    try:
+        return list(params)
+    except TypeError:
+        if isinstance(params, Iterable):
+            raise  # from inside the iterable
+        raise TypeError(
+            f"{function}: params must be a tensor or an iterable of tensors, got {type(params).__name__}"
+        ) from None
+
+
+def as_strengths(function: str, l1: Strength | None, l2: Strength | None, count: int) -> Strengths:
+    """The strengths, checked, for a list of ``count`` parameters."""
+    if l1 is None and l2 is None:
+        return SUM_OF_SQUARES
+    l1_floats, l1_tensor = _as_strength(function, "l1", l1, count)
+    l2_floats, l2_tensor = _as_strength(function, "l2", l2, count)
+    return Strengths(l1_floats, l2_floats, l1_tensor, l2_tensor)
+
+
+def _as_strength(
+    function: str, name: str, strength: Strength | None, count: int
+) -> tuple[tuple[float, ...], Tensor | None]:
+    if strength is None:
+        return (), None
+    if isinstance(strength, Tensor):
+        return (), _tensor_strength(function, name, strength, count)
+    if _is_number(strength):
+        value = _float_strength(function, name, strength)
+        return ((value,) if value else ()), None
+    if not _is_sequence(strength):
+        raise TypeError(
+            f"{function}: {name} must be a float, a 0-dim tensor or a sequence with one per parameter, "
+            f"got {type(strength).__name__}"
+        )
+    items = list(strength)
+    if len(items) != count:
+        raise ValueError(f"{function}: {name} must have one strength per parameter ({count}), got {len(items)}")
+    checked = [_item_strength(function, f"{name}[{i}]", item) for i, item in enumerate(items)]
+    tensors = [item for item in checked if isinstance(item, Tensor)]
+    if not tensors:
+        return tuple(item for item in checked if not isinstance(item, Tensor)), None
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    return (), torch.stack([torch.as_tensor(item, dtype=torch.float64, device=device) for item in checked])
+
+
+def _item_strength(function: str, name: str, item: Any) -> float | Tensor:
+    if isinstance(item, Tensor):
+        if item.ndim != 0:
+            raise ValueError(f"{function}: {name} must be 0-dim, got shape {tuple(item.shape)}")
+        return _tensor_strength(function, name, item, 1)
+    if _is_number(item):
+        return _float_strength(function, name, item)
+    raise TypeError(f"{function}: {name} must be a float or a 0-dim tensor, got {type(item).__name__}")
+
+
+def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> Tensor:
+    # Its value is not looked at: it may change between calls, and on a GPU a look would wait for the device.
+    if not strength.is_floating_point():
+        raise TypeError(f"{function}: {name} must be floating point, got {strength.dtype}")
+    if strength.ndim != 0 and strength.shape != (count,):
+        raise ValueError(
+            f"{function}: {name} must be 0-dim or have one strength per parameter ({count}), "
+            f"got shape {tuple(strength.shape)}"
+        )
+    return strength
+
+
+def _float_strength(function: str, name: str, strength: Any) -> float:
+    try:
+        value = float(strength)
+    except OverflowError:
+        value = math.inf
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{function}: {name} must be finite and >= 0, got {strength}")
+    return value
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def _is_sequence(x: Any) -> bool:
+    if isinstance(x, Sequence):
+        return not isinstance(x, str | bytes)
+    return getattr(x, "ndim", 0) == 1 and hasattr(x, "tolist")  # a NumPy array
+
+
+def explained(function: str, params: list[Tensor], error: Exception) -> Exception:
+    """The error to raise for a call that failed: the first thing that is wrong with its parameters, else itself."""
+    for i, p in enumerate(params):
+        if isinstance(p, UninitializedTensorMixin):
+            return TypeError(
+                f"{function}: params[{i}] must be initialized, got {type(p).__name__}; "
+                "run the module once so that it knows its shapes"
+            )
+        if not isinstance(p, Tensor):
+            return TypeError(f"{function}: params[{i}] must be a tensor, got {_described(p)}")
+        if p.is_nested:
+            return TypeError(f"{function}: params[{i}] must be one dense tensor, got a nested tensor")
+        if p.layout is not torch.strided:
+            return TypeError(f"{function}: params[{i}] must be dense (torch.strided), got {p.layout}")
+    if isinstance(error, TypeError | ValueError) and str(error).startswith("params["):
+        return type(error)(f"{function}: {error}")
+    return error
+
+
+def _described(p: object) -> str:
+    if isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str):
+        return "a (name, tensor) pair; drop the names, as `.parameters()` does"
+    if isinstance(p, str):
+        return "str; pass `.values()` of a dictionary"
+    if isinstance(p, torch.nn.Module):
+        return f"the module {type(p).__name__}; pass its `.parameters()`"
+    return type(p).__name__

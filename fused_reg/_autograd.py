@@ -1,0 +1,179 @@
+"""The autograd of the penalty.
+
+Two ways lead to the same numbers:
+
+- `penalty` is the fast one, for constant strengths: one launch in the forward computes value and gradients,
+  and the backward hands them over.
+- `composed_penalty` is the general one: strengths that require grad, higher derivatives, ``torch.func``. It
+  rests on the sums of each term, ``S[t] = (sum |w|, sum w^2)``, of which the penalty is a linear function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fused_reg import _ops
+from fused_reg._arguments import Strengths
+
+_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
+    """The differentiable penalty of a list that is not empty."""
+    if strengths.requires_grad or _transforms_active():
+        return composed_penalty(params, strengths)
+    return _apply_penalty(strengths, *params)
+
+
+class _Penalty(Function):
+    """Value and gradient in one launch. First derivatives; `_Gradient` has the higher ones."""
+
+    @staticmethod
+    def forward(ctx: Any, strengths: Strengths, *params: Tensor) -> Tensor:
+        needs_grad = ctx.needs_input_grad[1:]
+        if not any(needs_grad):
+            return cast(Tensor, _ops.penalty(params, *strengths))
+        value, ctx.grads = _ops.penalty_and_grad(params, needs_grad, *strengths)
+        if not all(needs_grad):
+            params = tuple(compress(params, needs_grad))
+            strengths = strengths.select(needs_grad)
+        ctx.needs_grad = needs_grad
+        ctx.l1, ctx.l2, *tensors = strengths
+        ctx.save_for_backward(*tensors, *params)
+        return cast(Tensor, value)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        l1_tensor, l2_tensor, *params = ctx.saved_tensors
+        strengths = Strengths(ctx.l1, ctx.l2, l1_tensor, l2_tensor)
+        # The buffers are handed over once; a second backward (retain_graph=True) gets its own.
+        grads, ctx.grads = ctx.grads, None
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _Gradient.apply(upstream, _table(strengths, params), *params)
+        elif grads is None:
+            grads = _ops.penalty_grad(upstream, params, *strengths)
+        else:
+            _ops.rescale_grad_(upstream, params, grads, *strengths)
+        if all(ctx.needs_grad):
+            return None, *grads
+        remaining = iter(grads)
+        return None, *(next(remaining) if needed else None for needed in ctx.needs_grad)
+
+
+# Function.apply in Python looks for functorch's wrappers in every argument, 0.15 us each. `penalty` has
+# excluded functorch, so this is the C++ method beneath.
+_apply_penalty: Callable[..., Tensor] = super(Function, _Penalty).apply
+
+
+def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
+    """The penalty as a function of the term sums: differentiable to any order, also in the strengths."""
+    sums = _TermSums.apply(*params)  # [len(params), 2]
+    value = sums.new_zeros(())
+    for term in range(2):
+        strength = _column(strengths, term, sums)
+        if strength is not None:
+            value = value + (strength * sums[:, term]).sum()
+    return value.to(torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32)
+
+
+def _column(strengths: Strengths, term: int, like: Tensor) -> Tensor | None:
+    """The strengths of term 0 (L1) or 1 (L2): a float64 tensor, 0-dim or [params]; None if the term is absent."""
+    floats, tensor = strengths[term], strengths[2 + term]
+    if tensor is None and not floats:
+        return None
+    column = like.new_tensor(floats) if tensor is None else tensor.to(like)
+    return column.reshape(()) if column.numel() == 1 else column
+
+
+def _table(strengths: Strengths, params: Sequence[Tensor]) -> Tensor:
+    """The strengths as one tensor, [len(params), 2] float64."""
+    table = torch.zeros(len(params), 2, dtype=torch.float64, device=params[0].device)
+    for term in range(2):
+        strength = _column(strengths, term, table)
+        if strength is not None:
+            table[:, term] = strength
+    return table
+
+
+class _TermSums(Function):
+    """[len(params), 2] float64: the sum of |w| and the sum of w^2 of each parameter."""
+
+    @staticmethod
+    def forward(*params: Tensor) -> Tensor:
+        return cast(Tensor, _ops.term_sums(params))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, ...]:
+        # The gradient of sum(cotangent * S): a penalty whose strengths are the cotangents.
+        params = ctx.saved_tensors
+        return cast("tuple[Tensor, ...]", _Gradient.apply(cotangent.new_ones(()), cotangent, *params))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *params: Tensor) -> tuple[Tensor, int]:
+        return torch.stack([_TermSums.apply(*row) for row in _rows(info, in_dims, params)]), 0
+
+
+class _Gradient(Function):
+    """``upstream * (table[t, 0] * sgn(w) + table[t, 1] * 2w)`` for each parameter: every derivative beyond the value."""
+
+    @staticmethod
+    def forward(upstream: Tensor, table: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_ops.penalty_grad(upstream, params, (), (), table[:, 0], table[:, 1]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        upstream, table, *params = ctx.saved_tensors
+        needs_upstream, needs_table, *needs_params = ctx.needs_input_grad
+
+        upstream_grad = table_grad = None
+        if needs_upstream or needs_table:
+            # The gradient is linear in each strength: its derivative there is the gradient for strength 1.
+            one = torch.ones_like(upstream)
+            columns = [
+                _dots(cotangents, _Gradient.apply(one, unit.expand_as(table), *params))
+                for unit in torch.eye(2, dtype=table.dtype, device=table.device)
+            ]
+            slopes = torch.stack(columns, dim=1)  # [len(params), 2]
+            upstream_grad = (table * slopes).sum().to(upstream.dtype)
+            table_grad = upstream.to(table.dtype) * slopes
+
+        params_grad: tuple[Tensor | None, ...] = (None,) * len(params)
+        if any(needs_params):
+            # The L1 part is piecewise constant in w. The L2 part is linear: its own gradient, at the cotangent.
+            l2_table = table * table.new_tensor([0.0, 1.0])
+            params_grad = _Gradient.apply(upstream, l2_table, *cotangents)
+        return upstream_grad, table_grad, *params_grad
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        rows = [_Gradient.apply(*row) for row in _rows(info, in_dims, inputs)]
+        stacked = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        return stacked, (0,) * len(stacked)
+
+
+def _dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)])
+
+
+def _rows(info: Any, in_dims: tuple[int | None, ...], tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The arguments of each of vmap's calls."""
+    return [
+        [x if dim is None else x.select(dim, i) for x, dim in zip(tensors, in_dims, strict=True)]
+        for i in range(info.batch_size)
+    ]

@@ -1,0 +1,55 @@
+"""Loads the compiled operators, or says how to mend it. The only user of ``torch.ops.fused_reg``."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_MEND = "pip install --no-build-isolation --force-reinstall --no-deps fused_reg"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """``(2, 13)`` of ``"2.13.0+cpu"``: the part within which torch keeps its C++ interface."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _library() -> Path:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_C{suffix}")
+        if path.exists():
+            return path
+    raise ImportError(f"fused_reg: the compiled part is missing; build it with `{_MEND}`")
+
+
+def _load() -> ModuleType:
+    path = _library()
+    # The version is read from the file's bytes, because another torch's library may crash while it loads.
+    mark = re.search(rb"fused_reg built with torch ([\w.]+)", path.read_bytes())
+    built = mark.group(1).decode() if mark else "an unknown version"
+    if _release(built) != _release(torch.__version__):
+        raise ImportError(
+            f"fused_reg: built with torch {built}, but torch {torch.__version__} is running; "
+            f"build it again with `{_MEND}`"
+        )
+    try:
+        from fused_reg import _C
+    except ImportError as error:
+        raise ImportError(
+            f"fused_reg: built with torch {built}, which torch {torch.__version__} cannot load ({error}); "
+            f"build it again with `{_MEND}`"
+        ) from error
+    return _C
+
+
+library = _load()
+
+penalty = torch.ops.fused_reg.penalty.default
+penalty_and_grad = torch.ops.fused_reg.penalty_and_grad.default
+penalty_grad = torch.ops.fused_reg.penalty_grad.default
+rescale_grad_ = torch.ops.fused_reg.rescale_grad_.default
+term_sums = torch.ops.fused_reg.term_sums.default
