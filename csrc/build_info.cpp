@@ -16,8 +16,6 @@ namespace fused_reg {
 // Read from the bytes of the file where the library cannot be loaded (fused_reg/_ops.py).
 __attribute__((used)) extern const char kTorchVersionMark[] = "fused_reg built with torch " TORCH_VERSION;
 
-BuildInfo build_info() {
-  return {TORCH_VERSION, FUSED_REG_COMPILER, "", cpu_capability().name};
-}
+BuildInfo build_info() { return {TORCH_VERSION, FUSED_REG_COMPILER, "", cpu_capability().name}; }
 
 }  // namespace fused_reg

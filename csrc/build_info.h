@@ -3,7 +3,7 @@
 namespace fused_reg {
 
 struct BuildInfo {
-  const char* torch;               // version of torch's headers
+  const char* torch;  // version of torch's headers
   const char* compiler;
   const char* cuda_architectures;  // empty: no CUDA kernels were built
   const char* cpu_capability;      // instruction set in use: AVX512, AVX2 or baseline

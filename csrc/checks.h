@@ -11,9 +11,7 @@
 
 namespace fused_reg {
 
-inline std::string name_of(at::ScalarType dtype) {
-  return "torch." + std::string(c10::getDtypeNames(dtype).first);
-}
+inline std::string name_of(at::ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
 
 inline bool is_supported(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
@@ -23,24 +21,20 @@ inline void check_params(at::TensorList params) {
   TORCH_CHECK_VALUE(!params.empty(), "params must not be empty");
   for (const auto i : c10::irange(params.size())) {
     const at::Tensor& p = params[i];
-    TORCH_CHECK_TYPE(
-        at::isFloatingType(p.scalar_type()),
-        "params[", i, "] must be floating point, got ", name_of(p.scalar_type()));
-    TORCH_CHECK_TYPE(
-        is_supported(p.scalar_type()),
-        "params[", i, "] must be float32, float64, bfloat16 or float16, got ", name_of(p.scalar_type()));
+    TORCH_CHECK_TYPE(at::isFloatingType(p.scalar_type()), "params[", i, "] must be floating point, got ",
+                     name_of(p.scalar_type()));
+    TORCH_CHECK_TYPE(is_supported(p.scalar_type()), "params[", i,
+                     "] must be float32, float64, bfloat16 or float16, got ", name_of(p.scalar_type()));
     TORCH_CHECK_TYPE(p.has_storage(), "params[", i, "] must have memory of its own, got a tensor subclass without");
-    TORCH_CHECK_VALUE(
-        p.device() == params[0].device(),
-        "params[", i, "] must be on ", params[0].device(), ", as params[0], got ", p.device());
+    TORCH_CHECK_VALUE(p.device() == params[0].device(), "params[", i, "] must be on ", params[0].device(),
+                      ", as params[0], got ", p.device());
   }
 }
 
 // Python has normalized the strengths: none (the term is absent), one for all, or one per parameter.
 inline void check_strength(const char* name, size_t count, size_t params) {
-  TORCH_CHECK_VALUE(
-      count <= 1 || count == params,
-      name, " must be one strength or one per parameter (", params, "), got ", count);
+  TORCH_CHECK_VALUE(count <= 1 || count == params, name, " must be one strength or one per parameter (", params,
+                    "), got ", count);
 }
 
 // Called by fused_reg alone, which keeps these: the checks guard the memory.

@@ -6,9 +6,8 @@
 
 TORCH_LIBRARY(fused_reg, m) {
   // The penalty of the whole list, 0-dim: float64 if any parameter is, else float32.
-  m.def(
-      "penalty(Tensor[] params, float[] l1, float[] l2, Tensor? l1_tensor, Tensor? l2_tensor) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
+  m.def("penalty(Tensor[] params, float[] l1, float[] l2, Tensor? l1_tensor, Tensor? l2_tensor) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
 
   // The penalty, and in the same pass the gradient of every parameter whose needs_grad is true.
   m.def(

@@ -21,9 +21,7 @@ class Strength {
     check_strength(name, values_.size(), params);
   }
 
-  double operator[](size_t t) const {
-    return values_.empty() ? 0 : values_[values_.size() == 1 ? 0 : t];
-  }
+  double operator[](size_t t) const { return values_.empty() ? 0 : values_[values_.size() == 1 ? 0 : t]; }
 
  private:
   std::vector<double> values_;

@@ -44,9 +44,9 @@ def _sample(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 
 def _failures(dtype: torch.dtype, device: torch.device) -> list[str]:
     params = _sample(dtype, device)
-    strengths = {"l1": 0.25, "l2": [0.5, 1.0, 0.0, 0.125, 0.03125]}
-    value, grads = fused_reg.value_and_grad(params, **strengths)
-    expected, expected_grads = reference.value_and_grad([p.cpu() for p in params], **strengths)
+    l1, l2 = 0.25, [0.5, 1.0, 0.0, 0.125, 0.03125]
+    value, grads = fused_reg.value_and_grad(params, l1, l2)
+    expected, expected_grads = reference.value_and_grad([p.cpu() for p in params], l1, l2)
 
     failures = []
     error = ((value.cpu() - expected).abs() / expected).item()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
@@ -52,8 +52,7 @@ def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
         return [params]
     if isinstance(params, torch.nn.Module):
         raise TypeError(
-            f"{function}: params must be tensors, got the module {type(params).__name__}; "
-            "pass its `.parameters()`"
+            f"{function}: params must be tensors, got the module {type(params).__name__}; pass its `.parameters()`"
         )
     try:
         return list(params)
@@ -89,7 +88,7 @@ def _as_strength(
             f"{function}: {name} must be a float, a 0-dim tensor or a sequence with one per parameter, "
             f"got {type(strength).__name__}"
         )
-    items = list(strength)
+    items: list[Any] = list(strength)
     if len(items) != count:
         raise ValueError(f"{function}: {name} must have one strength per parameter ({count}), got {len(items)}")
     checked = [_item_strength(function, f"{name}[{i}]", item) for i, item in enumerate(items)]
@@ -132,11 +131,11 @@ def _float_strength(function: str, name: str, strength: Any) -> float:
     return value
 
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool)
+def _is_number(x: Any) -> TypeGuard[float]:
+    return type(x) is float or (isinstance(x, Real) and not isinstance(x, bool))
 
 
-def _is_sequence(x: Any) -> bool:
+def _is_sequence(x: Any) -> TypeGuard[Sequence[Any]]:
     if isinstance(x, Sequence):
         return not isinstance(x, str | bytes)
     return getattr(x, "ndim", 0) == 1 and hasattr(x, "tolist")  # a NumPy array
@@ -145,7 +144,7 @@ def _is_sequence(x: Any) -> bool:
 def explained(function: str, params: list[Tensor], error: Exception) -> Exception:
     """The error to raise for a call that failed: the first thing that is wrong with its parameters, else itself."""
     for i, p in enumerate(params):
-        if isinstance(p, UninitializedTensorMixin):
+        if isinstance(p, UninitializedParameter | UninitializedBuffer):
             return TypeError(
                 f"{function}: params[{i}] must be initialized, got {type(p).__name__}; "
                 "run the module once so that it knows its shapes"

@@ -31,6 +31,10 @@ def penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     return _apply_penalty(strengths, *params)
 
 
+def _apply(function: type[Function], *args: Any) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
 class _Penalty(Function):
     """Value and gradient in one launch. First derivatives; `_Gradient` has the higher ones."""
 
@@ -55,15 +59,12 @@ class _Penalty(Function):
         # The buffers are handed over once; a second backward (retain_graph=True) gets its own.
         grads, ctx.grads = ctx.grads, None
         if torch.is_grad_enabled():  # create_graph=True
-            grads = _Gradient.apply(upstream, _table(strengths, params), *params)
+            grads = _apply(_Gradient, upstream, _table(strengths, params), *params)
         elif grads is None:
             grads = _ops.penalty_grad(upstream, params, *strengths)
-        else:
+        elif upstream.device.type != "cpu" or upstream.item() != 1:  # on a GPU the kernel looks, without a wait
             _ops.rescale_grad_(upstream, params, grads, *strengths)
-        if all(ctx.needs_grad):
-            return None, *grads
-        remaining = iter(grads)
-        return None, *(next(remaining) if needed else None for needed in ctx.needs_grad)
+        return None, *_scattered(grads, ctx.needs_grad)
 
 
 # Function.apply in Python looks for functorch's wrappers in every argument, 0.15 us each. `penalty` has
@@ -73,18 +74,19 @@ _apply_penalty: Callable[..., Tensor] = super(Function, _Penalty).apply
 
 def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The penalty as a function of the term sums: differentiable to any order, also in the strengths."""
-    sums = _TermSums.apply(*params)  # [len(params), 2]
+    sums = _apply(_TermSums, *params)  # [len(params), 2]
     value = sums.new_zeros(())
     for term in range(2):
         strength = _column(strengths, term, sums)
         if strength is not None:
             value = value + (strength * sums[:, term]).sum()
-    return value.to(torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32)
+    any_float64 = any(p.dtype == torch.float64 for p in params)
+    return cast(Tensor, value.to(torch.float64 if any_float64 else torch.float32))
 
 
 def _column(strengths: Strengths, term: int, like: Tensor) -> Tensor | None:
     """The strengths of term 0 (L1) or 1 (L2): a float64 tensor, 0-dim or [params]; None if the term is absent."""
-    floats, tensor = strengths[term], strengths[2 + term]
+    floats, tensor = ((strengths.l1, strengths.l1_tensor), (strengths.l2, strengths.l2_tensor))[term]
     if tensor is None and not floats:
         return None
     column = like.new_tensor(floats) if tensor is None else tensor.to(like)
@@ -110,21 +112,22 @@ class _TermSums(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*compress(inputs, ctx.needs_input_grad))
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         # The gradient of sum(cotangent * S): a penalty whose strengths are the cotangents.
-        params = ctx.saved_tensors
-        return cast("tuple[Tensor, ...]", _Gradient.apply(cotangent.new_ones(()), cotangent, *params))
+        needs_grad, params = ctx.needs_input_grad, ctx.saved_tensors
+        table = cotangent if all(needs_grad) else cotangent[list(needs_grad)]
+        return _scattered(_apply(_Gradient, table.new_ones(()), table, *params), needs_grad)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *params: Tensor) -> tuple[Tensor, int]:
-        return torch.stack([_TermSums.apply(*row) for row in _rows(info, in_dims, params)]), 0
+        return torch.stack([_apply(_TermSums, *row) for row in _rows(info, in_dims, params)]), 0
 
 
 class _Gradient(Function):
-    """``upstream * (table[t, 0] * sgn(w) + table[t, 1] * 2w)`` for each parameter: every derivative beyond the value."""
+    """The gradient of each parameter for strengths ``table`` [params, 2], and its own derivatives."""
 
     @staticmethod
     def forward(upstream: Tensor, table: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
@@ -144,7 +147,7 @@ class _Gradient(Function):
             # The gradient is linear in each strength: its derivative there is the gradient for strength 1.
             one = torch.ones_like(upstream)
             columns = [
-                _dots(cotangents, _Gradient.apply(one, unit.expand_as(table), *params))
+                _dots(cotangents, _apply(_Gradient, one, unit.expand_as(table), *params))
                 for unit in torch.eye(2, dtype=table.dtype, device=table.device)
             ]
             slopes = torch.stack(columns, dim=1)  # [len(params), 2]
@@ -155,16 +158,22 @@ class _Gradient(Function):
         if any(needs_params):
             # The L1 part is piecewise constant in w. The L2 part is linear: its own gradient, at the cotangent.
             l2_table = table * table.new_tensor([0.0, 1.0])
-            params_grad = _Gradient.apply(upstream, l2_table, *cotangents)
+            params_grad = _apply(_Gradient, upstream, l2_table, *cotangents)
         return upstream_grad, table_grad, *params_grad
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        rows = [_Gradient.apply(*row) for row in _rows(info, in_dims, inputs)]
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        rows = [_apply(_Gradient, *row) for row in _rows(info, in_dims, inputs)]
         stacked = tuple(torch.stack(column) for column in zip(*rows, strict=True))
         return stacked, (0,) * len(stacked)
+
+
+def _scattered(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """A gradient or None for every parameter, from the gradients of those that need one."""
+    if all(needs_grad):
+        return tuple(grads)
+    remaining = iter(grads)
+    return tuple(next(remaining) if needed else None for needed in needs_grad)
 
 
 def _dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

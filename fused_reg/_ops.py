@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -37,13 +37,12 @@ def _load() -> ModuleType:
             f"build it again with `{_MEND}`"
         )
     try:
-        from fused_reg import _C
+        return importlib.import_module("fused_reg._C")
     except ImportError as error:
         raise ImportError(
             f"fused_reg: built with torch {built}, which torch {torch.__version__} cannot load ({error}); "
             f"build it again with `{_MEND}`"
         ) from error
-    return _C
 
 
 library = _load()

@@ -11,16 +11,14 @@ from fused_reg import _autograd, _ops
 from fused_reg._arguments import Strength, as_list, as_strengths, explained
 
 
-def fused_penalty(
-    params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None
-) -> Tensor:
+def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None) -> Tensor:
     r"""The L1/L2 penalty of a list of parameters, differentiable, in one pass over their memory.
 
     .. math::
         \text{penalty} = \sum_t \Big( l1_t \sum_i |w_{t,i}| + l2_t \sum_i w_{t,i}^2 \Big)
 
-    It equals ``sum(l1 * p.abs().sum() + l2 * (p ** 2).sum() for p in params)``. The gradient, ``l1 * sgn(w) + l2 * 2w``,
-    has the same bits as that loop's (float32, float64), and the value is exact to one rounding.
+    It equals ``sum(l1 * p.abs().sum() + l2 * (p ** 2).sum() for p in params)``. Its gradient has the same bits as
+    that loop's (float32 and float64), and its value is exact to one rounding.
 
     **The L2 convention** is ``l2 * sum(w ** 2)``, as in Keras: ``torch.optim.SGD(weight_decay=wd)`` is ``l2 = wd / 2``.
 

@@ -7,6 +7,7 @@ Tests and benchmarks compare with it. The package itself never calls it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,10 @@ def _terms(
     tensors = [params] if isinstance(params, Tensor) else list(params)
     if l1 is None and l2 is None:
         l2 = 1.0
-    return list(
-        zip(tensors, _per_parameter(l1, len(tensors)), _per_parameter(l2, len(tensors)), strict=True)
-    )
+    return list(zip(tensors, _per_parameter(l1, len(tensors)), _per_parameter(l2, len(tensors)), strict=True))
 
 
-def fused_penalty(
-    params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None
-) -> Tensor:
+def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None) -> Tensor:
     r"""``sum_t l1_t * sum|w_t| + l2_t * sum w_t^2``, every element in float64, rounded once at the end.
 
     Args:
@@ -93,10 +90,8 @@ def value_and_grad(
     return value.detach(), grads
 
 
-def loop(
-    params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None
-) -> Tensor:
-    """The loop that people write by hand, in the parameters' own dtypes: its gradient is the contract's, bit for bit.
+def loop(params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None) -> Tensor:
+    """The loop that people write by hand, in the parameters' own dtypes. Its gradient is the contract's, bit for bit.
 
     Args:
         params: as for :func:`fused_reg.fused_penalty`; not empty.
@@ -112,8 +107,10 @@ def loop(
         >>> reference.loop([torch.tensor([1.0, -2.0])], l1=0.5, l2=1.0)
         tensor(6.5000)
     """
-    return sum(
-        (a * p.abs().sum() if isinstance(a, Tensor) or a != 0 else 0)
-        + (b * (p**2).sum() if isinstance(b, Tensor) or b != 0 else 0)
-        for p, a, b in _terms(params, l1, l2)
-    )
+    total: Any = 0
+    for p, a, b in _terms(params, l1, l2):
+        if isinstance(a, Tensor) or a != 0:
+            total = total + a * p.abs().sum()
+        if isinstance(b, Tensor) or b != 0:
+            total = total + b * (p**2).sum()
+    return torch.as_tensor(total)

@@ -17,8 +17,8 @@ struct ChunkTask {
   Dtype dtype;
   Terms terms;  // a term that is absent is neither summed nor differentiated
   Pass pass;
-  const void* param;          // [size] elements, any alignment
-  void* grad;                 // [size] elements, written by the passes with a gradient
+  const void* param;  // [size] elements, any alignment
+  void* grad;         // [size] elements, written by the passes with a gradient
   int64_t size;
   double l1_scale, l2_scale;  // of the elements in each sum; float64 only
   double c1, c2;              // gradient_factor of each term, exact in the compute type

@@ -1,8 +1,7 @@
 // The chunk kernel with AVX2. The pragma stands before every include: the whole file is compiled for it.
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
@@ -13,9 +12,7 @@
 
 namespace fused_reg {
 
-ChunkSums chunk_kernel_avx2(const ChunkTask& task) {
-  return avx2::run_chunk(task);
-}
+ChunkSums chunk_kernel_avx2(const ChunkTask& task) { return avx2::run_chunk(task); }
 
 }  // namespace fused_reg
 

@@ -13,9 +13,7 @@
 
 namespace fused_reg {
 
-ChunkSums chunk_kernel_avx512(const ChunkTask& task) {
-  return avx512::run_chunk(task);
-}
+ChunkSums chunk_kernel_avx512(const ChunkTask& task) { return avx512::run_chunk(task); }
 
 }  // namespace fused_reg
 

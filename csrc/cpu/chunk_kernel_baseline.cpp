@@ -5,8 +5,6 @@
 
 namespace fused_reg {
 
-ChunkSums chunk_kernel_baseline(const ChunkTask& task) {
-  return baseline::run_chunk(task);
-}
+ChunkSums chunk_kernel_baseline(const ChunkTask& task) { return baseline::run_chunk(task); }
 
 }  // namespace fused_reg

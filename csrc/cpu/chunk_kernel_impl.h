@@ -57,9 +57,7 @@ struct Kernel {
   Factor c1, c2;
   Double l1_scale, l2_scale;
 
-  static FUSED_REG_INLINE Double scaled(Double w, Double scale) {
-    return dtype == Dtype::kFloat64 ? w * scale : w;
-  }
+  static FUSED_REG_INLINE Double scaled(Double w, Double scale) { return dtype == Dtype::kFloat64 ? w * scale : w; }
 
   FUSED_REG_INLINE void block(const Storage* param, Storage* grad, int rows) {
     for (int group = 0; group < kGroups; ++group) {
@@ -79,7 +77,8 @@ struct Kernel {
           }
         }
         if constexpr (pass != Pass::kSums) {
-          E::map(param + i, grad + i, [&](auto w) __attribute__((always_inline)) { return gradient<terms>(w, c1, c2); });
+          E::map(param + i, grad + i,
+                 [&](auto w) __attribute__((always_inline)) { return gradient<terms>(w, c1, c2); });
         }
       }
       if constexpr (pass != Pass::kGradient && (terms & kL1)) {
@@ -92,9 +91,12 @@ struct Kernel {
   }
 
   static ChunkSums run(const ChunkTask& task) {
-    Kernel kernel{
-        {}, {}, broadcast<Scalar>(task.c1), broadcast<Scalar>(task.c2),
-        broadcast<double>(task.l1_scale), broadcast<double>(task.l2_scale)};
+    Kernel kernel{{},
+                  {},
+                  broadcast<Scalar>(task.c1),
+                  broadcast<Scalar>(task.c2),
+                  broadcast<double>(task.l1_scale),
+                  broadcast<double>(task.l2_scale)};
     const auto* param = static_cast<const Storage*>(task.param);
     auto* grad = static_cast<Storage*>(task.grad);
     int64_t i = 0;

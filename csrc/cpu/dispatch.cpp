@@ -31,9 +31,7 @@ CpuCapability detect() {
 
 }  // namespace
 
-bool is_forked_child() {
-  return forked;
-}
+bool is_forked_child() { return forked; }
 
 const CpuCapability& cpu_capability() {
   static const CpuCapability capability = detect();

@@ -1,7 +1,6 @@
 #include "grad_memory.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
@@ -121,12 +120,10 @@ class GradAllocator final : public c10::Allocator {
 }  // namespace
 
 at::Tensor empty_grad_like(const at::Tensor& dense) {
-  if (dense.nbytes() < kSmall || is_forked_child()) {
-    return at::empty_like(dense);
-  }
-  return at::detail::empty_strided_generic(
-      dense.sizes(), dense.strides(), &GradAllocator::get(), c10::DispatchKeySet(c10::DispatchKey::CPU),
-      dense.scalar_type());
+  const bool keep = dense.nbytes() >= kSmall && !is_forked_child();
+  c10::Allocator* const allocator = keep ? static_cast<c10::Allocator*>(&GradAllocator::get()) : c10::GetCPUAllocator();
+  return at::detail::empty_strided_generic(dense.sizes(), dense.strides(), allocator,
+                                           c10::DispatchKeySet(c10::DispatchKey::CPU), dense.scalar_type());
 }
 
 }  // namespace fused_reg

@@ -10,21 +10,22 @@ namespace {
 using Floats = at::ArrayRef<double>;
 using OptionalTensor = std::optional<at::Tensor>;
 
-ListPass make_pass(
-    at::TensorList params, Floats l1, Floats l2, const OptionalTensor& l1_tensor, const OptionalTensor& l2_tensor) {
+ListPass make_pass(at::TensorList params, Floats l1, Floats l2, const OptionalTensor& l1_tensor,
+                   const OptionalTensor& l2_tensor) {
   check_params(params);
   return {params, {{"l1", l1, l1_tensor, params.size()}, {"l2", l2, l2_tensor, params.size()}}};
 }
 
-at::Tensor penalty(
-    at::TensorList params, Floats l1, Floats l2, const OptionalTensor& l1_tensor, const OptionalTensor& l2_tensor) {
+at::Tensor penalty(at::TensorList params, Floats l1, Floats l2, const OptionalTensor& l1_tensor,
+                   const OptionalTensor& l2_tensor) {
   const ListPass pass = make_pass(params, l1, l2, l1_tensor, l2_tensor);
   return pass.penalty(pass.run());
 }
 
-std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(
-    at::TensorList params, const c10::List<bool>& needs_grad, Floats l1, Floats l2, const OptionalTensor& l1_tensor,
-    const OptionalTensor& l2_tensor) {
+std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList params,
+                                                                 const c10::List<bool>& needs_grad, Floats l1,
+                                                                 Floats l2, const OptionalTensor& l1_tensor,
+                                                                 const OptionalTensor& l2_tensor) {
   ListPass pass = make_pass(params, l1, l2, l1_tensor, l2_tensor);
   check_needs_grad(needs_grad.size(), params.size());
   std::vector<at::Tensor> grads;
@@ -39,9 +40,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(
   return {std::move(value), std::move(grads)};
 }
 
-std::vector<at::Tensor> penalty_grad(
-    const at::Tensor& upstream, at::TensorList params, Floats l1, Floats l2, const OptionalTensor& l1_tensor,
-    const OptionalTensor& l2_tensor) {
+std::vector<at::Tensor> penalty_grad(const at::Tensor& upstream, at::TensorList params, Floats l1, Floats l2,
+                                     const OptionalTensor& l1_tensor, const OptionalTensor& l2_tensor) {
   ListPass pass = make_pass(params, l1, l2, l1_tensor, l2_tensor);
   const double factor = upstream.item<double>();
   std::vector<at::Tensor> grads;
@@ -54,9 +54,8 @@ std::vector<at::Tensor> penalty_grad(
   return grads;
 }
 
-void rescale_grad_(
-    const at::Tensor& upstream, at::TensorList params, at::TensorList grads, Floats l1, Floats l2,
-    const OptionalTensor& l1_tensor, const OptionalTensor& l2_tensor) {
+void rescale_grad_(const at::Tensor& upstream, at::TensorList params, at::TensorList grads, Floats l1, Floats l2,
+                   const OptionalTensor& l1_tensor, const OptionalTensor& l2_tensor) {
   const double factor = upstream.item<double>();
   if (factor == 1) {
     return;

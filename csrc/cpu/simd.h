@@ -55,11 +55,9 @@ FUSED_REG_INLINE DoublePair widen(const float* p) {
 }
 FUSED_REG_INLINE DoublePair widen(Float v) {
   return {{(Double)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
-          (Double)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))}};
+           (Double)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))}};
 }
-FUSED_REG_INLINE Float load_float16(const uint16_t* p) {
-  return (Float)_mm512_cvtph_ps(load<__m256i>(p));
-}
+FUSED_REG_INLINE Float load_float16(const uint16_t* p) { return (Float)_mm512_cvtph_ps(load<__m256i>(p)); }
 FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
   store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -69,21 +67,15 @@ FUSED_REG_INLINE DoublePair widen(const float* p) {
 }
 FUSED_REG_INLINE DoublePair widen(Float v) {
   return {{(Double)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
-          (Double)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))}};
+           (Double)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))}};
 }
-FUSED_REG_INLINE Float load_float16(const uint16_t* p) {
-  return (Float)_mm256_cvtph_ps(load<__m128i>(p));
-}
+FUSED_REG_INLINE Float load_float16(const uint16_t* p) { return (Float)_mm256_cvtph_ps(load<__m128i>(p)); }
 FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
   store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-FUSED_REG_INLINE DoublePair widen(const float* p) {
-  return {{Double{p[0], p[1]}, Double{p[2], p[3]}}};
-}
-FUSED_REG_INLINE DoublePair widen(Float v) {
-  return {{Double{v[0], v[1]}, Double{v[2], v[3]}}};
-}
+FUSED_REG_INLINE DoublePair widen(const float* p) { return {{Double{p[0], p[1]}, Double{p[2], p[3]}}}; }
+FUSED_REG_INLINE DoublePair widen(Float v) { return {{Double{v[0], v[1]}, Double{v[2], v[3]}}}; }
 FUSED_REG_INLINE Float load_float16(const uint16_t* p) {
   Float v{};
   for (int i = 0; i < kFloats; ++i) {

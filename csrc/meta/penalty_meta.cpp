@@ -20,9 +20,10 @@ at::Tensor penalty(at::TensorList params, Floats, Floats, const OptionalTensor&,
   return at::empty({}, params[0].options().dtype(any_float64 ? at::kDouble : at::kFloat));
 }
 
-std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(
-    at::TensorList params, const c10::List<bool>& needs_grad, Floats l1, Floats l2, const OptionalTensor& l1_tensor,
-    const OptionalTensor& l2_tensor) {
+std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList params,
+                                                                 const c10::List<bool>& needs_grad, Floats l1,
+                                                                 Floats l2, const OptionalTensor& l1_tensor,
+                                                                 const OptionalTensor& l2_tensor) {
   at::Tensor value = penalty(params, l1, l2, l1_tensor, l2_tensor);
   std::vector<at::Tensor> grads;
   for (const auto t : c10::irange(params.size())) {
@@ -33,8 +34,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(
   return {std::move(value), std::move(grads)};
 }
 
-std::vector<at::Tensor> penalty_grad(
-    const at::Tensor&, at::TensorList params, Floats, Floats, const OptionalTensor&, const OptionalTensor&) {
+std::vector<at::Tensor> penalty_grad(const at::Tensor&, at::TensorList params, Floats, Floats, const OptionalTensor&,
+                                     const OptionalTensor&) {
   check_params(params);
   std::vector<at::Tensor> grads;
   for (const at::Tensor& p : params) {
@@ -43,8 +44,8 @@ std::vector<at::Tensor> penalty_grad(
   return grads;
 }
 
-void rescale_grad_(
-    const at::Tensor&, at::TensorList, at::TensorList, Floats, Floats, const OptionalTensor&, const OptionalTensor&) {}
+void rescale_grad_(const at::Tensor&, at::TensorList, at::TensorList, Floats, Floats, const OptionalTensor&,
+                   const OptionalTensor&) {}
 
 at::Tensor term_sums(at::TensorList params) {
   check_params(params);

@@ -1,0 +1,59 @@
+# On a machine with Python 3.10 or later, pip, a C++ compiler and make:
+#
+#   make bench    the environment, the build, and the microbenchmarks (quick form)
+#   make test     the environment, the build, and everything that CI runs
+#
+# PYTHON chooses the interpreter, TORCH what pip installs as torch (TORCH=torch for the newest build).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+PIP := $(VENV)/bin/python -m pip
+RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+PY := fused_reg tests benchmarks examples setup.py
+
+.PHONY: build lint format types pytest ctest test bench bench-full clean
+
+$(VENV)/.environment: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" ninja pybind11 numpy
+	touch $@
+
+$(VENV)/.build: $(VENV)/.environment setup.py csrc/sources.txt $(filter csrc/%,$(CPP))
+	FUSED_REG_WERROR=1 $(PIP) install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+	touch $@
+
+build: $(VENV)/.build
+
+lint: build
+	$(RUN) ruff check $(PY)
+	$(RUN) ruff format --check $(PY)
+	$(RUN) clang-format --dry-run -Werror $(CPP)
+
+format: build
+	$(RUN) ruff check --fix $(PY)
+	$(RUN) ruff format $(PY)
+	$(RUN) clang-format -i $(CPP)
+
+types: build
+	$(RUN) mypy
+
+pytest: build
+	$(RUN) python -m pytest
+
+ctest: build
+	$(RUN) cmake -S . -B build/cmake -G Ninja -DFUSED_REG_WERROR=ON -DPython3_EXECUTABLE="$(abspath $(VENV))/bin/python"
+	$(RUN) cmake --build build/cmake
+	$(RUN) ctest --test-dir build/cmake --output-on-failure
+
+test: lint types ctest pytest
+
+bench: build
+	$(RUN) python -m benchmarks --quick
+
+bench-full: build
+	$(RUN) python -m benchmarks
+
+clean:
+	rm -rf build dist *.egg-info fused_reg/*.so $(VENV)

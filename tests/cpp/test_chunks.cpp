@@ -1,0 +1,78 @@
+// The plan covers every element of every tensor exactly once, however the elements are shared out.
+#include <random>
+
+#include "chunks.h"
+#include "expect.h"
+
+using namespace fused_reg;
+
+namespace {
+
+void expect_covers(const std::vector<int64_t>& sizes) {
+  const ChunkPlan plan(sizes);
+  std::vector<int64_t> covered(sizes.size());
+  int64_t last_tensor = 0;
+  for (int64_t c = 0; c < plan.chunks(); ++c) {
+    const Chunk chunk = plan.chunk(c);
+    EXPECT(chunk.tensor >= last_tensor && chunk.tensor < plan.tensors(), c);
+    EXPECT(plan.first_chunk(chunk.tensor) <= c && c < plan.first_chunk(chunk.tensor + 1), c);
+    EXPECT(chunk.size > 0 && chunk.size <= kChunkSize, c, chunk.size);
+    EXPECT(chunk.begin == covered[chunk.tensor], c, chunk.begin);  // in order: no gap, no overlap
+    covered[chunk.tensor] += chunk.size;
+    last_tensor = chunk.tensor;
+  }
+  EXPECT(covered == sizes);
+  EXPECT(plan.chunk_from(0) == 0 && plan.chunk_from(plan.elements()) == plan.chunks());
+}
+
+// Any cut of the elements into shares is a cut of the chunks, each chunk in the share that holds its start.
+void expect_shares_are_disjoint(const std::vector<int64_t>& sizes, std::mt19937_64& random) {
+  const ChunkPlan plan(sizes);
+  std::vector<int64_t> start(sizes.size());
+  for (size_t t = 1; t < sizes.size(); ++t) {
+    start[t] = start[t - 1] + sizes[t - 1];
+  }
+  for (int i = 0; i < 100; ++i) {
+    const int64_t cut = static_cast<int64_t>(random() % (plan.elements() + 1));
+    const int64_t c = plan.chunk_from(cut);
+    EXPECT(c >= 0 && c <= plan.chunks(), cut);
+    if (c < plan.chunks()) {
+      EXPECT(start[plan.chunk(c).tensor] + plan.chunk(c).begin >= cut, cut, c);
+    }
+    if (c > 0) {
+      EXPECT(start[plan.chunk(c - 1).tensor] + plan.chunk(c - 1).begin < cut, cut, c);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  constexpr int64_t k = kChunkSize;
+  std::vector<std::vector<int64_t>> lists = {
+      {},
+      {0},
+      {0, 0, 0},
+      {1},
+      {k - 1, k, k + 1},
+      {2 * k + 1, 0, 0, 5},
+      {0, 3, 0},
+      {3, 0},
+      std::vector<int64_t>(10000, 0),
+      std::vector<int64_t>(10000, 64),
+      {(int64_t{1} << 31) + 5, 1, (int64_t{1} << 31) + 7},  // above 2^32 in all
+  };
+  std::mt19937_64 random(0);
+  for (int i = 0; i < 50; ++i) {
+    std::vector<int64_t> sizes(random() % 40);
+    for (int64_t& size : sizes) {
+      size = static_cast<int64_t>(random() % 3 == 0 ? random() % 4 : random() % (3 * k));
+    }
+    lists.push_back(sizes);
+  }
+  for (const auto& sizes : lists) {
+    expect_covers(sizes);
+    expect_shares_are_disjoint(sizes, random);
+  }
+  return fused_reg::testing::report();
+}

@@ -1,0 +1,93 @@
+// The library without Python: the operators through torch's dispatcher.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <cmath>
+
+#include "build_info.h"
+#include "expect.h"
+
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList params, double l1, double l2) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fused_reg::penalty_and_grad", "")
+                             .typed<std::tuple<at::Tensor, std::vector<at::Tensor>>(
+                                 at::TensorList, const c10::List<bool>&, at::ArrayRef<double>, at::ArrayRef<double>,
+                                 const OptionalTensor&, const OptionalTensor&)>();
+  c10::List<bool> needs_grad;
+  for (size_t i = 0; i < params.size(); ++i) {
+    needs_grad.push_back(true);
+  }
+  return op.call(params, needs_grad, l1, l2, std::nullopt, std::nullopt);
+}
+
+std::vector<at::Tensor> sample() {
+  at::manual_seed(0);
+  return {at::randn({300, 500}), at::randn({7}), at::empty({0}), at::randn({40, 1000}).t(), at::randn({})};
+}
+
+void expect_right_numbers() {
+  const auto params = sample();
+  const auto [value, grads] = penalty_and_grad(params, 0.25, 0.5);
+  double expected = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const at::Tensor w = params[i].to(at::kDouble);
+    expected += 0.25 * w.abs().sum().item<double>() + 0.5 * w.square().sum().item<double>();
+    EXPECT(at::equal(grads[i], 0.25 * params[i].sgn() + 0.5 * (2 * params[i])), i);
+    EXPECT(grads[i].strides() == params[i].strides(), i);
+  }
+  EXPECT(std::abs(value.item<double>() - expected) <= 6e-8 * expected, value.item<double>(), expected);
+}
+
+// Inside a parallel region the call runs on one thread, with the same bits.
+void expect_same_bits_inside_parallel_for() {
+  const auto params = sample();
+  const auto [value, grads] = penalty_and_grad(params, 0.1, 0.2);
+  std::vector<int> equal(8);
+  at::parallel_for(0, 8, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [inner_value, inner_grads] = penalty_and_grad(params, 0.1, 0.2);
+      equal[i] = at::equal(value, inner_value) && at::equal(grads[0], inner_grads[0]);
+    }
+  });
+  for (const int ok : equal) {
+    EXPECT(ok);
+  }
+}
+
+void expect_same_bits_for_any_thread_count() {
+  const auto params = sample();
+  const int threads = at::get_num_threads();
+  at::set_num_threads(1);
+  const at::Tensor value = std::get<0>(penalty_and_grad(params, 0.1, 0.2));
+  for (const int n : {2, 3, 7}) {
+    at::set_num_threads(n);
+    EXPECT(at::equal(value, std::get<0>(penalty_and_grad(params, 0.1, 0.2))), n);
+  }
+  at::set_num_threads(threads);
+}
+
+void expect_an_error_of_the_caller_is_thrown() {
+  bool thrown = false;
+  try {
+    penalty_and_grad({at::randn({3}), at::ones({2}, at::kInt)}, 1, 1);
+  } catch (const c10::TypeError& error) {
+    thrown = std::string(error.what()).find("params[1] must be floating point, got torch.int32") != std::string::npos;
+  }
+  EXPECT(thrown);
+}
+
+}  // namespace
+
+int main() {
+  EXPECT(std::string(fused_reg::build_info().torch).find('.') != std::string::npos);
+  expect_right_numbers();
+  expect_same_bits_inside_parallel_for();
+  expect_same_bits_for_any_thread_count();
+  expect_an_error_of_the_caller_is_thrown();
+  return fused_reg::testing::report();
+}
