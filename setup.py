@@ -5,13 +5,16 @@ from pathlib import Path
 
 from setuptools import setup
 
+INSTALL = "install it with `pip install torch`, then fused_reg with `pip install --no-build-isolation`"
+
 try:
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
-    raise SystemExit(
-        "fused_reg: torch 2.10 or later must be installed before fused_reg is built: "
-        "`pip install torch`, then `pip install --no-build-isolation fused_reg`"
-    ) from None
+    raise SystemExit(f"fused_reg: building needs torch 2.10 or later, and none is installed; {INSTALL}") from None
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+    raise SystemExit(f"fused_reg: building needs torch 2.10 or later, and {torch.__version__} is installed; {INSTALL}")
 
 CSRC = Path("csrc")
 SOURCES = ["module.cpp", *(CSRC / "sources.txt").read_text().split()]
