@@ -4,7 +4,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
-#include <list>
+#include <map>
 #include <mutex>
 
 #include "parallel.h"
@@ -51,6 +51,7 @@ class GradAllocator final : public c10::Allocator {
       block = new Block{c10::GetCPUAllocator()->allocate(bytes), bytes};
       advise_huge_pages(block->memory.get(), bytes);
     }
+    use(bytes);
     return {block->memory.get(), block, &give_back, at::Device(at::kCPU)};
   }
 
@@ -69,29 +70,25 @@ class GradAllocator final : public c10::Allocator {
     size_t bytes;
   };
 
-  // A block that is kept, or null; counts the bytes as used.
+  // A kept block of this size, or null.
   Block* take(size_t bytes) {
-    std::list<Block*> evicted;
-    Block* found = nullptr;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      used_ += bytes;
-      const auto it = std::find_if(kept_.begin(), kept_.end(), [&](Block* b) { return b->bytes == bytes; });
-      if (it != kept_.end()) {
-        found = *it;
-        kept_.erase(it);
-        kept_bytes_ -= bytes;
-      }
-      peak_ = std::max(peak_, used_);
-      while (used_ + kept_bytes_ > peak_) {
-        kept_bytes_ -= kept_.front()->bytes;
-        evicted.splice(evicted.end(), kept_, kept_.begin());
-      }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto it = kept_.find(bytes);
+    if (it == kept_.end()) {
+      return nullptr;
     }
-    for (Block* block : evicted) {
-      delete block;
-    }
-    return found;
+    Block* const block = it->second;
+    kept_.erase(it);
+    kept_bytes_ -= bytes;
+    return block;
+  }
+
+  void use(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    used_ += bytes;
+    peak_ = std::max(peak_, used_);
+    limit_ = std::max(limit_, peak_);
+    trim();
   }
 
   static void give_back(void* context) {
@@ -103,18 +100,36 @@ class GradAllocator final : public c10::Allocator {
     if (block->bytes >= kLarge) {
       advise_unused(block->memory.get(), block->bytes);
     }
-    GradAllocator& self = get();
-    const std::lock_guard<std::mutex> lock(self.mutex_);
-    self.used_ -= block->bytes;
-    self.kept_bytes_ += block->bytes;
-    self.kept_.push_back(block);
+    get().keep(block);
+  }
+
+  void keep(Block* block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    used_ -= block->bytes;
+    kept_.emplace(block->bytes, block);
+    kept_bytes_ += block->bytes;
+    if (used_ == 0) {  // a step has ended; what no step has needed lately goes, little by little
+      limit_ = std::max(peak_, limit_ - limit_ / 64);
+      peak_ = 0;
+      trim();
+    }
+  }
+
+  void trim() {
+    while (used_ + kept_bytes_ > limit_) {
+      const auto smallest = kept_.begin();
+      kept_bytes_ -= smallest->first;
+      delete smallest->second;
+      kept_.erase(smallest);
+    }
   }
 
   std::mutex mutex_;
-  std::list<Block*> kept_;  // oldest first
+  std::multimap<size_t, Block*> kept_;  // by size
   size_t kept_bytes_ = 0;
   size_t used_ = 0;
-  size_t peak_ = 0;  // of used_; used_ + kept_bytes_ stays below
+  size_t peak_ = 0;   // of used_, in this step
+  size_t limit_ = 0;  // of used_ + kept_bytes_: the peak of recent steps
 };
 
 }  // namespace

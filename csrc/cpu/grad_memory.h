@@ -11,8 +11,8 @@ namespace fused_reg {
 
 // Uninitialized, with the dtype, shape and strides of a dense tensor.
 //
-// What is kept and what is in use never exceed together what has been in use at once. Blocks of 32 MB and more
-// are offered to the system, which may take them while they are unused; for smaller ones the offer alone costs
+// What is kept and what is in use never exceed together what recent steps had in use at once. Blocks of 32 MB and
+// more are offered to the system, which may take them while they are unused; for smaller ones the offer alone costs
 // 3 ms in ResNet-50.
 at::Tensor empty_grad_like(const at::Tensor& dense);
 
