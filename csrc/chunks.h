@@ -44,14 +44,16 @@ class ChunkPlan {
     return {t, begin, std::min(kChunkSize, first_element_[t + 1] - first_element_[t] - begin)};
   }
 
-  // The first chunk that starts at or after an element of the flattened list. It turns equal shares of
-  // the elements into disjoint ranges of chunks.
+  // The first chunk whose middle is at or after an element of the flattened list. It turns equal shares of the
+  // elements into disjoint ranges of chunks that are as equal as chunks can be.
   int64_t chunk_from(int64_t element) const {
     if (element >= elements()) {
       return chunks();
     }
     const int64_t t = owner(first_element_, element);
-    return first_chunk_[t] + (element - first_element_[t] + kChunkSize - 1) / kChunkSize;
+    const int64_t c = first_chunk_[t] + (element - first_element_[t]) / kChunkSize;
+    const Chunk holder = chunk(c);
+    return element - first_element_[t] - holder.begin <= holder.size / 2 ? c : c + 1;
   }
 
  private:

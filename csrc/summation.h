@@ -21,6 +21,9 @@ struct CompensatedSum {
 };
 
 // An infinite or NaN sum has a NaN error, which says nothing: the sum alone is the result.
-FUSED_REG_INLINE double result(const CompensatedSum<double>& s) { return s.sum - s.sum == 0 ? s.sum + s.error : s.sum; }
+template <class V>
+FUSED_REG_INLINE V result(const CompensatedSum<V>& s) {
+  return s.sum - s.sum == 0 ? s.sum + s.error : s.sum;
+}
 
 }  // namespace fused_reg

@@ -29,7 +29,8 @@ class Strengths(NamedTuple):
 
     @property
     def requires_grad(self) -> bool:
-        return any(t is not None and t.requires_grad for t in (self.l1_tensor, self.l2_tensor))
+        l1, l2 = self.l1_tensor, self.l2_tensor
+        return (l1 is not None and l1.requires_grad) or (l2 is not None and l2.requires_grad)
 
     def select(self, keep: Sequence[bool]) -> Strengths:
         """The strengths of the parameters to keep."""

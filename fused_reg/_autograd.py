@@ -42,7 +42,7 @@ class _Penalty(Function):
     def forward(ctx: Any, strengths: Strengths, *params: Tensor) -> Tensor:
         needs_grad = ctx.needs_input_grad[1:]
         if not any(needs_grad):
-            return cast(Tensor, _ops.penalty(params, *strengths))
+            return _ops.penalty(params, *strengths)
         value, ctx.grads = _ops.penalty_and_grad(params, needs_grad, *strengths)
         if not all(needs_grad):
             params = tuple(compress(params, needs_grad))
@@ -50,20 +50,21 @@ class _Penalty(Function):
         ctx.needs_grad = needs_grad
         ctx.l1, ctx.l2, *tensors = strengths
         ctx.save_for_backward(*tensors, *params)
-        return cast(Tensor, value)
+        return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        l1_tensor, l2_tensor, *params = ctx.saved_tensors
-        strengths = Strengths(ctx.l1, ctx.l2, l1_tensor, l2_tensor)
+        l1_tensor, l2_tensor, *params = ctx.saved_tensors  # raises if one was changed in place
         # The buffers are handed over once; a second backward (retain_graph=True) gets its own.
         grads, ctx.grads = ctx.grads, None
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = _apply(_Gradient, upstream, _table(strengths, params), *params)
-        elif grads is None:
-            grads = _ops.penalty_grad(upstream, params, *strengths)
-        elif upstream.device.type != "cpu" or upstream.item() != 1:  # on a GPU the kernel looks, without a wait
-            _ops.rescale_grad_(upstream, params, grads, *strengths)
+        if grads is None or not (upstream.is_cpu and upstream.item() == 1) or torch.is_grad_enabled():
+            strengths = Strengths(ctx.l1, ctx.l2, l1_tensor, l2_tensor)
+            if torch.is_grad_enabled():  # create_graph=True
+                grads = _apply(_Gradient, upstream, _table(strengths, params), *params)
+            elif grads is None:
+                grads = _ops.penalty_grad(upstream, params, *strengths)
+            else:  # on a GPU the kernel looks at the upstream gradient, so that nothing waits
+                _ops.rescale_grad_(upstream, params, grads, *strengths)
         return None, *_scattered(grads, ctx.needs_grad)
 
 
@@ -108,7 +109,7 @@ class _TermSums(Function):
 
     @staticmethod
     def forward(*params: Tensor) -> Tensor:
-        return cast(Tensor, _ops.term_sums(params))
+        return _ops.term_sums(params)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

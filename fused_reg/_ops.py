@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 _MEND = "pip install --no-build-isolation --force-reinstall --no-deps fused_reg"
 
@@ -47,8 +49,8 @@ def _load() -> ModuleType:
 
 library = _load()
 
-penalty = torch.ops.fused_reg.penalty.default
-penalty_and_grad = torch.ops.fused_reg.penalty_and_grad.default
-penalty_grad = torch.ops.fused_reg.penalty_grad.default
-rescale_grad_ = torch.ops.fused_reg.rescale_grad_.default
-term_sums = torch.ops.fused_reg.term_sums.default
+penalty: Callable[..., Tensor] = torch.ops.fused_reg.penalty.default
+penalty_and_grad: Callable[..., tuple[Tensor, list[Tensor]]] = torch.ops.fused_reg.penalty_and_grad.default
+penalty_grad: Callable[..., list[Tensor]] = torch.ops.fused_reg.penalty_grad.default
+rescale_grad_: Callable[..., None] = torch.ops.fused_reg.rescale_grad_.default
+term_sums: Callable[..., Tensor] = torch.ops.fused_reg.term_sums.default

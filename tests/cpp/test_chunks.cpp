@@ -25,7 +25,7 @@ void expect_covers(const std::vector<int64_t>& sizes) {
   EXPECT(plan.chunk_from(0) == 0 && plan.chunk_from(plan.elements()) == plan.chunks());
 }
 
-// Any cut of the elements into shares is a cut of the chunks, each chunk in the share that holds its start.
+// Any cut of the elements into shares is a cut of the chunks, each chunk in the share that holds its middle.
 void expect_shares_are_disjoint(const std::vector<int64_t>& sizes, std::mt19937_64& random) {
   const ChunkPlan plan(sizes);
   std::vector<int64_t> start(sizes.size());
@@ -36,12 +36,12 @@ void expect_shares_are_disjoint(const std::vector<int64_t>& sizes, std::mt19937_
     const int64_t cut = static_cast<int64_t>(random() % (plan.elements() + 1));
     const int64_t c = plan.chunk_from(cut);
     EXPECT(c >= 0 && c <= plan.chunks(), cut);
-    if (c < plan.chunks()) {
-      EXPECT(start[plan.chunk(c).tensor] + plan.chunk(c).begin >= cut, cut, c);
-    }
-    if (c > 0) {
-      EXPECT(start[plan.chunk(c - 1).tensor] + plan.chunk(c - 1).begin < cut, cut, c);
-    }
+    const auto middle = [&](int64_t i) {
+      const Chunk chunk = plan.chunk(i);
+      return start[chunk.tensor] + chunk.begin + chunk.size / 2;
+    };
+    EXPECT(c == plan.chunks() || middle(c) >= cut, cut, c);
+    EXPECT(c == 0 || middle(c - 1) < cut, cut, c);
   }
 }
 
