@@ -4,8 +4,8 @@ Two ways lead to the same numbers:
 
 - `penalty` is the fast one, for constant strengths: one launch in the forward computes value and gradients,
   and the backward hands them over.
-- `composed_penalty` is the general one: strengths that require grad, higher derivatives, ``torch.func``. It
-  rests on the sums of each term, ``S[t] = (sum |w|, sum w^2)``, of which the penalty is a linear function.
+- `composed_penalty` is the general one, for strengths that require grad and for ``torch.func``: a few functions
+  that are each other's derivatives. The fast one falls back on them for higher derivatives.
 """
 
 from __future__ import annotations
@@ -74,34 +74,51 @@ _apply_penalty: Callable[..., Tensor] = super(Function, _Penalty).apply
 
 
 def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
-    """The penalty as a function of the term sums: differentiable to any order, also in the strengths."""
-    sums = _apply(_TermSums, *params)  # [len(params), 2]
-    value = sums.new_zeros(())
-    for term in range(2):
-        strength = _column(strengths, term, sums)
-        if strength is not None:
-            value = value + (strength * sums[:, term]).sum()
-    any_float64 = any(p.dtype == torch.float64 for p in params)
-    return cast(Tensor, value.to(torch.float64 if any_float64 else torch.float32))
-
-
-def _column(strengths: Strengths, term: int, like: Tensor) -> Tensor | None:
-    """The strengths of term 0 (L1) or 1 (L2): a float64 tensor, 0-dim or [params]; None if the term is absent."""
-    floats, tensor = ((strengths.l1, strengths.l1_tensor), (strengths.l2, strengths.l2_tensor))[term]
-    if tensor is None and not floats:
-        return None
-    column = like.new_tensor(floats) if tensor is None else tensor.to(like)
-    return column.reshape(()) if column.numel() == 1 else column
+    """The penalty as a function of a table of strengths and the parameters: differentiable to any order in both."""
+    params = [p.clone() if p.is_inference() else p for p in params]  # autograd cannot save an inference tensor
+    return cast(Tensor, _apply(_Composed, _table(strengths, params), *params))
 
 
 def _table(strengths: Strengths, params: Sequence[Tensor]) -> Tensor:
-    """The strengths as one tensor, [len(params), 2] float64."""
-    table = torch.zeros(len(params), 2, dtype=torch.float64, device=params[0].device)
-    for term in range(2):
-        strength = _column(strengths, term, table)
-        if strength is not None:
-            table[:, term] = strength
-    return table
+    """The strengths as one differentiable tensor, [len(params), 2] float64."""
+    like = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    columns = []
+    for floats, tensor in ((strengths.l1, strengths.l1_tensor), (strengths.l2, strengths.l2_tensor)):
+        column = like.new_tensor(floats or (0.0,)) if tensor is None else tensor.to(like)
+        columns.append(column.expand(len(params)))
+    return torch.stack(columns, dim=1)
+
+
+class _Composed(Function):
+    """The penalty for strengths ``table`` [params, 2]; `_Gradient` and `_TermSums` are its derivatives."""
+
+    @staticmethod
+    def forward(table: Tensor, *params: Tensor) -> Tensor:
+        return _ops.penalty(params, (), (), table[:, 0], table[:, 1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        table, *params = inputs
+        needs_table, *needs_params = ctx.needs_input_grad
+        ctx.save_for_backward(table, *compress(params, [needs_table or needed for needed in needs_params]))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        table, *params = ctx.saved_tensors
+        needs_table, *needs_params = ctx.needs_input_grad
+        table_grad = None
+        if needs_table:
+            table_grad = upstream.to(table.dtype) * _apply(_TermSums, *params)
+            params = list(compress(params, needs_params))
+        params_grad: tuple[Tensor | None, ...] = (None,) * len(needs_params)
+        if params:
+            rows = table if all(needs_params) else table[list(needs_params)]
+            params_grad = _scattered(_apply(_Gradient, upstream, rows, *params), needs_params)
+        return table_grad, *params_grad
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        return torch.stack([_apply(_Composed, *row) for row in _rows(info, in_dims, inputs)]), 0
 
 
 class _TermSums(Function):
