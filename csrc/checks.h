@@ -25,10 +25,15 @@ inline void check_params(at::TensorList params) {
                      name_of(p.scalar_type()));
     TORCH_CHECK_TYPE(is_supported(p.scalar_type()), "params[", i,
                      "] must be float32, float64, bfloat16 or float16, got ", name_of(p.scalar_type()));
-    TORCH_CHECK_TYPE(p.has_storage(), "params[", i, "] must have memory of its own, got a tensor subclass without");
     TORCH_CHECK_VALUE(p.device() == params[0].device(), "params[", i, "] must be on ", params[0].device(),
                       ", as params[0], got ", p.device());
   }
+}
+
+// For the backends that read memory.
+inline void check_memory(size_t i, const at::Tensor& p) {
+  TORCH_CHECK_TYPE(p.numel() == 0 || (p.has_storage() && p.storage().data() != nullptr), "params[", i,
+                   "] must have memory of its own, got a tensor subclass without");
 }
 
 // Python has normalized the strengths: none (the term is absent), one for all, or one per parameter.

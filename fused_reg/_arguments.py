@@ -44,6 +44,8 @@ class Strengths(NamedTuple):
         return Strengths(floats(self.l1), floats(self.l2), tensor(self.l1_tensor), tensor(self.l2_tensor))
 
 
+_PARAMETER_CONTAINERS = (torch.nn.ParameterList, torch.nn.ParameterDict)
+
 SUM_OF_SQUARES = Strengths(l2=(1.0,))
 
 
@@ -51,7 +53,7 @@ def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
     """The parameters, read once. What they are is checked later, by the operators."""
     if isinstance(params, Tensor):
         return [params]
-    if isinstance(params, torch.nn.Module):
+    if isinstance(params, torch.nn.Module) and not isinstance(params, _PARAMETER_CONTAINERS):
         raise TypeError(
             f"{function}: params must be tensors, got the module {type(params).__name__}; pass its `.parameters()`"
         )
@@ -154,6 +156,8 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
             return TypeError(f"{function}: params[{i}] must be a tensor, got {_described(p)}")
         if p.is_nested:
             return TypeError(f"{function}: params[{i}] must be one dense tensor, got a nested tensor")
+        if p.is_quantized:  # like the two kinds around it, it never reaches the operators' own checks
+            return TypeError(f"{function}: params[{i}] must be floating point, got {p.dtype}")
         if p.layout is not torch.strided:
             return TypeError(f"{function}: params[{i}] must be dense (torch.strided), got {p.layout}")
     if isinstance(error, TypeError | ValueError) and str(error).startswith("params["):

@@ -57,7 +57,7 @@ class _Penalty(Function):
         l1_tensor, l2_tensor, *params = ctx.saved_tensors  # raises if one was changed in place
         # The buffers are handed over once; a second backward (retain_graph=True) gets its own.
         grads, ctx.grads = ctx.grads, None
-        if grads is None or not (upstream.is_cpu and upstream.item() == 1) or torch.is_grad_enabled():
+        if grads is None or torch.is_grad_enabled() or not _is_one_on_cpu(upstream):
             strengths = Strengths(ctx.l1, ctx.l2, l1_tensor, l2_tensor)
             if torch.is_grad_enabled():  # create_graph=True
                 grads = _apply(_Gradient, upstream, _table(strengths, params), *params)
@@ -184,6 +184,11 @@ class _Gradient(Function):
         rows = [_apply(_Gradient, *row) for row in _rows(info, in_dims, inputs)]
         stacked = tuple(torch.stack(column) for column in zip(*rows, strict=True))
         return stacked, (0,) * len(stacked)
+
+
+def _is_one_on_cpu(upstream: Tensor) -> bool:
+    """Whether a look at the upstream gradient costs nothing and finds 1. A subclass (FakeTensor) is not looked at."""
+    return type(upstream) is Tensor and upstream.is_cpu and upstream.item() == 1
 
 
 def _scattered(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -23,6 +23,7 @@ class ListPass {
     dense_.reserve(params.size());
     tasks_.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
+      check_memory(t, params[t]);
       // One run of memory, its elements in any order: the parameter itself if it is dense, else a copy.
       dense_.push_back(params[t].is_non_overlapping_and_dense() ? params[t] : params[t].clone());
       ChunkTask task{};
