@@ -1,0 +1,65 @@
+"""Devices, the ``--slow`` option and seeds."""
+
+import os
+
+import pytest
+
+# Before torch starts OpenMP: threads that wait give up their core, which is 4 times faster where cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+pytest.register_assert_rewrite("oracle")
+
+REQUIRE_CUDA = os.environ.get("FUSED_REG_REQUIRE_CUDA") == "1"
+
+
+def cuda_is_built() -> bool:
+    from fused_reg import _ops
+
+    return bool(_ops.library.build_info()["cuda_architectures"])
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run tests of minutes or gigabytes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes minutes or gigabytes: run with --slow"))
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        devices = ["cpu"]
+        if REQUIRE_CUDA or cuda_is_built():
+            devices.append(pytest.param("cuda", marks=pytest.mark.cuda))
+        metafunc.parametrize("device", devices, indirect=True)
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    """Every device that this build has kernels for."""
+    name = getattr(request, "param", "cpu")
+    if name == "cuda" and not (cuda_is_built() and torch.cuda.is_available()):
+        reason = "no CUDA device" if cuda_is_built() else "fused_reg is built without CUDA"
+        if REQUIRE_CUDA:
+            pytest.fail(f"{reason}, and FUSED_REG_REQUIRE_CUDA=1")
+        pytest.skip(reason)
+    return torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the old number comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
