@@ -1,0 +1,177 @@
+"""What a run writes: the machine, one row per measurement, one figure per target; to JSON and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+#: ours; peer: another way to the same result; limit: what the machine can do, or the step without a penalty.
+Role = Literal["ours", "peer", "limit"]
+
+#: value: no gradient wanted. value_and_grad: outside of autograd, into fresh memory. fresh, present: forward and
+#: backward with `.grad` None, whose freeing is timed too, and with a `.grad` to add to. step: an optimizer's step.
+Mode = Literal["value", "value_and_grad", "fresh", "present", "step"]
+MODES: tuple[Mode, ...] = ("value", "value_and_grad", "fresh", "present", "step")
+
+#: The bytes that each element of 4 bytes must move at least (DESIGN.md, section 10), here per byte of parameter.
+#: A step is an optimizer's own and has them in `optimizers.py`.
+PASSES: dict[Mode, int] = {"value": 1, "value_and_grad": 2, "fresh": 2, "present": 3}
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a time is a time of, besides the implementation."""
+
+    case: str
+    mode: Mode
+    device: str
+    dtype: str
+    capability: str  # the CPU's instruction set
+    threads: int
+    tensors: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Row(Circumstances):
+    """The time of one implementation of one mode on one case."""
+
+    implementation: str
+    role: Role
+    family: str  # within a mode, what is compared with what: the optimizer of a step, else ""
+    is_reference_limit: bool  # the limit that the ratios of this family and mode are to
+    bytes: int  # that any implementation of the mode must move
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    samples: int
+    calls_per_sample: int
+    gb_per_s: float
+    ratio_to_ours: float | None  # above 1: slower than ours; None: ours is not in the run
+    ratio_to_limit: float | None  # above 1: slower than the limit
+    value_error: float | None  # relative, to float64
+    gradient_error: float | None  # of the largest gradient, to float64; of a step, the step's
+    compile_s: float | None  # not part of the times
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """What one forward and backward with `.grad` None needs at its peak, above what was there before, and what of it
+    stays with the process when the gradients are freed, for the next step or for the system to take.
+    """
+
+    case: str
+    implementation: str
+    role: Role
+    parameter_bytes: int
+    peak_bytes: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True)
+class Absent:
+    """What a run left out, and why."""
+
+    case: str
+    what: str  # a mode, or memory
+    implementation: str
+    reason: str
+
+
+#: What one part of a run adds to its results.
+Record = Row | MemoryRow | Absent
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A target and what was measured for it; `measured` is None if this run did not measure it."""
+
+    claim: str
+    measured: float | None
+    target: float
+    at_least: bool
+
+    @property
+    def passed(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured >= self.target if self.at_least else self.measured <= self.target
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the times depend on, and nothing that says whose machine it is."""
+
+    cpu: str
+    cores: int
+    threads: int
+    capability: str
+    huge_pages: str
+    os: str
+    python: str
+    torch: str
+    fused_reg: str
+    build: dict[str, str]
+    commit: str
+    dirty: bool  # the working tree differed from the commit
+    date: str  # UTC, when the run started
+    load: float | None  # of the machine, over the minute before: what else it was doing
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run."""
+
+    machine: Machine
+    l1: float
+    l2: float
+    rows: Sequence[Row]
+    memory: Sequence[MemoryRow]
+    absent: Sequence[Absent]
+    figures: Sequence[Figure]
+
+    def write(self, path: Path) -> None:
+        """Write the JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(asdict(self), file, indent=1)
+                file.write("\n")
+            os.chmod(temporary, 0o644)  # mkstemp's files are the user's alone
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """The run that `write` wrote.
+
+        Raises:
+            TypeError: the file is of another version of the rows.
+        """
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return cls(
+            machine=Machine(**data["machine"]),
+            l1=data["l1"],
+            l2=data["l2"],
+            rows=[Row(**row) for row in data["rows"]],
+            memory=[MemoryRow(**row) for row in data["memory"]],
+            absent=[Absent(**row) for row in data["absent"]],
+            figures=[Figure(**figure) for figure in data["figures"]],
+        )
+
+    def find(self, case: str, mode: Mode, implementation: str, capability: str | None = None) -> Row | None:
+        """The row, by default of the instruction set that the machine chose itself."""
+        capability = capability or self.machine.capability
+        for row in self.rows:
+            key = (row.case, row.mode, row.implementation, row.capability)
+            if key == (case, mode, implementation, capability):
+                return row
+        return None
