@@ -17,7 +17,7 @@ from fused_reg import reference
 # checked three times as fast as larger ones.
 _PIECE = 1 << 18
 
-#: The contract (DESIGN.md, section 3); its gradient is compared bit by bit.
+#: The contract (README, Numerics); its gradient is compared bit by bit.
 OUR_VALUE_ERROR = 6e-8
 
 # Beyond these an implementation does another job. The float32 sums of `torch._foreach_norm` on the CPU are a few

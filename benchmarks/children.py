@@ -21,7 +21,7 @@ import torch
 from benchmarks.cases import CASES, Case
 from benchmarks.checks import Strengths
 from benchmarks.peers import COMPILED_LOOP, OURS, PEERS, Compiled, Peer
-from benchmarks.penalties import compute
+from benchmarks.penalties import clear, compute
 from benchmarks.race import Effort
 from benchmarks.rows import Absent, MemoryRow, Record, Row
 from benchmarks.timing import STRENGTHS, Measurement, Plan
@@ -62,16 +62,14 @@ def _memory(case: Case, peer: Peer, strengths: Strengths) -> dict[str, int]:
     penalty = compiled if peer.compiled else peer.penalty
     if not peer.compiled:  # a smaller list starts the threads; the real one would leave us with gradients to reuse
         compute(penalty, CASES["mlp"].make_params(torch.device("cpu"), torch.float32), strengths, "fresh")
-    for p in params:
-        p.grad = None
+    clear(params)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what compiling left behind
     _CLEAR_REFS.write_text("5")  # the peak restarts at what is there now
     before = _resident("VmRSS")
     compute(penalty, params, strengths, "fresh")
     peak = _resident("VmHWM") - before
-    for p in params:
-        p.grad = None
+    clear(params)
     return {"peak_bytes": peak, "kept_bytes": max(0, _resident("VmRSS") - before)}
 
 

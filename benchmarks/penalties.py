@@ -61,36 +61,48 @@ def penalty_contenders(problem: Problem, mode: Mode, peers: Sequence[Peer]) -> l
 
 
 def compute(penalty: Penalty, params: Sequence[Tensor], strengths: Strengths, mode: Mode) -> Tensor:
-    """One call of the mode, as it is timed."""
+    """The value, or forward and backward into the `.grad` that there is, or is not."""
     if mode == "value":
         with torch.no_grad():
             return penalty(params, strengths.l1, strengths.l2)
-    if mode == "fresh":
-        for p in params:
-            p.grad = None
     value = penalty(params, strengths.l1, strengths.l2)
     value.backward()
     return value
 
 
+def clear(params: Sequence[Tensor]) -> None:
+    """Free the gradients."""
+    for p in params:
+        p.grad = None
+
+
 def _composed(problem: Problem, mode: Mode, peer: Peer) -> Contender:
     penalty = problem.compiled(peer).penalty if peer.compiled else peer.penalty
-    call = partial(compute, penalty, problem.params, problem.strengths, mode)
+    once = partial(compute, penalty, problem.params, problem.strengths, mode)
+
+    def call() -> None:
+        once()
+        if mode == "fresh":  # the one who allocated them pays for freeing them
+            clear(problem.params)
 
     def verify() -> Errors:
         if mode == "value":
-            return problem.oracle.check(peer.role, call())
+            return problem.oracle.check(peer.role, once())
+        clear(problem.params)
         base = None
         if mode == "present":
             base = [p.detach() * 0.5 for p in problem.params]
             for p, gradient in zip(problem.params, base, strict=True):
                 p.grad = gradient.clone()
-        value = call()
-        return problem.oracle.check(peer.role, value.detach(), _gradients(problem.params), base)
+        value = once()
+        errors = problem.oracle.check(peer.role, value.detach(), _gradients(problem.params), base)
+        if mode == "fresh":
+            clear(problem.params)
+        return errors
 
     compile_s = None
     if peer.compiled:
-        compile_s = problem.compiled(peer).compile(call, wants_grad=mode != "value")
+        compile_s = problem.compiled(peer).compile(once, wants_grad=mode != "value")
     return _contender(problem, peer.name, peer.role, mode, call, verify, compile_s=compile_s)
 
 

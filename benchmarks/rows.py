@@ -18,7 +18,7 @@ Role = Literal["ours", "peer", "limit"]
 Mode = Literal["value", "value_and_grad", "fresh", "present", "step"]
 MODES: tuple[Mode, ...] = ("value", "value_and_grad", "fresh", "present", "step")
 
-#: The bytes that each element of 4 bytes must move at least (DESIGN.md, section 10), here per byte of parameter.
+#: The bytes that each element of 4 bytes must move at least, here per byte of parameter.
 #: A step is an optimizer's own and has them in `optimizers.py`.
 PASSES: dict[Mode, int] = {"value": 1, "value_and_grad": 2, "fresh": 2, "present": 3}
 

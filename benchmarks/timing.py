@@ -14,7 +14,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.checks import Errors, Strengths, WrongResultError
 from benchmarks.optimizers import step_contenders
 from benchmarks.peers import PEERS, Peer
-from benchmarks.penalties import Problem, penalty_contenders
+from benchmarks.penalties import Problem, clear, penalty_contenders
 from benchmarks.race import Contender, Effort, Timing, race
 from benchmarks.rows import Absent, Circumstances, Mode, Record, Row
 
@@ -71,8 +71,7 @@ class Measurement:
             timings = race(contenders, self._plan.effort)
         circumstances = asdict(self._circumstances(case, mode))
         rows = [_row(circumstances, *one) for one in zip(contenders, errors, timings, strict=True)]
-        for p in self._problem.params:
-            p.grad = None
+        clear(self._problem.params)
         gc.collect()
         reason = self._plan.not_compiled.get((case.name, mode), "")
         return [*_related(rows), *(Absent(case.name, mode, peer.name, reason) for peer in skipped)]

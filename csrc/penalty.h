@@ -26,22 +26,32 @@ FUSED_REG_INLINE Terms terms_of(double l1, double l2) {
   return static_cast<Terms>((l1 != 0 ? kL1 : kNone) | (l2 != 0 ? kL2 : kNone));
 }
 
+// sum + |w|
 template <class V>
-FUSED_REG_INLINE V l1_term(V w) {
+FUSED_REG_INLINE V add_l1_term(V sum, V w) {
   if constexpr (std::is_arithmetic_v<V>) {
-    return w < 0 ? -w : w;
+    return sum + (w < 0 ? -w : w);
   } else {  // clears the sign: one instruction, where compare and blend are two
     using Bits = decltype(w < w);
-    return (V)((Bits)w & ~(Bits)(-V{}));
+    return sum + (V)((Bits)w & ~(Bits)(-V{}));
   }
 }
 
-template <class V>
-FUSED_REG_INLINE V l2_term(V w) {
-  return w * w;
+// sum + w^2. MultiplyAdd says how: fused gives the same bits where the square is exact, as in float64 for elements of
+// 32 bits and less; for float64 elements it must round twice, on every machine.
+template <class MultiplyAdd, class V>
+FUSED_REG_INLINE V add_l2_term(V sum, V w) {
+  return MultiplyAdd::of(w, w, sum);
 }
 
-// A strength as scale and factor, so that  strength * sum(term(w)) = factor * sum(term(scale * w)).
+struct TwoRoundings {
+  template <class V>
+  static FUSED_REG_INLINE V of(V a, V b, V c) {
+    return a * b + c;
+  }
+};
+
+// A strength as scale and factor, so that  strength * sum of term(w) = factor * sum of term(scale * w).
 // The scale is a power of two and rounds nothing. With it, sums of float64 elements neither overflow nor
 // vanish where the penalty itself fits. Sums of narrower elements cannot, and are taken without it.
 struct ScaledStrength {

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-# Relative, of the true value: DESIGN's promises. The absolute part is the rounding of a subnormal result.
+# Relative, of the true value: the promises of the README. The absolute part is the rounding of a subnormal result.
 VALUE_TOLERANCE = {torch.float32: Fraction(6, 10**8), torch.float64: Fraction(4, 10**15)}
 SUBNORMAL_ROUNDING = {torch.float32: Fraction(1, 2**150), torch.float64: Fraction(1, 2**1075)}
 

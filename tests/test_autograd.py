@@ -1,4 +1,4 @@
-"""The penalty in autograd: derivatives of any order, graphs kept and broken, modes (HARD_CASES lines 27-30)."""
+"""The penalty in autograd: derivatives of any order, graphs kept and broken, modes (hard cases 27-30)."""
 
 import gc
 import weakref
@@ -35,7 +35,7 @@ def strengths_that_require_grad(device):
 @pytest.mark.parametrize("strengths", [{"l1": 0.3}, {"l2": 0.7}, {"l1": [0.1, 0.2, 0.3, 0.4, 0.5], "l2": 0.7}], ids=str)
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_gradcheck(check, strengths, device):
-    """Line 28."""
+    """Hard case 28."""
     params = smooth_list(device)
     assert check(lambda *p: fused_penalty(p, **strengths), params)
     assert check(lambda *p: fused_penalty(p, **strengths).square(), params)
@@ -44,7 +44,7 @@ def test_gradcheck(check, strengths, device):
 @pytest.mark.parametrize("kind", ["0-dim", "1-D", "0-dim and 1-D"])
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_gradcheck_in_the_strengths(check, kind, device):
-    """Line 28."""
+    """Hard case 28."""
     l1, l2 = strengths_that_require_grad(device)[kind]
     params = smooth_list(device)
     assert check(lambda a, b, *p: fused_penalty(p, l1=a, l2=b), (l1, l2, *params))
@@ -53,7 +53,7 @@ def test_gradcheck_in_the_strengths(check, kind, device):
 
 
 def test_gradcheck_in_a_sequence_of_floats_and_tensors(device):
-    """Lines 26, 28."""
+    """Hard cases 26, 28."""
     params = smooth_list(device)
     some = [torch.tensor(x, dtype=torch.float64, device=device, requires_grad=True) for x in (0.3, 0.6)]
 
@@ -65,7 +65,7 @@ def test_gradcheck_in_a_sequence_of_floats_and_tensors(device):
 
 
 def test_third_derivative(device):
-    """Line 28: of l2 w^2, twice in w and once in l2, is 2; of (l2 w^2)^2, three times in w, is 24 l2^2 w."""
+    """Hard case 28: of l2 w^2, twice in w and once in l2, is 2; of (l2 w^2)^2, three times in w, is 24 l2^2 w."""
     (w,) = leaves([draw(6, torch.float64, device)])
     l2 = torch.tensor(0.7, dtype=torch.float64, device=device, requires_grad=True)
     (first,) = torch.autograd.grad(fused_penalty(w, l1=0.3, l2=l2), w, create_graph=True)
@@ -83,7 +83,7 @@ def test_third_derivative(device):
 
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 def test_second_derivative_is_two_l2(dtype, device):
-    """Line 28: the L1 part has none."""
+    """Hard case 28: the L1 part has none."""
     params = leaves(draw_list(dtype, device))
     l2 = [0.25 * (i + 1) for i in range(len(params))]
     grads = torch.autograd.grad(fused_penalty(params, l1=0.3, l2=l2), params, create_graph=True)
@@ -96,7 +96,7 @@ def test_second_derivative_is_two_l2(dtype, device):
 @pytest.mark.parametrize("upstream", [1.0, 0.37, -2.0])
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 def test_create_graph_keeps_the_bits(dtype, upstream, device):
-    """Line 27: the gradient that can be differentiated is the gradient."""
+    """Hard case 27: the gradient that can be differentiated is the gradient."""
     params = leaves(draw_list(dtype, device))
     expected = gradients(reference.loop, params, upstream, **BOTH)
     penalty = fused_penalty(params, **BOTH)
@@ -108,7 +108,7 @@ def test_create_graph_keeps_the_bits(dtype, upstream, device):
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 @pytest.mark.parametrize("trained", ["l1", "l2"])
 def test_trained_strength_beside_a_float_keeps_the_bits(trained, dtype, upstream, device):
-    """Line 27: where one strength requires grad, in the parameters' dtype, and the other is a float, as in the loop."""
+    """Hard case 27: where one strength requires grad, in the parameters' dtype, and the other is a float, as in the loop."""
     params = [draw(n, dtype, device, seed=n) for n in (5, 1000)]
     for value in (0.1, 0.3, 1e-4 / 3, 2.7):
         strengths = {"l1": value, "l2": value}
@@ -118,7 +118,7 @@ def test_trained_strength_beside_a_float_keeps_the_bits(trained, dtype, upstream
 
 
 def test_gradient_of_the_strengths(device):
-    """Line 26: the sums of the terms, times the upstream gradient, in the strengths' own dtype and place."""
+    """Hard case 26: the sums of the terms, times the upstream gradient, in the strengths' own dtype and place."""
     params = leaves(mixed_list(device))
     l1 = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     l2 = torch.rand(len(params), device=device, requires_grad=True)
@@ -140,7 +140,7 @@ def test_strength_trained_over_frozen_parameters(device):
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 def test_retain_graph(dtype, upstream, device):
-    """Line 28: two backwards accumulate; the graph is gone after the second."""
+    """Hard case 28: two backwards accumulate; the graph is gone after the second."""
     params = leaves(draw_list(dtype, device))
     expected = gradients(reference.loop, params, upstream, **BOTH)
     loss = fused_penalty(params, **BOTH) * upstream
@@ -161,7 +161,7 @@ def test_retain_graph(dtype, upstream, device):
 
 
 def test_other_upstream_on_the_second_backward(device):
-    """Line 28: the buffers of the forward are handed over once, whatever was asked first."""
+    """Hard case 28: the buffers of the forward are handed over once, whatever was asked first."""
     params = leaves(draw_list(torch.float32, device))
     penalty = fused_penalty(params, **BOTH)
     for upstream in (0.37, 1.0, 1.0, -2.0):
@@ -171,7 +171,7 @@ def test_other_upstream_on_the_second_backward(device):
 
 
 def test_gradient_of_some_parameters(device):
-    """Line 28: `torch.autograd.grad` of a few of them."""
+    """Hard case 28: `torch.autograd.grad` of a few of them."""
     params = leaves(draw_list(torch.float32, device))
     expected = gradients(reference.loop, params, 0.37, **BOTH)
     for wanted in ([8], [2, 9], [9, 2, 0]):
@@ -184,7 +184,7 @@ def test_gradient_of_some_parameters(device):
 
 @pytest.mark.parametrize("index", [0, 3, 9])
 def test_in_place_change_before_backward(index, device):
-    """Line 29: torch's own error."""
+    """Hard case 29: torch's own error."""
     params = leaves(draw_list(torch.float32, device))
     penalty = fused_penalty(params, **BOTH)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_in_place_change_before_backward(index, device):
 
 
 def test_in_place_change_of_a_frozen_parameter(device):
-    """Line 29: is no error, because its gradient is not wanted."""
+    """Hard case 29: is no error, because its gradient is not wanted."""
     trained, frozen = draw(10, device=device).requires_grad_(), draw(10, device=device)
     penalty = fused_penalty([trained, frozen], **BOTH)
     frozen.zero_()
@@ -205,7 +205,7 @@ def test_in_place_change_of_a_frozen_parameter(device):
 
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 def test_two_penalties_in_one_loss(dtype, device):
-    """Line 30."""
+    """Hard case 30."""
     params = leaves(draw_list(dtype, device))
     loss = fused_penalty(params, l1=0.1) + 0.5 * fused_penalty(params[3:], l2=1 / 3)
     loss.backward()
@@ -215,7 +215,7 @@ def test_two_penalties_in_one_loss(dtype, device):
 
 
 def test_penalty_beside_a_loss(device):
-    """Line 30: the gradients add up, over several steps."""
+    """Hard case 30: the gradients add up, over several steps."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 1)).to(device)
     x, y = draw((64, 20), device=device), draw((64, 1), device=device, seed=1)
@@ -251,7 +251,7 @@ def test_sgd_weight_decay_is_half(device):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(use_reentrant, device):
-    """Line 30."""
+    """Hard case 30."""
     params = leaves(draw_list(torch.float32, device))
     loss = checkpoint(lambda *p: fused_penalty(p, **BOTH) * 0.37, *params, use_reentrant=use_reentrant)
     loss.backward()
@@ -278,7 +278,7 @@ def test_opcheck(device):
 
 
 def test_graph_dies_without_the_garbage_collector(device):
-    """Line 38: no reference cycle, neither before nor after a backward."""
+    """Hard case 38: no reference cycle, neither before nor after a backward."""
     gc.collect()
     gc.disable()
     try:

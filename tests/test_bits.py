@@ -1,4 +1,4 @@
-"""The same bits for any thread count, repeated runs, memory alignment and instruction set (DESIGN section 3)."""
+"""The same bits for any thread count, repeated runs, memory alignment and instruction set (README, Numerics)."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ def _results(params, **strengths):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
 def test_thread_counts(dtype, device, threads):
-    """Line 33; ``None`` is a list of all dtypes."""
+    """Hard case 33; ``None`` is a list of all dtypes."""
     params = _large_list(dtype, device) if dtype else mixed_list(device, ((300_001,), (0,), (17,), (123, 456), (77,)))
     results = []
     for count in THREADS:
@@ -65,7 +65,7 @@ def test_every_pass_gives_the_same_value(strengths, device):
 @pytest.mark.parametrize("offset", range(16))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_storage_offsets(dtype, offset, device):
-    """Line 13: parameters that no vector load is aligned to, with gradients that are aligned."""
+    """Hard case 13: parameters that no vector load is aligned to, with gradients that are aligned."""
     for size in (1, 3, 17, 257, CHUNK + 1, 50_000):
         aligned = draw(size, dtype, device)
         memory = torch.full((offset + size + 5,), float("nan"), dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""The memory of gradients: theirs alone while anything refers to it, and not growing (HARD_CASES lines 32, 38)."""
+"""The memory of gradients: theirs alone while anything refers to it, and not growing (hard cases 32, 38)."""
 
 import copy
 import gc
@@ -56,7 +56,7 @@ WAYS = ("value_and_grad", "grad", "rescaled grad", ".grad")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_held_gradients_do_not_change(dtype, way, device):
-    """Line 32: gradients of many steps, all kept, each right until the end and none in another's memory."""
+    """Hard case 32: gradients of many steps, all kept, each right until the end and none in another's memory."""
     held, expected = [], []
     for step in range(6):
         grads = take_gradients(step_params(step, device, dtype), way)
@@ -95,7 +95,7 @@ def _content(holder) -> bytes:
 @pytest.mark.parametrize("size", [16_384, 40_000])
 @pytest.mark.parametrize("name", HOLDERS)
 def test_whatever_refers_to_a_gradient_keeps_its_memory(name, size):
-    """Line 32: the tensor itself is gone."""
+    """Hard case 32: the tensor itself is gone."""
     grad = value_and_grad(draw(size), l1=0.1, l2=0.3)[1][0]
     holder = HOLDERS[name](grad)
     before = _content(holder)
@@ -109,7 +109,7 @@ def test_whatever_refers_to_a_gradient_keeps_its_memory(name, size):
 @pytest.mark.parametrize("size", [1000, 40_000])
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
 def test_grad_is_not_written_by_later_steps(upstream, size, device):
-    """Line 32: the alias that a user keeps of `.grad` stays; `.grad` itself accumulates."""
+    """Hard case 32: the alias that a user keeps of `.grad` stays; `.grad` itself accumulates."""
     w = draw(size, device=device)
     (leaf,) = leaves([w])
     once = gradients(reference.loop, [w], upstream, l1=0.1, l2=0.3)[0]
@@ -128,7 +128,7 @@ def test_grad_is_not_written_by_later_steps(upstream, size, device):
 
 
 def test_gradients_of_one_call_are_disjoint(device):
-    """Line 32: also where one tensor stands in the list twice, and apart from the parameters."""
+    """Hard case 32: also where one tensor stands in the list twice, and apart from the parameters."""
     w = draw(40_000, device=device)
     params = [w, w, w[:20_000], *step_params(0, device)]
     assert_disjoint([w, *params[3:], *value_and_grad(params, l1=0.1)[1]])
@@ -138,7 +138,7 @@ def test_gradients_of_one_call_are_disjoint(device):
 
 
 def test_gradient_in_a_training_loop(device):
-    """Line 32: with each way to clear gradients, and momentum buffers that start as clones of them."""
+    """Hard case 32: with each way to clear gradients, and momentum buffers that start as clones of them."""
     for set_to_none in (True, False):
         params = leaves(step_params(0, device))
         loop_params = leaves([p.detach().clone() for p in params])
@@ -154,7 +154,7 @@ def test_gradient_in_a_training_loop(device):
 
 @pytest.mark.parametrize("size", [1000, 40_000])
 def test_resized_gradient(size):
-    """Line 32: larger, smaller, and through the storage."""
+    """Hard case 32: larger, smaller, and through the storage."""
     for new_size in (size + 1, 3 * size, size // 2, 0):
         grad = value_and_grad(w := draw(size), l1=0.1, l2=0.3)[1][0]
         before = grad.clone()
@@ -172,7 +172,7 @@ def test_resized_gradient(size):
 
 @pytest.mark.parametrize("size", [1000, 40_000])
 def test_copied_gradient(size):
-    """Line 32: deepcopy, pickle, `torch.save`, `share_memory_`."""
+    """Hard case 32: deepcopy, pickle, `torch.save`, `share_memory_`."""
     grad = value_and_grad(draw(size), l1=0.1, l2=0.3)[1][0]
     before = grad.clone()
     file = io.BytesIO()
@@ -207,7 +207,7 @@ def test_gradient_swapped_into_a_parameter(device):
 
 
 def test_many_threads_take_and_release_gradients():
-    """Lines 32, 33: gradients made in one thread and released in another."""
+    """Hard cases 32, 33: gradients made in one thread and released in another."""
     errors, handed_over = [], []
     lock = threading.Lock()
 
@@ -251,7 +251,7 @@ def _growth(work, warm_up: int, count: int) -> int:
 
 @needs_proc
 def test_memory_is_flat():
-    """Line 38: 20,000 calls; a leak of one small tensor in each would be megabytes."""
+    """Hard case 38: 20,000 calls; a leak of one small tensor in each would be megabytes."""
     params = leaves([torch.ones(3), torch.ones(2)])
 
     def work():
@@ -266,7 +266,7 @@ def test_memory_is_flat():
 @needs_proc
 @pytest.mark.slow
 def test_memory_is_flat_over_100_000_calls():
-    """Line 38: every call there is, errors included."""
+    """Hard case 38: every call there is, errors included."""
     params = leaves([torch.ones(3), torch.ones(2)])
     l1 = torch.tensor(0.1, requires_grad=True)
 
@@ -283,7 +283,7 @@ def test_memory_is_flat_over_100_000_calls():
 
 @needs_proc
 def test_memory_of_gradients_is_bounded():
-    """Line 38: lists of changing sizes, held and released out of order, never keep more than their peak needs."""
+    """Hard case 38: lists of changing sizes, held and released out of order, never keep more than their peak needs."""
     rng = np.random.default_rng(0)
     held = []
 

@@ -1,4 +1,4 @@
-"""The gradient: the loop's bits for float32 and float64, one rounding for bfloat16 and float16 (DESIGN section 3)."""
+"""The gradient: the loop's bits for float32 and float64, one rounding for bfloat16 and float16 (README, Numerics)."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_list(strengths, dtype, device):
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 @TERM_CASES
 def test_upstream(strengths, upstream, dtype, device):
-    """Line 27."""
+    """Hard case 27."""
     assert_loop_gradient(draw_list(dtype, device), upstream, **strengths)
 
 
@@ -62,13 +62,13 @@ def test_random_strengths_and_upstream(dtype, device):
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size, dtype, device):
-    """Line 5."""
+    """Hard case 5."""
     assert_loop_gradient([draw(size, dtype, device)], l1=0.1, l2=1 / 3)
 
 
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 def test_every_small_size(dtype, device):
-    """Line 5: every tail, every term."""
+    """Hard case 5: every tail, every term."""
     whole = draw(300, dtype, device)
     for strengths in TERMS.values():
         expected = gradients(reference.loop, [whole], **strengths)[0]
@@ -79,7 +79,7 @@ def test_every_small_size(dtype, device):
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 @pytest.mark.parametrize("name", [name for name, dtypes, *_ in CONTENTS if torch.float32 in dtypes])
 def test_adversarial_content(name, dtype, device):
-    """Line 23: subnormals are kept, large squares are not met."""
+    """Hard case 23: subnormals are kept, large squares are not met."""
     content, l1, l2 = next(rest for n, _, *rest in CONTENTS if n == name)
     assert_loop_gradient([content(2000).to(device, dtype)], l1=l1, l2=l2)
     assert_loop_gradient([content(2000).to(device, dtype)], 1e-3, l2=l2)
@@ -92,7 +92,7 @@ SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, -1e-310, 1e-40, -1e
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 @TERM_CASES
 def test_special_values(strengths, upstream, dtype, device):
-    """Line 23: NaN, infinities, zeros of both signs and subnormals, as torch treats them."""
+    """Hard case 23: NaN, infinities, zeros of both signs and subnormals, as torch treats them."""
     w = torch.tensor(SPECIAL * 3, dtype=torch.float64, device=device).to(dtype)
     assert_loop_gradient([w], upstream, **strengths)
 
@@ -107,7 +107,7 @@ def test_subgradient_at_zero_is_positive_zero(dtype, device):
 
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 def test_mixed_dtypes(upstream, device):
-    """Line 18: every parameter has the gradient it has alone, also with an upstream gradient in float64."""
+    """Hard case 18: every parameter has the gradient it has alone, also with an upstream gradient in float64."""
     params = mixed_list(device)
     strengths = STRENGTHS["per parameter"]
     grads = gradients(fused_penalty, params, upstream, **strengths)
@@ -181,7 +181,7 @@ def test_half_precision_keeps_both_terms(dtype, device):
 @pytest.mark.parametrize("upstream", [math.inf, -math.inf, math.nan, 0.0])
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_half_precision_special_upstream(dtype, upstream, device):
-    """Line 27: as the loop in float32, then rounded."""
+    """Hard case 27: as the loop in float32, then rounded."""
     w = draw(500, dtype, device)
     for strengths in TERMS.values():
         expected = gradients(reference.loop, [w.float()], upstream, **strengths)[0].to(dtype)
@@ -199,7 +199,7 @@ def test_half_precision_is_the_float32_loop_rounded(dtype, device):
 
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 def test_upstream_from_a_composed_loss(dtype, device):
-    """Line 27: a float64 factor behind a float32 value, an expanded gradient, a loss that divides."""
+    """Hard case 27: a float64 factor behind a float32 value, an expanded gradient, a loss that divides."""
     params = draw_list(dtype, device)
 
     def losses(penalty):

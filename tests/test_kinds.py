@@ -1,4 +1,4 @@
-"""Kinds of tensors: dtypes, layouts, subclasses, flags (HARD_CASES lines 15, 17-21)."""
+"""Kinds of tensors: dtypes, layouts, subclasses, flags (hard cases 15, 17-21)."""
 
 import re
 import subprocess
@@ -37,7 +37,7 @@ def assert_refused(function, wrong, rule):
     ids=str,
 )
 def test_not_floating_point(dtype, function):
-    """Line 19."""
+    """Hard case 19."""
     assert_refused(function, torch.ones(3).to(dtype), f"floating point, got {dtype}")
 
 
@@ -46,7 +46,7 @@ def test_not_floating_point(dtype, function):
     "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=str
 )
 def test_float8(dtype, function):
-    """Line 19."""
+    """Hard case 19."""
     assert_refused(function, torch.ones(3).to(dtype), f"{FLOATS}, got {dtype}")
 
 
@@ -64,14 +64,14 @@ def test_float8(dtype, function):
     ids=lambda x: str(x) if isinstance(x, torch.layout) else "",
 )
 def test_sparse(make, layout, function):
-    """Line 19."""
+    """Hard case 19."""
     assert_refused(function, make(torch.eye(4)), f"dense (torch.strided), got {layout}")
 
 
 @FUNCTIONS
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without mkldnn")
 def test_mkldnn(function):
-    """Line 19."""
+    """Hard case 19."""
     assert_refused(function, torch.ones(3, 3).to_mkldnn(), "dense (torch.strided), got torch._mkldnn")
 
 
@@ -79,7 +79,7 @@ def test_mkldnn(function):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch: quantized tensors are deprecated
 @pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8], ids=str)
 def test_quantized(dtype, function):
-    """Line 19."""
+    """Hard case 19."""
     per_tensor = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, dtype)
     per_channel = torch.quantize_per_channel(torch.ones(3, 3), torch.ones(3), torch.zeros(3), 0, dtype)
     for wrong in (per_tensor, per_channel):
@@ -90,7 +90,7 @@ def test_quantized(dtype, function):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch: nested tensors are a prototype
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 def test_nested(layout, function):
-    """Line 19."""
+    """Hard case 19."""
     nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=layout)
     assert_refused(function, nested, "one dense tensor, got a nested tensor")
 
@@ -98,13 +98,13 @@ def test_nested(layout, function):
 @FUNCTIONS
 @pytest.mark.parametrize("kind", [torch.nn.UninitializedParameter, torch.nn.parameter.UninitializedBuffer])
 def test_uninitialized(kind, function):
-    """Line 19."""
+    """Hard case 19."""
     rule = f"initialized, got {kind.__name__}; run the module once so that it knows its shapes"
     assert_refused(function, kind(), rule)
 
 
 def test_lazy_module_works_once_it_ran(device):
-    """Line 19."""
+    """Hard case 19."""
     model = torch.nn.LazyLinear(3)
     with raises(
         TypeError,
@@ -131,7 +131,7 @@ def test_lazy_module_works_once_it_ran(device):
     ids=str,
 )
 def test_result_dtype(dtypes, expected, device):
-    """Line 18: float64 if any parameter is, else float32; gradients in each parameter's own."""
+    """Hard case 18: float64 if any parameter is, else float32; gradients in each parameter's own."""
     params = [draw(9, dtype, device, i) for i, dtype in enumerate(dtypes)]
     value, grads = value_and_grad(params, l1=0.5)
     assert value.dtype == fused_penalty(params, l1=0.5).dtype == expected
@@ -144,7 +144,7 @@ def test_result_dtype(dtypes, expected, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_meta(requires_grad, dtype):
-    """Line 20."""
+    """Hard case 20."""
     w = torch.empty((3, 5), dtype=dtype, device="meta").t().requires_grad_(requires_grad)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     penalty = fused_penalty([w, w], l1=0.5)
@@ -159,7 +159,7 @@ def test_meta(requires_grad, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fake(dtype):
-    """Line 20."""
+    """Hard case 20."""
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     with FakeTensorMode():
         w = torch.empty((3, 5), dtype=dtype, requires_grad=True)
@@ -175,7 +175,7 @@ def test_fake(dtype):
 
 @FUNCTIONS
 def test_meta_among_others(function):
-    """Line 18: devices that do not go together are named."""
+    """Hard case 18: devices that do not go together are named."""
     with raises(ValueError, f"{function.__name__}: params[1] must be on cpu, as params[0], got meta"):
         function([torch.ones(3), torch.ones(3, device="meta")], l1=0.5)
 
@@ -195,7 +195,7 @@ class _Dataless(torch.Tensor):
 @FUNCTIONS
 @pytest.mark.parametrize("position", [0, 1])
 def test_subclass_without_data(position, function):
-    """Line 20: its own error."""
+    """Hard case 20: its own error."""
     params = [torch.ones(5), torch.ones(5)]
     params[position] = _Dataless(torch.ones(5))
     with pytest.raises(NotImplementedError, match=r"_Dataless does not know fused_reg\."):
@@ -228,7 +228,7 @@ for function in (fused_penalty, value_and_grad):
 
 
 def test_subclass_without_data_that_passes_operators_on():
-    """Line 20: an error, never a crash, where a wrapper claims to be a plain tensor. (A crash ends the script.)"""
+    """Hard case 20: an error, never a crash, where a wrapper claims to be a plain tensor. (A crash ends the script.)"""
     done = subprocess.run([sys.executable, "-c", _PASSING], capture_output=True, text=True, timeout=120)
     rule = "must have memory of its own, got a tensor subclass without"
     names = ("fused_penalty", "value_and_grad")
@@ -251,7 +251,7 @@ def test_subclass_with_data(device):
 
 
 def test_negative_and_conjugate_views(device):
-    """Line 15: the right sign, also where only a flag says so."""
+    """Hard case 15: the right sign, also where only a flag says so."""
     w = draw((6, 50), device=device)
     z = torch.complex(w, draw((6, 50), device=device, seed=1))
     for view in (torch._neg_view(w), z.conj().imag, z.conj().real, torch._neg_view(w).t(), torch._neg_view(w)[:, ::2]):
@@ -271,7 +271,7 @@ def test_negative_and_conjugate_views(device):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_read_only_memory(requires_grad, tmp_path):
-    """Line 17: a file that is mapped for reading; a write would end the process."""
+    """Hard case 17: a file that is mapped for reading; a write would end the process."""
     expected = draw(70_000, device="cpu")
     expected.numpy().tofile(tmp_path / "weights")
     w = torch.from_numpy(np.memmap(tmp_path / "weights", np.float32, "r")).requires_grad_(requires_grad)
@@ -286,7 +286,7 @@ def test_read_only_memory(requires_grad, tmp_path):
 
 
 def test_shared_memory():
-    """Line 17."""
+    """Hard case 17."""
     w = draw(70_000)
     shared = w.clone().share_memory_()
     assert_same_bits(gradients(fused_penalty, [shared], 0.37, l1=0.1), gradients(fused_penalty, [w], 0.37, l1=0.1))
@@ -296,7 +296,7 @@ def test_shared_memory():
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
 @pytest.mark.parametrize("frozen", [(0,), (1, 4, 8), (10,), tuple(range(10))])
 def test_frozen_parameters(frozen, upstream, device):
-    """Line 21: counted in the value, no gradient; the others' gradients do not move."""
+    """Hard case 21: counted in the value, no gradient; the others' gradients do not move."""
     params = mixed_list(device)
     l1, l2 = [0.1 * i for i in range(11)], [0.7 / (i + 1) for i in range(11)]
     expected = gradients(fused_penalty, params, upstream, l1=l1, l2=l2)
@@ -312,7 +312,7 @@ def test_frozen_parameters(frozen, upstream, device):
 
 
 def test_all_frozen(device):
-    """Line 21."""
+    """Hard case 21."""
     params = draw_list(torch.float32, device)
     penalty = fused_penalty(params, l1=0.1)
     assert not penalty.requires_grad

@@ -1,4 +1,4 @@
-"""Strides, and the layout of gradients (HARD_CASES lines 10-14)."""
+"""Strides, and the layout of gradients (hard cases 10-14)."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def make(layout, dtype, device):
 @EVERY_LAYOUT
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_value(dtype, layout, device):
-    """Lines 10, 11: every logical element counts once, an expanded one as often as it appears."""
+    """Hard cases 10, 11: every logical element counts once, an expanded one as often as it appears."""
     w = make(layout, dtype, device)
     for params in ([w], [draw(5, dtype, device), w, draw(3, dtype, device, seed=1)]):
         assert_value(fused_penalty(params, l1=0.1, l2=0.3), params, 0.1, 0.3)
@@ -30,7 +30,7 @@ def test_value(dtype, layout, device):
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
 def test_gradient(upstream, dtype, layout, device):
-    """Lines 10, 11: the loop's, of every logical element."""
+    """Hard cases 10, 11: the loop's, of every logical element."""
     params = [draw(5, dtype, device), make(layout, dtype, device), draw(3, dtype, device, seed=1)]
     strengths = {"l1": [0.1, 0.2, 0.3], "l2": [0.3, 0.7, 0.9]}
     expected = gradients(reference.loop, params, upstream, **strengths)
@@ -42,7 +42,7 @@ def test_gradient(upstream, dtype, layout, device):
 @EVERY_LAYOUT
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 def test_gradient_of_the_memory_behind(dtype, layout, device):
-    """Lines 9, 11: through the view to the leaf, where overlapping elements add up."""
+    """Hard cases 9, 11: through the view to the leaf, where overlapping elements add up."""
     (memory,) = leaves([draw((300, 300), dtype, device)])
     w = make(layout, dtype, device)
     view = memory.as_strided(w.shape, w.stride(), w.storage_offset())
@@ -55,7 +55,7 @@ def test_gradient_of_the_memory_behind(dtype, layout, device):
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_gradient_has_the_parameters_strides(dtype, layout, device):
-    """Line 10: from every way to a gradient, and in `.grad`."""
+    """Hard case 10: from every way to a gradient, and in `.grad`."""
     w = make(layout, dtype, device)
     (leaf,) = leaves([w])
     for upstream in (None, 0.37):
@@ -68,7 +68,7 @@ def test_dense_gradient_has_the_parameters_strides(dtype, layout, device):
 
 @pytest.mark.parametrize("layout", NOT_DENSE)
 def test_other_gradients_are_dense(layout, device):
-    """Line 11: own memory, no element of it shared."""
+    """Hard case 11: own memory, no element of it shared."""
     w = make(layout, torch.float32, device)
     for grad in (value_and_grad(w, l1=0.1)[1][0], gradients(fused_penalty, [w], l1=0.1)[0]):
         assert grad.shape == w.shape
@@ -87,7 +87,7 @@ COPIES = {"aten::clone", "aten::copy_", "aten::contiguous"}
 
 @pytest.mark.parametrize("layout", DENSE)
 def test_dense_is_not_copied(layout, device):
-    """Line 10: neither the parameter nor its gradient on the way to `.grad`."""
+    """Hard case 10: neither the parameter nor its gradient on the way to `.grad`."""
     (leaf,) = leaves([make(layout, torch.float32, device)])
 
     def step():
@@ -109,7 +109,7 @@ def test_the_profile_sees_copies(device):
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
 def test_grad_with_other_strides(upstream, dtype, device):
-    """Line 14: accumulated into a `.grad` whose strides differ from its parameter's."""
+    """Hard case 14: accumulated into a `.grad` whose strides differ from its parameter's."""
     w, grad = draw((30, 40), dtype, device), draw((40, 30), dtype, device, seed=1).t()
     (leaf,) = leaves([w])
     leaf.grad = grad.clone(memory_format=torch.preserve_format)

@@ -1,4 +1,4 @@
-"""The list of parameters: what it may be, and what it may hold (HARD_CASES lines 1-9)."""
+"""The list of parameters: what it may be, and what it may hold (hard cases 1-9)."""
 
 import re
 import types
@@ -21,7 +21,7 @@ def raises(error, text):
 @pytest.mark.parametrize("strengths", [{}, {"l1": 1.0}, {"l1": [], "l2": []}, {"l2": torch.tensor(0.5)}])
 @pytest.mark.parametrize("make", [list, tuple, lambda: iter(()), torch.nn.ParameterList, dict.fromkeys([]).values])
 def test_empty(make, strengths):
-    """Line 1."""
+    """Hard case 1."""
     value = fused_penalty(make(), **strengths)
     assert_same_bits([value], [torch.zeros(())])
     assert value.device.type == "cpu"
@@ -46,7 +46,7 @@ def test_empty(make, strengths):
     ids=["list", "tuple", "iterator", "generator", "values", "ParameterDict", "ParameterList", "keys"],
 )
 def test_iterables(make, device):
-    """Line 2: each is read once."""
+    """Hard case 2: each is read once."""
     params = [torch.nn.Parameter(p) for p in draw_list(torch.float32, device)]
     strengths = {"l1": 0.1, "l2": [0.1 * i for i in range(len(params))]}
     expected, expected_grads = value_and_grad(params, **strengths)
@@ -57,7 +57,7 @@ def test_iterables(make, device):
 
 
 def test_modules_parameters(device):
-    """Line 2: `parameters()`, and what it holds after a parameter was tied to another."""
+    """Hard case 2: `parameters()`, and what it holds after a parameter was tied to another."""
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU(), torch.nn.Linear(7, 5)).to(device)
     model[2].weight = model[0].weight
     value = fused_penalty(model.parameters(), l1=0.1, l2=0.2)
@@ -66,7 +66,7 @@ def test_modules_parameters(device):
 
 @pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4), (0, 3)])
 def test_one_tensor(shape, device):
-    """Line 2: a tensor is one parameter, not its rows."""
+    """Hard case 2: a tensor is one parameter, not its rows."""
     w = draw(shape, device=device)
     value, grads = value_and_grad(w, l1=[0.1], l2=torch.tensor([0.2]))
     assert len(grads) == 1
@@ -88,7 +88,7 @@ def test_one_tensor(shape, device):
     ids=lambda x: type(x).__name__,
 )
 def test_non_tensors_inside(wrong, described, function, device):
-    """Line 3: after the error the next call works."""
+    """Hard case 3: after the error the next call works."""
     w = draw(3, device=device)
     with raises(TypeError, f"{function.__name__}: params[1] must be a tensor, got {described}"):
         function([w, wrong, w], l1=0.5)
@@ -97,7 +97,7 @@ def test_non_tensors_inside(wrong, described, function, device):
 
 @FUNCTIONS
 def test_not_a_list(function):
-    """Line 3."""
+    """Hard case 3."""
     name = function.__name__
     with raises(TypeError, f"{name}: params must be tensors, got the module Linear; pass its `.parameters()`"):
         function(torch.nn.Linear(2, 2))
@@ -129,7 +129,7 @@ def test_exception_of_the_iterable_comes_out(error, function):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("empty_at", [(0,), (1,), (4,), (0, 1, 4, 5, 6), (2, 3)])
 def test_empty_tensors_among_others(empty_at, dtype, device):
-    """Line 4: first, in the middle, last."""
+    """Hard case 4: first, in the middle, last."""
     full = [draw(n, dtype, device, seed=n) for n in (5, CHUNK + 1, 300)]
     params = []
     for i in range(max(empty_at) + 4):
@@ -144,7 +144,7 @@ def test_empty_tensors_among_others(empty_at, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 3, 10_000])
 def test_all_empty(count, dtype, device):
-    """Line 4: 0, and empty gradients."""
+    """Hard case 4: 0, and empty gradients."""
     params = [torch.empty((0, i), dtype=dtype, device=device, requires_grad=True) for i in range(count)]
     value = fused_penalty(params, l1=0.5, l2=0.25)
     expected = torch.zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
@@ -154,7 +154,7 @@ def test_all_empty(count, dtype, device):
 
 
 def test_ten_thousand_tensors(device):
-    """Line 6: the gradient of each."""
+    """Hard case 6: the gradient of each."""
     params = list(draw(20_000, device=device).split([i % 5 for i in range(10_000)]))
     params[7_777] = draw(200_001, device=device, seed=1)
     l1 = [0.001 * (i % 1000) for i in range(10_000)]
@@ -168,7 +168,7 @@ def test_ten_thousand_tensors(device):
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
 @pytest.mark.parametrize("strengths", [{"l1": 0.1}, {"l2": 1 / 3}, {"l1": 0.1, "l2": 1 / 3}], ids=["l1", "l2", "both"])
 def test_same_tensor_twice(strengths, upstream, dtype, device):
-    """Line 8: it counts twice. With both terms the loop adds its four parts in another order: 1 ulp."""
+    """Hard case 8: it counts twice. With both terms the loop adds its four parts in another order: 1 ulp."""
     w, other = draw(1000, dtype, device), draw(50, dtype, device, seed=1)
 
     def twice(function):
@@ -188,7 +188,7 @@ def test_same_tensor_twice(strengths, upstream, dtype, device):
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
 def test_overlapping_views(upstream, dtype, device):
-    """Line 9: of one storage, each with its own strengths."""
+    """Hard case 9: of one storage, each with its own strengths."""
     w = draw((40, 30), dtype, device)
     strengths = {"l1": [0.1, 0.2, 0.3], "l2": [0.7, 0.0, 1 / 3]}
 

@@ -1,4 +1,4 @@
-"""Import of a compiled part that does not fit (HARD_CASES lines 36, 37): one error that says how to mend it."""
+"""Import of a compiled part that does not fit (hard cases 36, 37): one error that says how to mend it."""
 
 import os
 import re
@@ -65,7 +65,7 @@ def test_copy_is_what_is_imported(package):
 
 
 def test_built_with_another_torch(package):
-    """Line 37: both versions, and the command."""
+    """Hard case 37: both versions, and the command."""
     other = re.sub(r"\d", "9", BUILT)
     patch(package, MARK + BUILT.encode(), MARK + other.encode())
     running = re.escape(torch.__version__)
@@ -86,12 +86,12 @@ def test_built_with_another_torch(package):
     ],
 )
 def test_which_versions_fit(built, running, fits):
-    """Line 37: torch keeps its C++ interface within a minor release; `2.1` is not `2.13`."""
+    """Hard case 37: torch keeps its C++ interface within a minor release; `2.1` is not `2.13`."""
     assert (_ops._release(built) == _ops._release(running)) == fits
 
 
 def test_no_mark(package):
-    """Line 37: a library that does not say what it was built with."""
+    """Hard case 37: a library that does not say what it was built with."""
     patch(package, MARK, MARK.replace(b"built", b"BUILT"))
     assert_import_error(
         package,
@@ -100,7 +100,7 @@ def test_no_mark(package):
 
 
 def test_library_that_does_not_load(package):
-    """Line 37: a symbol that this torch does not have, as after a change of its C++ interface."""
+    """Hard case 37: a symbol that this torch does not have, as after a change of its C++ interface."""
     patch(package, b"_ZN5torch7Library", b"_ZN5torch7LibrarX")
     version = re.escape(torch.__version__)
     pattern = (
@@ -111,20 +111,20 @@ def test_library_that_does_not_load(package):
 
 
 def test_library_of_another_kind(package):
-    """Line 37: not a library at all, though it has the mark."""
+    """Hard case 37: not a library at all, though it has the mark."""
     library_of(package).write_bytes(b"\x00" * 64 + MARK + BUILT.encode() + b"\x00")
     pattern = rf"built with torch {re.escape(BUILT)}, which torch .* cannot load \(.*\); build it again with {MEND}"
     assert_import_error(package, pattern)
 
 
 def test_library_is_missing(package):
-    """Line 37."""
+    """Hard case 37."""
     library_of(package).unlink()
     assert_import_error(package, f"the compiled part is missing; build it with {MEND}")
 
 
 def test_works_without_a_cuda_device(package):
-    """Line 36: no device is visible; import and the CPU work."""
+    """Hard case 36: no device is visible; import and the CPU work."""
     statement = (
         "import os; os.environ['CUDA_VISIBLE_DEVICES'] = ''; import torch, fused_reg; "
         "print(fused_reg.fused_penalty(torch.ones(3), l1=0.5).item())"

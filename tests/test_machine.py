@@ -1,4 +1,4 @@
-"""Threads, forks and signals (HARD_CASES lines 33, 34)."""
+"""Threads, forks and signals (hard cases 33, 34)."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def all_results(params):
 
 
 def test_eight_python_threads():
-    """Line 33: at once, over the same parameters and over their own."""
+    """Hard case 33: at once, over the same parameters and over their own."""
     shared = large_list()
     expected = all_results(shared)
     start = threading.Barrier(8)
@@ -52,7 +52,7 @@ def test_eight_python_threads():
 
 
 def test_one_thread(threads):
-    """Line 33."""
+    """Hard case 33."""
     params = large_list()
     expected = all_results(params)
     threads(1)
@@ -60,7 +60,7 @@ def test_one_thread(threads):
 
 
 def test_backward_in_another_thread():
-    """Line 33."""
+    """Hard case 33."""
     params = leaves(large_list())
     penalty = 0.37 * fused_penalty(params, **BOTH)
     with ThreadPoolExecutor(1) as pool:
@@ -69,7 +69,7 @@ def test_backward_in_another_thread():
 
 
 def test_error_in_a_thread_comes_out_once():
-    """Line 34: in the thread that called, and nowhere else; the next calls work."""
+    """Hard case 34: in the thread that called, and nowhere else; the next calls work."""
     wrong = [torch.ones(3), torch.ones(3, dtype=torch.int64)]
     with ThreadPoolExecutor(4) as pool:
         errors = [pool.submit(fused_penalty, wrong, l1=0.5).exception(TIMEOUT) for _ in range(8)]
@@ -132,7 +132,7 @@ FORK = """
 
 
 def test_after_fork():
-    """Line 33: a child, and a child of a child, compute the same bits; then the parent does."""
+    """Hard case 33: a child, and a child of a child, compute the same bits; then the parent does."""
     script = (
         FORK
         + """
@@ -153,7 +153,7 @@ def test_after_fork():
 
 
 def test_in_workers_of_a_data_loader():
-    """Line 33."""
+    """Hard case 33."""
     script = (
         FORK
         + """
@@ -179,7 +179,7 @@ def test_in_workers_of_a_data_loader():
 
 
 def test_ctrl_c():
-    """Line 34: a loop of long calls ends with KeyboardInterrupt."""
+    """Hard case 34: a loop of long calls ends with KeyboardInterrupt."""
     script = """
     import torch
     from fused_reg import value_and_grad

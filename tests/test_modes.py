@@ -1,4 +1,4 @@
-"""Modes, hooks and transforms around the penalty (HARD_CASES lines 21, 30, 31)."""
+"""Modes, hooks and transforms around the penalty (hard cases 21, 30, 31)."""
 
 import copy
 
@@ -24,7 +24,7 @@ def test_a_value_without_a_graph_computes_no_gradient(mode, device, monkeypatch)
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_graph(mode, device):
-    """Line 30: the value alone, also of a strength that requires grad."""
+    """Hard case 30: the value alone, also of a strength that requires grad."""
     params = leaves(mixed_list(device))
     expected = fused_penalty(params, **BOTH).detach()
     trained = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
@@ -41,7 +41,7 @@ def test_no_graph(mode, device):
 
 
 def test_inference_tensors(device):
-    """Line 21: alone, and among trainable ones."""
+    """Hard case 21: alone, and among trainable ones."""
     with torch.inference_mode():
         frozen = draw(300, device=device).clone()
     assert frozen.is_inference()
@@ -138,7 +138,7 @@ def test_hooks(device):
 
 
 def test_func_grad(device):
-    """Line 31: of a list, of a function of the penalty, of the strength."""
+    """Hard case 31: of a list, of a function of the penalty, of the strength."""
     params = tuple(draw_list(torch.float32, device))
     expected = value_and_grad(params, **BOTH)
     actual = grad(lambda p: fused_penalty(p, **BOTH))(params)
@@ -153,7 +153,7 @@ def test_func_grad(device):
 
 
 def test_func_grad_keeps_the_bits(device):
-    """Line 31: for any upstream gradient."""
+    """Hard case 31: for any upstream gradient."""
     params = tuple(draw_list(torch.float32, device))
     for factor in (0.37, 1 / 7, 1e-3):
         actual = grad(lambda p, factor=factor: factor * fused_penalty(p, **BOTH))(params)
@@ -161,7 +161,7 @@ def test_func_grad_keeps_the_bits(device):
 
 
 def test_func_vjp_and_jacobians(device):
-    """Line 31."""
+    """Hard case 31."""
     w = draw((4, 3), torch.float64, device)
     value, pull = vjp(lambda x: fused_penalty(x, **BOTH), w)
     assert_value(value, [w], **BOTH)
@@ -175,14 +175,14 @@ def test_func_vjp_and_jacobians(device):
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own forward mode
 @pytest.mark.parametrize("transform", [jacfwd, hessian])
 def test_forward_mode_says_that_it_is_missing(transform, device):
-    """Line 31: works, or one clear error; never a wrong number."""
+    """Hard case 31: works, or one clear error; never a wrong number."""
     w = draw(5, torch.float64, device)
     with pytest.raises((NotImplementedError, RuntimeError), match=r"forward.mode AD|jvp"):
         transform(lambda x: fused_penalty(x, l2=0.5))(w)
 
 
 def test_functional_call(device):
-    """Line 31: a penalty inside of a module that is called with other parameters."""
+    """Hard case 31: a penalty inside of a module that is called with other parameters."""
 
     class Penalized(torch.nn.Module):
         def __init__(self):
@@ -204,7 +204,7 @@ def test_functional_call(device):
 
 
 def test_vmap(device):
-    """Line 31: a penalty for each row; with the gradient of each, and per-sample strengths."""
+    """Hard case 31: a penalty for each row; with the gradient of each, and per-sample strengths."""
     batch, shared = draw((6, 4, 3), device=device), draw(7, device=device, seed=1)
     rows = [[batch[i], shared] for i in range(6)]
     values = vmap(lambda w: fused_penalty([w, shared], **BOTH))(batch)
@@ -222,7 +222,7 @@ def test_vmap(device):
 
 
 def test_vmap_over_an_ensemble(device):
-    """Line 31: models whose parameters are stacked."""
+    """Hard case 31: models whose parameters are stacked."""
     models = [torch.nn.Linear(4, 2).to(device) for _ in range(3)]
     params, _ = torch.func.stack_module_state(models)
     values = vmap(lambda p: fused_penalty(p.values(), **BOTH))(params)
@@ -231,7 +231,7 @@ def test_vmap_over_an_ensemble(device):
 
 
 def test_func_higher_order(device):
-    """Line 31: the penalty of a gradient, differentiated again."""
+    """Hard case 31: the penalty of a gradient, differentiated again."""
     w = draw(6, torch.float64, device).abs() + 0.5
 
     def inner(x):

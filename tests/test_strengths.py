@@ -1,4 +1,4 @@
-"""Strengths: what they may be, and which parameter each belongs to (HARD_CASES lines 25, 26)."""
+"""Strengths: what they may be, and which parameter each belongs to (hard cases 25, 26)."""
 
 import decimal
 import math
@@ -36,7 +36,7 @@ def assert_refused(function, name, error, strength, rule):
 @NAMES
 @pytest.mark.parametrize("value", [-1, -1e-300, -math.inf, math.nan, math.inf, np.float32("nan"), -np.float64(2)])
 def test_not_finite_or_negative(value, name, function):
-    """Line 25."""
+    """Hard case 25."""
     assert_refused(function, name, ValueError, value, f" must be finite and >= 0, got {value}")
     assert_refused(function, name, ValueError, [0.5, value], f"[1] must be finite and >= 0, got {value}")
 
@@ -44,7 +44,7 @@ def test_not_finite_or_negative(value, name, function):
 @FUNCTIONS
 @NAMES
 def test_int_beyond_float(name, function):
-    """Line 25."""
+    """Hard case 25."""
     assert_refused(function, name, ValueError, 10**400, f" must be finite and >= 0, got {10**400}")
 
 
@@ -52,7 +52,7 @@ def test_int_beyond_float(name, function):
 @NAMES
 @pytest.mark.parametrize("value", [True, False, "0.1", b"0.1", 1j, {0: 0.1}, {0.1, 0.2}, decimal.Decimal(1), np.True_])
 def test_not_a_number(value, name, function):
-    """Line 25: also an item, where a sequence of strengths is expected."""
+    """Hard case 25: also an item, where a sequence of strengths is expected."""
     kind = type(value).__name__
     rule = f" must be a float, a 0-dim tensor or a sequence with one per parameter, got {kind}"
     assert_refused(function, name, TypeError, value, rule)
@@ -65,7 +65,7 @@ def test_not_a_number(value, name, function):
 @FUNCTIONS
 @NAMES
 def test_none_inside(name, function):
-    """Line 25."""
+    """Hard case 25."""
     rule = "[1] must be a float or a 0-dim tensor, got NoneType"
     assert_refused(function, name, TypeError, [0.5, None], rule)
 
@@ -75,7 +75,7 @@ def test_none_inside(name, function):
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("make", [list, tuple, np.array])
 def test_wrong_length(make, count, name, function):
-    """Line 26."""
+    """Hard case 26."""
     rule = f" must have one strength per parameter (2), got {count}"
     assert_refused(function, name, ValueError, make([0.5] * count), rule)
 
@@ -84,7 +84,7 @@ def test_wrong_length(make, count, name, function):
 @NAMES
 @pytest.mark.parametrize("shape", [(0,), (1,), (3,), (1, 1), (2, 1), (1, 2)])
 def test_wrong_shape(shape, name, function):
-    """Line 26."""
+    """Hard case 26."""
     rule = f" must be 0-dim or have one strength per parameter (2), got shape {shape}"
     assert_refused(function, name, ValueError, torch.ones(shape), rule)
     rule = f"[0] must be 0-dim, got shape {shape}"
@@ -95,7 +95,7 @@ def test_wrong_shape(shape, name, function):
 @NAMES
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_wrong_dtype(dtype, name, function):
-    """Line 26."""
+    """Hard case 26."""
     assert_refused(function, name, TypeError, torch.ones((), dtype=dtype), f" must be floating point, got {dtype}")
     wrong = [0.5, torch.ones((), dtype=dtype)]
     assert_refused(function, name, TypeError, wrong, f"[1] must be floating point, got {dtype}")
@@ -108,7 +108,7 @@ def test_wrong_dtype(dtype, name, function):
     ids=lambda x: type(x).__name__,
 )
 def test_numbers(value, name, device):
-    """Line 25: NumPy scalars and ints are accepted, for all and in a sequence."""
+    """Hard case 25: NumPy scalars and ints are accepted, for all and in a sequence."""
     params = [draw(9, torch.float64, device), draw((4, 5), torch.float64, device, seed=1)]
     plain = float(value)
     expected, expected_grads = value_and_grad(params, **{name: plain})
@@ -128,7 +128,7 @@ def test_range_is_a_sequence(name, device):
 
 
 def test_small_strength_is_not_flushed(device):
-    """Line 25: 1e-50 is multiplied in float64, whatever the parameters' dtype."""
+    """Hard case 25: 1e-50 is multiplied in float64, whatever the parameters' dtype."""
     for dtype in (torch.float32, torch.bfloat16):
         w = 1e35 * draw(100, dtype, device)
         assert_value(fused_penalty(w, l2=1e-50), [w], l2=1e-50)
@@ -143,7 +143,7 @@ TENSOR_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", TENSOR_DTYPES)
 def test_zero_dim_tensors(dtype, requires_grad, device):
-    """Line 26: of any float dtype, on the CPU and on the parameters' device."""
+    """Hard case 26: of any float dtype, on the CPU and on the parameters' device."""
     params = draw_list(torch.float32, device)
     for where in {"cpu", str(device)}:
         l1 = torch.tensor(0.15625, dtype=dtype, device=where, requires_grad=requires_grad)
@@ -162,7 +162,7 @@ def test_zero_dim_tensors(dtype, requires_grad, device):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", TENSOR_DTYPES)
 def test_one_per_parameter_as_a_tensor(dtype, requires_grad, device):
-    """Line 26: a 1-D tensor, of any strides; and a sequence of floats and 0-dim tensors."""
+    """Hard case 26: a 1-D tensor, of any strides; and a sequence of floats and 0-dim tensors."""
     params = draw_list(torch.float32, device)
     l1 = (torch.arange(2 * COUNT, device=device) / 8).to(dtype)[::2].requires_grad_(requires_grad)
     plain = l1.tolist()

@@ -1,4 +1,4 @@
-"""The value: one rounding away from the truth, at any size and for any content (DESIGN section 3)."""
+"""The value: one rounding away from the truth, at any size and for any content (README, Numerics)."""
 
 import math
 from fractions import Fraction
@@ -45,7 +45,7 @@ def test_list(strengths, dtype, device):
 
 @pytest.mark.parametrize("strengths", STRENGTHS.values(), ids=STRENGTHS)
 def test_mixed_dtypes(strengths, device):
-    """Line 18: the promoted value."""
+    """Hard case 18: the promoted value."""
     params = mixed_list(device)
     assert_all_values(params, **strengths)
     assert_all_values(params[2:4], **{k: v[2:4] if isinstance(v, list) else v for k, v in strengths.items()})
@@ -53,7 +53,7 @@ def test_mixed_dtypes(strengths, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_small_size(dtype, device):
-    """Line 5: every tail."""
+    """Hard case 5: every tail."""
     for n in range(530):
         w = draw(n, dtype, device)
         assert_value(fused_penalty(w, l1=0.3), [w], l1=0.3)
@@ -64,13 +64,13 @@ def test_every_small_size(dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(size, dtype, device):
-    """Line 5: around the sizes at which the kernels turn."""
+    """Hard case 5: around the sizes at which the kernels turn."""
     assert_all_values([draw(size, dtype, device)], l1=0.3, l2=0.7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_dim(dtype, device):
-    """Line 5."""
+    """Hard case 5."""
     assert_all_values([draw((), dtype, device)], l1=0.3, l2=0.7)
 
 
@@ -83,7 +83,7 @@ def test_zero_dim(dtype, device):
     ],
 )
 def test_adversarial_content(dtype, content, l1, l2, device):
-    """Line 23: where plain sums lose digits, overflow or vanish."""
+    """Hard case 23: where plain sums lose digits, overflow or vanish."""
     for n in (5, 50_003):
         w = content(n).to(device, dtype)
         assert_value(fused_penalty(w, l1=l1), [w], l1=l1)
@@ -144,7 +144,7 @@ def test_half_precision_does_not_overflow(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_square_overflows_float32_and_the_penalty_fits(dtype, device):
-    """Line 23."""
+    """Hard case 23."""
     w = 1e20 * draw(1000, dtype, device)
     assert_all_values([w], l2=1e-10)
     assert_all_values([w], l1=0.5, l2=1e-5)
@@ -152,7 +152,7 @@ def test_square_overflows_float32_and_the_penalty_fits(dtype, device):
 
 
 def test_strengths_outside_of_float32(device):
-    """Line 25: strengths are multiplied in float64."""
+    """Hard case 25: strengths are multiplied in float64."""
     w = 1e35 * draw(1000, device=device)
     assert_all_values([w], l2=1e-50)
     w = 1e-38 * draw(1000, device=device)
@@ -186,7 +186,7 @@ def test_hundred_million_every_dtype(dtype, device):
 
 @pytest.mark.slow
 def test_above_two_to_the_31(device):
-    """Line 7: one tensor above 2^31 elements, with its tail and its last gradient right."""
+    """Hard case 7: one tensor above 2^31 elements, with its tail and its last gradient right."""
     size = 2**31 + 12_345
     w = torch.zeros(size, dtype=torch.bfloat16, device=device)
     marks = torch.tensor([0, 1, 2**20, 2**30, 2**31 - 1, 2**31, 2**31 + 1, size - 2, size - 1], device=device)
@@ -204,7 +204,7 @@ def test_above_two_to_the_31(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_propagate(special, dtype, device):
-    """Line 23."""
+    """Hard case 23."""
     for n in (1, 20, 40_000):
         for at in {0, n // 2, n - 1}:
             w = draw(n, dtype, device)
@@ -238,7 +238,7 @@ def test_plain_call_is_the_sum_of_squares(device):
 
 
 def test_ten_thousand_tensors(device):
-    """Line 6: many tiny tensors, with one huge among them; and counts around powers of two."""
+    """Hard case 6: many tiny tensors, with one huge among them; and counts around powers of two."""
     params = list(draw(20_000, torch.float32, device).split([i % 5 for i in range(10_000)]))
     params[4_999] = draw(300_000, torch.float32, device)
     l2 = np.random.default_rng(0).random(10_000).tolist()

@@ -25,8 +25,8 @@ struct ChunkTask {
 };
 
 struct ChunkSums {
-  double l1 = 0;  // sum of l1_term(l1_scale * w)
-  double l2 = 0;  // sum of l2_term(l2_scale * w)
+  double l1 = 0;  // sum of |l1_scale * w|
+  double l2 = 0;  // sum of (l2_scale * w)^2
 };
 
 using ChunkKernel = ChunkSums (*)(const ChunkTask&);

@@ -5,12 +5,12 @@
 //
 //            lane 0 .............. lane 15
 //   row 0  [   0    1    2   ...     15  ]      a vector holds some lanes of a row;
-//   row 1  [  16   17   18   ...     31  ]      a lane adds kRun elements in plain float64,
-//    ...                                        then the run goes into its compensated sum
-//   row 15 [ 240  241  242   ...    255  ]
+//   row 1  [  16   17   18   ...     31  ]      a lane adds kRun elements in plain float64;
+//    ...                                        then lane i takes lane i + 8, and the eight runs
+//   row 15 [ 240  241  242   ...    255  ]      go into eight compensated sums
 //
-// So at most 16 + 1 + 4 roundings reach any element (of a run, of a lane, of the lanes' tree): the relative error of a
-// chunk is below 22 * 2^-53 = 2.4e-15, whatever its size and content.
+// At most 1 + 15 + 1 + 1 + 3 roundings reach any element (its square, its run, two lanes, a compensated sum, the tree
+// of eight): the relative error of a chunk is below 21 * 2^-53 = 2.4e-15, whatever its size and content.
 #pragma once
 
 #include "../summation.h"
@@ -28,21 +28,29 @@ constexpr int kGroups = kLanes / kFloats;  // groups of lanes that a Float cover
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kCacheLine = 64;
 
-struct LaneSums {
-  CompensatedSum<Double> lanes[2 * kGroups];
+constexpr int kVectors = 2 * kGroups;  // Doubles that hold the lanes
 
-  FUSED_REG_INLINE void add(int group, const DoublePair& run) {
-    lanes[2 * group].add(run.half[0]);
-    lanes[2 * group + 1].add(run.half[1]);
+// The sums of one term over the runs of a block: vector v holds the lanes from v * kLanes / kVectors on.
+struct Run {
+  Double lanes[kVectors];
+};
+
+struct LaneSums {
+  CompensatedSum<Double> lanes[kVectors / 2];
+
+  FUSED_REG_INLINE void add(const Run& run) {
+    for (int v = 0; v < kVectors / 2; ++v) {
+      lanes[v].add(run.lanes[v] + run.lanes[v + kVectors / 2]);
+    }
   }
 
-  // Halves the lanes until one is left: 4 roundings, in an order that no vector width changes.
   double total() const {
-    double x[kLanes];
-    for (int v = 0; v < 2 * kGroups; ++v) {
-      store(x + v * (kFloats / 2), result(lanes[v]));
+    constexpr int kSums = kLanes / 2;
+    double x[kSums];
+    for (int v = 0; v < kVectors / 2; ++v) {
+      store(x + v * kSums / (kVectors / 2), result(lanes[v]));
     }
-    for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int half = kSums / 2; half > 0; half /= 2) {
       for (int i = 0; i < half; ++i) {
         x[i] += x[i + half];
       }
@@ -57,6 +65,7 @@ struct Kernel {
   using Storage = typename E::Storage;
   using Scalar = typename E::Scalar;
   using Factor = decltype(broadcast<Scalar>(0));
+  using MultiplyAdd = std::conditional_t<dtype == Dtype::kFloat64, TwoRoundings, OneRounding>;
 
   LaneSums l1, l2;
   Factor c1, c2;
@@ -65,8 +74,9 @@ struct Kernel {
   static FUSED_REG_INLINE Double scaled(Double w, Double scale) { return dtype == Dtype::kFloat64 ? w * scale : w; }
 
   FUSED_REG_INLINE void block(const Storage* param, Storage* grad, int rows) {
+    Run l1_run, l2_run;
     for (int group = 0; group < kGroups; ++group) {
-      DoublePair l1_run{}, l2_run{};
+      DoublePair l1_lanes{}, l2_lanes{};  // kept in registers
 #pragma GCC unroll 4
       for (int row = 0; row < rows; ++row) {
         const int64_t i = row * kLanes + group * kFloats;
@@ -74,10 +84,10 @@ struct Kernel {
           const DoublePair w = E::widened(param + i);
           for (int h = 0; h < 2; ++h) {
             if constexpr (terms & kL1) {
-              l1_run.half[h] += l1_term(scaled(w.half[h], l1_scale));
+              l1_lanes.half[h] = add_l1_term(l1_lanes.half[h], scaled(w.half[h], l1_scale));
             }
             if constexpr (terms & kL2) {
-              l2_run.half[h] += l2_term(scaled(w.half[h], l2_scale));
+              l2_lanes.half[h] = add_l2_term<MultiplyAdd>(l2_lanes.half[h], scaled(w.half[h], l2_scale));
             }
           }
         }
@@ -86,12 +96,16 @@ struct Kernel {
                  [&](auto w) __attribute__((always_inline)) { return gradient<terms>(w, c1, c2); });
         }
       }
-      if constexpr (pass != Pass::kGradient && (terms & kL1)) {
-        l1.add(group, l1_run);
+      for (int h = 0; h < 2; ++h) {
+        l1_run.lanes[2 * group + h] = l1_lanes.half[h];
+        l2_run.lanes[2 * group + h] = l2_lanes.half[h];
       }
-      if constexpr (pass != Pass::kGradient && (terms & kL2)) {
-        l2.add(group, l2_run);
-      }
+    }
+    if constexpr (pass != Pass::kGradient && (terms & kL1)) {
+      l1.add(l1_run);
+    }
+    if constexpr (pass != Pass::kGradient && (terms & kL2)) {
+      l2.add(l2_run);
     }
   }
 

@@ -50,6 +50,11 @@ FUSED_REG_INLINE auto broadcast(double x) {
 }
 
 #if FUSED_REG_VECTOR_BYTES == 64
+struct OneRounding {
+  static FUSED_REG_INLINE Double of(Double a, Double b, Double c) {
+    return (Double)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  }
+};
 FUSED_REG_INLINE DoublePair widen(const float* p) {
   return {{(Double)_mm512_cvtps_pd(_mm256_loadu_ps(p)), (Double)_mm512_cvtps_pd(_mm256_loadu_ps(p + 8))}};
 }
@@ -62,6 +67,11 @@ FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
   store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif FUSED_REG_VECTOR_BYTES == 32
+struct OneRounding {
+  static FUSED_REG_INLINE Double of(Double a, Double b, Double c) {
+    return (Double)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  }
+};
 FUSED_REG_INLINE DoublePair widen(const float* p) {
   return {{(Double)_mm256_cvtps_pd(_mm_loadu_ps(p)), (Double)_mm256_cvtps_pd(_mm_loadu_ps(p + 4))}};
 }
@@ -74,6 +84,7 @@ FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
   store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
+using OneRounding = TwoRoundings;  // no such instruction; used only where both give the same bits
 FUSED_REG_INLINE DoublePair widen(const float* p) { return {{Double{p[0], p[1]}, Double{p[2], p[3]}}}; }
 FUSED_REG_INLINE DoublePair widen(Float v) { return {{Double{v[0], v[1]}, Double{v[2], v[3]}}}; }
 FUSED_REG_INLINE Float load_float16(const uint16_t* p) {

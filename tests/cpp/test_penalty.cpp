@@ -16,7 +16,7 @@ void expect_gradient_is_the_slope() {
   const double l1 = (terms & kL1) ? 0.7 : 0, l2 = (terms & kL2) ? 0.3 : 0;
   for (const double w : {-3.0, -0.25, 0.125, 2.0}) {
     const double h = 1e-6;
-    const auto value = [&](double x) { return l1 * l1_term(x) + l2 * l2_term(x); };
+    const auto value = [&](double x) { return l1 * add_l1_term(0.0, x) + l2 * add_l2_term<TwoRoundings>(0.0, x); };
     const double slope = (value(w + h) - value(w - h)) / (2 * h);
     EXPECT(std::abs(gradient<terms>(w, l1, l2) - slope) < 1e-8, terms, w, slope);
   }
