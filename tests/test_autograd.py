@@ -108,7 +108,7 @@ def test_create_graph_keeps_the_bits(dtype, upstream, device):
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 @pytest.mark.parametrize("trained", ["l1", "l2"])
 def test_trained_strength_beside_a_float_keeps_the_bits(trained, dtype, upstream, device):
-    """Hard case 27: one strength is trained, in the dtype of the parameters, and the other is a float, as in the loop."""
+    """Hard case 27: one strength is trained, in the dtype of the parameters; the other is a float, as in the loop."""
     params = [draw(n, dtype, device, seed=n) for n in (5, 1000)]
     for value in (0.1, 0.3, 1e-4 / 3, 2.7):
         strengths = {"l1": value, "l2": value}
