@@ -3,10 +3,12 @@
 #   make bench    the environment, the build, and the microbenchmarks (quick form)
 #   make test     the environment, the build, and everything that CI runs
 #
-# PYTHON chooses the interpreter, TORCH what pip installs as torch (TORCH=torch for the newest build).
+# PYTHON chooses the interpreter, TORCH what pip installs as torch (TORCH=torch for the newest build); WERROR=1 makes
+# compiler warnings errors.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+WERROR ?= 0
 
 PIP := $(VENV)/bin/python -m pip
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
@@ -21,7 +23,7 @@ $(VENV)/.environment: pyproject.toml
 	touch $@
 
 $(VENV)/.build: $(VENV)/.environment setup.py csrc/sources.txt $(filter csrc/%,$(CPP))
-	FUSED_REG_WERROR=1 $(PIP) install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+	FUSED_REG_WERROR=$(WERROR) $(PIP) install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
 	touch $@
 
 build: $(VENV)/.build
@@ -43,7 +45,7 @@ pytest: build
 	$(RUN) python -m pytest
 
 ctest: build
-	$(RUN) cmake -S . -B build/cmake -G Ninja -DFUSED_REG_WERROR=ON -DPython3_EXECUTABLE="$(abspath $(VENV))/bin/python"
+	$(RUN) cmake -S . -B build/cmake -G Ninja -DFUSED_REG_WERROR=$(WERROR) -DPython3_EXECUTABLE="$(abspath $(VENV))/bin/python"
 	$(RUN) cmake --build build/cmake
 	$(RUN) ctest --test-dir build/cmake --output-on-failure
 

@@ -18,28 +18,19 @@ namespace fused_reg {
 namespace {
 
 constexpr size_t kSmall = size_t{1} << 16;  // below, malloc keeps its memory itself
-constexpr size_t kLarge = size_t{1} << 25;  // from here on, the offer to the system costs less than it is worth
 
-// Tells the system about the whole pages of some size inside a block. A refusal (an old kernel, a sandbox)
-// changes nothing but the speed.
-[[maybe_unused]] void advise(void* block, size_t bytes, size_t page, int advice) {
-  const auto begin = reinterpret_cast<uintptr_t>(block);
-  const uintptr_t first = (begin + page - 1) & ~(page - 1);
-  const uintptr_t last = (begin + bytes) & ~(page - 1);
-  if (first < last) {
-    (void)madvise(reinterpret_cast<void*>(first), last - first, advice);
-  }
-}
-
+// Asks for a page fault for 2 MB instead of 4 KB, where the system leaves the choice to programs ("madvise"). Only
+// whole huge pages inside the block are asked for, so nothing is used that the block does not fill. A refusal (an old
+// kernel, a sandbox) changes nothing but the speed.
 void advise_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  advise(block, bytes, size_t{1} << 21, MADV_HUGEPAGE);  // a fault for 2 MB instead of 4 KB
-#endif
-}
-
-void advise_unused([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) {
-#if defined(MADV_FREE)
-  advise(block, bytes, size_t{1} << 12, MADV_FREE);  // the system may take it, and need not
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(block);
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t last = (begin + bytes) & ~(kHugePage - 1);
+  if (first < last) {
+    (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
 #endif
 }
 
@@ -96,9 +87,6 @@ class GradAllocator final : public c10::Allocator {
     if (is_forked_child()) {  // the parent may have held the mutex
       delete block;
       return;
-    }
-    if (block->bytes >= kLarge) {
-      advise_unused(block->memory.get(), block->bytes);
     }
     get().keep(block);
   }
