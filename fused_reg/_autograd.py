@@ -26,9 +26,11 @@ _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_acti
 
 def penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The differentiable penalty of a list that is not empty."""
+    if _transforms_active():
+        return composed_penalty(params, strengths)
     if not torch.is_grad_enabled():
         return _ops.penalty(params, *strengths)
-    if strengths.requires_grad or _transforms_active():
+    if strengths.requires_grad:
         return composed_penalty(params, strengths)
     return _apply_penalty(strengths, *params)
 

@@ -13,6 +13,14 @@ from fused_reg import _ops, fused_penalty, reference, value_and_grad
 BOTH = {"l1": 0.1, "l2": 1 / 3}
 
 
+def test_vmap_under_no_grad(device):
+    """Hard case 31."""
+    w = draw(30, device=device).reshape(5, 6)
+    with torch.no_grad():
+        values = vmap(lambda row: fused_penalty(row, l1=0.5, l2=0.25))(w)
+    assert_same_bits([values], [torch.stack([fused_penalty(row, l1=0.5, l2=0.25) for row in w])])
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_value_without_a_graph_computes_no_gradient(mode, device, monkeypatch):
     """Logging the penalty costs one read, not a read and a write."""
