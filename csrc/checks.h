@@ -30,6 +30,12 @@ inline void check_params(at::TensorList params) {
   }
 }
 
+// A strength on the meta device brings a call here whose parameters have data.
+inline void check_meta(at::TensorList params) {
+  TORCH_CHECK_VALUE(params[0].is_meta(), "strengths must be on the CPU or on the parameters' device (",
+                    params[0].device(), "), got meta");
+}
+
 // For the backends that read memory.
 inline void check_memory(size_t i, const at::Tensor& p) {
   TORCH_CHECK_TYPE(p.numel() == 0 || (p.has_storage() && p.storage().data() != nullptr), "params[", i,

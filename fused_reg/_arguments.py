@@ -140,7 +140,7 @@ def _is_number(x: Any) -> TypeGuard[float]:
 
 def _is_sequence(x: Any) -> TypeGuard[Sequence[Any]]:
     if isinstance(x, Sequence):
-        return not isinstance(x, str | bytes)
+        return not isinstance(x, str | bytes | bytearray)
     return getattr(x, "ndim", 0) == 1 and hasattr(x, "tolist")  # a NumPy array
 
 
@@ -160,7 +160,7 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
             return TypeError(f"{function}: params[{i}] must be floating point, got {p.dtype}")
         if p.layout is not torch.strided:
             return TypeError(f"{function}: params[{i}] must be dense (torch.strided), got {p.layout}")
-    if isinstance(error, TypeError | ValueError) and str(error).startswith("params["):
+    if isinstance(error, TypeError | ValueError) and str(error).startswith(("params[", "strengths ")):
         return type(error)(f"{function}: {error}")
     return error
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_MEND = "pip install --no-build-isolation --force-reinstall --no-deps fused_reg"
+_MEND = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -25,7 +25,7 @@ def _library() -> Path:
         path = Path(__file__).with_name(f"_C{suffix}")
         if path.exists():
             return path
-    raise ImportError(f"fused_reg: the compiled part is missing; build it with `{_MEND}`")
+    raise ImportError(f"fused_reg: the compiled part is missing; build it with `{_MEND}` in its source")
 
 
 def _load() -> ModuleType:
@@ -36,14 +36,14 @@ def _load() -> ModuleType:
     if _release(built) != _release(torch.__version__):
         raise ImportError(
             f"fused_reg: built with torch {built}, but torch {torch.__version__} is running; "
-            f"build it again with `{_MEND}`"
+            f"build it again with `{_MEND}` in its source"
         )
     try:
         return importlib.import_module("fused_reg._C")
     except ImportError as error:
         raise ImportError(
             f"fused_reg: built with torch {built}, which torch {torch.__version__} cannot load ({error}); "
-            f"build it again with `{_MEND}`"
+            f"build it again with `{_MEND}` in its source"
         ) from error
 
 

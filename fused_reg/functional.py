@@ -81,7 +81,7 @@ def value_and_grad(
 
     Returns:
         The penalty, as :func:`fused_penalty` returns it, and a tuple with one gradient per parameter, of the
-        parameter's shape, dtype, device and strides. Nothing of it requires grad.
+        parameter's shape, dtype, device and (where these are dense) strides. Nothing of it requires grad.
 
     Raises:
         TypeError: as :func:`fused_penalty`.

@@ -18,8 +18,10 @@ from fused_reg._arguments import Strength
 def _per_parameter(strength: Strength | None, count: int) -> list[float | Tensor]:
     if strength is None:
         return [0.0] * count
-    if isinstance(strength, Sequence) or (isinstance(strength, Tensor) and strength.ndim == 1):
+    if isinstance(strength, Sequence):
         return list(strength)
+    if getattr(strength, "ndim", 0) == 1:  # a tensor or a NumPy array
+        return [strength[i] for i in range(count)]  # type: ignore[index]
     return [strength] * count
 
 

@@ -13,8 +13,8 @@ import torch
 import fused_reg
 from fused_reg import _ops
 
-COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps fused_reg"
-MEND = re.escape(f"`{COMMAND}`")
+COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
+MEND = re.escape(f"`{COMMAND}` in its source")
 BUILT = _ops.library.build_info()["torch"]
 MARK = b"fused_reg built with torch "
 

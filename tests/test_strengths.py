@@ -224,3 +224,11 @@ def test_all_zero(strengths, device):
     assert penalty == 0
     penalty.backward()
     assert_same_bits([p.grad for p in params], [torch.zeros_like(p) for p in params])
+
+
+@pytest.mark.parametrize("function", [fused_penalty, value_and_grad])
+def test_meta_strength_of_real_parameters(function):
+    """Hard case 26: it has no value, and no memory may be returned unwritten."""
+    rule = r"strengths must be on the CPU or on the parameters' device \(cpu\), got meta"
+    with pytest.raises(ValueError, match=f"{function.__name__}: {rule}"):
+        function([torch.ones(3)], l1=torch.tensor(1.0, device="meta"))

@@ -13,6 +13,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 at::Tensor penalty(at::TensorList params, Floats, Floats, const OptionalTensor&, const OptionalTensor&) {
   check_params(params);
+  check_meta(params);
   bool any_float64 = false;
   for (const at::Tensor& p : params) {
     any_float64 |= p.scalar_type() == at::kDouble;
@@ -37,6 +38,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList 
 std::vector<at::Tensor> penalty_grad(const at::Tensor&, at::TensorList params, Floats, Floats, const OptionalTensor&,
                                      const OptionalTensor&) {
   check_params(params);
+  check_meta(params);
   std::vector<at::Tensor> grads;
   for (const at::Tensor& p : params) {
     grads.push_back(at::empty_like(p));
