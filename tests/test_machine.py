@@ -181,9 +181,11 @@ def test_in_workers_of_a_data_loader():
 def test_ctrl_c():
     """Hard case 34: a loop of long calls ends with KeyboardInterrupt."""
     script = """
+    import signal
     import torch
     from fused_reg import value_and_grad
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
     w = torch.ones(20_000_000)
     print("ready", flush=True)
     while True:
