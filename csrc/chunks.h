@@ -1,4 +1,4 @@
-// THE PLAN: a list of tensor sizes -> one flat sequence of chunks of at most kChunkSize elements.
+// THE PLAN: a list of tensor sizes -> one flat sequence of chunks of at most kChunkSize elements (summation.h).
 //
 //   sizes:   [ 40000          | 0 | 100 | 16384 ]
 //   chunks:  [ 0 | 1 | 2 part |   |  3  |   4   ]        a chunk never crosses two tensors
@@ -11,9 +11,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace fused_reg {
+#include "summation.h"
 
-constexpr int64_t kChunkSize = 16384;
+namespace fused_reg {
 
 struct Chunk {
   int64_t tensor;
@@ -23,6 +23,8 @@ struct Chunk {
 
 class ChunkPlan {
  public:
+  ChunkPlan() : ChunkPlan(std::vector<int64_t>{}) {}
+
   explicit ChunkPlan(const std::vector<int64_t>& sizes)
       : first_element_(sizes.size() + 1), first_chunk_(sizes.size() + 1) {
     for (size_t t = 0; t < sizes.size(); ++t) {
@@ -41,7 +43,7 @@ class ChunkPlan {
   Chunk chunk(int64_t c) const {
     const int64_t t = owner(first_chunk_, c);
     const int64_t begin = (c - first_chunk_[t]) * kChunkSize;
-    return {t, begin, std::min(kChunkSize, first_element_[t + 1] - first_element_[t] - begin)};
+    return {t, begin, std::min<int64_t>(kChunkSize, first_element_[t + 1] - first_element_[t] - begin)};
   }
 
   // The first chunk whose middle is at or after an element of the flattened list. It turns equal shares of the

@@ -68,6 +68,12 @@ FUSED_REG_INLINE ScaledStrength scaled_strength(double strength, Terms term, boo
   return {std::ldexp(1.0, exponent), std::ldexp(strength, -degree * exponent)};
 }
 
+// The penalty of elements whose scaled terms have these sums.
+FUSED_REG_INLINE double penalty_of_sums(Terms terms, double l1_factor, double l1_sum, double l2_factor, double l2_sum) {
+  const double l1 = terms & kL1 ? l1_factor * l1_sum : 0;
+  return terms & kL2 ? l1 + l2_factor * l2_sum : l1;
+}
+
 // What a term's gradient is multiplied by: the upstream gradient times the strength, each rounded to the
 // type S in which the gradient is computed.
 template <class S>

@@ -1,29 +1,116 @@
-// Sums whose error does not grow with their length: the error of every addition is kept and added at the
-// end (Knuth's TwoSum; Ogita, Rump and Oishi 2005, "Accurate sum and dot product"). V is a double or a SIMD
-// vector of doubles.
+// THE ORDER of every sum, the same on every device, so that the bits are the same too. It depends on sizes only.
+//
+//   chunk     kBlocks blocks, a block kRows rows of kLanes elements:
+//
+//                        lane 0 ............ lane 63
+//               row 0  [   0     1    2  ...    63  ]     a lane adds its kRows elements in plain float64, from
+//               row 1  [  64    65   66  ...   127  ]     row 0 on; then trees of halves (x[i] += x[i + half])
+//                ...                                      take the lanes from 64 to 8, the blocks of the chunk
+//               row 15 [ 960   961  962  ...  1023  ]     from 16 to 1, and the lanes from 8 to 1
+//
+//   group     consecutive chunks, their penalties in one compensated sum: the longer the list, the longer the group
+//   list      group g in the compensated sum of column g % kColumns, then a tree of halves over the columns
+//
+// At most 1 + 15 + 3 + 4 + 3 roundings reach an element within a chunk (its square, its lane, three trees), the
+// strength and the sum of two terms make 2 more, and the compensated sums 1 each: below 31 * 2^-53 = 3.5e-15 relative,
+// whatever the size and content. What is missing of a row, a block or a chunk counts as zeros, which change no bit.
 #pragma once
+
+#include <cstdint>
+#include <limits>
 
 #include "penalty.h"
 
 namespace fused_reg {
 
-template <class V>
-struct CompensatedSum {
-  V sum{};
-  V error{};
+constexpr int kLanes = 64;
+constexpr int kRows = 16;
+constexpr int kBlocks = 16;
+constexpr int kBlock = kLanes * kRows;
+constexpr int kChunkSize = kBlocks * kBlock;
+constexpr int kFoldedLanes = 8;
+constexpr int64_t kMaxGroups = 16384;
+constexpr int kColumns = 128;
+constexpr int kTensorColumns = 32;  // where the chunks of one tensor are summed, term by term
 
-  FUSED_REG_INLINE void add(V x) {
-    const V total = sum + x;
-    const V x_part = total - sum;
+// A sum of one term over a block.
+struct BlockSums {
+  double lanes[kFoldedLanes];
+};
+
+struct ChunkSums {
+  double l1 = 0;  // sum of |l1_scale * w|
+  double l2 = 0;  // sum of (l2_scale * w)^2
+};
+
+// A sum whose error does not grow with its length: the error of every addition is kept and added at the end (Knuth's
+// TwoSum; Ogita, Rump and Oishi 2005, "Accurate sum and dot product").
+struct CompensatedSum {
+  double sum = 0;
+  double error = 0;
+
+  FUSED_REG_INLINE void add(double x) {
+    const double total = sum + x;
+    const double x_part = total - sum;
     error = error + ((sum - (total - x_part)) + (x - x_part));
     sum = total;
   }
+
+  FUSED_REG_INLINE void add(const CompensatedSum& other) {
+    add(other.sum);
+    error = error + other.error;
+  }
 };
 
-// An infinite or NaN sum has a NaN error, which says nothing: the sum alone is the result.
-template <class V>
-FUSED_REG_INLINE V result(const CompensatedSum<V>& s) {
-  return s.sum - s.sum == 0 ? s.sum + s.error : s.sum;
+// An infinite or NaN sum has a NaN error, which says nothing: the sum alone is the result. NaN has one form.
+FUSED_REG_INLINE double result(const CompensatedSum& s) {
+  if (s.sum - s.sum == 0) {
+    return s.sum + s.error;
+  }
+  return s.sum == s.sum ? s.sum : std::numeric_limits<double>::quiet_NaN();
+}
+
+// The sum of a chunk of `count` blocks, which are used up.
+inline double total(BlockSums* blocks, int count) {
+  for (int half = kBlocks / 2; half > 0; half /= 2) {
+    for (int b = 0; b + half < count; ++b) {
+      for (int lane = 0; lane < kFoldedLanes; ++lane) {
+        blocks[b].lanes[lane] += blocks[b + half].lanes[lane];
+      }
+    }
+    count = count < half ? count : half;
+  }
+  double* const lanes = blocks[0].lanes;
+  for (int half = kFoldedLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      lanes[lane] += lanes[lane + half];
+    }
+  }
+  return lanes[0];
+}
+
+// Chunks in a group: the smallest power of two that leaves at most kMaxGroups groups.
+inline int64_t group_size(int64_t chunks) {
+  int64_t size = 1;
+  while (chunks > size * kMaxGroups) {
+    size *= 2;
+  }
+  return size;
+}
+
+// The sum of value(0), ..., value(count - 1), in columns.
+template <int columns, class Value>
+double column_sum(int64_t count, const Value& value) {
+  CompensatedSum sums[columns];
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i % columns].add(value(i));
+  }
+  for (int half = columns / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half && i + half < count; ++i) {
+      sums[i].add(sums[i + half]);
+    }
+  }
+  return result(sums[0]);
 }
 
 }  // namespace fused_reg

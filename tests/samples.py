@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FULL_DTYPES = (torch.float32, torch.float64)  # gradients have the loop's bits
 HALF_DTYPES = (torch.bfloat16, torch.float16)  # gradients are rounded once
 
-CHUNK = 16384  # elements: kChunkSize of csrc/chunks.h
+CHUNK = 16384  # elements: kChunkSize of csrc/summation.h
 SIZES = (1, 2, 3, 15, 16, 17, 31, 33, 255, 256, 257, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1)
 
 # A small model's list: 0-dim, empty tensors, tails of every kind, more than one chunk.

@@ -4,11 +4,10 @@
 
 #include <cstdint>
 
-#include "../penalty.h"
+#include "../dtypes.h"
+#include "../summation.h"
 
 namespace fused_reg {
-
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // What a pass over the elements computes.
 enum class Pass { kSums, kSumsAndGradient, kGradient };
@@ -22,11 +21,6 @@ struct ChunkTask {
   int64_t size;
   double l1_scale, l2_scale;  // of the elements in each sum; float64 only
   double c1, c2;              // gradient_factor of each term, exact in the compute type
-};
-
-struct ChunkSums {
-  double l1 = 0;  // sum of |l1_scale * w|
-  double l2 = 0;  // sum of (l2_scale * w)^2
 };
 
 using ChunkKernel = ChunkSums (*)(const ChunkTask&);

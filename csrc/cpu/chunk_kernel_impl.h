@@ -1,61 +1,37 @@
-// The kernel of one chunk. chunk_kernel_<isa>.cpp includes it with FUSED_REG_ISA and FUSED_REG_VECTOR_BYTES set.
-//
-// A block is kRun rows of kLanes elements. Element i is summed in lane i % kLanes, whatever the width of the
-// vectors, so every instruction set gives the same bits:
-//
-//            lane 0 .............. lane 15
-//   row 0  [   0    1    2   ...     15  ]      a vector holds some lanes of a row;
-//   row 1  [  16   17   18   ...     31  ]      a lane adds kRun elements in plain float64;
-//    ...                                        then lane i takes lane i + 8, and the eight runs
-//   row 15 [ 240  241  242   ...    255  ]      go into eight compensated sums
-//
-// At most 1 + 15 + 1 + 1 + 3 roundings reach any element (its square, its run, two lanes, a compensated sum, the tree
-// of eight): the relative error of a chunk is below 21 * 2^-53 = 2.4e-15, whatever its size and content.
+// The kernel of one chunk, its sums in the order of summation_order.h. chunk_kernel_<isa>.cpp includes it with
+// FUSED_REG_ISA and FUSED_REG_VECTOR_BYTES set. Whatever the width of the vectors, every instruction set gives the same
+// bits.
 #pragma once
 
+#include "../chunks.h"
 #include "../summation.h"
 #include "simd.h"
 
 namespace fused_reg::FUSED_REG_ISA {
 
-constexpr int kLanes = 16;
-constexpr int kRun = 16;
-constexpr int kBlock = kLanes * kRun;
-constexpr int kGroups = kLanes / kFloats;  // groups of lanes that a Float covers
-
 // Ahead of the reads, into the second-level cache. The hardware prefetcher alone leaves a third of the
 // bandwidth unused, because the arithmetic fills the reorder buffer.
 constexpr int64_t kPrefetchBytes = 4096;
-constexpr int64_t kCacheLine = 64;
+constexpr size_t kCacheLine = 64;
 
-constexpr int kVectors = 2 * kGroups;  // Doubles that hold the lanes
+// Lanes that are summed at a time: as many as the registers hold for two terms.
+constexpr int kStrip = kFloats * (FUSED_REG_VECTOR_BYTES == 64 ? 4 : 2);
+constexpr int kDoubles = kFloats / 2;
 
-// The sums of one term over the runs of a block: vector v holds the lanes from v * kLanes / kVectors on.
-struct Run {
-  Double lanes[kVectors];
-};
+// The sums of one term over the rows of a block, lane by lane.
+struct Lanes {
+  Double sums[kLanes / kDoubles];
 
-struct LaneSums {
-  CompensatedSum<Double> lanes[kVectors / 2];
-
-  FUSED_REG_INLINE void add(const Run& run) {
-    for (int v = 0; v < kVectors / 2; ++v) {
-      lanes[v].add(run.lanes[v] + run.lanes[v + kVectors / 2]);
-    }
-  }
-
-  double total() const {
-    constexpr int kSums = kLanes / 2;
-    double x[kSums];
-    for (int v = 0; v < kVectors / 2; ++v) {
-      store(x + v * kSums / (kVectors / 2), result(lanes[v]));
-    }
-    for (int half = kSums / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) {
-        x[i] += x[i + half];
+  // The halving tree from kLanes to kFoldedLanes.
+  FUSED_REG_INLINE void fold_into(double* folded) {
+    for (int half = kLanes / kDoubles / 2; half >= kFoldedLanes / kDoubles; half /= 2) {
+      for (int v = 0; v < half; ++v) {
+        sums[v] = sums[v] + sums[v + half];
       }
     }
-    return x[0];
+    for (int v = 0; v < kFoldedLanes / kDoubles; ++v) {
+      store(folded + v * kDoubles, sums[v]);
+    }
   }
 };
 
@@ -67,75 +43,92 @@ struct Kernel {
   using Factor = decltype(broadcast<Scalar>(0));
   using MultiplyAdd = std::conditional_t<dtype == Dtype::kFloat64, TwoRoundings, OneRounding>;
 
-  LaneSums l1, l2;
   Factor c1, c2;
   Double l1_scale, l2_scale;
+  BlockSums l1[kBlocks], l2[kBlocks];
 
   static FUSED_REG_INLINE Double scaled(Double w, Double scale) { return dtype == Dtype::kFloat64 ? w * scale : w; }
 
-  FUSED_REG_INLINE void block(const Storage* param, Storage* grad, int rows) {
-    Run l1_run, l2_run;
-    for (int group = 0; group < kGroups; ++group) {
-      DoublePair l1_lanes{}, l2_lanes{};  // kept in registers
-#pragma GCC unroll 4
+  // What a strip of a row will be, some rows later.
+  static FUSED_REG_INLINE void prefetch(const Storage* strip) {
+    const char* const ahead = reinterpret_cast<const char*>(strip) + kPrefetchBytes;
+    for (size_t byte = 0; byte < kStrip * sizeof(Storage); byte += kCacheLine) {
+      __builtin_prefetch(ahead + byte, 0, 2);
+    }
+  }
+
+  FUSED_REG_INLINE void block(int b, const Storage* param, Storage* grad, int rows) {
+    Lanes l1_lanes, l2_lanes;
+    for (int strip = 0; strip < kLanes; strip += kStrip) {
+      DoublePair l1_sums[kStrip / kFloats] = {}, l2_sums[kStrip / kFloats] = {};  // kept in registers
       for (int row = 0; row < rows; ++row) {
-        const int64_t i = row * kLanes + group * kFloats;
-        if constexpr (pass != Pass::kGradient) {
-          const DoublePair w = E::widened(param + i);
-          for (int h = 0; h < 2; ++h) {
-            if constexpr (terms & kL1) {
-              l1_lanes.half[h] = add_l1_term(l1_lanes.half[h], scaled(w.half[h], l1_scale));
-            }
-            if constexpr (terms & kL2) {
-              l2_lanes.half[h] = add_l2_term<MultiplyAdd>(l2_lanes.half[h], scaled(w.half[h], l2_scale));
+        prefetch(param + row * kLanes + strip);
+        for (int v = 0; v < kStrip / kFloats; ++v) {
+          const int64_t i = row * kLanes + strip + v * kFloats;
+          if constexpr (pass != Pass::kGradient) {
+            const DoublePair w = E::widened(param + i);
+            for (int h = 0; h < 2; ++h) {
+              if constexpr (terms & kL1) {
+                l1_sums[v].half[h] = add_l1_term(l1_sums[v].half[h], scaled(w.half[h], l1_scale));
+              }
+              if constexpr (terms & kL2) {
+                l2_sums[v].half[h] = add_l2_term<MultiplyAdd>(l2_sums[v].half[h], scaled(w.half[h], l2_scale));
+              }
             }
           }
-        }
-        if constexpr (pass != Pass::kSums) {
-          E::map(param + i, grad + i,
-                 [&](auto w) __attribute__((always_inline)) { return gradient<terms>(w, c1, c2); });
+          if constexpr (pass != Pass::kSums) {
+            E::map(param + i, grad + i,
+                   [&](auto w) __attribute__((always_inline)) { return gradient<terms>(w, c1, c2); });
+          }
         }
       }
-      for (int h = 0; h < 2; ++h) {
-        l1_run.lanes[2 * group + h] = l1_lanes.half[h];
-        l2_run.lanes[2 * group + h] = l2_lanes.half[h];
+      for (int v = 0; v < kStrip / kFloats; ++v) {
+        for (int h = 0; h < 2; ++h) {
+          l1_lanes.sums[strip / kDoubles + 2 * v + h] = l1_sums[v].half[h];
+          l2_lanes.sums[strip / kDoubles + 2 * v + h] = l2_sums[v].half[h];
+        }
       }
     }
     if constexpr (pass != Pass::kGradient && (terms & kL1)) {
-      l1.add(l1_run);
+      l1_lanes.fold_into(l1[b].lanes);
     }
     if constexpr (pass != Pass::kGradient && (terms & kL2)) {
-      l2.add(l2_run);
+      l2_lanes.fold_into(l2[b].lanes);
     }
   }
 
   static ChunkSums run(const ChunkTask& task) {
-    Kernel kernel{{},
-                  {},
-                  broadcast<Scalar>(task.c1),
-                  broadcast<Scalar>(task.c2),
-                  broadcast<double>(task.l1_scale),
-                  broadcast<double>(task.l2_scale)};
+    Kernel kernel;
+    kernel.c1 = broadcast<Scalar>(task.c1);
+    kernel.c2 = broadcast<Scalar>(task.c2);
+    kernel.l1_scale = broadcast<double>(task.l1_scale);
+    kernel.l2_scale = broadcast<double>(task.l2_scale);
     const auto* param = static_cast<const Storage*>(task.param);
     auto* grad = static_cast<Storage*>(task.grad);
     int64_t i = 0;
+    int b = 0;
     for (; i + kBlock <= task.size; i += kBlock) {
-      const char* ahead = reinterpret_cast<const char*>(param + i) + kPrefetchBytes;
-      for (int64_t byte = 0; byte < kBlock * static_cast<int64_t>(sizeof(Storage)); byte += kCacheLine) {
-        __builtin_prefetch(ahead + byte, 0, 2);
-      }
-      kernel.block(param + i, grad + i, kRun);
+      kernel.block(b++, param + i, grad + i, kRows);
     }
-    if (i < task.size) {  // the tail, padded with zeros: they add nothing to a sum
-      const int64_t count = task.size - i;
-      Storage padded[kBlock] = {}, padded_grad[kBlock];
+    const int count = static_cast<int>(task.size - i);
+    const int rows = (count + kLanes - 1) / kLanes;
+    if (count % kLanes == 0) {
+      if (rows > 0) {
+        kernel.block(b++, param + i, grad + i, rows);
+      }
+    } else {  // the last row padded with zeros: they add nothing to a sum
+      Storage padded[kBlock], padded_grad[kBlock];
       std::memcpy(padded, param + i, count * sizeof(Storage));
-      kernel.block(padded, padded_grad, static_cast<int>((count + kLanes - 1) / kLanes));
+      std::memset(padded + count, 0, (rows * kLanes - count) * sizeof(Storage));
+      kernel.block(b++, padded, padded_grad, rows);
       if constexpr (pass != Pass::kSums) {
         std::memcpy(grad + i, padded_grad, count * sizeof(Storage));
       }
     }
-    return {kernel.l1.total(), kernel.l2.total()};
+    if constexpr (pass == Pass::kGradient) {
+      return {};
+    }
+    return {(terms & kL1) ? total(kernel.l1, b) : 0, (terms & kL2) ? total(kernel.l2, b) : 0};
   }
 };
 

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../checks.h"
@@ -53,62 +54,74 @@ class ListPass {
     task.c2 = factor(strengths_.l2[t]);
   }
 
-  // Does the work. [tensors], each the sums of its (scaled) terms.
-  std::vector<ChunkSums> run() const {
+  // Does the work.
+  void run() {
     std::vector<int64_t> sizes;
     sizes.reserve(tasks_.size());
     for (const ChunkTask& task : tasks_) {
       sizes.push_back(task.size);
     }
-    const ChunkPlan plan(sizes);
+    plan_ = ChunkPlan(sizes);
     const ChunkKernel kernel = cpu_capability().kernel;
-    std::vector<ChunkSums> chunk_sums(plan.chunks());
-    for_each_chunk(plan, [&](int64_t c) {
-      const Chunk chunk = plan.chunk(c);
+    chunk_sums_.resize(plan_.chunks());
+    for_each_chunk(plan_, [&](int64_t c) {
+      const Chunk chunk = plan_.chunk(c);
       ChunkTask task = tasks_[chunk.tensor];
       const int64_t offset = chunk.begin * static_cast<int64_t>(dense_[chunk.tensor].element_size());
       task.param = static_cast<const char*>(task.param) + offset;
       task.grad = static_cast<char*>(task.grad) + (task.pass == Pass::kSums ? 0 : offset);
       task.size = chunk.size;
-      chunk_sums[c] = kernel(task);
+      chunk_sums_[c] = kernel(task);
     });
-
-    std::vector<ChunkSums> sums(tasks_.size());
-    for (const auto t : c10::irange(tasks_.size())) {
-      CompensatedSum<double> l1, l2;
-      for (int64_t c = plan.first_chunk(t); c < plan.first_chunk(t + 1); ++c) {
-        l1.add(chunk_sums[c].l1);
-        l2.add(chunk_sums[c].l2);
-      }
-      sums[t] = {result(l1), result(l2)};
-    }
-    return sums;
   }
 
-  // The penalty from the sums, 0-dim: float64 if any parameter is, else float32.
-  at::Tensor penalty(const std::vector<ChunkSums>& sums) const {
-    CompensatedSum<double> total;
-    bool any_float64 = false;
-    for (const auto t : c10::irange(sums.size())) {
-      any_float64 |= is_float64(t);
-      if (tasks_[t].terms & kL1) {
-        total.add(scaled_l1(t).factor * sums[t].l1);
-      }
-      if (tasks_[t].terms & kL2) {
-        total.add(scaled_l2(t).factor * sums[t].l2);
-      }
-    }
+  // After run(): the sums of |w| and of w^2 of parameter t (of strengths that need no scale).
+  ChunkSums term_sums(size_t t) const {
+    const ChunkSums* const sums = chunk_sums_.data() + plan_.first_chunk(t);
+    const int64_t count = plan_.first_chunk(t + 1) - plan_.first_chunk(t);
+    return {column_sum<kTensorColumns>(count, [&](int64_t c) { return sums[c].l1; }),
+            column_sum<kTensorColumns>(count, [&](int64_t c) { return sums[c].l2; })};
+  }
+
+  // After run(): the penalty, 0-dim, float64 if any parameter is, else float32.
+  at::Tensor penalty() const {
+    const double total = total_penalty();
+    const bool any_float64 =
+        std::any_of(tasks_.begin(), tasks_.end(), [](const ChunkTask& task) { return task.dtype == Dtype::kFloat64; });
     // at::scalar_tensor would take two trips through the dispatcher, a tenth of a small call.
     at::Tensor value = at::detail::empty_cpu({}, any_float64 ? at::kDouble : at::kFloat);
     if (any_float64) {
-      *value.mutable_data_ptr<double>() = result(total);
+      *value.mutable_data_ptr<double>() = total;
     } else {
-      *value.mutable_data_ptr<float>() = static_cast<float>(result(total));
+      *value.mutable_data_ptr<float>() = static_cast<float>(total);
     }
     return value;
   }
 
  private:
+  double total_penalty() const {
+    const int64_t group = group_size(plan_.chunks());
+    size_t t = 0;
+    ScaledStrength l1{}, l2{};
+    const auto chunk_penalty = [&](int64_t c) {
+      if (c == 0 || c >= plan_.first_chunk(t + 1)) {  // the next tensor that is not empty
+        while (c >= plan_.first_chunk(t + 1)) {
+          ++t;
+        }
+        l1 = scaled_l1(t);
+        l2 = scaled_l2(t);
+      }
+      return penalty_of_sums(tasks_[t].terms, l1.factor, chunk_sums_[c].l1, l2.factor, chunk_sums_[c].l2);
+    };
+    return column_sum<kColumns>((plan_.chunks() + group - 1) / group, [&](int64_t g) {
+      CompensatedSum sum;
+      for (int64_t c = g * group; c < std::min((g + 1) * group, plan_.chunks()); ++c) {
+        sum.add(chunk_penalty(c));
+      }
+      return result(sum);
+    });
+  }
+
   static Dtype dtype_of(const at::Tensor& t) {
     switch (t.scalar_type()) {
       case at::kFloat:
@@ -130,6 +143,8 @@ class ListPass {
   Strengths strengths_;
   std::vector<at::Tensor> dense_;
   std::vector<ChunkTask> tasks_;
+  ChunkPlan plan_;
+  std::vector<ChunkSums> chunk_sums_;
 };
 
 }  // namespace fused_reg

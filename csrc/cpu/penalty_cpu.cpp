@@ -18,8 +18,9 @@ ListPass make_pass(at::TensorList params, Floats l1, Floats l2, const OptionalTe
 
 at::Tensor penalty(at::TensorList params, Floats l1, Floats l2, const OptionalTensor& l1_tensor,
                    const OptionalTensor& l2_tensor) {
-  const ListPass pass = make_pass(params, l1, l2, l1_tensor, l2_tensor);
-  return pass.penalty(pass.run());
+  ListPass pass = make_pass(params, l1, l2, l1_tensor, l2_tensor);
+  pass.run();
+  return pass.penalty();
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList params,
@@ -36,8 +37,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList 
       pass.write_grad(t, grads.back(), 1, Pass::kSumsAndGradient);
     }
   }
-  at::Tensor value = pass.penalty(pass.run());
-  return {std::move(value), std::move(grads)};
+  pass.run();
+  return {pass.penalty(), std::move(grads)};
 }
 
 std::vector<at::Tensor> penalty_grad(const at::Tensor& upstream, at::TensorList params, Floats l1, Floats l2,
@@ -70,13 +71,14 @@ void rescale_grad_(const at::Tensor& upstream, at::TensorList params, at::Tensor
 
 at::Tensor term_sums(at::TensorList params) {
   const double one = 1;
-  const ListPass pass = make_pass(params, one, one, std::nullopt, std::nullopt);
-  const std::vector<ChunkSums> sums = pass.run();
-  at::Tensor out = at::empty({static_cast<int64_t>(sums.size()), 2}, at::kDouble);
+  ListPass pass = make_pass(params, one, one, std::nullopt, std::nullopt);
+  pass.run();
+  at::Tensor out = at::empty({static_cast<int64_t>(params.size()), 2}, at::kDouble);
   double* row = out.mutable_data_ptr<double>();
-  for (const ChunkSums& s : sums) {
-    *row++ = s.l1;
-    *row++ = s.l2;
+  for (const auto t : c10::irange(params.size())) {
+    const ChunkSums sums = pass.term_sums(t);
+    *row++ = sums.l1;
+    *row++ = sums.l2;
   }
   return out;
 }

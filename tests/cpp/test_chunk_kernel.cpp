@@ -131,7 +131,8 @@ int main() {
   }
   std::mt19937_64 random(0);
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
-    for (const int64_t size : {1, 2, 3, 15, 16, 17, 31, 33, 255, 256, 257, 511, 4099, 16384}) {
+    for (const int64_t size : {1,   2,   3,   15,  16,   17,   31,   33,   63,   64,    65,    127,
+                               128, 129, 255, 257, 1023, 1024, 1025, 2048, 4099, 16320, 16383, 16384}) {
       for (const bool any_bits : {false, true}) {
         const std::vector<char> param = random_bits(dtype, size, any_bits, random);
         for (const Terms terms : {kNone, kL1, kL2, kL1L2}) {

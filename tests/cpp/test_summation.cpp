@@ -1,4 +1,4 @@
-// Compensated sums against exact ones, for content that plain float64 sums get wrong.
+// Compensated sums against exact ones, for content that plain float64 sums get wrong; the trees of a chunk; the groups.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -11,16 +11,65 @@ using namespace fused_reg;
 namespace {
 
 double sum(const std::vector<double>& x) {
-  CompensatedSum<double> s;
+  CompensatedSum s;
   for (const double v : x) {
     s.add(v);
   }
   return result(s);
 }
 
+template <int columns>
+double sum_in_columns(const std::vector<double>& x) {
+  return column_sum<columns>(static_cast<int64_t>(x.size()), [&](int64_t i) { return x[i]; });
+}
+
+// Every place of a chunk counts once: each in its own bit, which float64 adds without rounding.
+void expect_total_counts_each_place_once() {
+  for (int count = 0; count <= kBlocks; ++count) {
+    for (int lane = 0; lane < kFoldedLanes; ++lane) {
+      BlockSums blocks[kBlocks] = {};
+      for (int b = 0; b < kBlocks; ++b) {
+        blocks[b].lanes[lane] = b < count ? std::ldexp(1.0, b) : std::nan("");  // what is missing is not read
+      }
+      if (count == 0) {
+        blocks[0] = {};
+      }
+      for (int other = 0; other < kFoldedLanes; ++other) {
+        for (int b = 0; b < count; ++b) {
+          blocks[b].lanes[other] = other == lane ? blocks[b].lanes[other] : 0;
+        }
+      }
+      EXPECT(total(blocks, count) == std::ldexp(1.0, count) - 1, count, lane);
+    }
+  }
+}
+
+void expect_groups() {
+  for (const int64_t chunks :
+       {int64_t{0}, int64_t{1}, kMaxGroups, kMaxGroups + 1, 2 * kMaxGroups, 2 * kMaxGroups + 1, int64_t{1} << 40}) {
+    const int64_t size = group_size(chunks);
+    EXPECT((size & (size - 1)) == 0, chunks, size);
+    EXPECT((chunks + size - 1) / size <= kMaxGroups, chunks, size);
+    EXPECT(size == 1 || (chunks + size / 2 - 1) / (size / 2) > kMaxGroups, chunks, size);
+  }
+}
+
 }  // namespace
 
 int main() {
+  for (const int count : {0, 1, 2, 3, 31, 32, 33, 127, 128, 129, 300}) {
+    std::vector<double> ones(count, 1);
+    EXPECT(sum_in_columns<kColumns>(ones) == count, count);
+    EXPECT(sum_in_columns<kTensorColumns>(ones) == count, count);
+  }
+  std::vector<double> hard(1000, 0.1);
+  hard[3] = 1e100;
+  hard[950] = -1e100;  // in another column: only the errors know the rest
+  EXPECT(std::abs(sum_in_columns<kColumns>(hard) - 99.8) < 1e-13, sum_in_columns<kColumns>(hard));
+  EXPECT(sum_in_columns<kColumns>({1, std::numeric_limits<double>::infinity()}) == INFINITY);
+  expect_total_counts_each_place_once();
+  expect_groups();
+
   EXPECT(sum({}) == 0);
   EXPECT(sum({1e16, 1, 1, 1, 1}) == 1e16 + 4);               // plain: 1e16
   EXPECT(sum({1, 1e100, 1, -1e100}) == 2);                   // plain: 0
