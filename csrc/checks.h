@@ -25,6 +25,9 @@ inline void check_params(at::TensorList params) {
                      name_of(p.scalar_type()));
     TORCH_CHECK_TYPE(is_supported(p.scalar_type()), "params[", i,
                      "] must be float32, float64, bfloat16 or float16, got ", name_of(p.scalar_type()));
+  }
+  for (const auto i : c10::irange(params.size())) {  // after the dtypes: Python takes several devices apart
+    const at::Tensor& p = params[i];
     TORCH_CHECK_VALUE(p.device() == params[0].device(), "params[", i, "] must be on ", params[0].device(),
                       ", as params[0], got ", p.device());
   }
@@ -34,6 +37,12 @@ inline void check_params(at::TensorList params) {
 inline void check_meta(at::TensorList params) {
   TORCH_CHECK_VALUE(params[0].is_meta(), "strengths must be on the CPU or on the parameters' device (",
                     params[0].device(), "), got meta");
+}
+
+inline void check_strength_device(const at::Tensor& strength, at::Device params) {
+  TORCH_CHECK_VALUE(strength.is_cpu() || strength.device() == params,
+                    "strengths must be on the CPU or on the parameters' device (", params, "), got ",
+                    strength.device());
 }
 
 // For the backends that read memory.
@@ -50,7 +59,7 @@ inline void check_strength(const char* name, size_t count, size_t params) {
 
 // Called by fused_reg alone, which keeps these: the checks guard the memory.
 inline void check_needs_grad(size_t count, size_t params) {
-  TORCH_CHECK_VALUE(count == params, "needs_grad must have one entry per parameter (", params, "), got ", count);
+  TORCH_CHECK_VALUE(count == params, "needs_grad must be true once per parameter (", params, "), got ", count);
 }
 
 inline void check_grads(size_t count, size_t params) {

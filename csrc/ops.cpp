@@ -15,16 +15,17 @@ TORCH_LIBRARY(fused_reg, m) {
       "Tensor? l2_tensor) -> (Tensor, Tensor[])",
       {at::Tag::pt2_compliant_tag});
 
-  // upstream * d(penalty)/d(param), for every parameter.
+  // upstream * d(penalty)/d(param). The parameters are those of a list that need a gradient; needs_grad and the
+  // strengths belong to the whole list.
   m.def(
-      "penalty_grad(Tensor upstream, Tensor[] params, float[] l1, float[] l2, Tensor? l1_tensor, "
+      "penalty_grad(Tensor upstream, Tensor[] params, bool[] needs_grad, float[] l1, float[] l2, Tensor? l1_tensor, "
       "Tensor? l2_tensor) -> Tensor[]",
       {at::Tag::pt2_compliant_tag});
 
   // The same, written over gradients that penalty_and_grad has computed for an upstream gradient of 1.
   // Where upstream is 1, nothing is read or written.
   m.def(
-      "rescale_grad_(Tensor upstream, Tensor[] params, Tensor(a!)[] grads, float[] l1, float[] l2, "
+      "rescale_grad_(Tensor upstream, Tensor[] params, Tensor(a!)[] grads, bool[] needs_grad, float[] l1, float[] l2, "
       "Tensor? l1_tensor, Tensor? l2_tensor) -> ()",
       {at::Tag::pt2_compliant_tag});
 

@@ -30,7 +30,7 @@ FUSED_REG_INLINE Terms terms_of(double l1, double l2) {
 template <class V>
 FUSED_REG_INLINE V add_l1_term(V sum, V w) {
   if constexpr (std::is_arithmetic_v<V>) {
-    return sum + (w < 0 ? -w : w);
+    return sum + std::fabs(w);
   } else {  // clears the sign: one instruction, where compare and blend are two
     using Bits = decltype(w < w);
     return sum + (V)((Bits)w & ~(Bits)(-V{}));

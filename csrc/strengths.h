@@ -1,29 +1,75 @@
-// The strengths of a list, read on the host.
+// The strengths of a list, as the operators take them.
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/List.h>
 
-#include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "checks.h"
 
 namespace fused_reg {
 
+// Floats, or a tensor that wins (ops.cpp).
+struct StrengthArg {
+  const char* name;
+  at::ArrayRef<double> floats;
+  const std::optional<at::Tensor>& tensor;
+};
+
+// Which parameters of a list an operator is given: all, or those that need a gradient. Strengths are those of the list.
+struct Selection {
+  size_t list;                 // parameters in the list
+  std::vector<size_t> places;  // of those given, in the list
+};
+
+inline Selection all_of(size_t params) {
+  Selection all{params, std::vector<size_t>(params)};
+  std::iota(all.places.begin(), all.places.end(), size_t{0});
+  return all;
+}
+
+inline Selection selection_of(const c10::List<bool>& needs_grad, size_t params) {
+  Selection some{needs_grad.size(), {}};
+  for (const auto place : c10::irange(needs_grad.size())) {
+    if (needs_grad[place]) {
+      some.places.push_back(place);
+    }
+  }
+  check_needs_grad(some.places.size(), params);
+  return some;
+}
+
+// The strengths of a selection, read on the host.
 class Strength {
  public:
-  Strength(const char* name, at::ArrayRef<double> floats, const std::optional<at::Tensor>& tensor, size_t params)
-      : values_(floats.vec()) {
-    if (tensor.has_value()) {
-      const at::Tensor host = tensor->to(at::kCPU, at::kDouble).contiguous();
-      values_.assign(host.const_data_ptr<double>(), host.const_data_ptr<double>() + host.numel());
+  Strength(const StrengthArg& arg, const Selection& selection) {
+    if (arg.tensor.has_value()) {
+      const at::Tensor host = arg.tensor->to(at::kCPU, at::kDouble).contiguous();
+      fill({host.const_data_ptr<double>(), static_cast<size_t>(host.numel())}, arg.name, selection);
+    } else {
+      fill(arg.floats, arg.name, selection);
     }
-    check_strength(name, values_.size(), params);
   }
 
-  double operator[](size_t t) const { return values_.empty() ? 0 : values_[values_.size() == 1 ? 0 : t]; }
+  bool is_one() const { return values_.size() == 1; }
+
+  double operator[](size_t t) const { return values_[is_one() ? 0 : t]; }
 
  private:
+  void fill(at::ArrayRef<double> values, const char* name, const Selection& selection) {
+    check_strength(name, values.size(), selection.list);
+    if (values.size() <= 1) {
+      values_.assign(1, values.empty() ? 0 : values[0]);
+      return;
+    }
+    values_.reserve(selection.places.size());
+    for (const size_t place : selection.places) {
+      values_.push_back(values[place]);
+    }
+  }
+
   std::vector<double> values_;
 };
 

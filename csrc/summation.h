@@ -17,7 +17,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "penalty.h"
 
@@ -67,7 +66,7 @@ FUSED_REG_INLINE double result(const CompensatedSum& s) {
   if (s.sum - s.sum == 0) {
     return s.sum + s.error;
   }
-  return s.sum == s.sum ? s.sum : std::numeric_limits<double>::quiet_NaN();
+  return s.sum == s.sum ? s.sum : static_cast<double>(NAN);
 }
 
 // The sum of a chunk of `count` blocks, which are used up.

@@ -32,14 +32,17 @@ class Strengths(NamedTuple):
         l1, l2 = self.l1_tensor, self.l2_tensor
         return (l1 is not None and l1.requires_grad) or (l2 is not None and l2.requires_grad)
 
-    def select(self, keep: Sequence[bool]) -> Strengths:
-        """The strengths of the parameters to keep."""
+    def at(self, places: Sequence[int], device: torch.device) -> Strengths:
+        """The strengths of the parameters at these places of the list, for a launch on this device."""
 
         def floats(values: tuple[float, ...]) -> tuple[float, ...]:
-            return values if len(values) <= 1 else tuple(v for v, k in zip(values, keep, strict=True) if k)
+            return values if len(values) <= 1 else tuple(values[i] for i in places)
 
         def tensor(values: Tensor | None) -> Tensor | None:
-            return values if values is None or values.ndim == 0 else values[list(keep)]
+            if values is None:
+                return None
+            picked = values if values.ndim == 0 else torch.stack([values[i] for i in places])
+            return picked if picked.is_cpu else picked.to(device)
 
         return Strengths(floats(self.l1), floats(self.l2), tensor(self.l1_tensor), tensor(self.l2_tensor))
 
@@ -160,6 +163,14 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
             return TypeError(f"{function}: params[{i}] must be floating point, got {p.dtype}")
         if p.layout is not torch.strided:
             return TypeError(f"{function}: params[{i}] must be dense (torch.strided), got {p.layout}")
+        if isinstance(error, NotImplementedError) and p.device.type == "cuda":
+            return RuntimeError(
+                f"{function}: params[{i}] is on {p.device}, and fused_reg is built without CUDA; where nvcc and a CUDA "
+                "build of torch are installed, build it again with "
+                "`FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
+            )
+        if isinstance(error, NotImplementedError):
+            return TypeError(f"{function}: params[{i}] must be on the CPU or a CUDA device, got {p.device}")
     if isinstance(error, TypeError | ValueError) and str(error).startswith(("params[", "strengths ")):
         return type(error)(f"{function}: {error}")
     return error

@@ -50,7 +50,6 @@ class _Penalty(Function):
         value, ctx.grads = _ops.penalty_and_grad(params, needs_grad, *strengths)
         if not all(needs_grad):
             params = tuple(compress(params, needs_grad))
-            strengths = strengths.select(needs_grad)
         ctx.needs_grad = needs_grad
         ctx.l1, ctx.l2, *tensors = strengths
         ctx.save_for_backward(*tensors, *params)
@@ -64,11 +63,12 @@ class _Penalty(Function):
         if grads is None or torch.is_grad_enabled() or not _is_one_on_cpu(upstream):
             strengths = Strengths(ctx.l1, ctx.l2, l1_tensor, l2_tensor)
             if torch.is_grad_enabled():  # create_graph=True
-                grads = _apply(_Gradient, upstream, _table(strengths, params), *params)
+                table = _rows_of(_table(strengths, len(ctx.needs_grad), upstream.device), ctx.needs_grad)
+                grads = _apply(_Gradient, upstream, table, *params)
             elif grads is None:
-                grads = _ops.penalty_grad(upstream, params, *strengths)
+                grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, *strengths)
             else:  # on a GPU the kernel looks at the upstream gradient, so that nothing waits
-                _ops.rescale_grad_(upstream, params, grads, *strengths)
+                _ops.rescale_grad_(upstream, params, grads, ctx.needs_grad, *strengths)
         return None, *_scattered(grads, ctx.needs_grad)
 
 
@@ -80,17 +80,30 @@ _apply_penalty: Callable[..., Tensor] = super(Function, _Penalty).apply
 def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The penalty as a function of a table of strengths and the parameters: differentiable to any order in both."""
     params = [p.clone() if p.is_inference() else p for p in params]  # autograd cannot save an inference tensor
-    return cast(Tensor, _apply(_Composed, _table(strengths, params), *params))
+    return cast(Tensor, _apply(_Composed, _table(strengths, len(params), params[0].device), *params))
 
 
-def _table(strengths: Strengths, params: Sequence[Tensor]) -> Tensor:
-    """The strengths as one differentiable tensor, [len(params), 2] float64."""
-    like = torch.zeros((), dtype=torch.float64, device=params[0].device)
+def _table(strengths: Strengths, count: int, device: torch.device) -> Tensor:
+    """The strengths as one differentiable tensor, [count, 2] float64. On a GPU, nothing waits for it."""
     columns = []
     for floats, tensor in ((strengths.l1, strengths.l1_tensor), (strengths.l2, strengths.l2_tensor)):
-        column = like.new_tensor(floats or (0.0,)) if tensor is None else tensor.to(like)
-        columns.append(column.expand(len(params)))
+        if tensor is not None:
+            column = tensor.to(device, torch.float64)
+        elif len(floats) <= 1:
+            column = torch.full((), sum(floats), dtype=torch.float64, device=device)
+        else:
+            column = _on(device, torch.tensor(floats, dtype=torch.float64))
+        columns.append(column.expand(count))
     return torch.stack(columns, dim=1)
+
+
+def _on(device: torch.device, host: Tensor) -> Tensor:
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def _rows_of(table: Tensor, keep: Sequence[bool]) -> Tensor:
+    """The rows to keep. A GPU would wait for an index that comes from the host."""
+    return table if all(keep) else torch.stack(list(compress(table.unbind(), keep)))
 
 
 class _Composed(Function):
@@ -116,8 +129,8 @@ class _Composed(Function):
             params = list(compress(params, needs_params))
         params_grad: tuple[Tensor | None, ...] = (None,) * len(needs_params)
         if params:
-            rows = table if all(needs_params) else table[list(needs_params)]
-            params_grad = _scattered(_apply(_Gradient, upstream, rows, *params), needs_params)
+            grads = _apply(_Gradient, upstream, _rows_of(table, needs_params), *params)
+            params_grad = _scattered(grads, needs_params)
         return table_grad, *params_grad
 
     @staticmethod
@@ -140,7 +153,7 @@ class _TermSums(Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         # The gradient of sum(cotangent * S): a penalty whose strengths are the cotangents.
         needs_grad, params = ctx.needs_input_grad, ctx.saved_tensors
-        table = cotangent if all(needs_grad) else cotangent[list(needs_grad)]
+        table = _rows_of(cotangent, needs_grad)
         return _scattered(_apply(_Gradient, table.new_ones(()), table, *params), needs_grad)
 
     @staticmethod
@@ -153,7 +166,7 @@ class _Gradient(Function):
 
     @staticmethod
     def forward(upstream: Tensor, table: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_ops.penalty_grad(upstream, params, (), (), table[:, 0], table[:, 1]))
+        return tuple(_ops.penalty_grad(upstream, params, [True] * len(params), (), (), table[:, 0], table[:, 1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -179,7 +192,7 @@ class _Gradient(Function):
         params_grad: tuple[Tensor | None, ...] = (None,) * len(params)
         if any(needs_params):
             # The L1 part is piecewise constant in w. The L2 part is linear: its own gradient, at the cotangent.
-            l2_table = table * table.new_tensor([0.0, 1.0])
+            l2_table = torch.stack((torch.zeros_like(table[:, 1]), table[:, 1]), dim=1)
             params_grad = _apply(_Gradient, upstream, l2_table, *cotangents)
         return upstream_grad, table_grad, *params_grad
 

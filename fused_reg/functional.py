@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fused_reg import _autograd, _ops
-from fused_reg._arguments import Strength, as_list, as_strengths, explained
+from fused_reg import _autograd, _devices, _ops
+from fused_reg._arguments import Strength, Strengths, as_list, as_strengths, explained
 
 
 def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None) -> Tensor:
@@ -61,6 +61,8 @@ def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None,
     try:
         return _autograd.penalty(tensors, strengths)
     except Exception as error:
+        if _devices.is_mixed(tensors, error):
+            return _devices.penalty(_autograd.penalty, tensors, strengths)
         reason = explained("fused_penalty", tensors, error)
         raise reason from (None if reason is not error else error.__cause__)
 
@@ -100,9 +102,15 @@ def value_and_grad(
     if not tensors:
         return torch.zeros(()), ()
     try:
-        with torch.no_grad():
-            value, grads = _ops.penalty_and_grad(tensors, [True] * len(tensors), *strengths)
+        return _value_and_grad(tensors, strengths)
     except Exception as error:
+        if _devices.is_mixed(tensors, error):
+            return _devices.value_and_grad(_value_and_grad, tensors, strengths)
         reason = explained("value_and_grad", tensors, error)
         raise reason from (None if reason is not error else error.__cause__)
+
+
+def _value_and_grad(params: Sequence[Tensor], strengths: Strengths) -> tuple[Tensor, tuple[Tensor, ...]]:
+    with torch.no_grad():
+        value, grads = _ops.penalty_and_grad(params, [True] * len(params), *strengths)
     return value, tuple(grads)

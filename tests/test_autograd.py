@@ -268,8 +268,8 @@ def test_opcheck(device):
     calls = {
         _ops.penalty: (params, *strengths),
         _ops.penalty_and_grad: (params, [True, False, True], *strengths),
-        _ops.penalty_grad: (upstream, params, *strengths),
-        _ops.rescale_grad_: (upstream, params, list(grads), *strengths),
+        _ops.penalty_grad: (upstream, params, [True] * 3, *strengths),
+        _ops.rescale_grad_: (upstream, params, list(grads), [True] * 3, *strengths),
         _ops.term_sums: (params,),
     }
     for operator, arguments in calls.items():

@@ -10,15 +10,15 @@ namespace {
 using Floats = at::ArrayRef<double>;
 using OptionalTensor = std::optional<at::Tensor>;
 
-ListPass make_pass(at::TensorList params, Floats l1, Floats l2, const OptionalTensor& l1_tensor,
-                   const OptionalTensor& l2_tensor) {
+ListPass make_pass(at::TensorList params, const Selection& selection, Floats l1, Floats l2,
+                   const OptionalTensor& l1_tensor, const OptionalTensor& l2_tensor) {
   check_params(params);
-  return {params, {{"l1", l1, l1_tensor, params.size()}, {"l2", l2, l2_tensor, params.size()}}};
+  return {params, {{{"l1", l1, l1_tensor}, selection}, {{"l2", l2, l2_tensor}, selection}}};
 }
 
 at::Tensor penalty(at::TensorList params, Floats l1, Floats l2, const OptionalTensor& l1_tensor,
                    const OptionalTensor& l2_tensor) {
-  ListPass pass = make_pass(params, l1, l2, l1_tensor, l2_tensor);
+  ListPass pass = make_pass(params, all_of(params.size()), l1, l2, l1_tensor, l2_tensor);
   pass.run();
   return pass.penalty();
 }
@@ -27,7 +27,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList 
                                                                  const c10::List<bool>& needs_grad, Floats l1,
                                                                  Floats l2, const OptionalTensor& l1_tensor,
                                                                  const OptionalTensor& l2_tensor) {
-  ListPass pass = make_pass(params, l1, l2, l1_tensor, l2_tensor);
+  ListPass pass = make_pass(params, all_of(params.size()), l1, l2, l1_tensor, l2_tensor);
   check_needs_grad(needs_grad.size(), params.size());
   std::vector<at::Tensor> grads;
   grads.reserve(params.size());
@@ -41,9 +41,10 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList 
   return {pass.penalty(), std::move(grads)};
 }
 
-std::vector<at::Tensor> penalty_grad(const at::Tensor& upstream, at::TensorList params, Floats l1, Floats l2,
+std::vector<at::Tensor> penalty_grad(const at::Tensor& upstream, at::TensorList params,
+                                     const c10::List<bool>& needs_grad, Floats l1, Floats l2,
                                      const OptionalTensor& l1_tensor, const OptionalTensor& l2_tensor) {
-  ListPass pass = make_pass(params, l1, l2, l1_tensor, l2_tensor);
+  ListPass pass = make_pass(params, selection_of(needs_grad, params.size()), l1, l2, l1_tensor, l2_tensor);
   const double factor = upstream.item<double>();
   std::vector<at::Tensor> grads;
   grads.reserve(params.size());
@@ -55,13 +56,14 @@ std::vector<at::Tensor> penalty_grad(const at::Tensor& upstream, at::TensorList 
   return grads;
 }
 
-void rescale_grad_(const at::Tensor& upstream, at::TensorList params, at::TensorList grads, Floats l1, Floats l2,
-                   const OptionalTensor& l1_tensor, const OptionalTensor& l2_tensor) {
+void rescale_grad_(const at::Tensor& upstream, at::TensorList params, at::TensorList grads,
+                   const c10::List<bool>& needs_grad, Floats l1, Floats l2, const OptionalTensor& l1_tensor,
+                   const OptionalTensor& l2_tensor) {
   const double factor = upstream.item<double>();
   if (factor == 1) {
     return;
   }
-  ListPass pass = make_pass(params, l1, l2, l1_tensor, l2_tensor);
+  ListPass pass = make_pass(params, selection_of(needs_grad, params.size()), l1, l2, l1_tensor, l2_tensor);
   check_grads(grads.size(), params.size());
   for (const auto t : c10::irange(params.size())) {
     pass.write_grad(t, grads[t], factor, Pass::kGradient);
@@ -71,7 +73,7 @@ void rescale_grad_(const at::Tensor& upstream, at::TensorList params, at::Tensor
 
 at::Tensor term_sums(at::TensorList params) {
   const double one = 1;
-  ListPass pass = make_pass(params, one, one, std::nullopt, std::nullopt);
+  ListPass pass = make_pass(params, all_of(params.size()), one, one, std::nullopt, std::nullopt);
   pass.run();
   at::Tensor out = at::empty({static_cast<int64_t>(params.size()), 2}, at::kDouble);
   double* row = out.mutable_data_ptr<double>();

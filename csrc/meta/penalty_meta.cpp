@@ -35,8 +35,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList 
   return {std::move(value), std::move(grads)};
 }
 
-std::vector<at::Tensor> penalty_grad(const at::Tensor&, at::TensorList params, Floats, Floats, const OptionalTensor&,
-                                     const OptionalTensor&) {
+std::vector<at::Tensor> penalty_grad(const at::Tensor&, at::TensorList params, const c10::List<bool>&, Floats, Floats,
+                                     const OptionalTensor&, const OptionalTensor&) {
   check_params(params);
   check_meta(params);
   std::vector<at::Tensor> grads;
@@ -46,8 +46,8 @@ std::vector<at::Tensor> penalty_grad(const at::Tensor&, at::TensorList params, F
   return grads;
 }
 
-void rescale_grad_(const at::Tensor&, at::TensorList, at::TensorList, Floats, Floats, const OptionalTensor&,
-                   const OptionalTensor&) {}
+void rescale_grad_(const at::Tensor&, at::TensorList, at::TensorList, const c10::List<bool>&, Floats, Floats,
+                   const OptionalTensor&, const OptionalTensor&) {}
 
 at::Tensor term_sums(at::TensorList params) {
   check_params(params);

@@ -1,0 +1,22 @@
+// The launches, as the torch side sees them. They return at once, with CUDA's error code.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "table.h"
+
+namespace fused_reg::cuda {
+
+enum class Kernel { kPenalty, kGradient };
+
+// One launch on the current device. A table of more than kLargeTable bytes must lie in device memory; a shorter one
+// lies on the host, and is free once this returns.
+cudaError_t launch(Kernel kernel, const Call& call, const void* table, size_t table_bytes, cudaStream_t stream);
+
+// The sums of terms of every tensor into out [call.tensors], on the device, by way of call.chunk_sums.
+cudaError_t launch_term_sums(const Call& call, const void* device_table, ChunkSums* out, cudaStream_t stream);
+
+// Copies a table to device memory by launches alone, so that a graph can capture it.
+cudaError_t upload(void* to, const void* table, size_t table_bytes, cudaStream_t stream);
+
+}  // namespace fused_reg::cuda

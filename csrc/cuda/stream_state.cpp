@@ -1,0 +1,90 @@
+#include "stream_state.h"
+
+#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+
+#include <list>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "kernels.h"
+
+namespace fused_reg::cuda {
+
+namespace {
+
+constexpr size_t kTablesKept = 4;  // for each stream: a model's forward and backward, and another's
+
+struct KeptTable {
+  std::vector<unsigned char> bytes;
+  at::Tensor memory;
+};
+
+struct State {
+  std::mutex mutex;
+  uint32_t tickets = 0;  // given out
+  std::map<std::pair<c10::DeviceIndex, c10::StreamId>, uint32_t> ticket;
+  std::map<std::pair<c10::DeviceIndex, c10::StreamId>, std::list<KeptTable>> tables;  // last used first
+};
+
+State& state() {
+  static auto* const s = new State;  // never destroyed: CUDA may be gone by then
+  return *s;
+}
+
+std::pair<c10::DeviceIndex, c10::StreamId> key_of(const Launch& launch) {
+  return {launch.stream.device_index(), launch.stream.id()};
+}
+
+at::Tensor uploaded(const std::vector<unsigned char>& bytes, const Launch& launch) {
+  const at::Tensor memory =
+      at::detail::empty_cuda({static_cast<int64_t>(bytes.size())}, at::kByte, launch.stream.device(), std::nullopt);
+  C10_CUDA_CHECK(upload(memory.mutable_data_ptr(), bytes.data(), bytes.size(), launch.stream));
+  return memory;
+}
+
+}  // namespace
+
+Launch next_launch() {
+  return {c10::cuda::getCurrentCUDAStream(),
+          c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None};
+}
+
+uint32_t ticket_for(const Launch& launch) {
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  const auto fresh = [&] {
+    TORCH_CHECK(s.tickets < kMaxTickets, "fused_reg: a process can capture at most ", kMaxTickets,
+                " calls in CUDA graphs");
+    return s.tickets++;
+  };
+  if (launch.capturing) {
+    return fresh();
+  }
+  const auto found = s.ticket.find(key_of(launch));
+  return found != s.ticket.end() ? found->second : s.ticket.emplace(key_of(launch), fresh()).first->second;
+}
+
+at::Tensor device_table(const std::vector<unsigned char>& bytes, const Launch& launch) {
+  if (launch.capturing) {
+    return uploaded(bytes, launch);
+  }
+  State& s = state();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  std::list<KeptTable>& tables = s.tables[key_of(launch)];
+  for (auto it = tables.begin(); it != tables.end(); ++it) {
+    if (it->bytes == bytes) {
+      tables.splice(tables.begin(), tables, it);
+      return it->memory;
+    }
+  }
+  tables.push_front({bytes, uploaded(bytes, launch)});
+  if (tables.size() > kTablesKept) {
+    tables.pop_back();
+  }
+  return tables.front().memory;
+}
+
+}  // namespace fused_reg::cuda

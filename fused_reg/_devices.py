@@ -1,0 +1,63 @@
+"""Lists whose parameters live on several devices: one launch per device, one number out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_reg._arguments import Strengths
+
+
+class Part(NamedTuple):
+    """What one device has of a list."""
+
+    places: list[int]  # in the list
+    params: list[Tensor]
+    strengths: Strengths
+
+
+def is_mixed(params: list[Tensor], error: Exception) -> bool:
+    """Whether a call that failed may be made device by device."""
+    devices = {p.device for p in params if isinstance(p, Tensor)}
+    return isinstance(error, ValueError) and len(devices) > 1 and {d.type for d in devices} <= {"cpu", "cuda"}
+
+
+def penalty(
+    one_device: Callable[[list[Tensor], Strengths], Tensor], params: list[Tensor], strengths: Strengths
+) -> Tensor:
+    """The penalty on the first parameter's device, from the penalty of each device."""
+    return _total([one_device(part.params, part.strengths) for part in _parts(params, strengths)], params)
+
+
+def value_and_grad(
+    one_device: Callable[[list[Tensor], Strengths], tuple[Tensor, tuple[Tensor, ...]]],
+    params: list[Tensor],
+    strengths: Strengths,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same, with the gradients in the order of the list."""
+    values = []
+    grads = list(params)
+    for part in _parts(params, strengths):
+        value, part_grads = one_device(part.params, part.strengths)
+        values.append(value)
+        for place, grad in zip(part.places, part_grads, strict=False):  # without that of the empty tensor
+            grads[place] = grad
+    return _total(values, params), tuple(grads)
+
+
+def _parts(params: list[Tensor], strengths: Strengths) -> Iterator[Part]:
+    """The list cut by device. An empty float64 tensor at the end of each part makes its value float64: not rounded yet."""
+    places: dict[torch.device, list[int]] = {}
+    for i, p in enumerate(params):
+        places.setdefault(p.device, []).append(i)
+    for device, own in places.items():
+        exact = torch.empty(0, dtype=torch.float64, device=device)
+        yield Part(own, [*(params[i] for i in own), exact], strengths.at([*own, own[0]], device))
+
+
+def _total(values: list[Tensor], params: list[Tensor]) -> Tensor:
+    total = torch.stack([value.to(params[0].device) for value in values]).sum()
+    return total if any(p.dtype == torch.float64 for p in params) else total.float()
