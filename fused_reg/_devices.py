@@ -49,7 +49,7 @@ def value_and_grad(
 
 
 def _parts(params: list[Tensor], strengths: Strengths) -> Iterator[Part]:
-    """The list cut by device. An empty float64 tensor at the end of each part makes its value float64: not rounded yet."""
+    """The list cut by device. An empty float64 tensor ends each part: so its value is float64, not rounded yet."""
     places: dict[torch.device, list[int]] = {}
     for i, p in enumerate(params):
         places.setdefault(p.device, []).append(i)
