@@ -16,11 +16,12 @@ WEIGHT_SCALE = 0.05
 
 @dataclass(frozen=True)
 class Case:
-    """A parameter list: its name on the command line, its title in a table, and the shape of every tensor."""
+    """A parameter list: its name on the command line, its title in a table, the shape of every tensor, the dtype."""
 
     name: str
     title: str
     shapes: tuple[Shape, ...]
+    dtype: torch.dtype = torch.float32
 
     @property
     def tensors(self) -> int:
@@ -31,15 +32,20 @@ class Case:
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
+    def bytes(self) -> int:
+        """Of the parameters."""
+        return self.elements * self.dtype.itemsize
+
+    @property
     def is_large(self) -> bool:
         """Whether its memory is what it costs: below, it is the calls."""
         return self.elements >= 10_000_000
 
-    def make_params(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    def make_params(self, device: torch.device) -> list[Tensor]:
         """The parameters, leaves that require grad, seeded."""
         generator = torch.Generator(device).manual_seed(0)
         return [
-            torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(WEIGHT_SCALE).requires_grad_()
+            torch.randn(shape, generator=generator, device=device, dtype=self.dtype).mul_(WEIGHT_SCALE).requires_grad_()
             for shape in self.shapes
         ]
 
@@ -88,6 +94,14 @@ def _vit_b16() -> list[Shape]:
     return [*stem, *block * 12, *norm, *_linear(width, 1000)]
 
 
+def _tinyllama() -> list[Shape]:
+    """Zhang et al. 2024: 22 layers of width 2048, 4 key and value heads of 64, and an output layer of its own."""
+    width, heads, inner, vocabulary = 2048, 4 * 64, 5632, 32000
+    attention: list[Shape] = [(width, width), (heads, width), (heads, width), (width, width)]
+    block = [*attention, (inner, width), (inner, width), (width, inner), (width,), (width,)]
+    return [(vocabulary, width), *block * 22, (width,), (vocabulary, width)]
+
+
 CASES = {
     case.name: case
     for case in (
@@ -98,5 +112,18 @@ CASES = {
         Case("vit_b16", "ViT-B/16", tuple(_vit_b16())),
         Case("one_tensor", "one tensor of 100M", ((100_000_000,),)),
         Case("gpt2", "GPT-2 small", tuple(_gpt2_small())),
+        Case("tinyllama_bf16", "TinyLlama 1.1B, bfloat16", tuple(_tinyllama()), torch.bfloat16),
+        Case("tinyllama", "TinyLlama 1.1B", tuple(_tinyllama())),
     )
 }
+
+#: The cases that a run measures if it is not told which, by the kind of device.
+DEVICE_CASES: dict[str, tuple[str, ...]] = {
+    "cpu": tuple(name for name in CASES if not name.startswith("tinyllama")),
+    "cuda": ("small_tensors", "resnet50", "vit_b16", "one_tensor", "gpt2", "tinyllama_bf16", "tinyllama"),
+}
+
+
+def title(name: str) -> str:
+    """The title of a case; of what is none, its name."""
+    return CASES[name].title if name in CASES else name

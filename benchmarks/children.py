@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.cases import CASES, Case
 from benchmarks.checks import Strengths
-from benchmarks.peers import COMPILED_LOOP, OURS, PEERS, Compiled, Peer
+from benchmarks.compiling import Compiled
+from benchmarks.peers import COMPILED_LOOP, OURS, PEERS, Peer
 from benchmarks.penalties import clear, compute
 from benchmarks.race import Effort
 from benchmarks.rows import Absent, MemoryRow, Record, Row
@@ -37,7 +38,7 @@ def memory_records(case: Case, peer: Peer, threads: int) -> list[Record]:
     if not _CLEAR_REFS.exists():
         return [Absent(case.name, "memory", peer.name, "only Linux tells the peak of a single call")]
     (sizes,) = _child(["memory", case.name, peer.name, str(threads)], _RETURN_FREED_MEMORY)
-    return [MemoryRow(case.name, peer.name, peer.role, 4 * case.elements, **sizes)]
+    return [MemoryRow(case.name, peer.name, peer.role, case.bytes, **sizes)]
 
 
 def rows_with_avx2(case: Case, effort: Effort, threads: int) -> list[Row]:
@@ -54,14 +55,14 @@ def _child(arguments: Sequence[str], environment: dict[str, str]) -> list[dict[s
 
 
 def _memory(case: Case, peer: Peer, strengths: Strengths) -> dict[str, int]:
-    params = case.make_params(torch.device("cpu"), torch.float32)
+    params = case.make_params(torch.device("cpu"))
     # Every child compiles and runs the compiled loop first, so that all start from the same heap: what compiling
     # leaves free in it would count for torch.compile alone.
-    compiled = Compiled(COMPILED_LOOP.penalty).penalty
+    compiled = Compiled(COMPILED_LOOP.penalty).function
     compute(compiled, params, strengths, "fresh")
     penalty = compiled if peer.compiled else peer.penalty
     if not peer.compiled:  # a smaller list starts the threads; the real one would leave us with gradients to reuse
-        compute(penalty, CASES["mlp"].make_params(torch.device("cpu"), torch.float32), strengths, "fresh")
+        compute(penalty, CASES["mlp"].make_params(torch.device("cpu")), strengths, "fresh")
     clear(params)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what compiling left behind

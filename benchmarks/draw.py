@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from benchmarks.cases import CASES, Case
+from benchmarks.limits import COPY_FLAT, COPY_FRESH, COPY_WARM, SUM_FLAT
 from benchmarks.peers import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
-from benchmarks.penalties import COPY_FRESH, COPY_WARM, SUM_FLAT
 from benchmarks.rows import Mode, Results, Row
 from benchmarks.table import caption, notable_errors, number
 
@@ -22,12 +22,18 @@ _COLOURS = {
     FOREACH_NORM.name: "#CC79A7",
 }
 
-# What our time is divided by.
-_LIMITS: tuple[tuple[Mode, str, str, str], ...] = (
-    ("value", SUM_FLAT, "value / x.sum()", "#56B4E9"),
-    ("value_and_grad", COPY_FRESH, "value + gradient / copy into fresh memory", "#009E73"),
-    ("value_and_grad", COPY_WARM, "value + gradient / copy into warm memory", "#8FD0B5"),
-)
+# What our time is divided by, by the kind of device.
+_LIMITS: dict[str, tuple[tuple[Mode, str, str, str], ...]] = {
+    "cpu": (
+        ("value", SUM_FLAT, "value / x.sum()", "#56B4E9"),
+        ("value_and_grad", COPY_FRESH, "value + gradient / copy into fresh memory", "#009E73"),
+        ("value_and_grad", COPY_WARM, "value + gradient / copy into warm memory", "#8FD0B5"),
+    ),
+    "cuda": (
+        ("value", SUM_FLAT, "value / x.sum()", "#56B4E9"),
+        ("value_and_grad", COPY_FLAT, "value + gradient / copy", "#009E73"),
+    ),
+}
 
 _BAR_HEIGHT = 0.8  # of all bars of a case
 
@@ -64,12 +70,13 @@ def _draw_times(figure: SubFigure, results: Results, cases: list[Case], places: 
 def _draw_limits(figure: SubFigure, results: Results, cases: list[Case], places: int) -> None:
     axes = figure.subplots()
     longest = 1.0
-    for k, (mode, name, label, colour) in enumerate(_LIMITS):
+    limits = _LIMITS["cuda" if results.machine.gpu else "cpu"]
+    for k, (mode, name, label, colour) in enumerate(limits):
         bars = [
             _relative_to_limit(results.find(case.name, mode, OURS.name), results.find(case.name, mode, name))
             for case in cases
         ]
-        _draw_bars(axes, bars, k, len(_LIMITS), colour, label)
+        _draw_bars(axes, bars, k, len(limits), colour, label)
         longest = max([longest, *(width for width, _ in bars)])
     axes.axvline(1, color="0.2", linewidth=1, linestyle="--")
     axes.set_xlim(0, 1.8 * longest)  # room for the labels

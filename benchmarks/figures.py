@@ -1,4 +1,4 @@
-"""The targets of the project, and whether a run meets them."""
+"""The targets of the project on a CPU, in `cuda_figures.py` on a GPU, and whether a run meets them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from benchmarks.cases import CASES
+from benchmarks.cuda_figures import cuda_figures
+from benchmarks.limits import LIMITS
 from benchmarks.peers import COMPILED_LOOP, LOOP, OURS
-from benchmarks.penalties import LIMITS
 from benchmarks.rows import Figure, Results
 
 # Forward and backward with `.grad` None: at least so many times as fast.
@@ -28,6 +29,8 @@ _MEMORY_RATIO = 1.0
 
 def with_figures(results: Results) -> Results:
     """The results with every target, measured or not."""
+    if results.machine.gpu:
+        return replace(results, figures=list(cuda_figures(results)))
     return replace(results, figures=[*_speedups(results), *_limits(results), *_memory(results)])
 
 
@@ -45,10 +48,10 @@ def _limits(results: Results) -> Iterator[Figure]:
         (AVX2_CASES, "AVX2", _LIMIT_RATIO_AVX2),
     )
     for cases, capability, target in kinds:
-        for mode in LIMITS:
+        for mode, (limit, *_) in LIMITS["cpu"].items():
             for case in cases:
                 row = results.find(case, mode, OURS.name, capability)
-                claim = f"{CASES[case].title}, {mode}, {capability}: of the time of `{LIMITS[mode][0]}`"
+                claim = f"{CASES[case].title}, {mode}, {capability}: of the time of `{limit}`"
                 yield Figure(claim, row.ratio_to_limit if row else None, target, at_least=False)
 
 

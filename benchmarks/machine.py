@@ -11,14 +11,18 @@ from pathlib import Path
 import torch
 
 import fused_reg
-from benchmarks.rows import Machine
+from benchmarks.rows import Gpu, Machine
 from fused_reg import _ops
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def describe() -> Machine:
-    """This machine, before the run, with the threads that torch uses."""
+# The commit of a copy of the sources that has no history.
+_COMMIT = "FUSED_REG_COMMIT"
+
+
+def describe(gpu: Gpu | None = None) -> Machine:
+    """This machine, before the run, with the threads that torch uses and the GPU that is measured."""
     return Machine(
         cpu=_cpu(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -30,10 +34,11 @@ def describe() -> Machine:
         torch=torch.__version__,
         fused_reg=fused_reg.__version__,
         build=dict(_ops.library.build_info()),
-        commit=_git("rev-parse", "HEAD") or "unknown",
+        commit=_git("rev-parse", "HEAD") or os.environ.get(_COMMIT) or "unknown",
         dirty=bool(_git("status", "--porcelain", "--untracked-files=no")),
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        gpu=gpu,
     )
 
 

@@ -1,24 +1,39 @@
-"""The tables of the README, from a run: ``python -m benchmarks.markdown results.json``."""
+"""The tables of a run: ``python -m benchmarks.markdown results.json``."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
 from benchmarks.cases import CASES, Case
+from benchmarks.cuda_markdown import cuda_parts, markdown_table
+from benchmarks.limits import LIMITS
 from benchmarks.peers import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
-from benchmarks.penalties import LIMITS
 from benchmarks.rows import MemoryRow, Mode, Results, Row
 from benchmarks.table import MODE_TITLES, caption, notable_errors, number
 
 _PEERS = (OURS.name, COMPILED_LOOP.name, LOOP.name, FOREACH_NORM.name)
 
 
+def document(results: Results, name: str) -> str:
+    """The tables under a title; `name` is that of the run's JSON."""
+    device = results.machine.gpu.name if results.machine.gpu else "CPU"
+    origin = f"Written by `python -m benchmarks.markdown benchmarks/results/{name}`."
+    brackets = "" if results.machine.gpu else " In brackets: how many times our time."
+    return f"# Measured on the {device}\n\n{origin}{brackets}\n\n{markdown(results)}\n"
+
+
 def markdown(results: Results) -> str:
-    """The times of forward and backward, of what the machine limits, of optimizer steps, and the peak memory."""
-    parts = [
+    """The times of forward and backward, of what the machine limits, of optimizer steps, and the peak memory; of a run
+    on a GPU every row, with the targets."""
+    parts = cuda_parts(results) if results.machine.gpu else _cpu_parts(results)
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _cpu_parts(results: Results) -> list[list[str]]:
+    return [
         _composed(results, "fresh"),
         _composed(results, "present"),
         _limits(results),
@@ -27,12 +42,6 @@ def markdown(results: Results) -> str:
         _absent(results),
         [f"Medians. {caption(results.machine)}."],
     ]
-    return "\n\n".join("\n".join(part) for part in parts if part)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines] if rows else []
 
 
 def _cases(results: Results) -> Iterator[Case]:
@@ -46,20 +55,20 @@ def _composed(results: Results, mode: Mode) -> list[str]:
         times = [results.find(case.name, mode, name) for name in _PEERS]
         if any(times):
             rows.append([f"{case.title} ({case.tensors:,} tensors, {_count(case.elements)})", *map(_time, times)])
-    return _table([f"{MODE_TITLES[mode]}, ms", *_PEERS], rows)
+    return markdown_table([f"{MODE_TITLES[mode]}, ms", *_PEERS], rows)
 
 
 def _limits(results: Results) -> list[str]:
     rows = []
     for row in results.rows:
-        if row.role == "ours" and row.mode in LIMITS and CASES[row.case].is_large:
-            for name in LIMITS[row.mode]:
+        if row.role == "ours" and row.mode in LIMITS["cpu"] and CASES[row.case].is_large:
+            for name in LIMITS["cpu"][row.mode]:
                 limit = results.find(row.case, row.mode, name, row.capability)
                 if limit is not None:
                     case = f"{CASES[row.case].title}, {MODE_TITLES[row.mode]}, {row.capability}"
                     ratio = f"{row.median_ms / limit.median_ms:.2f}"
                     rows.append([case, number(row.median_ms), f"{row.gb_per_s:.1f}", f"`{name}`", ratio])
-    return _table(["against the limits of the machine", "ms", "GB/s", "limit", "of its time"], rows)
+    return markdown_table(["against the limits of the machine", "ms", "GB/s", "limit", "of its time"], rows)
 
 
 def _steps(results: Results) -> list[str]:
@@ -69,12 +78,12 @@ def _steps(results: Results) -> list[str]:
         times = {row.implementation: row.median_ms for row in group}
         cells = [number(times[name]) for name in ("no penalty", "weight_decay", OURS.name)]
         rows.append([f"{CASES[case].title}, {family}", *cells])
-    return _table(["optimizer step, ms", "no penalty", "`weight_decay`", "step + fused_reg"], rows)
+    return markdown_table(["optimizer step, ms", "no penalty", "`weight_decay`", "step + fused_reg"], rows)
 
 
 def _memory(results: Results) -> list[str]:
     rows = [[f"{CASES[row.case].title}, {row.implementation}", *_megabytes(row)] for row in results.memory]
-    return _table(["memory of forward + backward, MB", "peak", "kept without `.grad`"], rows)
+    return markdown_table(["memory of forward + backward, MB", "peak", "kept without `.grad`"], rows)
 
 
 def _megabytes(row: MemoryRow) -> list[str]:
@@ -98,4 +107,5 @@ def _count(elements: int) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(Results.read(Path(sys.argv[1]))))
+    source = Path(sys.argv[1])
+    print(document(Results.read(source), source.name), end="")

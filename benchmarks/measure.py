@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,25 +16,21 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
+from benchmarks.agreement import LISTS, measure_agreement
 from benchmarks.cases import CASES
 from benchmarks.children import memory_records, rows_with_avx2
+from benchmarks.cuda import CudaDevice
+from benchmarks.devices import Device
 from benchmarks.figures import AVX2_CASES, MEMORY_CASES, with_figures
-from benchmarks.peers import COMPILED_LOOP, LOOP, OURS, PEERS
+from benchmarks.peers import COMPILED_LOOP, LOOP, OURS, PEERS, peers_of
+from benchmarks.presets import PRESETS
 from benchmarks.progress import shown
 from benchmarks.race import Effort
-from benchmarks.rows import MODES, Absent, MemoryRow, Mode, Record, Results, Row
-from benchmarks.timing import STRENGTHS, Measurement, Plan
+from benchmarks.rooflines import measure_rooflines, roofline_bytes, with_percents
+from benchmarks.rows import MODES, Absent, Agreement, Machine, MemoryRow, Record, Results, Roofline, Row
+from benchmarks.timing import STRENGTHS, Measurement, Plan, reason_of
 
-_QUICK_CASES = ("net", "mlp", "small_tensors", "resnet50")
-_QUICK_EFFORT = Effort(rounds=15, seconds=1.0)
-_FULL_EFFORT = Effort(rounds=30, seconds=60.0)
-_QUICK_OUTPUT, _FULL_OUTPUT = Path("build/bench/quick.json"), Path("build/bench/full.json")
-
-# What takes too long to compile, and what --quick leaves out for the same reason.
-_MINUTES = "takes minutes to compile: --compile-all"
-_NOT_COMPILED: dict[tuple[str, Mode], str] = {("small_tensors", mode): _MINUTES for mode in MODES}
-_QUICK_NOT_COMPILED = _NOT_COMPILED | {("resnet50", "value"): "not in --quick"}
-_QUICK_NOT_STEPPED = ("net", "mlp", "small_tensors")
+_RESULTS, _BUILD = Path("benchmarks/results"), Path("build/bench")
 
 
 @dataclass(frozen=True)
@@ -50,77 +47,137 @@ class _Task:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of `python -m benchmarks` and of this script."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure fused_reg and its peers.")
-    parser.add_argument("--quick", action="store_true", help="the smaller cases, in under three minutes")
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all; quick: " + ", ".join(_QUICK_CASES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure; default: cpu")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds, in under three minutes")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: those of the device; quick: fewer")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: all")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=tuple(PEERS), help="default: all")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all that the device has; quick: fewer")
     parser.add_argument("--rounds", type=int, help="samples of each time, at most (at least 5)")
     parser.add_argument("--seconds", type=float, help="stop the rounds of a case and mode after this long")
     parser.add_argument("--threads", type=int, help="default: as torch chooses")
     parser.add_argument("--compile-all", action="store_true", help="also compile what takes minutes to compile")
-    parser.add_argument("--no-children", action="store_true", help="neither peak memory nor AVX2")
-    parser.add_argument("--output", type=Path, help=f"JSON to write; default: {_FULL_OUTPUT}, {_QUICK_OUTPUT}")
+    parser.add_argument(
+        "--compile-seconds", type=float, help="of the run, for compiling; default on a GPU: 240, quick 50"
+    )
+    parser.add_argument("--no-children", action="store_true", help="on a CPU: neither peak memory nor AVX2")
+    parser.add_argument("--output", type=Path, help=f"JSON to write; default: in {_BUILD}, of a whole GPU {_RESULTS}")
     options = parser.parse_args(arguments)
-    if options.output is None:
-        options.output = _QUICK_OUTPUT if options.quick else _FULL_OUTPUT
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
     if options.rounds is not None and options.rounds < 5:
         parser.error(f"--rounds must be at least 5, got {options.rounds}")
+    if options.output is None:
+        options.output = _output(options.device, options.quick)
     return options
 
 
-def measure(options: argparse.Namespace) -> Results:
-    """Measure what the options say, and write it.
+def measure(options: argparse.Namespace, device: Device | None = None) -> Results:
+    """Measure what the options say, and write it. On a GPU what is done is written after every task.
 
     Raises:
-        WrongResultError: an implementation does not compute the penalty, or ours breaks the contract.
+        WrongResultError: on a CPU, an implementation does not compute the penalty, or ours breaks the contract.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    this = machine.describe()
+    if device is None:
+        device = CudaDevice() if options.device == "cuda" else Device()
+    this = machine.describe(device.gpu())
     records: list[Record] = []
     with _empty_compile_cache():
-        for task in shown(_tasks(options)):
-            records += task.run()
-    results = with_figures(
-        Results(
-            machine=this,
-            l1=STRENGTHS.l1,
-            l2=STRENGTHS.l2,
-            rows=[record for record in records if isinstance(record, Row)],
-            memory=[record for record in records if isinstance(record, MemoryRow)],
-            absent=[record for record in records if isinstance(record, Absent)],
-            figures=(),
-        )
-    )
+        for task in shown(_tasks(options, device)):
+            records += _outcome(task, keeps_going=this.gpu is not None)
+            if this.gpu:
+                _results(this, records).write(options.output)
+    results = _results(this, records)
     results.write(options.output)
     return results
 
 
-def _tasks(options: argparse.Namespace) -> list[_Task]:
-    """In order. The memory comes last, when what it compiles is in the cache."""
-    effort = _QUICK_EFFORT if options.quick else _FULL_EFFORT
-    effort = Effort(
-        rounds=effort.rounds if options.rounds is None else options.rounds,
-        seconds=effort.seconds if options.seconds is None else options.seconds,
+def slug(name: str) -> str:
+    """The name of a device as a file's: `NVIDIA H200` is `nvidia-h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _output(device: str, quick: bool) -> Path:
+    if device == "cpu":
+        return _BUILD / ("quick.json" if quick else "full.json")
+    name = slug(torch.cuda.get_device_name())
+    return _BUILD / f"{name}-quick.json" if quick else _RESULTS / f"{name}.json"
+
+
+def _outcome(task: _Task, keeps_going: bool) -> Sequence[Record]:
+    """What a task measured; if it failed and the run goes on, that it failed."""
+    try:
+        return task.run()
+    except Exception as error:
+        if not keeps_going:
+            raise
+        return [Absent(task.title, "all of it", "", reason_of(error))]
+
+
+def _results(this: Machine, records: Sequence[Record]) -> Results:
+    rooflines = tuple(record for record in records if isinstance(record, Roofline))
+    return with_figures(
+        Results(
+            machine=this,
+            l1=STRENGTHS.l1,
+            l2=STRENGTHS.l2,
+            rows=with_percents([record for record in records if isinstance(record, Row)], rooflines),
+            memory=[record for record in records if isinstance(record, MemoryRow)],
+            absent=[record for record in records if isinstance(record, Absent)],
+            figures=(),
+            rooflines=rooflines,
+            agreement=next((record for record in records if isinstance(record, Agreement)), None),
+        )
     )
-    cases = options.cases or (_QUICK_CASES if options.quick else tuple(CASES))
-    plan = Plan(
-        cases=cases,
-        modes=options.modes,
-        effort=effort,
-        peers=list(dict.fromkeys([OURS.name, *options.peers])),
-        not_compiled={} if options.compile_all else _QUICK_NOT_COMPILED if options.quick else _NOT_COMPILED,
-        not_stepped=_QUICK_NOT_STEPPED if options.quick else (),
-    )
+
+
+def _tasks(options: argparse.Namespace, device: Device) -> list[_Task]:
+    """In order. On a CPU the memory comes last, when what it compiles is in the cache."""
+    plan = _plan(options, device)
     measurement = Measurement(plan)
     tasks = [_Task(f"{case.title}: {mode}", partial(measurement.records, case, mode)) for case, mode in plan.items()]
-    if options.no_children:
-        return tasks
+    if isinstance(device, CudaDevice):
+        return [*_tasks_before(device), *tasks]
+    return tasks if options.no_children else [*tasks, *_children(options, plan)]
+
+
+def _plan(options: argparse.Namespace, device: Device) -> Plan:
+    preset = PRESETS[options.device, options.quick]
+    peers = options.peers
+    if peers is None:
+        peers = [name for name in peers_of(options.device) if name not in preset.not_raced]
+    return Plan(
+        cases=options.cases or preset.cases,
+        modes=options.modes,
+        effort=Effort(
+            rounds=preset.effort.rounds if options.rounds is None else options.rounds,
+            seconds=preset.effort.seconds if options.seconds is None else options.seconds,
+        ),
+        peers=list(dict.fromkeys([OURS.name, *peers])),
+        not_compiled={} if options.compile_all else preset.not_compiled,
+        not_stepped=preset.not_stepped,
+        device=device,
+        compile_seconds=preset.compile_seconds if options.compile_seconds is None else options.compile_seconds,
+        keeps_going=options.device == "cuda",
+    )
+
+
+def _tasks_before(device: CudaDevice) -> list[_Task]:
+    size = roofline_bytes(device.l2_bytes)
+    return [
+        _Task(f"{LISTS:,} random lists", lambda: [measure_agreement(device.name)]),
+        _Task("rooflines", lambda: measure_rooflines(device, size)),
+    ]
+
+
+def _children(options: argparse.Namespace, plan: Plan) -> list[_Task]:
+    tasks = []
     threads = torch.get_num_threads()
     if not options.quick and machine.capability().startswith("AVX512"):
-        for case in [CASES[name] for name in AVX2_CASES if name in cases]:
-            tasks.append(_Task(f"{case.title}: AVX2", partial(rows_with_avx2, case, effort, threads)))
-    for case in [CASES[name] for name in MEMORY_CASES if name in cases]:
+        for case in [CASES[name] for name in AVX2_CASES if name in plan.cases]:
+            tasks.append(_Task(f"{case.title}: AVX2", partial(rows_with_avx2, case, plan.effort, threads)))
+    for case in [CASES[name] for name in MEMORY_CASES if name in plan.cases]:
         for peer in (OURS, COMPILED_LOOP, LOOP):
             if peer.name in plan.peers:
                 title = f"{case.title}: peak memory of {peer.name}"

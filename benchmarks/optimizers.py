@@ -1,6 +1,6 @@
 """The contenders of a whole optimizer step: with `weight_decay`, with our penalty, and with neither, the floor.
 
-For SGD the two are the same thing, ``l2 = weight_decay / 2``. AdamW's `weight_decay` is decoupled: another
+For SGD and Adam the two are the same thing, ``l2 = weight_decay / 2``. AdamW's `weight_decay` is decoupled: another
 regularization, at a price that can be compared.
 """
 
@@ -12,28 +12,38 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import fused_reg
 from benchmarks.checks import Errors, Oracle, Strengths, WrongResultError, pieces
-from benchmarks.race import Contender
+from benchmarks.race import Candidate, Contender
 
 _LEARNING_RATE = 1e-3
 _WEIGHT_DECAY = 0.01
 _GRADIENT_SCALE = 0.1
-_EPS = 1e-8  # AdamW's default
+_EPS = 1e-8  # Adam's default
 
 # Of the step, by Euclidean norms: rounding the new weights to float32 leaves 1e-5, a missing weight_decay 5e-4.
 _TOLERANCE = 1e-4
 
-# The tensors that a step must read and write: the parameter and its gradient; with AdamW's two moments.
-_PASSES = {SGD: 3, AdamW: 7}
+# The tensors that a step must read and write: the parameter and its gradient; with Adam's two moments.
+_PASSES: dict[type[Optimizer], int] = {SGD: 3, Adam: 7, AdamW: 7}
 
-_TIERS: tuple[dict[str, bool], ...] = ({}, {"foreach": True}, {"fused": True})
+# By the kind of device. On a GPU the fused ones are the only peers.
+_KINDS: dict[str, tuple[type[Optimizer], ...]] = {"cpu": (SGD, AdamW), "cuda": (SGD, Adam, AdamW)}
+_TIERS: dict[str, tuple[dict[str, bool], ...]] = {
+    "cpu": ({}, {"foreach": True}, {"fused": True}),
+    "cuda": ({"fused": True},),
+}
+
+
+def step_candidates(source: Sequence[Tensor]) -> list[Candidate]:
+    """The contenders of the steps; they share their memory, so they are built already."""
+    return [Candidate.of(contender) for contender in step_contenders(source)]
 
 
 def step_contenders(source: Sequence[Tensor]) -> list[Contender]:
-    """Every optimizer and tier, three times each. All of them step the same copy of the parameters."""
+    """Every optimizer and tier of the device, three times each. All of them step the same copy of the parameters."""
     params = [p.detach().clone().requires_grad_() for p in source]
     generator = torch.Generator(params[0].device).manual_seed(1)
     gradients = [
@@ -41,8 +51,9 @@ def step_contenders(source: Sequence[Tensor]) -> list[Contender]:
     ]
     oracle = Oracle(source, Strengths(l1=0.0, l2=_WEIGHT_DECAY / 2))
     contenders = []
-    for kind in (SGD, AdamW):
-        for options in _TIERS:
+    device = params[0].device.type
+    for kind in _KINDS[device]:
+        for options in _TIERS[device]:
             optimizer = kind(params, lr=_LEARNING_RATE, weight_decay=0.0, **options)
             step = _Step(optimizer, oracle, params, gradients)
             family = ", ".join([kind.__name__, *(f"{name}={value}" for name, value in options.items())])
@@ -114,7 +125,7 @@ class _Step:
             for p, source, gradient in pieces(*tensors):
                 w = source.double()
                 direction = gradient.double() + coupled * w
-                if isinstance(self.optimizer, AdamW):  # both moments are the first gradient's
+                if isinstance(self.optimizer, Adam | AdamW):  # both moments are the first gradient's
                     direction = direction / (direction.abs() + _EPS) + decoupled * w
                 step = -_LEARNING_RATE * direction
                 error += (p.double() - w - step).square().sum().item()

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fused_reg
-from benchmarks.rows import Mode, Role
+from benchmarks.rows import Mode, Role, UnavailableError
 from fused_reg import reference
 
 Penalty = Callable[[Sequence[Tensor], float, float], Tensor]
 
+_APEX_CHUNK = 2048 * 32  # apex's own choice
+
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation, and the modes in which it is measured."""
+    """An implementation, and the modes and devices on which it is measured."""
 
     name: str
     penalty: Penalty
     role: Role = "peer"
     modes: tuple[Mode, ...] = ("value", "fresh", "present")
     compiled: bool = False  # by torch.compile, anew for every case
+    options: tuple[tuple[str, Any], ...] = ()  # torch.compile's
+    has_l1: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def foreach_norm(params: Sequence[Tensor], l1: float, l2: float) -> Tensor:
@@ -34,26 +40,56 @@ def foreach_norm(params: Sequence[Tensor], l1: float, l2: float) -> Tensor:
     return l1 * absolute.sum() + l2 * euclidean.square().sum()
 
 
+def foreach_powsum(params: Sequence[Tensor], l1: float, l2: float) -> Tensor:
+    """By PyTorch's multi-tensor sums of powers, which have no derivative: a call per term, a number per tensor."""
+    if not hasattr(torch, "_foreach_powsum"):
+        raise UnavailableError(f"is not in torch {torch.__version__}")
+    absolute = torch.stack(torch._foreach_powsum(params, 1))
+    squares = torch.stack(torch._foreach_powsum(params, 2))
+    return l1 * absolute.sum() + l2 * squares.sum()
+
+
+def apex_l2norm(params: Sequence[Tensor], l1: float, l2: float) -> Tensor:
+    """By the norm of NVIDIA apex's gradient clipping, which has neither an L1 term nor a derivative."""
+    try:
+        import amp_C
+    except ImportError:
+        raise UnavailableError("is not installed") from None
+    norm, _ = amp_C.multi_tensor_l2norm(_APEX_CHUNK, _apex_overflow(params[0].device), [list(params)], False)
+    return l2 * norm.reshape(()).square()
+
+
+@cache
+def _apex_overflow(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
 OURS = Peer("fused_reg", fused_reg.fused_penalty, role="ours")
 COMPILED_LOOP = Peer("torch.compile", reference.loop, compiled=True)
+COMBO_LOOP = Peer(
+    "torch.compile, combo kernels",
+    reference.loop,
+    compiled=True,
+    options=(("combo_kernels", True),),
+    devices=("cuda",),
+)
+COOPERATIVE_LOOP = Peer(
+    "torch.compile, cooperative reductions",
+    reference.loop,
+    compiled=True,
+    options=(("triton.cooperative_reductions", True),),
+    devices=("cuda",),
+)
 LOOP = Peer("loop", reference.loop)
 FOREACH_NORM = Peer("torch._foreach_norm", foreach_norm)
+FOREACH_POWSUM = Peer("torch._foreach_powsum", foreach_powsum, modes=("value",), devices=("cuda",))
+APEX = Peer("apex multi_tensor_l2norm, L2 only", apex_l2norm, modes=("value",), has_l1=False, devices=("cuda",))
 
-PEERS = {peer.name: peer for peer in (OURS, COMPILED_LOOP, LOOP, FOREACH_NORM)}
+COMPILED = (COMPILED_LOOP, COMBO_LOOP, COOPERATIVE_LOOP)
+
+PEERS = {peer.name: peer for peer in (OURS, *COMPILED, LOOP, FOREACH_NORM, FOREACH_POWSUM, APEX)}
 
 
-class Compiled:
-    """A penalty compiled for one case, and how long that took: once with gradients, once without."""
-
-    def __init__(self, penalty: Penalty) -> None:
-        torch._dynamo.reset()  # what was compiled for the last case
-        self.penalty: Penalty = torch.compile(penalty, fullgraph=True, dynamic=False)
-        self._seconds: dict[bool, float] = {}
-
-    def compile(self, call: Callable[[], object], wants_grad: bool) -> float:
-        """Run the call that compiles; the seconds it took, or had taken if it is compiled already."""
-        if wants_grad not in self._seconds:
-            start = perf_counter()
-            call()
-            self._seconds[wants_grad] = perf_counter() - start
-        return self._seconds[wants_grad]
+def peers_of(device: str) -> tuple[str, ...]:
+    """The names of what is measured on a kind of device."""
+    return tuple(peer.name for peer in PEERS.values() if device in peer.devices)

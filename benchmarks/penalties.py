@@ -1,4 +1,4 @@
-"""The contenders of each mode that computes a penalty, with the limits of the machine measured beside them."""
+"""The contenders of each mode that computes a penalty: ours and its peers, called, and replayed by a CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,19 +11,15 @@ from torch import Tensor
 
 import fused_reg
 from benchmarks.checks import Errors, Oracle, Strengths
-from benchmarks.peers import Compiled, Peer, Penalty
-from benchmarks.race import Contender
-from benchmarks.rows import PASSES, Mode, Role
+from benchmarks.compiling import CompileBudget, Compiled
+from benchmarks.graphs import capture
+from benchmarks.limits import limits
+from benchmarks.peers import OURS, Peer, Penalty
+from benchmarks.race import Candidate, Contender
+from benchmarks.rows import CUDA_GRAPH, PASSES, Mode
 
-# Of all elements in one tensor; tensor by tensor; into memory allocated for it, and into the same memory every time.
-SUM_FLAT = "x.sum(), one tensor"
-SUM_LIST = "x.sum(), list"
-COPY_FRESH = "y.copy_(x), fresh y"
-COPY_WARM = "y.copy_(x), warm y"
-ADD = "g.add_(x, alpha=a)"
-
-#: What bounds the modes without autograd; the first is what ratios are to.
-LIMITS: dict[Mode, tuple[str, ...]] = {"value": (SUM_FLAT, SUM_LIST), "value_and_grad": (COPY_FRESH, COPY_WARM)}
+#: A penalty, and gradients, if the mode has them.
+Result = tuple[Tensor, Sequence[Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -32,32 +28,54 @@ class Problem:
 
     params: Sequence[Tensor]
     strengths: Strengths
+    budget: CompileBudget = field(default_factory=CompileBudget)
     _compiled: dict[str, Compiled] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        return sum(p.nbytes for p in self.params)
 
     @cached_property
     def oracle(self) -> Oracle:
         return Oracle(self.params, self.strengths)
 
+    @cached_property
+    def _oracle_without_l1(self) -> Oracle:
+        return Oracle(self.params, Strengths(l1=0.0, l2=self.strengths.l2))
+
+    @property
+    def is_on_cuda(self) -> bool:
+        return self.params[0].device.type == "cuda"
+
+    def oracle_of(self, peer: Peer) -> Oracle:
+        return self.oracle if peer.has_l1 else self._oracle_without_l1
+
     def compiled(self, peer: Peer) -> Compiled:
         if peer.name not in self._compiled:
-            self._compiled[peer.name] = Compiled(peer.penalty)
+            self._compiled[peer.name] = Compiled(peer.penalty, peer.options, self.budget)
         return self._compiled[peer.name]
 
 
-def penalty_contenders(problem: Problem, mode: Mode, peers: Sequence[Peer]) -> list[Contender]:
-    """The peers that have the mode, and the mode's limits."""
-    contenders = [_composed(problem, mode, peer) for peer in peers if mode in peer.modes]
-    if mode == "value":
-        return contenders + _sums(problem)
+@dataclass(frozen=True)
+class _Work:
+    """What an implementation computes in a mode."""
+
+    problem: Problem
+    mode: Mode
+    peer: Peer
+    once: Callable[[], object]  # what is timed
+    run: Callable[[], Result]  # the same, with its result
+    compile_s: float | None = None
+
+
+def penalty_candidates(problem: Problem, mode: Mode, peers: Sequence[Peer]) -> list[Candidate]:
+    """The peers that have the mode, on a GPU each also in a CUDA graph, and the mode's limits."""
     if mode == "value_and_grad":
-        return [_value_and_grad(problem), *_copies(problem)]
-    if mode == "fresh":
-        return contenders + _copies(problem)
-    return [*contenders, _addition(problem)]
+        peers, work = [OURS], _value_and_grad
+    else:
+        peers, work = [peer for peer in peers if mode in peer.modes], _composed
+    candidates = [Candidate(peer.name, peer.role, partial(_called, work, problem, mode, peer)) for peer in peers]
+    if problem.is_on_cuda:
+        candidates += [
+            Candidate(peer.name, peer.role, partial(_replayed, work, problem, mode, peer), CUDA_GRAPH) for peer in peers
+        ]
+    return [*candidates, *(Candidate.of(limit) for limit in limits(problem.oracle, mode))]
 
 
 def compute(penalty: Penalty, params: Sequence[Tensor], strengths: Strengths, mode: Mode) -> Tensor:
@@ -76,129 +94,96 @@ def clear(params: Sequence[Tensor]) -> None:
         p.grad = None
 
 
-def _composed(problem: Problem, mode: Mode, peer: Peer) -> Contender:
-    penalty = problem.compiled(peer).penalty if peer.compiled else peer.penalty
+def _composed(problem: Problem, mode: Mode, peer: Peer) -> _Work:
+    compiled = problem.compiled(peer) if peer.compiled else None
+    penalty = compiled.function if compiled else peer.penalty
     once = partial(compute, penalty, problem.params, problem.strengths, mode)
 
+    def run() -> Result:
+        value = once().detach()
+        return value, None if mode == "value" else [p.grad for p in problem.params if p.grad is not None]
+
+    compile_s = compiled.compile(once, wants_grad=mode != "value") if compiled else None
+    return _Work(problem, mode, peer, once, run, compile_s)
+
+
+def _value_and_grad(problem: Problem, mode: Mode, peer: Peer) -> _Work:
+    params, strengths = problem.params, problem.strengths
+
+    def run() -> Result:
+        return fused_reg.value_and_grad(params, strengths.l1, strengths.l2)
+
+    return _Work(problem, mode, peer, run, run)
+
+
+def _called(work_of: Callable[[Problem, Mode, Peer], _Work], problem: Problem, mode: Mode, peer: Peer) -> Contender:
+    work = work_of(problem, mode, peer)
+
     def call() -> None:
-        once()
+        work.once()
         if mode == "fresh":  # the one who allocated them pays for freeing them
             clear(problem.params)
 
-    def verify() -> Errors:
-        if mode == "value":
-            return problem.oracle.check(peer.role, once())
-        clear(problem.params)
-        base = None
-        if mode == "present":
-            base = [p.detach() * 0.5 for p in problem.params]
-            for p, gradient in zip(problem.params, base, strict=True):
-                p.grad = gradient.clone()
-        value = once()
-        errors = problem.oracle.check(peer.role, value.detach(), _gradients(problem.params), base)
-        if mode == "fresh":
+    return _contender(work, call, work.run)
+
+
+def _replayed(work_of: Callable[[Problem, Mode, Peer], _Work], problem: Problem, mode: Mode, peer: Peer) -> Contender:
+    work = work_of(problem, mode, peer)
+
+    def run() -> Result:
+        if mode == "fresh":  # of the call before; in the graph the gradients are written anew, to the same memory
             clear(problem.params)
-        return errors
+        return work.run()
 
-    compile_s = None
-    if peer.compiled:
-        compile_s = problem.compiled(peer).compile(once, wants_grad=mode != "value")
-    return _contender(problem, peer.name, peer.role, mode, call, verify, compile_s=compile_s)
+    _set_gradients(problem.params, mode)
+    captured = capture(run)
+    if mode == "fresh":
+        clear(problem.params)
 
+    def replay() -> Result:
+        captured.replay()
+        return captured.result
 
-def _gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
-
-
-def _value_and_grad(problem: Problem) -> Contender:
-    params, strengths = problem.params, problem.strengths
-
-    def call() -> tuple[Tensor, tuple[Tensor, ...]]:
-        return fused_reg.value_and_grad(params, strengths.l1, strengths.l2)
-
-    return _contender(
-        problem, "fused_reg", "ours", "value_and_grad", call, lambda: problem.oracle.check("ours", *call())
-    )
-
-
-def _sums(problem: Problem) -> list[Contender]:
-    tensors = [p.detach() for p in problem.params]
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-
-    def sum_list() -> list[Tensor]:
-        return [t.sum() for t in tensors]
-
-    def verify_list() -> Errors:
-        return problem.oracle.check_sum(torch.stack(sum_list()).double().sum())
-
-    return [
-        _limit(problem, SUM_FLAT, "value", flat.sum, lambda: problem.oracle.check_sum(flat.sum()), reference=True),
-        _limit(problem, SUM_LIST, "value", sum_list, verify_list),
-    ]
-
-
-def _copies(problem: Problem) -> list[Contender]:
-    tensors = [p.detach() for p in problem.params]
-    warm = [torch.empty_like(t) for t in tensors]
-
-    def copy_fresh() -> list[Tensor]:
-        return [torch.empty_like(t).copy_(t) for t in tensors]
-
-    def copy_warm() -> list[Tensor]:
-        return [y.copy_(t) for y, t in zip(warm, tensors, strict=True)]
-
-    check = problem.oracle.check_copy
-    return [
-        _limit(problem, COPY_FRESH, "fresh", copy_fresh, lambda: check(copy_fresh()), reference=True),
-        _limit(problem, COPY_WARM, "fresh", copy_warm, lambda: check(copy_warm())),
-    ]
-
-
-def _addition(problem: Problem) -> Contender:
-    tensors = [p.detach() for p in problem.params]
-    sums = [torch.zeros_like(t) for t in tensors]
-    alpha = 2 * problem.strengths.l2
-
-    def add() -> None:
-        for g, t in zip(sums, tensors, strict=True):
-            g.add_(t, alpha=alpha)
-
-    def verify() -> Errors:
-        before = [g.clone() for g in sums]
-        add()
-        return problem.oracle.check_addition(sums, before, alpha)
-
-    return _limit(problem, ADD, "present", add, verify, reference=True)
-
-
-def _limit(
-    problem: Problem,
-    name: str,
-    mode: Mode,
-    call: Callable[[], object],
-    verify: Callable[[], Errors],
-    reference: bool = False,
-) -> Contender:
-    return _contender(problem, name, "limit", mode, call, verify, is_reference_limit=reference)
+    return _contender(work, captured.replay, replay, CUDA_GRAPH, captured.bytes)
 
 
 def _contender(
-    problem: Problem,
-    name: str,
-    role: Role,
-    mode: Mode,
+    work: _Work,
     call: Callable[[], object],
-    verify: Callable[[], Errors],
-    *,
-    is_reference_limit: bool = False,
-    compile_s: float | None = None,
+    run: Callable[[], Result],
+    family: str = "",
+    capture_bytes: int | None = None,
 ) -> Contender:
+    params, mode, peer = work.problem.params, work.mode, work.peer
+
+    def verify() -> Errors:
+        base = _set_gradients(params, mode)
+        value, grads = run()
+        errors = work.problem.oracle_of(peer).check(peer.role, value, grads, base)
+        if mode == "fresh":
+            clear(params)
+        return errors
+
     return Contender(
-        name=name,
-        role=role,
-        bytes=PASSES[mode] * problem.bytes,
+        name=peer.name,
+        role=peer.role,
+        bytes=PASSES[mode] * sum(p.nbytes for p in params),
         call=call,
         verify=verify,
-        is_reference_limit=is_reference_limit,
-        compile_s=compile_s,
+        family=family,
+        compile_s=work.compile_s,
+        capture_bytes=capture_bytes,
     )
+
+
+def _set_gradients(params: Sequence[Tensor], mode: Mode) -> list[Tensor] | None:
+    """What the mode finds in `.grad`: a copy of the gradients returned, in the same memory every time; or nothing."""
+    if mode != "present":
+        clear(params)
+        return None
+    base = [p.detach() * 0.5 for p in params]
+    for p, gradient in zip(params, base, strict=True):
+        if p.grad is None:
+            p.grad = torch.empty_like(gradient)
+        p.grad.copy_(gradient)
+    return base

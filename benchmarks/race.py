@@ -6,7 +6,6 @@ The machine's speed drifts and its memory changes state; what is interleaved mee
 from __future__ import annotations
 
 import gc
-import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,9 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from benchmarks.checks import Errors
+from benchmarks.devices import Device, Stopwatch
 from benchmarks.rows import Role
 
-_SAMPLE_S = 2e-3  # shorter samples measure the clock and the scheduler
-_WARM_UP_CALLS = 2
 _LEAST_ROUNDS = 5
 
 
@@ -34,6 +32,25 @@ class Contender:
     family: str = ""
     is_reference_limit: bool = False
     compile_s: float | None = None
+    capture_bytes: int | None = None  # that the capture of a CUDA graph allocated, which its replay uses
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A contender that is still to be built, which may fail: to compile, to be captured, to be found."""
+
+    name: str
+    role: Role
+    build: Callable[[], Contender]
+    family: str = ""
+
+    @classmethod
+    def of(cls, contender: Contender) -> Candidate:
+        """One that is built already."""
+        return cls(contender.name, contender.role, lambda: contender, contender.family)
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.name, self.family)))
 
 
 @dataclass(frozen=True)
@@ -53,14 +70,16 @@ class Timing:
     p80: float
     samples: int
     calls: int
+    host: float | None  # until a call returns; None: when it is done
 
 
-def race(contenders: Sequence[Contender], effort: Effort) -> list[Timing]:
+def race(contenders: Sequence[Contender], effort: Effort, device: Device) -> list[Timing]:
     """Time the contenders, in their order. Whoever calls this has verified them."""
     shuffle = random.Random(0).shuffle
     with _no_garbage_collection():
-        calls = [_calls_per_sample(c.call) for c in contenders]
+        watches = [device.stopwatch(contender.call) for contender in contenders]
         times: list[list[float]] = [[] for _ in contenders]
+        host_times: list[list[float]] = [[] for _ in contenders]
         order = list(range(len(contenders)))
         end = perf_counter() + effort.seconds
         for done in range(effort.rounds):
@@ -68,27 +87,17 @@ def race(contenders: Sequence[Contender], effort: Effort) -> list[Timing]:
                 break
             shuffle(order)
             for i in order:
-                times[i].append(_sample(contenders[i].call, calls[i]))
+                times[i].append(watches[i].sample())
+                if watches[i].host is not None:
+                    host_times[i].append(watches[i].host())
             gc.collect()
-    return [_timing(samples, n) for samples, n in zip(times, calls, strict=True)]
+    return [_timing(*one) for one in zip(watches, times, host_times, strict=True)]
 
 
-def _calls_per_sample(call: Callable[[], object]) -> int:
-    for _ in range(_WARM_UP_CALLS):
-        call()
-    return max(1, math.ceil(_SAMPLE_S / _sample(call, 1)))
-
-
-def _sample(call: Callable[[], object], calls: int) -> float:
-    start = perf_counter()
-    for _ in range(calls):
-        call()
-    return (perf_counter() - start) / calls
-
-
-def _timing(samples: Sequence[float], calls: int) -> Timing:
+def _timing(watch: Stopwatch, samples: Sequence[float], host_samples: Sequence[float]) -> Timing:
     p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(statistics.median(samples), p20, p80, len(samples), calls)
+    host = statistics.median(host_samples) if host_samples else None
+    return Timing(statistics.median(samples), p20, p80, len(samples), watch.calls, host)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 #: ours; peer: another way to the same result; limit: what the machine can do, or the step without a penalty.
 Role = Literal["ours", "peer", "limit"]
@@ -18,9 +18,16 @@ Role = Literal["ours", "peer", "limit"]
 Mode = Literal["value", "value_and_grad", "fresh", "present", "step"]
 MODES: tuple[Mode, ...] = ("value", "value_and_grad", "fresh", "present", "step")
 
-#: The bytes that each element of 4 bytes must move at least, here per byte of parameter.
+#: The family of the calls that a CUDA graph replays.
+CUDA_GRAPH = "CUDA graph"
+
+#: The bytes that must be moved at least, per byte of parameter.
 #: A step is an optimizer's own and has them in `optimizers.py`.
 PASSES: dict[Mode, int] = {"value": 1, "value_and_grad": 2, "fresh": 2, "present": 3}
+
+
+class UnavailableError(Exception):
+    """An implementation cannot be had here; the message continues its name."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,31 @@ class Circumstances:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What a call on a GPU costs besides the GPU's time."""
+
+    host_us: float  # until the call returns, with an empty queue
+    launches: int | None  # of kernels; these three are None if the profiler saw nothing
+    copies: int | None  # memcpy
+    fills: int | None  # memset
+    peak_bytes: int  # above what was allocated before; of a CUDA graph, what its capture allocated
+    percent_of_roofline: float | None = None  # of the bandwidth of the matching `Roofline`
+
+    @property
+    def operations(self) -> int | None:
+        """Everything that the call makes the GPU do."""
+        if self.launches is None or self.copies is None or self.fills is None:
+            return None
+        return self.launches + self.copies + self.fills
+
+
+@dataclass(frozen=True)
 class Row(Circumstances):
     """The time of one implementation of one mode on one case."""
 
     implementation: str
     role: Role
-    family: str  # within a mode, what is compared with what: the optimizer of a step, else ""
+    family: str  # within a mode, what is compared with what: the optimizer of a step, CUDA_GRAPH, else ""
     is_reference_limit: bool  # the limit that the ratios of this family and mode are to
     bytes: int  # that any implementation of the mode must move
     median_ms: float
@@ -57,6 +83,12 @@ class Row(Circumstances):
     value_error: float | None  # relative, to float64
     gradient_error: float | None  # of the largest gradient, to float64; of a step, the step's
     compile_s: float | None  # not part of the times
+    costs: Costs | None = None  # of a GPU
+
+    @property
+    def cost_us(self) -> float:
+        """What the call adds to a loop of calls: the time of the device or of the host, whichever is longer."""
+        return max(self.median_ms * 1e3, self.costs.host_us if self.costs else 0.0)
 
 
 @dataclass(frozen=True)
@@ -83,10 +115,6 @@ class Absent:
     reason: str
 
 
-#: What one part of a run adds to its results.
-Record = Row | MemoryRow | Absent
-
-
 @dataclass(frozen=True)
 class Figure:
     """A target and what was measured for it; `measured` is None if this run did not measure it."""
@@ -101,6 +129,44 @@ class Figure:
         if self.measured is None:
             return None
         return self.measured >= self.target if self.at_least else self.measured <= self.target
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The bandwidth of a GPU, measured on memory far larger than its L2 cache."""
+
+    name: str
+    modes: list[Mode]  # whose rows it bounds
+    bytes: int  # moved by a call
+    median_us: float
+    gb_per_s: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the values of random lists on a GPU compare with the CPU's."""
+
+    lists: int
+    equal: int  # bit by bit
+    max_ulp: int
+
+
+#: What one part of a run adds to its results.
+Record = Row | MemoryRow | Absent | Roofline | Agreement
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The accelerator of a run."""
+
+    name: str
+    capability: str  # sm_90
+    multiprocessors: int
+    l2_bytes: int
+    memory_bytes: int
+    driver: str
+    cuda: str  # that torch was built with
+    timer_us: float  # between two events with nothing between: part of every device time
 
 
 @dataclass(frozen=True)
@@ -121,6 +187,7 @@ class Machine:
     dirty: bool  # the working tree differed from the commit
     date: str  # UTC, when the run started
     load: float | None  # of the machine, over the minute before: what else it was doing
+    gpu: Gpu | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +201,8 @@ class Results:
     memory: Sequence[MemoryRow]
     absent: Sequence[Absent]
     figures: Sequence[Figure]
+    rooflines: Sequence[Roofline] = ()
+    agreement: Agreement | None = None
 
     def write(self, path: Path) -> None:
         """Write the JSON, whole or not at all."""
@@ -141,13 +210,20 @@ class Results:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(asdict(self), file, indent=1)
+                json.dump(self._as_json(), file, indent=1)
                 file.write("\n")
             os.chmod(temporary, 0o644)  # mkstemp's files are the user's alone
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
             raise
+
+    def _as_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["targets"] = [
+            target | {"met": f.passed} for target, f in zip(data.pop("figures"), self.figures, strict=True)
+        ]
+        return data
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -158,20 +234,39 @@ class Results:
         """
         data = json.loads(path.read_text(encoding="utf-8"))
         return cls(
-            machine=Machine(**data["machine"]),
+            machine=_decoded(Machine, data["machine"], gpu=Gpu),
             l1=data["l1"],
             l2=data["l2"],
-            rows=[Row(**row) for row in data["rows"]],
+            rows=[_decoded(Row, row, costs=Costs) for row in data["rows"]],
             memory=[MemoryRow(**row) for row in data["memory"]],
             absent=[Absent(**row) for row in data["absent"]],
-            figures=[Figure(**figure) for figure in data["figures"]],
+            # "figures", without "met": the files of version 0.1.0
+            figures=[_figure(target) for target in data.get("targets", data.get("figures"))],
+            rooflines=tuple(Roofline(**roofline) for roofline in data.get("rooflines", ())),
+            agreement=Agreement(**data["agreement"]) if data.get("agreement") else None,
         )
 
-    def find(self, case: str, mode: Mode, implementation: str, capability: str | None = None) -> Row | None:
+    @property
+    def lacks_ours(self) -> bool:
+        """Whether ours, or a whole part of the run, failed."""
+        return any(absent.implementation.split(",")[0] in ("", "fused_reg") for absent in self.absent)
+
+    def find(
+        self, case: str, mode: Mode, implementation: str, capability: str | None = None, family: str = ""
+    ) -> Row | None:
         """The row, by default of the instruction set that the machine chose itself."""
         capability = capability or self.machine.capability
         for row in self.rows:
-            key = (row.case, row.mode, row.implementation, row.capability)
-            if key == (case, mode, implementation, capability):
+            key = (row.case, row.mode, row.implementation, row.capability, row.family)
+            if key == (case, mode, implementation, capability, family):
                 return row
         return None
+
+
+def _decoded(kind: type[Any], data: dict[str, Any], **parts: type[Any]) -> Any:
+    """An object whose parts, where there are any, are objects themselves."""
+    return kind(**data | {name: part(**data[name]) for name, part in parts.items() if data.get(name)})
+
+
+def _figure(target: dict[str, Any]) -> Figure:
+    return Figure(**{name: value for name, value in target.items() if name != "met"})

@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import CASES
-from benchmarks.checks import NOTABLE_ERROR
-from benchmarks.rows import Figure, Machine, MemoryRow, Results, Row
+from benchmarks.cases import CASES, title
+from benchmarks.checks import NOTABLE_ERRORS
+from benchmarks.rows import Absent, Agreement, Costs, Figure, Gpu, Machine, MemoryRow, Results, Roofline, Row
 
 MODE_TITLES = {
     "value": "value",
@@ -23,16 +23,24 @@ MODE_TITLES = {
     "step": "optimizer step",
 }
 
+#: Of what a GPU's rows have besides the times.
+COST_HEADS = ("of roofline", "launches", "copies + fills", "host µs", "peak MB")
+
 _STYLES = {"ours": "bold", "peer": "", "limit": "dim"}
-_WIDTH = 120  # where there is no terminal to ask
+_WIDTH = 160  # where there is no terminal to ask
 
 
 def caption(machine: Machine) -> str:
     """The machine in one line."""
     commit = machine.commit[:10] + (" with changes" if machine.dirty else "")
+    device = _gpu(machine.gpu) if machine.gpu else f"{machine.cpu}, {machine.threads} threads, {machine.capability}"
+    return f"{device}, torch {machine.torch}, fused_reg {machine.fused_reg} ({commit}), {machine.date}"
+
+
+def _gpu(gpu: Gpu) -> str:
     return (
-        f"{machine.cpu}, {machine.threads} threads, {machine.capability}, torch {machine.torch}, "
-        f"fused_reg {machine.fused_reg} ({commit}), {machine.date}"
+        f"{gpu.name}, {gpu.capability}, {gpu.multiprocessors} multiprocessors, {gpu.l2_bytes / 1e6:.0f} MB L2, "
+        f"driver {gpu.driver}, CUDA {gpu.cuda}"
     )
 
 
@@ -44,7 +52,45 @@ def number(x: float) -> str:
 def notable_errors(row: Row) -> str:
     """The errors of a peer that a reader must know; empty if there are none."""
     errors = {"value": row.value_error, "gradient": row.gradient_error}
-    return ", ".join(f"{name} {100 * e:.2g} % off" for name, e in errors.items() if e is not None and e > NOTABLE_ERROR)
+    notable = NOTABLE_ERRORS[row.dtype]
+    return ", ".join(f"{name} {100 * e:.2g} % off" for name, e in errors.items() if e is not None and e > notable)
+
+
+def cost_cells(costs: Costs | None) -> list[str]:
+    """What `COST_HEADS` name, without their heads."""
+    if costs is None:
+        return [""] * len(COST_HEADS)
+    counts = ["?" if n is None else f"{n:,}" for n in (costs.launches, costs.copies, costs.fills)]
+    percent = "" if costs.percent_of_roofline is None else f"{costs.percent_of_roofline:.0f} %"
+    return [percent, counts[0], " + ".join(counts[1:]), number(costs.host_us), f"{costs.peak_bytes / 1e6:.1f}"]
+
+
+def roofline_line(roofline: Roofline) -> str:
+    """The bandwidth in a line."""
+    return (
+        f"{roofline.name}: {roofline.gb_per_s:.0f} GB/s, {roofline.bytes / 1e9:.2f} GB in {roofline.median_us:.0f} µs"
+    )
+
+
+def agreement_line(agreement: Agreement) -> str:
+    """How the values compare, in a line."""
+    return (
+        f"Values of {agreement.lists:,} random lists: {agreement.equal:,} have the CPU's bits, "
+        f"the others are at most {agreement.max_ulp} ulp apart"
+    )
+
+
+def absent_line(absent: Absent) -> str:
+    """What is absent, and why, in a line."""
+    return f"{', '.join(filter(None, (title(absent.case), absent.what, absent.implementation)))}: {absent.reason}"
+
+
+def target_cells(figure: Figure) -> list[str]:
+    """What was measured, the bound, and whether it is met."""
+    bound = f"{'at least' if figure.at_least else 'at most'} {figure.target:g}"
+    if figure.measured is None:
+        return ["-", bound, "not measured"]
+    return [f"{figure.measured:.2f}", bound, "met" if figure.passed else "missed"]
 
 
 def show(results: Results) -> None:
@@ -56,22 +102,28 @@ def show(results: Results) -> None:
         console.print(_case_table(case, list(rows), results.machine.capability))
     for memory in results.memory:
         console.print(_memory_line(memory))
+    for roofline in results.rooflines:
+        console.print(roofline_line(roofline))
+    if results.agreement:
+        console.print(agreement_line(results.agreement))
     for absent in results.absent:
-        console.print(f"{CASES[absent.case].title}, {absent.what}, {absent.implementation}: {absent.reason}")
+        console.print(absent_line(absent), markup=False)
     console.print("\n".join(_figure_lines(results)))
 
 
 def _case_table(case: str, rows: list[Row], capability: str) -> Table:
     table = Table(title=f"\n{CASES[case].title}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    for name in ("median ms", "p20", "p80", "GB/s", "to ours", "to limit"):
+    has_costs = any(row.costs for row in rows)
+    for name in ("median ms", "p20", "p80", "GB/s", "to ours", "to limit", *(COST_HEADS if has_costs else ())):
         table.add_column(name, justify="right")
     table.add_column("")
     for (mode, family, used), group in groupby(rows, key=lambda row: (row.mode, row.family, row.capability)):
         heading = [MODE_TITLES[mode], family, used if used != capability else ""]
         table.add_row(", ".join(filter(None, heading)), style="italic")
         for row in group:
-            table.add_row(f"  {row.implementation}", *_numbers(row), _remark(row), style=_STYLES[row.role])
+            costs = cost_cells(row.costs) if has_costs else []
+            table.add_row(f"  {row.implementation}", *_numbers(row), *costs, _remark(row), style=_STYLES[row.role])
     return table
 
 
@@ -101,9 +153,8 @@ def _figure_lines(results: Results) -> Iterator[str]:
 
 
 def _figure_line(figure: Figure) -> str:
-    mark = "[green]met   [/]" if figure.passed else "[red]missed[/]"
-    bound = "at least" if figure.at_least else "at most"
-    return f"{mark} {figure.claim}: {figure.measured:.2f} ({bound} {figure.target:g})"
+    measured, bound, verdict = target_cells(figure)
+    return f"[{'green' if figure.passed else 'red'}]{verdict:6}[/] {figure.claim}: {measured} ({bound})"
 
 
 if __name__ == "__main__":

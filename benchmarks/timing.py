@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import gc
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,14 +13,19 @@ import torch
 from benchmarks import machine
 from benchmarks.cases import CASES, Case
 from benchmarks.checks import Errors, Strengths, WrongResultError
-from benchmarks.optimizers import step_contenders
-from benchmarks.peers import PEERS, Peer
-from benchmarks.penalties import Problem, clear, penalty_contenders
-from benchmarks.race import Contender, Effort, Timing, race
-from benchmarks.rows import Absent, Circumstances, Mode, Record, Row
+from benchmarks.compiling import CompileBudget
+from benchmarks.devices import Device
+from benchmarks.optimizers import step_candidates
+from benchmarks.peers import PEERS, Peer, peers_of
+from benchmarks.penalties import Problem, clear, penalty_candidates
+from benchmarks.race import Candidate, Contender, Effort, Timing, race
+from benchmarks.rows import Absent, Circumstances, Costs, Mode, Record, Row, UnavailableError
 
 #: An elastic net.
 STRENGTHS = Strengths(l1=1e-4, l2=1e-3)
+
+_PATH = re.compile(r"(?:/[^\s/:'\",]+){2,}")
+_LONGEST_REASON = 200
 
 #: One mode of one case.
 Item = tuple[Case, Mode]
@@ -27,16 +33,17 @@ Item = tuple[Case, Mode]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure, and how long."""
+    """What to measure, on what, and how long."""
 
     cases: Sequence[str]
     modes: Sequence[Mode]
     effort: Effort
-    peers: Sequence[str] = tuple(PEERS)
+    peers: Sequence[str] = peers_of("cpu")
     not_compiled: dict[tuple[str, Mode], str] = field(default_factory=dict)  # -> the reason
     not_stepped: Sequence[str] = ()  # cases without the optimizers
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
+    device: Device = field(default_factory=Device)
+    compile_seconds: float = math.inf  # of all cases together
+    keeps_going: bool = False  # past a contender that fails, as one on a GPU may
 
     def items(self) -> Iterator[Item]:
         for name in self.cases:
@@ -50,8 +57,9 @@ class Measurement:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._budget = CompileBudget(plan.compile_seconds)
         self._case: Case | None = None
-        self._problem: Problem
+        self._problem: Problem | None = None
 
     def records(self, case: Case, mode: Mode) -> list[Record]:
         """One item, verified and timed.
@@ -59,34 +67,58 @@ class Measurement:
         Raises:
             WrongResultError: an implementation does not compute the penalty, or ours breaks the contract.
         """
-        if case != self._case:
-            self._problem = Problem(case.make_params(torch.device(self._plan.device), self._plan.dtype), STRENGTHS)
-            self._case = case
+        problem = self._problem_of(case)
         peers = [peer for peer in map(PEERS.__getitem__, self._plan.peers) if mode in peer.modes]
-        skipped = [peer for peer in peers if peer.compiled and (case.name, mode) in self._plan.not_compiled]
-        contenders = self._contenders(mode, [peer for peer in peers if peer not in skipped])
-        errors = [_verified(case, mode, contender) for contender in contenders]
+        reason = self._plan.not_compiled.get((case.name, mode))
+        skipped = [peer for peer in peers if peer.compiled and reason]
+        records: list[Record] = [Absent(case.name, mode, peer.name, reason or "") for peer in skipped]
+        records = [*self._measured(case, mode, _candidates(problem, mode, peers, skipped)), *records]
+        clear(problem.params)
+        self._plan.device.release()
+        return records
+
+    def _problem_of(self, case: Case) -> Problem:
+        if case != self._case or self._problem is None:
+            self._problem = None  # its memory
+            self._plan.device.release()
+            torch._dynamo.reset()  # what was compiled for the last case
+            params = case.make_params(torch.device(self._plan.device.name))
+            self._problem = Problem(params, STRENGTHS, self._budget)
+            self._case = case
+        return self._problem
+
+    def _measured(self, case: Case, mode: Mode, candidates: Sequence[Candidate]) -> list[Record]:
+        device = self._plan.device
+        absent: list[Record] = []
+        verified: list[tuple[Contender, Errors]] = []
+        for candidate in candidates:
+            try:
+                verified.append(_verified(case, mode, candidate))
+            except Exception as error:
+                if not self._plan.keeps_going:
+                    raise
+                absent.append(Absent(case.name, mode, str(candidate), reason_of(error)))
+        contenders = [contender for contender, _ in verified]
         # A compilation within the times would look like a slow call.
         with torch.compiler.set_stance("fail_on_recompile"):
-            timings = race(contenders, self._plan.effort)
+            timings = race(contenders, self._plan.effort, device)
+            costs = [
+                device.costs(contender.call, timing.host, contender.capture_bytes)
+                for contender, timing in zip(contenders, timings, strict=True)
+            ]
         circumstances = asdict(self._circumstances(case, mode))
-        rows = [_row(circumstances, *one) for one in zip(contenders, errors, timings, strict=True)]
-        clear(self._problem.params)
-        gc.collect()
-        reason = self._plan.not_compiled.get((case.name, mode), "")
-        return [*_related(rows), *(Absent(case.name, mode, peer.name, reason) for peer in skipped)]
-
-    def _contenders(self, mode: Mode, peers: Sequence[Peer]) -> list[Contender]:
-        if mode == "step":
-            return step_contenders(self._problem.params)
-        return penalty_contenders(self._problem, mode, peers)
+        rows = [
+            _row(circumstances, contender, errors, timing, cost)
+            for (contender, errors), timing, cost in zip(verified, timings, costs, strict=True)
+        ]
+        return [*_related(rows), *absent]
 
     def _circumstances(self, case: Case, mode: Mode) -> Circumstances:
         return Circumstances(
             case=case.name,
             mode=mode,
-            device=self._plan.device,
-            dtype=str(self._plan.dtype).removeprefix("torch."),
+            device=self._plan.device.name,
+            dtype=str(case.dtype).removeprefix("torch."),
             capability=machine.capability(),
             threads=torch.get_num_threads(),
             tensors=case.tensors,
@@ -94,7 +126,24 @@ class Measurement:
         )
 
 
-def _row(circumstances: dict[str, Any], contender: Contender, errors: Errors, timing: Timing) -> Row:
+def reason_of(error: Exception) -> str:
+    """Why something is absent: the error in a line, without the machine's paths."""
+    if isinstance(error, UnavailableError):
+        return str(error)
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = _PATH.sub("...", f"failed: {type(error).__name__}: {line}")
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
+
+
+def _candidates(problem: Problem, mode: Mode, peers: Sequence[Peer], skipped: Sequence[Peer]) -> list[Candidate]:
+    if mode == "step":
+        return step_candidates(problem.params)
+    return penalty_candidates(problem, mode, [peer for peer in peers if peer not in skipped])
+
+
+def _row(
+    circumstances: dict[str, Any], contender: Contender, errors: Errors, timing: Timing, costs: Costs | None
+) -> Row:
     return Row(
         **circumstances,
         implementation=contender.name,
@@ -113,25 +162,27 @@ def _row(circumstances: dict[str, Any], contender: Contender, errors: Errors, ti
         value_error=errors.value,
         gradient_error=errors.gradient,
         compile_s=contender.compile_s,
+        costs=costs,
     )
 
 
-def _verified(case: Case, mode: Mode, contender: Contender) -> Errors:
+def _verified(case: Case, mode: Mode, candidate: Candidate) -> tuple[Contender, Errors]:
     try:
-        return contender.verify()
+        contender = candidate.build()
+        return contender, contender.verify()
     except WrongResultError as error:
-        raise WrongResultError(f"{case.title}, {mode}: {contender.family or contender.name}: {error}") from error
+        raise WrongResultError(f"{case.title}, {mode}: {candidate}: {error}") from error
 
 
 def _related(rows: Sequence[Row]) -> list[Row]:
-    """The rows with their ratios to our time and to the limit's, each within its family."""
+    """The rows with their ratios to our time within the family, and to the limit's, which a CUDA graph shares."""
     ours = {row.family: row.median_ms for row in rows if row.role == "ours"}
     limits = {row.family: row.median_ms for row in rows if row.is_reference_limit}
     return [
         replace(
             row,
             ratio_to_ours=row.median_ms / ours[row.family] if row.family in ours else None,
-            ratio_to_limit=row.median_ms / limits[row.family] if row.family in limits else None,
+            ratio_to_limit=row.median_ms / limit if (limit := limits.get(row.family, limits.get(""))) else None,
         )
         for row in rows
     ]

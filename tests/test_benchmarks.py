@@ -14,7 +14,7 @@ from benchmarks.checks import WrongResultError
 from benchmarks.figures import with_figures
 from benchmarks.measure import measure, parse
 from benchmarks.optimizers import step_contenders
-from benchmarks.penalties import Problem, penalty_contenders
+from benchmarks.penalties import Problem, penalty_candidates
 from benchmarks.race import Effort
 from benchmarks.rows import MODES, Figure, MemoryRow, Results
 from benchmarks.timing import STRENGTHS, Measurement, Plan
@@ -112,7 +112,7 @@ WRONG = {
 
 def test_our_wrong_step_is_refused(monkeypatch):
     monkeypatch.setattr("fused_reg.fused_penalty", lambda params, l2: fused_penalty(params, l2=2 * l2))
-    params = CASES["net"].make_params(torch.device("cpu"), torch.float32)
+    params = CASES["net"].make_params(torch.device("cpu"))
     refused = 0
     for contender in step_contenders(params):
         if contender.role == "ours":
@@ -126,10 +126,10 @@ def test_our_wrong_step_is_refused(monkeypatch):
 
 def test_our_wrong_value_and_grad_is_refused(monkeypatch):
     monkeypatch.setattr("fused_reg.value_and_grad", reference.value_and_grad)  # rounds once: other bits
-    params = CASES["mlp"].make_params(torch.device("cpu"), torch.float32)
-    ours, *_ = penalty_contenders(Problem(params, STRENGTHS), "value_and_grad", [])
+    params = CASES["mlp"].make_params(torch.device("cpu"))
+    ours, *_ = penalty_candidates(Problem(params, STRENGTHS), "value_and_grad", [])
     with pytest.raises(WrongResultError, match="bits"):
-        ours.verify()
+        ours.build().verify()
 
 
 def _measure(mode, monkeypatch, penalty, role):

@@ -1,0 +1,58 @@
+"""What a run measures unless its options say otherwise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from benchmarks.cases import DEVICE_CASES
+from benchmarks.peers import COMBO_LOOP, COOPERATIVE_LOOP
+from benchmarks.race import Effort
+from benchmarks.rows import MODES, Mode
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a run measures unless its options say otherwise."""
+
+    cases: tuple[str, ...]
+    effort: Effort  # of a case and mode
+    not_compiled: dict[tuple[str, Mode], str]
+    not_stepped: tuple[str, ...] = ()
+    not_raced: tuple[str, ...] = ()  # peers
+    compile_seconds: float = math.inf
+
+
+# What takes too long to compile, and what --quick leaves out for the same reason.
+_MINUTES = "takes minutes to compile: --compile-all"
+_NOT_COMPILED: dict[tuple[str, Mode], str] = {("small_tensors", mode): _MINUTES for mode in MODES}
+_NOT_QUICK = "is not in --quick"
+
+# A bfloat16 parameter moves by less than its rounding: a step of it cannot be checked.
+_NOT_STEPPED_ON_CUDA = ("small_tensors", "vit_b16", "one_tensor", "tinyllama_bf16")
+
+#: By the kind of device, and whether the run is quick.
+PRESETS = {
+    ("cpu", False): Preset(DEVICE_CASES["cpu"], Effort(rounds=30, seconds=60.0), _NOT_COMPILED),
+    ("cpu", True): Preset(
+        ("net", "mlp", "small_tensors", "resnet50"),
+        Effort(rounds=15, seconds=1.0),
+        _NOT_COMPILED | {("resnet50", "value"): _NOT_QUICK},
+        not_stepped=("net", "mlp", "small_tensors"),
+    ),
+    ("cuda", False): Preset(
+        DEVICE_CASES["cuda"],
+        Effort(rounds=50, seconds=4.0),
+        _NOT_COMPILED,
+        not_stepped=_NOT_STEPPED_ON_CUDA,
+        compile_seconds=240.0,
+    ),
+    ("cuda", True): Preset(
+        ("small_tensors", "resnet50", "one_tensor", "tinyllama_bf16"),
+        Effort(rounds=20, seconds=1.0),
+        _NOT_COMPILED | {(case, "value"): _NOT_QUICK for case in DEVICE_CASES["cuda"]},
+        not_stepped=_NOT_STEPPED_ON_CUDA,
+        not_raced=(COMBO_LOOP.name, COOPERATIVE_LOOP.name),
+        compile_seconds=50.0,
+    ),
+}
