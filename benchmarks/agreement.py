@@ -18,7 +18,7 @@ _MOST_TENSORS = 8
 _SIZES = (1, 7, 64, 1000, 4099, 70_000)  # at most, of a tensor
 
 
-def measure_agreement(device: str, lists: int = LISTS) -> Agreement:
+def measure_agreement(device: str, lists: int) -> Agreement:
     """The values of random lists on the device and on the CPU."""
     choose = random.Random(0)
     generator = torch.Generator().manual_seed(0)

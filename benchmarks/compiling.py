@@ -37,6 +37,11 @@ class CompileBudget:
             # The alarm interrupts the main thread, so the backward pass, which compiles too, must run there.
             with _at_most(self._left), torch.autograd.set_multithreading_enabled(False):
                 call()
+        except Exception as error:
+            if perf_counter() - start >= self._left:  # whatever the alarm became on its way
+                reason = f"did not compile in the {self._left:.0f} s that were left for compiling"
+                raise UnavailableError(reason) from error
+            raise
         finally:
             seconds = perf_counter() - start
             self._left -= seconds
@@ -83,7 +88,7 @@ def _at_most(seconds: float) -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        raise UnavailableError(f"did not compile in the {seconds:.0f} s that were left for compiling")
+        raise TimeoutError(f"not done after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, _REPEAT_S)

@@ -13,7 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.devices import Call, Device, Stopwatch
-from benchmarks.rows import Costs, Gpu
+from benchmarks.rows import Costs
+from benchmarks.run import Gpu
 
 _WARM_UP_CALLS = 3
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from benchmarks.cases import CASES, DEVICE_CASES, Case
 from benchmarks.limits import LIMITS
 from benchmarks.peers import COMPILED, LOOP, OURS, Peer
-from benchmarks.rows import CUDA_GRAPH, Figure, Mode, Results, Row
+from benchmarks.rows import CUDA_GRAPH, Figure, Mode, Row
+from benchmarks.run import Results
 from benchmarks.table import MODE_TITLES
 
 # The host's microseconds on ResNet-50.

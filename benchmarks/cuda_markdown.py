@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from benchmarks.cases import CASES, title
-from benchmarks.rows import Results, Row
+from benchmarks.rows import Row
+from benchmarks.run import Results
 from benchmarks.table import (
     COST_HEADS,
     MODE_TITLES,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
-from benchmarks.rows import Costs, Gpu
+from benchmarks.rows import Costs
+from benchmarks.run import Gpu
 
 Call = Callable[[], object]
 

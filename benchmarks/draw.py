@@ -11,7 +11,8 @@ from matplotlib.figure import Figure, SubFigure
 from benchmarks.cases import CASES, Case
 from benchmarks.limits import COPY_FLAT, COPY_FRESH, COPY_WARM, SUM_FLAT
 from benchmarks.peers import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
-from benchmarks.rows import Mode, Results, Row
+from benchmarks.rows import Mode, Row
+from benchmarks.run import Results
 from benchmarks.table import caption, notable_errors, number
 
 # Colours that people who see fewer colours can tell apart (Okabe and Ito 2008).

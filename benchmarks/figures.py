@@ -9,7 +9,8 @@ from benchmarks.cases import CASES
 from benchmarks.cuda_figures import cuda_figures
 from benchmarks.limits import LIMITS
 from benchmarks.peers import COMPILED_LOOP, LOOP, OURS
-from benchmarks.rows import Figure, Results
+from benchmarks.rows import Figure
+from benchmarks.run import Results
 
 # Forward and backward with `.grad` None: at least so many times as fast.
 _SPEEDUPS = {

@@ -28,30 +28,30 @@ LIMITS: dict[str, dict[Mode, tuple[str, ...]]] = {
 }
 
 
-def limits(oracle: Oracle, mode: Mode) -> list[Contender]:
-    """The limits of a mode that computes a penalty, on the device of the oracle's parameters."""
-    on_cuda = oracle.params[0].device.type == "cuda"
+def limits(oracle: Oracle, mode: Mode, flat: bool) -> list[Contender]:
+    """The limits of a mode that computes a penalty; if `flat`, of all elements in one tensor only."""
     if mode == "value":
-        return _sums(oracle)[: 1 if on_cuda else 2]
+        return [_sum_flat(oracle)] if flat else [_sum_flat(oracle), _sum_list(oracle)]
     if mode == "present":
-        return [_addition_flat(oracle) if on_cuda else _addition(oracle)]
-    return [_copy_flat(oracle)] if on_cuda else _copies(oracle)
+        return [_addition_flat(oracle) if flat else _addition(oracle)]
+    return [_copy_flat(oracle)] if flat else _copies(oracle)
 
 
-def _sums(oracle: Oracle) -> list[Contender]:
-    tensors = _detached(oracle)
+def _sum_flat(oracle: Oracle) -> Contender:
     flat = _flat(oracle)
+    return _limit(oracle, SUM_FLAT, "value", flat.sum, lambda: oracle.check_sum(flat.sum()), reference=True)
+
+
+def _sum_list(oracle: Oracle) -> Contender:
+    tensors = _detached(oracle)
 
     def sum_list() -> list[Tensor]:
         return [t.sum() for t in tensors]
 
-    def verify_list() -> Errors:
+    def verify() -> Errors:
         return oracle.check_sum(torch.stack(sum_list()).double().sum())
 
-    return [
-        _limit(oracle, SUM_FLAT, "value", flat.sum, lambda: oracle.check_sum(flat.sum()), reference=True),
-        _limit(oracle, SUM_LIST, "value", sum_list, verify_list),
-    ]
+    return _limit(oracle, SUM_LIST, "value", sum_list, verify)
 
 
 def _copies(oracle: Oracle) -> list[Contender]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import fused_reg
-from benchmarks.rows import Gpu, Machine
+from benchmarks.run import Gpu, Machine
 from fused_reg import _ops
 
 _REPOSITORY = Path(__file__).resolve().parent.parent

@@ -11,7 +11,8 @@ from benchmarks.cases import CASES, Case
 from benchmarks.cuda_markdown import cuda_parts, markdown_table
 from benchmarks.limits import LIMITS
 from benchmarks.peers import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
-from benchmarks.rows import MemoryRow, Mode, Results, Row
+from benchmarks.rows import MemoryRow, Mode, Row
+from benchmarks.run import Results
 from benchmarks.table import MODE_TITLES, caption, notable_errors, number
 
 _PEERS = (OURS.name, COMPILED_LOOP.name, LOOP.name, FOREACH_NORM.name)

@@ -27,7 +27,8 @@ from benchmarks.presets import PRESETS
 from benchmarks.progress import shown
 from benchmarks.race import Effort
 from benchmarks.rooflines import measure_rooflines, roofline_bytes, with_percents
-from benchmarks.rows import MODES, Absent, Agreement, Machine, MemoryRow, Record, Results, Roofline, Row
+from benchmarks.rows import MODES, Absent, Agreement, MemoryRow, Record, Roofline, Row
+from benchmarks.run import Machine, Results
 from benchmarks.timing import STRENGTHS, Measurement, Plan, reason_of
 
 _RESULTS, _BUILD = Path("benchmarks/results"), Path("build/bench")
@@ -57,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: as torch chooses")
     parser.add_argument("--compile-all", action="store_true", help="also compile what takes minutes to compile")
     parser.add_argument(
-        "--compile-seconds", type=float, help="of the run, for compiling; default on a GPU: 240, quick 50"
+        "--compile-seconds", type=float, help="of the run, for compiling; default on a GPU: 200, quick 70"
     )
     parser.add_argument("--no-children", action="store_true", help="on a CPU: neither peak memory nor AVX2")
     parser.add_argument("--output", type=Path, help=f"JSON to write; default: in {_BUILD}, of a whole GPU {_RESULTS}")
@@ -166,7 +167,7 @@ def _plan(options: argparse.Namespace, device: Device) -> Plan:
 def _tasks_before(device: CudaDevice) -> list[_Task]:
     size = roofline_bytes(device.l2_bytes)
     return [
-        _Task(f"{LISTS:,} random lists", lambda: [measure_agreement(device.name)]),
+        _Task(f"{LISTS:,} random lists", lambda: [measure_agreement(device.name, LISTS)]),
         _Task("rooflines", lambda: measure_rooflines(device, size)),
     ]
 

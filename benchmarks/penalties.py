@@ -75,7 +75,7 @@ def penalty_candidates(problem: Problem, mode: Mode, peers: Sequence[Peer]) -> l
         candidates += [
             Candidate(peer.name, peer.role, partial(_replayed, work, problem, mode, peer), CUDA_GRAPH) for peer in peers
         ]
-    return [*candidates, *(Candidate.of(limit) for limit in limits(problem.oracle, mode))]
+    return [*candidates, *(Candidate.of(limit) for limit in limits(problem.oracle, mode, flat=problem.is_on_cuda))]
 
 
 def compute(penalty: Penalty, params: Sequence[Tensor], strengths: Strengths, mode: Mode) -> Tensor:

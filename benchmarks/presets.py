@@ -42,10 +42,10 @@ PRESETS = {
     ),
     ("cuda", False): Preset(
         DEVICE_CASES["cuda"],
-        Effort(rounds=50, seconds=4.0),
+        Effort(rounds=50, seconds=3.0),
         _NOT_COMPILED,
         not_stepped=_NOT_STEPPED_ON_CUDA,
-        compile_seconds=240.0,
+        compile_seconds=200.0,
     ),
     ("cuda", True): Preset(
         ("small_tensors", "resnet50", "one_tensor", "tinyllama_bf16"),
@@ -53,6 +53,6 @@ PRESETS = {
         _NOT_COMPILED | {(case, "value"): _NOT_QUICK for case in DEVICE_CASES["cuda"]},
         not_stepped=_NOT_STEPPED_ON_CUDA,
         not_raced=(COMBO_LOOP.name, COOPERATIVE_LOOP.name),
-        compile_seconds=50.0,
+        compile_seconds=70.0,
     ),
 }

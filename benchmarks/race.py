@@ -104,9 +104,11 @@ def _timing(watch: Stopwatch, samples: Sequence[float], host_samples: Sequence[f
 def _no_garbage_collection() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.collect()
+    gc.freeze()  # or the collections between the rounds would look at everything that is imported
     gc.disable()
     try:
         yield
     finally:
+        gc.unfreeze()
         if enabled:
             gc.enable()

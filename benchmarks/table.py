@@ -13,7 +13,8 @@ from rich.table import Table
 
 from benchmarks.cases import CASES, title
 from benchmarks.checks import NOTABLE_ERRORS
-from benchmarks.rows import Absent, Agreement, Costs, Figure, Gpu, Machine, MemoryRow, Results, Roofline, Row
+from benchmarks.rows import Absent, Agreement, Costs, Figure, MemoryRow, Roofline, Row
+from benchmarks.run import Gpu, Machine, Results
 
 MODE_TITLES = {
     "value": "value",

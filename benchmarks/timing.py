@@ -130,8 +130,8 @@ def reason_of(error: Exception) -> str:
     """Why something is absent: the error in a line, without the machine's paths."""
     if isinstance(error, UnavailableError):
         return str(error)
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    text = _PATH.sub("...", f"failed: {type(error).__name__}: {line}")
+    message = " ".join(str(error).split())
+    text = _PATH.sub("...", f"failed: {type(error).__name__}: {message}")
     return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
 
 

@@ -16,7 +16,8 @@ from benchmarks.measure import measure, parse
 from benchmarks.optimizers import step_contenders
 from benchmarks.penalties import Problem, penalty_candidates
 from benchmarks.race import Effort
-from benchmarks.rows import MODES, Figure, MemoryRow, Results
+from benchmarks.rows import MODES, Figure, MemoryRow
+from benchmarks.run import Results
 from benchmarks.timing import STRENGTHS, Measurement, Plan
 from fused_reg import fused_penalty, reference
 
