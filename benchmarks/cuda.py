@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.devices import Call, Device, Stopwatch
@@ -117,7 +118,7 @@ class CudaDevice(Device):
         return counted(
             event.name
             for event in profiler.events() or ()
-            if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
         )
 
 

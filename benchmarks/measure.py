@@ -145,9 +145,7 @@ def _tasks(options: argparse.Namespace, device: Device) -> list[_Task]:
 
 def _plan(options: argparse.Namespace, device: Device) -> Plan:
     preset = PRESETS[options.device, options.quick]
-    peers = options.peers
-    if peers is None:
-        peers = [name for name in peers_of(options.device) if name not in preset.not_raced]
+    peers = peers_of(options.device) if options.peers is None else options.peers
     return Plan(
         cases=options.cases or preset.cases,
         modes=options.modes,
@@ -156,6 +154,7 @@ def _plan(options: argparse.Namespace, device: Device) -> Plan:
             seconds=preset.effort.seconds if options.seconds is None else options.seconds,
         ),
         peers=list(dict.fromkeys([OURS.name, *peers])),
+        not_raced=preset.not_raced if options.peers is None else {},
         not_compiled={} if options.compile_all else preset.not_compiled,
         not_stepped=preset.not_stepped,
         device=device,

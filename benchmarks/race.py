@@ -88,8 +88,8 @@ def race(contenders: Sequence[Contender], effort: Effort, device: Device) -> lis
             shuffle(order)
             for i in order:
                 times[i].append(watches[i].sample())
-                if watches[i].host is not None:
-                    host_times[i].append(watches[i].host())
+                if (host := watches[i].host) is not None:
+                    host_times[i].append(host())
             gc.collect()
     return [_timing(*one) for one in zip(watches, times, host_times, strict=True)]
 

@@ -39,6 +39,7 @@ class Plan:
     modes: Sequence[Mode]
     effort: Effort
     peers: Sequence[str] = peers_of("cpu")
+    not_raced: dict[str, str] = field(default_factory=dict)  # peer -> the reason
     not_compiled: dict[tuple[str, Mode], str] = field(default_factory=dict)  # -> the reason
     not_stepped: Sequence[str] = ()  # cases without the optimizers
     device: Device = field(default_factory=Device)
@@ -50,6 +51,12 @@ class Plan:
             for mode in self.modes:
                 if mode != "step" or name not in self.not_stepped:
                     yield CASES[name], mode
+
+    def reason_to_skip(self, peer: Peer, case: Case, mode: Mode) -> str | None:
+        """Why a peer is left out of an item; None: it is not."""
+        if peer.name in self.not_raced:
+            return self.not_raced[peer.name]
+        return self.not_compiled.get((case.name, mode)) if peer.compiled else None
 
 
 class Measurement:
@@ -69,13 +76,12 @@ class Measurement:
         """
         problem = self._problem_of(case)
         peers = [peer for peer in map(PEERS.__getitem__, self._plan.peers) if mode in peer.modes]
-        reason = self._plan.not_compiled.get((case.name, mode))
-        skipped = [peer for peer in peers if peer.compiled and reason]
-        records: list[Record] = [Absent(case.name, mode, peer.name, reason or "") for peer in skipped]
-        records = [*self._measured(case, mode, _candidates(problem, mode, peers, skipped)), *records]
+        skipped = {peer.name: reason for peer in peers if (reason := self._plan.reason_to_skip(peer, case, mode))}
+        peers = [peer for peer in peers if peer.name not in skipped]
+        records = self._measured(case, mode, _candidates(problem, mode, peers))
         clear(problem.params)
         self._plan.device.release()
-        return records
+        return [*records, *(Absent(case.name, mode, name, reason) for name, reason in skipped.items())]
 
     def _problem_of(self, case: Case) -> Problem:
         if case != self._case or self._problem is None:
@@ -135,10 +141,8 @@ def reason_of(error: Exception) -> str:
     return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
 
 
-def _candidates(problem: Problem, mode: Mode, peers: Sequence[Peer], skipped: Sequence[Peer]) -> list[Candidate]:
-    if mode == "step":
-        return step_candidates(problem.params)
-    return penalty_candidates(problem, mode, [peer for peer in peers if peer not in skipped])
+def _candidates(problem: Problem, mode: Mode, peers: Sequence[Peer]) -> list[Candidate]:
+    return step_candidates(problem.params) if mode == "step" else penalty_candidates(problem, mode, peers)
 
 
 def _row(

@@ -1,6 +1,7 @@
 """The benchmarks on a GPU, without one: the flow with a runtime that only counts, and what is made of its rows."""
 
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,8 @@ from benchmarks.agreement import measure_agreement
 from benchmarks.cases import CASES, DEVICE_CASES
 from benchmarks.checks import WrongResultError
 from benchmarks.compiling import CompileBudget, Compiled
-from benchmarks.cuda_figures import cuda_figures
 from benchmarks.graphs import Captured
-from benchmarks.peers import FOREACH_NORM, LOOP, OURS, PEERS, Peer, peers_of
+from benchmarks.peers import COMPILED, FOREACH_NORM, LOOP, OURS, PEERS, Peer, peers_of
 from benchmarks.penalties import Problem, penalty_candidates
 from benchmarks.race import Effort
 from benchmarks.rooflines import COPY, READ, roofline_bytes, with_percents
@@ -370,72 +370,31 @@ def test_the_commit_without_git(monkeypatch):
     assert measure.machine.describe().commit == "abc"
 
 
-def _row(template, case, mode, name, family="", device_us=100.0, host_us=10.0, percent=95.0, launches=1, limit=1.0):
-    costs = Costs(host_us, launches, 0, 0, peak_bytes=0, percent_of_roofline=percent)
-    return dataclasses.replace(
-        template,
-        case=case,
-        mode=mode,
-        implementation=name,
-        family=family,
-        median_ms=device_us / 1e3,
-        ratio_to_limit=limit,
-        costs=costs,
-    )
+def test_a_quick_run_says_what_it_leaves_out():
+    options = {"cases": None, "modes": ["fresh"], "peers": None, "rounds": 7, "seconds": 0.5}
+    options |= {"device": "cuda", "quick": True, "compile_all": False, "compile_seconds": None}
+    plan = measure._plan(SimpleNamespace(**options), _Gpu())
+    assert plan.effort == Effort(rounds=7, seconds=0.5)
+    assert plan.compile_seconds == 70
+    skipped = {(peer, mode) for peer in plan.peers for mode in ("value", "fresh") if _skipped(plan, peer, mode)}
+    compiled = {peer.name for peer in COMPILED}
+    assert skipped == {(name, mode) for name in compiled for mode in ("value", "fresh")} - {("torch.compile", "fresh")}
 
 
-def test_targets(run):
-    results, _ = run
-    template = results.rows[0]
-    rows = [
-        _row(template, "resnet50", "value", "fused_reg", host_us=61.0, percent=89.0, limit=1.25),
-        _row(template, "resnet50", "value_and_grad", "fused_reg", launches=2),
-        _row(template, "small_tensors", "value_and_grad", "fused_reg", percent=1.0),
-        _row(template, "resnet50", "fresh", "fused_reg", device_us=50.0, host_us=200.0),
-        _row(template, "resnet50", "fresh", "loop", device_us=3000.0, host_us=8000.0),
-        _row(template, "resnet50", "fresh", "torch.compile", device_us=1000.0, host_us=400.0),
-        _row(template, "resnet50", "fresh", "torch.compile, combo kernels", device_us=800.0, host_us=400.0),
-        _row(template, "resnet50", "fresh", "fused_reg", "CUDA graph", device_us=50.0, host_us=5.0),
-        _row(template, "resnet50", "fresh", "torch.compile", "CUDA graph", device_us=40.0, host_us=5.0),
+def _skipped(plan, peer, mode):
+    return plan.reason_to_skip(PEERS[peer], CASES["resnet50"], mode)
+
+
+def test_the_profilers_events_are_told_apart(monkeypatch):
+    def event(name, device, annotation=False):
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation)
+
+    events = [
+        event("cudaLaunchKernel", cuda.DeviceType.CPU),
+        event("Optimizer.step#SGD.step", cuda.DeviceType.CUDA, annotation=True),
+        event("kernel", cuda.DeviceType.CUDA),
+        event("Memset (Device)", cuda.DeviceType.CUDA),
     ]
-    gpu = dataclasses.replace(results.machine.gpu, l2_bytes=50 << 20)
-    results = dataclasses.replace(
-        results,
-        rows=rows,
-        agreement=Agreement(lists=1000, equal=998, max_ulp=1),
-        machine=dataclasses.replace(results.machine, gpu=gpu),
-    )
-    figures = {figure.claim: (figure.measured, figure.passed) for figure in cuda_figures(results)}
-    value, both, composed = "ResNet-50, value", "ResNet-50, value and gradient", "ResNet-50, forward + backward"
-    without = "without autograd"
-    assert figures[f"{both}: launches, copies and fills"] == (2, False)
-    assert figures["1,000 tensors of 64, value and gradient: launches, copies and fills"] == (1, True)
-    assert figures["GPT-2 small, value and gradient: launches, copies and fills"] == (None, None)
-    assert figures[f"{value}: host microseconds"] == (61.0, False)
-    assert figures[f"{composed}, .grad None: host microseconds"] == (200.0, True)
-    assert figures[f"{value}: percent of the read bandwidth"] == (89.0, False)
-    assert figures[f"{value}: percent of the speed of `x.sum(), one tensor`"] == (80.0, False)
-    assert figures[f"{both} {without}: percent of the copy bandwidth"] == (95.0, True)
-    assert not [claim for claim in figures if claim.startswith("1,000 tensors") and "percent" in claim]  # in the L2
-    assert figures[f"{composed}: times as fast as loop"] == (40.0, True)
-    assert figures[f"{composed}: times as fast as the best torch.compile"] == (4.0, False)
-    assert figures[f"{composed}: times as fast as the best torch.compile, both in a CUDA graph"] == (0.8, False)
-    assert figures["random lists: ulps between the CPU's value and the GPU's, at most"] == (1, True)
-    assert results._as_json()["targets"][0].keys() >= {"claim", "measured", "target", "met"}
-
-
-def test_effort_is_bounded():
-    assert measure._plan(SimpleNamespace(**_OPTIONS), _Gpu()).effort == Effort(rounds=7, seconds=0.5)
-
-
-_OPTIONS = {
-    "device": "cuda",
-    "quick": True,
-    "cases": None,
-    "modes": ["value"],
-    "peers": None,
-    "rounds": 7,
-    "seconds": 0.5,
-    "compile_all": False,
-    "compile_seconds": None,
-}
+    profiler = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(cuda, "profile", lambda activities: nullcontext(profiler))
+    assert cuda.CudaDevice(_Runtime(), "cpu").costs(lambda: None, 0.0, 0) == Costs(0.0, 1, 0, 1, peak_bytes=0)
