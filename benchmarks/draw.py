@@ -64,7 +64,8 @@ def _draw_times(figure: SubFigure, results: Results, cases: list[Case], places: 
     axes.set_xscale("log")
     axes.set_xlim(0.5, 7 * longest)  # room for the labels
     axes.set_xlabel("time relative to fused_reg (logarithmic); less is better")
-    axes.set_title("Penalty, forward + backward, .grad None", loc="left")
+    device = ", device time" if results.machine.gpu else ""
+    axes.set_title(f"Penalty, forward + backward, .grad None{device}", loc="left")
     _finish(figure, axes, cases, places)
 
 

@@ -70,12 +70,12 @@ def penalty_candidates(problem: Problem, mode: Mode, peers: Sequence[Peer]) -> l
         peers, work = [OURS], _value_and_grad
     else:
         peers, work = [peer for peer in peers if mode in peer.modes], _composed
-    candidates = [Candidate(peer.name, peer.role, partial(_called, work, problem, mode, peer)) for peer in peers]
-    if problem.is_on_cuda:
-        candidates += [
-            Candidate(peer.name, peer.role, partial(_replayed, work, problem, mode, peer), CUDA_GRAPH) for peer in peers
-        ]
-    return [*candidates, *(Candidate.of(limit) for limit in limits(problem.oracle, mode, flat=problem.is_on_cuda))]
+    called = [Candidate(peer.name, peer.role, partial(_called, work, problem, mode, peer)) for peer in peers]
+    bounds = [Candidate.of(limit) for limit in limits(problem.oracle, mode, flat=problem.is_on_cuda)]
+    replayed = [
+        Candidate(peer.name, peer.role, partial(_replayed, work, problem, mode, peer), CUDA_GRAPH) for peer in peers
+    ]
+    return [*called, *bounds, *(replayed if problem.is_on_cuda else ())]
 
 
 def compute(penalty: Penalty, params: Sequence[Tensor], strengths: Strengths, mode: Mode) -> Tensor:

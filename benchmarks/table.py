@@ -27,6 +27,9 @@ MODE_TITLES = {
 #: Of what a GPU's rows have besides the times.
 COST_HEADS = ("of roofline", "launches", "copies + fills", "host µs", "peak MB")
 
+_CPU_HEADS = ("median ms", "p20", "p80", "GB/s", "to ours", "to limit")
+_GPU_HEADS = ("device µs", "GB/s", "to ours", "to limit", *COST_HEADS)
+
 _STYLES = {"ours": "bold", "peer": "", "limit": "dim"}
 _WIDTH = 160  # where there is no terminal to ask
 
@@ -40,7 +43,7 @@ def caption(machine: Machine) -> str:
 
 def _gpu(gpu: Gpu) -> str:
     return (
-        f"{gpu.name}, {gpu.capability}, {gpu.multiprocessors} multiprocessors, {gpu.l2_bytes / 1e6:.0f} MB L2, "
+        f"{gpu.name}, {gpu.capability}, {gpu.multiprocessors} multiprocessors, {gpu.l2_bytes / 2**20:.0f} MiB L2, "
         f"driver {gpu.driver}, CUDA {gpu.cuda}"
     )
 
@@ -115,23 +118,24 @@ def show(results: Results) -> None:
 def _case_table(case: str, rows: list[Row], capability: str) -> Table:
     table = Table(title=f"\n{CASES[case].title}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    has_costs = any(row.costs for row in rows)
-    for name in ("median ms", "p20", "p80", "GB/s", "to ours", "to limit", *(COST_HEADS if has_costs else ())):
+    for name in _GPU_HEADS if rows[0].costs else _CPU_HEADS:
         table.add_column(name, justify="right")
     table.add_column("")
     for (mode, family, used), group in groupby(rows, key=lambda row: (row.mode, row.family, row.capability)):
         heading = [MODE_TITLES[mode], family, used if used != capability else ""]
         table.add_row(", ".join(filter(None, heading)), style="italic")
         for row in group:
-            costs = cost_cells(row.costs) if has_costs else []
-            table.add_row(f"  {row.implementation}", *_numbers(row), *costs, _remark(row), style=_STYLES[row.role])
+            table.add_row(f"  {row.implementation}", *_numbers(row), _remark(row), style=_STYLES[row.role])
     return table
 
 
 def _numbers(row: Row) -> Iterator[str]:
-    yield from map(number, (row.median_ms, row.p20_ms, row.p80_ms, row.gb_per_s))
+    times = (row.median_ms * 1e3,) if row.costs else (row.median_ms, row.p20_ms, row.p80_ms)
+    yield from map(number, (*times, row.gb_per_s))
     for ratio in (row.ratio_to_ours, row.ratio_to_limit):
         yield "" if ratio is None else f"{ratio:.2f}"
+    if row.costs:
+        yield from cost_cells(row.costs)
 
 
 def _remark(row: Row) -> str:
