@@ -13,7 +13,7 @@ WERROR ?= 0
 PIP := $(VENV)/bin/python -m pip
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
-PY := fused_reg tests benchmarks examples setup.py
+PY := fused_reg tests benchmarks examples setup.py build_config.py
 
 .PHONY: build lint format types pytest ctest test bench bench-full clean
 
@@ -22,7 +22,7 @@ $(VENV)/.environment: pyproject.toml
 	$(PIP) install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" ninja pybind11 numpy
 	touch $@
 
-$(VENV)/.build: $(VENV)/.environment setup.py csrc/sources.txt $(filter csrc/%,$(CPP))
+$(VENV)/.build: $(VENV)/.environment setup.py build_config.py csrc/sources.txt $(filter csrc/%,$(CPP))
 	FUSED_REG_WERROR=$(WERROR) $(PIP) install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
 	touch $@
 
