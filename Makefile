@@ -12,17 +12,17 @@ WERROR ?= 0
 
 PIP := $(VENV)/bin/python -m pip
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
-PY := fused_reg tests benchmarks examples setup.py build_config.py
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
+PY := fused_reg tests benchmarks examples setup.py build_config.py scripts
 
-.PHONY: build lint format types pytest ctest test bench bench-full clean
+.PHONY: build lint format types pytest ctest cuda-compile test bench bench-full clean
 
 $(VENV)/.environment: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" ninja pybind11 numpy
 	touch $@
 
-$(VENV)/.build: $(VENV)/.environment setup.py build_config.py csrc/sources.txt $(filter csrc/%,$(CPP))
+$(VENV)/.build: $(VENV)/.environment setup.py build_config.py $(wildcard csrc/sources.txt csrc/*/sources.txt) $(filter csrc/%,$(CPP))
 	FUSED_REG_WERROR=$(WERROR) $(PIP) install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
 	touch $@
 
@@ -49,7 +49,11 @@ ctest: build
 	$(RUN) cmake --build build/cmake
 	$(RUN) ctest --test-dir build/cmake --output-on-failure
 
-test: lint types ctest pytest
+# The CUDA backend, for every architecture and without a GPU; skipped without nvcc, unless FUSED_REG_REQUIRE_NVCC=1.
+cuda-compile: build
+	$(RUN) python -m scripts.check_cuda_compile
+
+test: lint types ctest cuda-compile pytest
 
 bench: build
 	$(RUN) python -m benchmarks --quick
