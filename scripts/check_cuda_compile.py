@@ -26,7 +26,7 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 import build_config
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
-MAX_REGISTERS = 64  # a thread, of 65,536 a multiprocessor: 1,024 threads are resident
+MAX_REGISTERS = 128  # a thread, of 65,536 a multiprocessor: 512 threads are resident
 RECORD = build_config.CSRC / "cuda" / "registers.md"
 
 
