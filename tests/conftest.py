@@ -40,16 +40,25 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", devices, indirect=True)
 
 
-@pytest.fixture
-def device(request) -> torch.device:
-    """Every device that this build has kernels for."""
-    name = getattr(request, "param", "cpu")
-    if name == "cuda" and not (cuda_is_built() and torch.cuda.is_available()):
+def _cuda() -> torch.device:
+    if not (cuda_is_built() and torch.cuda.is_available()):
         reason = "no CUDA device" if cuda_is_built() else "fused_reg is built without CUDA"
         if REQUIRE_CUDA:
             pytest.fail(f"{reason}, and FUSED_REG_REQUIRE_CUDA=1")
         pytest.skip(reason)
-    return torch.device(name)
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    """Every device that this build has kernels for."""
+    return _cuda() if getattr(request, "param", "cpu") == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The CUDA device, for tests (marked `cuda`) of what a CPU does not have."""
+    return _cuda()
 
 
 @pytest.fixture(autouse=True)

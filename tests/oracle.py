@@ -9,6 +9,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+from fused_reg import reference
+
 # Relative, of the true value: the promises of the README. The absolute part is the rounding of a subnormal result.
 VALUE_TOLERANCE = {torch.float32: Fraction(6, 10**8), torch.float64: Fraction(4, 10**15)}
 SUBNORMAL_ROUNDING = {torch.float32: Fraction(1, 2**150), torch.float64: Fraction(1, 2**1075)}
@@ -99,6 +101,12 @@ def gradients(function, params, upstream=None, **strengths) -> tuple[torch.Tenso
     if upstream is not None:
         upstream = torch.full((), upstream, dtype=out.dtype, device=out.device)
     return torch.autograd.grad(out, params, upstream, allow_unused=True, materialize_grads=True)
+
+
+def loop_gradients(params, upstream=None, **strengths) -> tuple[torch.Tensor, ...]:
+    """Those of the hand-written loop: the contract, on the CPU, whose bits every device must give."""
+    strengths = {name: s.cpu() if isinstance(s, torch.Tensor) else s for name, s in strengths.items()}
+    return gradients(reference.loop, [p.detach().cpu() for p in params], upstream, **strengths)
 
 
 def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracle import assert_same_bits, gradients, per_parameter, ulp
+from oracle import assert_same_bits, gradients, loop_gradients, per_parameter, ulp
 from samples import (
     CONTENTS,
     DTYPES,
@@ -27,7 +27,7 @@ TERM_CASES = pytest.mark.parametrize("strengths", TERMS.values(), ids=TERMS)
 
 
 def assert_loop_gradient(params, upstream=None, **strengths) -> None:
-    expected = gradients(reference.loop, params, upstream, **strengths)
+    expected = loop_gradients(params, upstream, **strengths)
     assert_same_bits(gradients(fused_penalty, params, upstream, **strengths), expected)
     if upstream is None:
         assert_same_bits(value_and_grad(params, **strengths)[1], expected)
@@ -71,7 +71,7 @@ def test_every_small_size(dtype, device):
     """Hard case 5: every tail, every term."""
     whole = draw(300, dtype, device)
     for strengths in TERMS.values():
-        expected = gradients(reference.loop, [whole], **strengths)[0]
+        expected = loop_gradients([whole], **strengths)[0]
         for n in range(300):
             assert_same_bits(value_and_grad(whole[:n], **strengths)[1], [expected[:n]])
 
@@ -117,9 +117,7 @@ def test_mixed_dtypes(upstream, device):
         assert_same_bits([grads[i]], gradients(fused_penalty, [p], upstream, **one))
     kept = [i for i, p in enumerate(params) if p.dtype in FULL_DTYPES]
     full = [params[i] for i in kept]
-    expected = gradients(
-        reference.loop, full, upstream, **{name: [v[i] for i in kept] for name, v in strengths.items()}
-    )
+    expected = loop_gradients(full, upstream, **{name: [v[i] for i in kept] for name, v in strengths.items()})
     assert_same_bits([grads[i] for i in kept], expected)
 
 
@@ -134,7 +132,7 @@ def assert_rounded_once(grads, params, upstream=1.0, l1=None, l2=None) -> None:
         fits = ((first + second).abs() < torch.finfo(p.dtype).max) & (2 * w).float().isfinite()
         error = (grad.cpu().double() - (first + second)).abs()
         assert (error <= allowed)[fits].all()
-        loop = gradients(reference.loop, [p], upstream, l1=a, l2=b)[0].cpu().double() if a or b else first
+        loop = loop_gradients([p], upstream, l1=a, l2=b)[0].cpu().double() if a or b else first
         loop_error = (loop - (first + second)).abs()
         assert not ((error > loop_error + allowed * 2.0**-10) & fits).any()
 
@@ -159,7 +157,7 @@ def test_half_precision_every_value(dtype, device):
     for l1, l2 in ((None, 0.5), (None, 0.375), (None, 1 / 3), (0.7, 1e-3), (1e-3, 0.3), (3e-6, None)):
         _, (grad,) = value_and_grad(finite, l1, l2)
         assert_rounded_once([grad], [finite], l1=l1, l2=l2)
-        in_float32 = gradients(reference.loop, [finite.float()], l1=l1 or 0.0, l2=l2 or 0.0)[0]
+        in_float32 = loop_gradients([finite.float()], l1=l1 or 0.0, l2=l2 or 0.0)[0]
         assert_same_bits([grad], [in_float32.to(dtype)])  # ties to even, as torch rounds
         _, (grad,) = value_and_grad(w, l1, l2)
         nan, positive, negative = (grad[kind] for kind in kinds)
@@ -184,7 +182,7 @@ def test_half_precision_special_upstream(dtype, upstream, device):
     """Hard case 27: as the loop in float32, then rounded."""
     w = draw(500, dtype, device)
     for strengths in TERMS.values():
-        expected = gradients(reference.loop, [w.float()], upstream, **strengths)[0].to(dtype)
+        expected = loop_gradients([w.float()], upstream, **strengths)[0].to(dtype)
         assert_same_bits(gradients(fused_penalty, [w], upstream, **strengths), [expected])
 
 
@@ -193,7 +191,7 @@ def test_half_precision_is_the_float32_loop_rounded(dtype, device):
     """To the bit, which implies the half ulp."""
     params = draw_list(dtype, device)
     strengths = STRENGTHS["per parameter"]
-    expected = gradients(reference.loop, [p.float() for p in params], 0.37, **strengths)
+    expected = loop_gradients([p.float() for p in params], 0.37, **strengths)
     assert_same_bits(gradients(fused_penalty, params, 0.37, **strengths), [e.to(dtype) for e in expected])
 
 
@@ -228,7 +226,7 @@ def _rounded_as(value, params):
 @pytest.mark.parametrize("upstream", [1.0, 0.37])
 def test_upstream_in_memory_of_any_layout(upstream, device):
     w = draw(100, device=device)
-    expected = gradients(reference.loop, [w], upstream, l1=0.1, l2=0.3)
+    expected = loop_gradients([w], upstream, l1=0.1, l2=0.3)
     strided = torch.tensor([9.0, upstream, 9.0], device=device)[1]
     for gradient in (strided, torch.full((), upstream, device=device).expand(()), strided[None].expand(4)[2]):
         (leaf,) = leaves([w])

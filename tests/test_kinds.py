@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from oracle import assert_same_bits, assert_value, gradients
+from oracle import assert_same_bits, assert_value, gradients, loop_gradients
 from samples import DTYPES, draw, draw_list, leaves, mixed_list
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -23,7 +23,7 @@ def raises(error, text):
 
 def assert_refused(function, wrong, rule):
     """As the only parameter and among others; and the next call works."""
-    w = torch.ones(3)
+    w = torch.ones(3, device=wrong.device)
     for params, index in (([wrong], 0), ([w, wrong], 1), ([w, w, wrong, w], 2)):
         with raises(TypeError, f"{function.__name__}: params[{index}] must be {rule}"):
             function(params, l1=0.5, l2=0.25)
@@ -36,18 +36,18 @@ def assert_refused(function, wrong, rule):
     [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64, torch.complex128],
     ids=str,
 )
-def test_not_floating_point(dtype, function):
+def test_not_floating_point(dtype, function, device):
     """Hard case 19."""
-    assert_refused(function, torch.ones(3).to(dtype), f"floating point, got {dtype}")
+    assert_refused(function, torch.ones(3).to(dtype).to(device), f"floating point, got {dtype}")
 
 
 @FUNCTIONS
 @pytest.mark.parametrize(
     "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz], ids=str
 )
-def test_float8(dtype, function):
+def test_float8(dtype, function, device):
     """Hard case 19."""
-    assert_refused(function, torch.ones(3).to(dtype), f"{FLOATS}, got {dtype}")
+    assert_refused(function, torch.ones(3).to(dtype).to(device), f"{FLOATS}, got {dtype}")
 
 
 @FUNCTIONS
@@ -63,9 +63,9 @@ def test_float8(dtype, function):
     ],
     ids=lambda x: str(x) if isinstance(x, torch.layout) else "",
 )
-def test_sparse(make, layout, function):
+def test_sparse(make, layout, function, device):
     """Hard case 19."""
-    assert_refused(function, make(torch.eye(4)), f"dense (torch.strided), got {layout}")
+    assert_refused(function, make(torch.eye(4)).to(device), f"dense (torch.strided), got {layout}")
 
 
 @FUNCTIONS
@@ -89,9 +89,9 @@ def test_quantized(dtype, function):
 @FUNCTIONS
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch: nested tensors are a prototype
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
-def test_nested(layout, function):
+def test_nested(layout, function, device):
     """Hard case 19."""
-    nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=layout)
+    nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=layout, device=device)
     assert_refused(function, nested, "one dense tensor, got a nested tensor")
 
 
@@ -158,26 +158,27 @@ def test_meta(requires_grad, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fake(dtype):
+def test_fake(dtype, device):
     """Hard case 20."""
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     with FakeTensorMode():
-        w = torch.empty((3, 5), dtype=dtype, requires_grad=True)
+        w = torch.empty((3, 5), dtype=dtype, device=device, requires_grad=True)
         penalty = fused_penalty([w, w], l1=0.5, l2=[0.1, 0.2])
         value, (grad, _) = value_and_grad([w, w], l1=0.5)
         penalty.backward()
     for scalar in (penalty, value):
         assert isinstance(scalar, FakeTensor)
-        assert (scalar.device.type, scalar.dtype, scalar.shape) == ("cpu", expected, ())
+        assert (scalar.device.type, scalar.dtype, scalar.shape) == (device.type, expected, ())
     assert isinstance(w.grad, FakeTensor)
     assert (grad.dtype, grad.shape, w.grad.dtype, w.grad.shape) == (dtype, w.shape, dtype, w.shape)
 
 
 @FUNCTIONS
-def test_meta_among_others(function):
+def test_meta_among_others(function, device):
     """Hard case 18: devices that do not go together are named."""
-    with raises(ValueError, f"{function.__name__}: params[1] must be on cpu, as params[0], got meta"):
-        function([torch.ones(3), torch.ones(3, device="meta")], l1=0.5)
+    w = torch.ones(3, device=device)
+    with raises(ValueError, f"{function.__name__}: params[1] must be on {w.device}, as params[0], got meta"):
+        function([w, torch.ones(3, device="meta")], l1=0.5)
 
 
 class _Dataless(torch.Tensor):
@@ -194,15 +195,16 @@ class _Dataless(torch.Tensor):
 
 @FUNCTIONS
 @pytest.mark.parametrize("position", [0, 1])
-def test_subclass_without_data(position, function):
+def test_subclass_without_data(position, function, device):
     """Hard case 20: its own error."""
-    params = [torch.ones(5), torch.ones(5)]
-    params[position] = _Dataless(torch.ones(5))
+    params = [torch.ones(5, device=device), torch.ones(5, device=device)]
+    params[position] = _Dataless(params[position])
     with pytest.raises(NotImplementedError, match=r"_Dataless does not know fused_reg\."):
         function(params, l1=0.5)
 
 
 _PASSING = """
+import sys
 import torch
 from fused_reg import fused_penalty, value_and_grad
 
@@ -218,8 +220,8 @@ class Passing(torch.Tensor):
 
 for function in (fused_penalty, value_and_grad):
     for position in (0, 1):
-        params = [torch.ones(5), torch.ones(5)]
-        params[position] = Passing(torch.ones(5))
+        params = [torch.ones(5, device=sys.argv[1]), torch.ones(5, device=sys.argv[1])]
+        params[position] = Passing(params[position])
         try:
             function(params, l1=0.5)
         except TypeError as error:
@@ -227,9 +229,10 @@ for function in (fused_penalty, value_and_grad):
 """
 
 
-def test_subclass_without_data_that_passes_operators_on():
+def test_subclass_without_data_that_passes_operators_on(device):
     """Hard case 20: an error, never a crash, where a wrapper claims to be a plain tensor. (A crash ends the script.)"""
-    done = subprocess.run([sys.executable, "-c", _PASSING], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", _PASSING, str(device)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     rule = "must have memory of its own, got a tensor subclass without"
     names = ("fused_penalty", "value_and_grad")
     assert done.stdout.splitlines() == [f"{name}: params[{i}] {rule}" for name in names for i in (0, 1)]
@@ -260,7 +263,7 @@ def test_negative_and_conjugate_views(device):
         assert_same_bits(value_and_grad(view, l1=0.1, l2=0.3)[1], value_and_grad(plain, l1=0.1, l2=0.3)[1])
         for upstream in (1.0, 0.37):
             actual = gradients(fused_penalty, [view], upstream, l1=0.1, l2=0.3)
-            assert_same_bits(actual, gradients(reference.loop, [plain], upstream, l1=0.1, l2=0.3))
+            assert_same_bits(actual, loop_gradients([plain], upstream, l1=0.1, l2=0.3))
 
     both = leaves([w, w])
     for function, leaf in zip((fused_penalty, reference.loop), both, strict=True):
@@ -282,7 +285,7 @@ def test_read_only_memory(requires_grad, tmp_path):
     penalty = 0.37 * fused_penalty(w, l1=0.1)
     if requires_grad:
         penalty.backward()
-        assert_same_bits([w.grad], gradients(reference.loop, [expected], 0.37, l1=0.1))
+        assert_same_bits([w.grad], loop_gradients([expected], 0.37, l1=0.1))
 
 
 def test_shared_memory():

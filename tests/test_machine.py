@@ -22,8 +22,8 @@ TIMEOUT = 60  # seconds until a hang is a failure
 BOTH = {"l1": 0.1, "l2": 1 / 3}
 
 
-def large_list():
-    return [*mixed_list(), draw(300_001), draw(200_000, torch.bfloat16)]
+def large_list(device="cpu"):
+    return [*mixed_list(device), draw(300_001, device=device), draw(200_000, torch.bfloat16, device)]
 
 
 def all_results(params):
@@ -34,9 +34,9 @@ def all_results(params):
     return [fused_penalty(params, **BOTH), penalty, value, *grads, *(p.grad for p in some)]
 
 
-def test_eight_python_threads():
+def test_eight_python_threads(device):
     """Hard case 33: at once, over the same parameters and over their own."""
-    shared = large_list()
+    shared = large_list(device)
     expected = all_results(shared)
     start = threading.Barrier(8)
 
@@ -59,18 +59,18 @@ def test_one_thread(threads):
     assert_same_bits(all_results(params), expected)
 
 
-def test_backward_in_another_thread():
+def test_backward_in_another_thread(device):
     """Hard case 33."""
-    params = leaves(large_list())
+    params = leaves(large_list(device))
     penalty = 0.37 * fused_penalty(params, **BOTH)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(penalty.backward).result(TIMEOUT)
     assert_same_bits([p.grad for p in params], all_results([p.detach() for p in params])[-len(params) :])
 
 
-def test_error_in_a_thread_comes_out_once():
+def test_error_in_a_thread_comes_out_once(device):
     """Hard case 34: in the thread that called, and nowhere else; the next calls work."""
-    wrong = [torch.ones(3), torch.ones(3, dtype=torch.int64)]
+    wrong = [torch.ones(3, device=device), torch.ones(3, dtype=torch.int64, device=device)]
     with ThreadPoolExecutor(4) as pool:
         errors = [pool.submit(fused_penalty, wrong, l1=0.5).exception(TIMEOUT) for _ in range(8)]
         values = [pool.submit(fused_penalty, wrong[:1], l1=0.5).result(TIMEOUT) for _ in range(8)]

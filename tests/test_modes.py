@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from oracle import assert_same_bits, assert_value, gradients
+from oracle import assert_same_bits, assert_value, loop_gradients
 from samples import DTYPES, draw, draw_list, leaves, mixed_list
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, vjp, vmap
 
@@ -63,7 +63,7 @@ def test_inference_tensors(device):
             penalty = fused_penalty(params, **BOTH)
             assert_value(penalty.detach(), [frozen, trained.detach()], **BOTH)
             (upstream * penalty).backward()
-            assert_same_bits([trained.grad], gradients(reference.loop, [trained], upstream, **BOTH))
+            assert_same_bits([trained.grad], loop_gradients([trained], upstream, **BOTH))
     assert_same_bits([grads[1]], value_and_grad(trained, **BOTH)[1])
 
 
@@ -105,7 +105,7 @@ def test_non_leaf_parameters(upstream, device):
 def test_saved_tensors_hooks(device):
     """What is saved may be packed away, and comes back."""
     params = leaves(draw_list(torch.float32, device))
-    expected = gradients(reference.loop, params, 0.37, **BOTH)
+    expected = loop_gradients(params, 0.37, **BOTH)
     packed = []
 
     def pack(t):
@@ -140,7 +140,7 @@ def test_hooks(device):
     penalty = fused_penalty([first, second], **BOTH)
     penalty.register_hook(lambda g: g * 0.37)
     penalty.backward()
-    expected = gradients(reference.loop, [first, second], 0.37, **BOTH)
+    expected = loop_gradients([first, second], 0.37, **BOTH)
     assert_same_bits([first.grad, second.grad], [2 * expected[0], expected[1]])
     assert_same_bits(seen, [expected[1]])
 
@@ -154,8 +154,11 @@ def test_func_grad(device):
     actual, value = grad_and_value(lambda p: fused_penalty(p, **BOTH))(params)
     assert_same_bits(actual, expected[1])
     assert_value(value, params, **BOTH)
+    l1 = [0.1 * i for i in range(len(params))]
+    actual = grad(lambda p: fused_penalty(p, l1=l1, l2=0.3))(params)
+    assert_same_bits(actual, value_and_grad(params, l1=l1, l2=0.3)[1])
     actual = grad(lambda p: -2 * fused_penalty(p, **BOTH))(params)
-    assert_same_bits(actual, gradients(reference.loop, params, -2.0, **BOTH))
+    assert_same_bits(actual, loop_gradients(params, -2.0, **BOTH))
     slope = grad(lambda s: fused_penalty(params, l1=s, l2=0.3))(torch.tensor(0.5, dtype=torch.float64, device=device))
     assert_value(slope, [p.double() for p in params], l1=1.0)
 
@@ -165,7 +168,7 @@ def test_func_grad_keeps_the_bits(device):
     params = tuple(draw_list(torch.float32, device))
     for factor in (0.37, 1 / 7, 1e-3):
         actual = grad(lambda p, factor=factor: factor * fused_penalty(p, **BOTH))(params)
-        assert_same_bits(actual, gradients(reference.loop, params, factor, **BOTH))
+        assert_same_bits(actual, loop_gradients(params, factor, **BOTH))
 
 
 def test_func_vjp_and_jacobians(device):

@@ -2,17 +2,21 @@
 
 import pytest
 import torch
-from oracle import assert_same_bits, assert_value, gradients, per_parameter
+from oracle import assert_same_bits, assert_value, gradients, loop_gradients, per_parameter
 from samples import DTYPES, FULL_DTYPES, leaves
 
-from fused_reg import fused_penalty, reference, value_and_grad
+from fused_reg import fused_penalty, value_and_grad
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 SETTINGS = hypothesis.settings(
     max_examples=150, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much],
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.filter_too_much,
+        hypothesis.HealthCheck.function_scoped_fixture,  # the device, which no test changes
+    ],
 )  # fmt: skip
 
 
@@ -39,29 +43,34 @@ def calls(draw, dtypes):
     return params, {"l1": draw(strengths(len(params))), "l2": draw(strengths(len(params)))}
 
 
+def on(device, call):
+    params, given = call
+    return [p.to(device) for p in params], given
+
+
 @SETTINGS
 @hypothesis.given(calls(DTYPES))
-def test_value(call):
-    params, given = call
+def test_value(device, call):
+    params, given = on(device, call)
     assert_value(fused_penalty(params, **given), params, **given)
     assert_value(fused_penalty(leaves(params), **given).detach(), params, **given)
 
 
 @SETTINGS
 @hypothesis.given(calls(FULL_DTYPES), st.floats(width=32, allow_infinity=True, allow_nan=True))
-def test_gradient(call, upstream):
-    params, given = call
+def test_gradient(device, call, upstream):
+    params, given = on(device, call)
     plain = given == {"l1": None, "l2": None}
     present = [x for s in given.values() for x in per_parameter(s, len(params))]
     hypothesis.assume(plain or any(present))  # else the loop is the int 0
-    expected = gradients(reference.loop, params, upstream, **given)
+    expected = loop_gradients(params, upstream, **given)
     assert_same_bits(gradients(fused_penalty, params, upstream, **given), expected)
 
 
 @SETTINGS
 @hypothesis.given(calls(DTYPES), st.randoms(use_true_random=False))
-def test_order_of_the_list_moves_gradients_along(call, random):
-    params, given = call
+def test_order_of_the_list_moves_gradients_along(device, call, random):
+    params, given = on(device, call)
     order = random.sample(range(len(params)), len(params))
     permuted = {k: [v[i] for i in order] if isinstance(v, list) else v for k, v in given.items()}
     _, grads = value_and_grad(params, **given)
