@@ -115,3 +115,14 @@ LAYOUTS = {
     "expanded columns": (False, lambda **k: draw((33, 1), **k).expand(33, 600)),
     "overlapping windows": (False, lambda **k: draw((60,), **k).as_strided((20, 8), (2, 1))),
 }
+
+
+def many(count, device="cpu", seed=0) -> list[torch.Tensor]:
+    """Small tensors of 0 to 9 elements, most of them at odd addresses."""
+    sizes = [i * 7 % 10 for i in range(count)]
+    return list(draw(sum(sizes), device=device, seed=seed).split(sizes))
+
+
+def one_each(count) -> list[float]:
+    """A strength per parameter, some of them 0."""
+    return (np.random.default_rng(count).integers(0, 1000, count) / 1000 * (np.arange(count) % 7 > 0)).tolist()
