@@ -27,8 +27,8 @@ def device_work(function) -> list[str]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         function()
         torch.cuda.synchronize()
-    names = [event.name for event in profiled.events() if event.device_type == DeviceType.CUDA]
-    return [name for name in names if not name.endswith((" Sync", " Wait Event"))]  # the wait above
+    events = [e for e in profiled.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return [e.name for e in events if not e.name.endswith((" Sync", " Wait Event"))]  # the wait above
 
 
 def assert_only(kernel: str, work: list[str]) -> None:
