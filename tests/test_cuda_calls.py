@@ -24,7 +24,7 @@ LARGEST_UPLOAD = 32688  # bytes of a table in one launch: kLargeTable of csrc/cu
 def device_work(function) -> list[str]:
     """The names of the kernels, copies and fills that a call brings to the device."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
         function()
         torch.cuda.synchronize()
     events = [e for e in profiled.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
