@@ -12,7 +12,7 @@ WERROR ?= 0
 
 PIP := $(VENV)/bin/python -m pip
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h)
 PY := fused_reg tests benchmarks examples setup.py build_config.py scripts
 
 .PHONY: build lint format types pytest ctest cuda-compile test bench bench-full clean
@@ -47,7 +47,7 @@ pytest: build
 ctest: build
 	$(RUN) cmake -S . -B build/cmake -G Ninja -DFUSED_REG_WERROR=$(WERROR) -DPython3_EXECUTABLE="$(abspath $(VENV))/bin/python"
 	$(RUN) cmake --build build/cmake
-	$(RUN) ctest --test-dir build/cmake --output-on-failure
+	$(RUN) ctest --test-dir build/cmake -j 2 --output-on-failure
 
 # The CUDA backend, for every architecture and without a GPU; skipped without nvcc, unless FUSED_REG_REQUIRE_NVCC=1.
 cuda-compile: build

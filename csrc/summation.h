@@ -45,8 +45,8 @@ struct ChunkSums {
 // A sum whose error does not grow with its length: the error of every addition is kept and added at the end (Knuth's
 // TwoSum; Ogita, Rump and Oishi 2005, "Accurate sum and dot product").
 struct CompensatedSum {
-  double sum = 0;
-  double error = 0;
+  double sum;
+  double error;
 
   FUSED_REG_INLINE void add(double x) {
     const double total = sum + x;
@@ -100,7 +100,7 @@ inline int64_t group_size(int64_t chunks) {
 // The sum of value(0), ..., value(count - 1), in columns.
 template <int columns, class Value>
 double column_sum(int64_t count, const Value& value) {
-  CompensatedSum sums[columns];
+  CompensatedSum sums[columns]{};
   for (int64_t i = 0; i < count; ++i) {
     sums[i % columns].add(value(i));
   }

@@ -114,7 +114,7 @@ class ListPass {
       return penalty_of_sums(tasks_[t].terms, l1.factor, chunk_sums_[c].l1, l2.factor, chunk_sums_[c].l2);
     };
     return column_sum<kColumns>((plan_.chunks() + group - 1) / group, [&](int64_t g) {
-      CompensatedSum sum;
+      CompensatedSum sum{};
       for (int64_t c = g * group; c < std::min((g + 1) * group, plan_.chunks()); ++c) {
         sum.add(chunk_penalty(c));
       }

@@ -413,7 +413,7 @@ __device__ __forceinline__ bool is_last_cta(unsigned ticket) {
 __device__ __forceinline__ void write_value(const Call& call) {
   __shared__ CompensatedSum columns[kColumns];
   const int column = threadIdx.x;
-  CompensatedSum sum;
+  CompensatedSum sum{};
 #pragma unroll 4
   for (uint32_t g = column; g < call.groups; g += kColumns) {
     sum.add(__ldcg(call.group_sums + g));
@@ -446,7 +446,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) penalty_kernel(const __g
     const uint32_t begin = g * call.group_size;
     const uint32_t end = call.chunks - begin < call.group_size ? call.chunks : begin + call.group_size;
     Cursor<Table> cursor(table, begin);
-    CompensatedSum sum;
+    CompensatedSum sum{};
     for (uint32_t c = begin; c < end; ++c) {
       const Chunk chunk = cursor.at(c);
       run_chunk<true>(chunk, 1, &blocks[filled]);
@@ -490,7 +490,7 @@ static __global__ void __launch_bounds__(kThreads) tensor_sums_kernel(DeviceTabl
   const auto* const entries = reinterpret_cast<const Entry*>(table.bytes);
   for (uint32_t t = blockIdx.x * kWarps + warp; t < table.call.tensors; t += gridDim.x * kWarps) {
     const uint32_t end = t + 1 < table.call.tensors ? entries[t + 1].first_chunk : table.call.chunks;
-    CompensatedSum l1, l2;
+    CompensatedSum l1{}, l2{};
     for (uint32_t c = entries[t].first_chunk + thread; c < end; c += kWarp) {
       l1.add(table.call.chunk_sums[c].l1);
       l2.add(table.call.chunk_sums[c].l2);

@@ -2,7 +2,6 @@
 
 #include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 
 #include <list>
 #include <map>
@@ -48,8 +47,10 @@ at::Tensor uploaded(const std::vector<unsigned char>& bytes, const Launch& launc
 }  // namespace
 
 Launch next_launch() {
-  return {c10::cuda::getCurrentCUDAStream(),
-          c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None};
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
+  cudaStreamCaptureStatus status{};
+  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return {stream, status != cudaStreamCaptureStatusNone};
 }
 
 uint32_t ticket_for(const Launch& launch) {

@@ -11,7 +11,7 @@ using namespace fused_reg;
 namespace {
 
 double sum(const std::vector<double>& x) {
-  CompensatedSum s;
+  CompensatedSum s{};
   for (const double v : x) {
     s.add(v);
   }
