@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from fused_reg import _ops
+
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
 
@@ -163,14 +165,17 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
             return TypeError(f"{function}: params[{i}] must be floating point, got {p.dtype}")
         if p.layout is not torch.strided:
             return TypeError(f"{function}: params[{i}] must be dense (torch.strided), got {p.layout}")
-        if isinstance(error, NotImplementedError) and p.device.type == "cuda":
-            return RuntimeError(
-                f"{function}: params[{i}] is on {p.device}, and fused_reg is built without CUDA; where nvcc and a CUDA "
-                "build of torch are installed, build it again with "
-                "`FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
-            )
-        if isinstance(error, NotImplementedError):
-            return TypeError(f"{function}: params[{i}] must be on the CPU or a CUDA device, got {p.device}")
+    if isinstance(error, NotImplementedError):  # of the dispatcher, if no kernels are registered for a device
+        has_cuda = bool(_ops.library.build_info()["cuda_architectures"])
+        for i, p in enumerate(params):
+            if p.is_cuda and not has_cuda:
+                return RuntimeError(
+                    f"{function}: params[{i}] is on {p.device}, and fused_reg is built without CUDA; where nvcc and a "
+                    "CUDA build of torch are installed, build it again with "
+                    "`FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
+                )
+            if p.device.type not in ("cpu", "cuda", "meta"):
+                return TypeError(f"{function}: params[{i}] must be on the CPU or a CUDA device, got {p.device}")
     if isinstance(error, TypeError | ValueError) and str(error).startswith(("params[", "strengths ")):
         return type(error)(f"{function}: {error}")
     return error

@@ -16,6 +16,7 @@
 #include <functional>
 #include <iterator>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <utility>
@@ -48,6 +49,7 @@ namespace cuda_on_host {
 inline int multiprocessors = 2;
 inline std::mt19937 draw;
 inline int launches = 0;
+inline std::mutex device;  // does one launch at a time
 inline std::function<void()> after_cta = [] {};
 
 class Cta {
@@ -222,6 +224,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     std::fprintf(stderr, "a launch that CUDA refuses\n");
     std::abort();
   }
+  const std::lock_guard<std::mutex> lock(device);
   ++launches;
   gridDim = config->gridDim;
   std::vector<unsigned> order(gridDim.x);

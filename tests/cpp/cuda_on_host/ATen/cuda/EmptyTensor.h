@@ -1,0 +1,21 @@
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+
+namespace at::detail {
+
+// Memory of a GPU is not zero.
+inline TensorBase filled(TensorBase t) {
+  std::memset(t.mutable_data_ptr(), 0xa5, t.nbytes());
+  return t;
+}
+
+inline TensorBase empty_cuda(IntArrayRef size, ScalarType dtype, std::optional<Device>, std::optional<MemoryFormat>) {
+  return filled(empty_cpu(size, dtype));
+}
+
+inline TensorBase empty_strided_cuda(IntArrayRef size, IntArrayRef stride, ScalarType dtype, std::optional<Device>) {
+  return filled(empty_strided_cpu(size, stride, dtype));
+}
+
+}  // namespace at::detail
