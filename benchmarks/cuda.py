@@ -112,7 +112,7 @@ class CudaDevice(Device):
 
     def _operations(self, call: Call) -> tuple[int | None, int | None, int | None]:
         self._runtime.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             call()
             self._runtime.synchronize()
         return counted(

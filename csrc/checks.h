@@ -45,6 +45,11 @@ inline void check_strength_device(const at::Tensor& strength, at::Device params)
                     strength.device());
 }
 
+inline void check_strength_memory(const at::Tensor& strength) {
+  TORCH_CHECK_TYPE(strength.has_storage() && strength.storage().data() != nullptr,
+                   "strengths must have memory of their own, got a tensor subclass without");
+}
+
 // For the backends that read memory.
 inline void check_memory(size_t i, const at::Tensor& p) {
   TORCH_CHECK_TYPE(p.numel() == 0 || (p.has_storage() && p.storage().data() != nullptr), "params[", i,

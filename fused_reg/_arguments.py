@@ -104,7 +104,13 @@ def _as_strength(
     if not tensors:
         return tuple(item for item in checked if not isinstance(item, Tensor)), None
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
-    return (), torch.stack([torch.as_tensor(item, dtype=torch.float64, device=device) for item in checked])
+    return (), torch.stack([_as_float64(item, device) for item in checked])
+
+
+def _as_float64(item: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(item, Tensor):
+        return item.to(device, torch.float64)
+    return torch.full((), item, dtype=torch.float64, device=device)  # no copy that a GPU would wait for
 
 
 def _item_strength(function: str, name: str, item: Any) -> float | Tensor:
@@ -176,7 +182,7 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
                 )
             if p.device.type not in ("cpu", "cuda", "meta"):
                 return TypeError(f"{function}: params[{i}] must be on the CPU or a CUDA device, got {p.device}")
-    if isinstance(error, TypeError | ValueError) and str(error).startswith(("params[", "strengths ")):
+    if isinstance(error, TypeError | ValueError) and str(error).startswith(("params", "strengths ")):
         return type(error)(f"{function}: {error}")
     return error
 

@@ -88,6 +88,10 @@ def _table(strengths: Strengths, count: int, device: torch.device) -> Tensor:
     columns = []
     for floats, tensor in ((strengths.l1, strengths.l1_tensor), (strengths.l2, strengths.l2_tensor)):
         if tensor is not None:
+            if not tensor.is_cpu and tensor.device != device:
+                raise ValueError(
+                    f"strengths must be on the CPU or on the parameters' device ({device}), got {tensor.device}"
+                )
             column = tensor.to(device, torch.float64)
         elif len(floats) <= 1:
             column = torch.full((), sum(floats), dtype=torch.float64, device=device)

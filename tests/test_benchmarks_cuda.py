@@ -396,5 +396,5 @@ def test_the_profilers_events_are_told_apart(monkeypatch):
         event("Memset (Device)", cuda.DeviceType.CUDA),
     ]
     profiler = SimpleNamespace(events=lambda: events)
-    monkeypatch.setattr(cuda, "profile", lambda activities: nullcontext(profiler))
+    monkeypatch.setattr(cuda, "profile", lambda **options: nullcontext(profiler))
     assert cuda.CudaDevice(_Runtime(), "cpu").costs(lambda: None, 0.0, 0) == Costs(0.0, 1, 0, 1, peak_bytes=0)

@@ -5,6 +5,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <vector>
 
 #include "../build_info.h"
@@ -59,16 +60,17 @@ class StrengthRefs {
       }
       return;
     }
-    const at::Tensor& tensor = *arg.tensor;
-    check_strength(arg.name, tensor.numel(), selection.list);
-    source_ = static_cast<Source>(dtype_of(tensor));
-    const auto* const first = static_cast<const char*>(tensor.const_data_ptr());
+    check_strength(arg.name, arg.tensor->numel(), selection.list);
+    check_strength_memory(*arg.tensor);
+    tensor_ = is_supported(arg.tensor->scalar_type()) ? *arg.tensor : arg.tensor->to(at::kDouble);
+    source_ = static_cast<Source>(dtype_of(tensor_));
+    const auto* const first = static_cast<const char*>(tensor_.const_data_ptr());
     const auto ref = [&](size_t place) {
       StrengthRef r;
-      r.address = first + (tensor.dim() == 0 ? 0 : place * tensor.stride(0) * tensor.element_size());
+      r.address = first + (tensor_.dim() == 0 ? 0 : place * tensor_.stride(0) * tensor_.element_size());
       return r;
     };
-    if (tensor.numel() == 1) {
+    if (tensor_.numel() == 1) {
       refs_.push_back(ref(0));
       return;
     }
@@ -82,6 +84,7 @@ class StrengthRefs {
   StrengthRef operator[](size_t t) const { return refs_[is_one() ? 0 : t]; }
 
  private:
+  at::Tensor tensor_;
   Source source_ = Source::kValue;
   std::vector<StrengthRef> refs_;
 };

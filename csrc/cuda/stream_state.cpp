@@ -37,10 +37,14 @@ std::pair<c10::DeviceIndex, c10::StreamId> key_of(const Launch& launch) {
   return {launch.stream.device_index(), launch.stream.id()};
 }
 
-at::Tensor uploaded(const std::vector<unsigned char>& bytes, const Launch& launch) {
-  const at::Tensor memory =
-      at::detail::empty_cuda({static_cast<int64_t>(bytes.size())}, at::kByte, launch.stream.device(), std::nullopt);
+void upload_to(const at::Tensor& memory, const std::vector<unsigned char>& bytes, const Launch& launch) {
   C10_CUDA_CHECK(upload(memory.mutable_data_ptr(), bytes.data(), bytes.size(), launch.stream));
+}
+
+at::Tensor uploaded(const std::vector<unsigned char>& bytes, const Launch& launch) {
+  at::Tensor memory =
+      at::detail::empty_cuda({static_cast<int64_t>(bytes.size())}, at::kByte, launch.stream.device(), std::nullopt);
+  upload_to(memory, bytes, launch);
   return memory;
 }
 
@@ -80,6 +84,14 @@ at::Tensor device_table(const std::vector<unsigned char>& bytes, const Launch& l
       tables.splice(tables.begin(), tables, it);
       return it->memory;
     }
+  }
+  if (tables.size() == kTablesKept && tables.back().bytes.size() == bytes.size()) {
+    // Over the last one, so that nothing is allocated, and the next step's gradients come to lie where this step's do.
+    tables.splice(tables.begin(), tables, std::prev(tables.end()));
+    tables.front().bytes.clear();  // no table, if the upload fails
+    upload_to(tables.front().memory, bytes, launch);
+    tables.front().bytes = bytes;
+    return tables.front().memory;
   }
   tables.push_front({bytes, uploaded(bytes, launch)});
   if (tables.size() > kTablesKept) {

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../dtypes.h"
 #include "../summation.h"
@@ -18,7 +19,9 @@ struct Entry {
   uint32_t first_chunk;  // of the list's chunks; an empty tensor has the same as the next
   uint16_t tail;         // elements of the last chunk
   Dtype dtype;
+  uint8_t unused;  // tables are compared byte for byte
 };
+static_assert(std::has_unique_object_representations_v<Entry>);
 
 // A strength, or the address of one in device memory.
 union StrengthRef {
