@@ -15,7 +15,7 @@ RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h)
 PY := fused_reg tests benchmarks examples setup.py build_config.py scripts
 
-.PHONY: build lint format types pytest ctest cuda-compile test bench bench-full clean
+.PHONY: build lint format types pytest ctest cuda-compile cuda-on-host test bench bench-full clean
 
 $(VENV)/.environment: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,7 +53,10 @@ ctest: build
 cuda-compile: build
 	$(RUN) python -m scripts.check_cuda_compile
 
-test: lint types ctest cuda-compile pytest
+cuda-on-host: build
+	$(RUN) python -m scripts.check_cuda_on_host
+
+test: lint types ctest cuda-compile cuda-on-host pytest
 
 bench: build
 	$(RUN) python -m benchmarks --quick
