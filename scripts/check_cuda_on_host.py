@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda_on_host"
 #: What the kernels and operators decide. The rest is Python, or about the CPU's own threads and memory.
 TESTS = ("autograd", "gradient", "layout", "list", "strengths", "value")
-LARGE = "thousand or million"  # fibers take their time
+LARGE = "thousand or million or roundings"  # fibers take their time
 INSTEAD_OF_CPU = ("cpu/penalty_cpu.cpp", "cpu/grad_memory.cpp")
 
 SETUP = """
