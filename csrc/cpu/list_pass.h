@@ -122,19 +122,6 @@ class ListPass {
     });
   }
 
-  static Dtype dtype_of(const at::Tensor& t) {
-    switch (t.scalar_type()) {
-      case at::kFloat:
-        return Dtype::kFloat32;
-      case at::kDouble:
-        return Dtype::kFloat64;
-      case at::kBFloat16:
-        return Dtype::kBFloat16;
-      default:
-        return Dtype::kFloat16;
-    }
-  }
-
   bool is_float64(size_t t) const { return tasks_[t].dtype == Dtype::kFloat64; }
 
   ScaledStrength scaled_l1(size_t t) const { return scaled_strength(strengths_.l1[t], kL1, is_float64(t)); }

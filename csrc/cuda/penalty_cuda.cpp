@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../build_info.h"
+#include "../chunks.h"
 #include "../strengths.h"
 #include "kernels.h"
 #include "stream_state.h"
@@ -19,19 +20,6 @@ namespace {
 
 using Floats = at::ArrayRef<double>;
 using OptionalTensor = std::optional<at::Tensor>;
-
-Dtype dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kDouble:
-      return Dtype::kFloat64;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    default:
-      return Dtype::kFloat16;
-  }
-}
 
 void check_launch(cudaError_t error, at::Device device) {
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
@@ -99,26 +87,30 @@ class ListPass {
         l1_(l1, selection, device_),
         l2_(l2, selection, device_) {
     dense_.reserve(params.size());
-    entries_.reserve(params.size());
-    int64_t chunks = 0;
+    std::vector<int64_t> sizes;
+    sizes.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
       check_memory(t, params[t]);
       // One run of memory, its elements in any order: the parameter itself if it is dense, else a copy.
       dense_.push_back(params[t].is_non_overlapping_and_dense() ? params[t] : params[t].clone());
-      const int64_t size = dense_[t].numel(), count = (size + kChunkSize - 1) / kChunkSize;
+      sizes.push_back(dense_[t].numel());
+    }
+    const ChunkPlan plan(sizes);
+    TORCH_CHECK_VALUE(plan.chunks() < int64_t{1} << 31, "params must have less than 2^45 elements in all");
+    entries_.reserve(params.size());
+    for (const auto t : c10::irange(params.size())) {
+      const int64_t before_last = plan.first_chunk(t + 1) - plan.first_chunk(t) - 1;
       Entry e{};
       e.param = dense_[t].const_data_ptr();
-      e.first_chunk = static_cast<uint32_t>(chunks);
-      e.tail = static_cast<uint16_t>(size - (count - 1) * kChunkSize);
+      e.first_chunk = static_cast<uint32_t>(plan.first_chunk(t));
+      e.tail = static_cast<uint16_t>(sizes[t] - before_last * kChunkSize);
       e.dtype = dtype_of(dense_[t]);
       entries_.push_back(e);
       any_float64_ |= e.dtype == Dtype::kFloat64;
-      chunks += count;
     }
-    TORCH_CHECK_VALUE(chunks < int64_t{1} << 31, "params must have less than 2^45 elements in all");
     call_.tensors = static_cast<uint32_t>(params.size());
-    call_.chunks = static_cast<uint32_t>(chunks);
-    call_.group_size = static_cast<uint32_t>(group_size(chunks));
+    call_.chunks = static_cast<uint32_t>(plan.chunks());
+    call_.group_size = static_cast<uint32_t>(group_size(plan.chunks()));
     call_.groups = (call_.chunks + call_.group_size - 1) / call_.group_size;
     call_.l1_source = l1_.source();
     call_.l2_source = l2_.source();
