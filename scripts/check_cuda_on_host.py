@@ -36,8 +36,9 @@ def prepare() -> None:
     for name in ("fused_reg", "tests", "benchmarks"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__", "cpp", "results")
         shutil.copytree(ROOT / name, BUILD / name, ignore=ignored, dirs_exist_ok=True)
-    shutil.copy(ROOT / "pyproject.toml", BUILD)
     csrc, shim = ROOT / build_config.CSRC, ROOT / "tests" / "cpp" / "cuda_on_host"
+    shutil.copy(ROOT / "pyproject.toml", BUILD)
+    shutil.copy(shim / "test_on_host.py", BUILD / "tests")
     names = ["module.cpp", *(name for name in build_config.sources() if name not in INSTEAD_OF_CPU)]
     setup = SETUP.format(
         sources=[*(str(csrc / name) for name in names), str(shim / "operators.cpp")],
@@ -50,7 +51,7 @@ def prepare() -> None:
 def main() -> int:
     prepare()
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=BUILD, check=True)
-    arguments = sys.argv[1:] or ["-k", f"not ({LARGE})", *(f"tests/test_{name}.py" for name in TESTS)]
+    arguments = sys.argv[1:] or ["-k", f"not ({LARGE})", *(f"tests/test_{name}.py" for name in (*TESTS, "on_host"))]
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "not cuda", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(pytest, cwd=BUILD).returncode
 

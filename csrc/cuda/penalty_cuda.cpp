@@ -1,16 +1,15 @@
 // The CUDA backend of the operators in ops.cpp.
 #include <ATen/ATen.h>
 #include <ATen/cuda/EmptyTensor.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include <cstring>
 #include <vector>
 
-#include "../build_info.h"
 #include "../chunks.h"
 #include "../strengths.h"
+#include "check_launch.h"
 #include "kernels.h"
 #include "stream_state.h"
 
@@ -20,19 +19,6 @@ namespace {
 
 using Floats = at::ArrayRef<double>;
 using OptionalTensor = std::optional<at::Tensor>;
-
-void check_launch(cudaError_t error, at::Device device) {
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    (void)cudaGetLastError();  // it is told here
-    int major = 0, minor = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index()));
-    TORCH_CHECK(false, "fused_reg: built for the CUDA architectures ", build_info().cuda_architectures, ", but ",
-                device, " has ", major, ".", minor, "; build it again with TORCH_CUDA_ARCH_LIST=\"", major, ".", minor,
-                "\"");
-  }
-  C10_CUDA_CHECK(error);
-}
 
 // The strengths of a selection: values, or the addresses of numbers on the device, which the kernel reads.
 class StrengthRefs {

@@ -1,13 +1,13 @@
 #include "stream_state.h"
 
 #include <ATen/cuda/EmptyTensor.h>
-#include <c10/cuda/CUDAException.h>
 
 #include <list>
 #include <map>
 #include <mutex>
 #include <utility>
 
+#include "check_launch.h"
 #include "kernels.h"
 
 namespace fused_reg::cuda {
@@ -38,7 +38,7 @@ std::pair<c10::DeviceIndex, c10::StreamId> key_of(const Launch& launch) {
 }
 
 void upload_to(const at::Tensor& memory, const std::vector<unsigned char>& bytes, const Launch& launch) {
-  C10_CUDA_CHECK(upload(memory.mutable_data_ptr(), bytes.data(), bytes.size(), launch.stream));
+  check_launch(upload(memory.mutable_data_ptr(), bytes.data(), bytes.size(), launch.stream), launch.stream.device());
 }
 
 at::Tensor uploaded(const std::vector<unsigned char>& bytes, const Launch& launch) {

@@ -189,7 +189,11 @@ enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureSta
 using cudaStream_t = void*;
 
 namespace cuda_on_host {
-inline cudaError_t launch_error = cudaSuccess;  // what the next launches answer
+// What the next launches answer.
+inline cudaError_t launch_error = [] {
+  const char* const code = std::getenv("CUDA_ON_HOST_ERROR");
+  return static_cast<cudaError_t>(code == nullptr ? 0 : std::atoi(code));
+}();
 inline cudaStreamCaptureStatus capture_status = cudaStreamCaptureStatusNone;
 }  // namespace cuda_on_host
 
