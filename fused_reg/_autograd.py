@@ -102,7 +102,9 @@ def _table(strengths: Strengths, count: int, device: torch.device) -> Tensor:
 
 
 def _on(device: torch.device, host: Tensor) -> Tensor:
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    if device.type == "cuda" and type(host) is Tensor:  # a FakeTensor cannot be pinned
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _rows_of(table: Tensor, keep: Sequence[bool]) -> Tensor:

@@ -55,7 +55,7 @@ if python3 -c 'import xdist' 2>/dev/null; then
   parallel="-p xdist.plugin -n $(((cores + 1) / 2))"
 fi
 sanitize() { # part of compute-sanitizer; every allocation is its own, so that the tool sees its bounds
-  part "$1" 60 "$2 compute-sanitizer --tool $1 --error-exitcode 1 $pytest -m 'cuda and sanitizer'"
+  part "$1" 45 "$2 compute-sanitizer --tool $1 --error-exitcode 1 $pytest -m 'cuda and sanitizer'"
 }
 
 main() {
@@ -64,11 +64,11 @@ main() {
   part self-check 40 "$self_check"
   part tests 150 "OMP_NUM_THREADS=2 $pytest $parallel"
   part launches 40 "$pytest -m cuda -k launches"
-  part benchmarks 180 "python3 -m benchmarks --device cuda --quick --output '$base.json'"
   sanitize memcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
   sanitize racecheck ''
   sanitize initcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
   sanitize synccheck ''
+  part benchmarks 180 "python3 -m benchmarks --device cuda --quick --output '$base.json'"
   part slow 90 "$pytest --slow -m 'cuda and slow'"
   printf '\n=== %s\n' "${gpu:-no GPU}, commit ${FUSED_REG_COMMIT:-unknown}"
   printf '%s\n' "${summary[@]}"

@@ -59,6 +59,9 @@ struct Call {
   bool keep_if_one;  // the gradients are there already, for an upstream gradient of 1
 };
 
+// nvcc and the C++ compiler agree on the layout.
+static_assert(sizeof(Entry) == 24 && sizeof(StrengthPair) == 16 && sizeof(Call) == 72);
+
 constexpr size_t kArgumentBytes = 32764;  // of a kernel; sm_70 and later
 constexpr size_t kSmallTable = 4096 - sizeof(Call);
 constexpr size_t kLargeTable = (kArgumentBytes - sizeof(Call)) / 8 * 8;

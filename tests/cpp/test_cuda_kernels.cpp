@@ -486,6 +486,7 @@ int main(int argc, char**) {
   many.front().l2 = 0.7;
   expect_list(many, "10,000 tensors");
   expect_term_sums(many, "10,000 tensors");
+  expect_term_sums(std::vector<Tensor>(80, Tensor{Dtype::kFloat32, k + 1}), "a warp has several tensors");
   expect_term_sums({{Dtype::kFloat32, 40 * k + 7}, {Dtype::kFloat32, 0}}, "more chunks than columns");
   expect_list({{Dtype::kBFloat16, (quick ? 3 : 150) * k + 7}}, "more groups than columns");
   expect_written_once();

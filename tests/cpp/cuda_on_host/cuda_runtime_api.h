@@ -76,7 +76,7 @@ class Cta {
     ready_.resize(threads_.size());
     std::iota(ready_.begin(), ready_.end(), 0u);
     while (!ready_.empty()) {
-      std::swap(ready_[draw() % ready_.size()], ready_.back());
+      std::swap(ready_[pick()], ready_.back());
       running_ = ready_.back();
       ready_.pop_back();
       threadIdx = dim3(running_);
@@ -120,11 +120,22 @@ class Cta {
   struct Warp {
     Barrier barrier;
     double slots[2][kWarp];
+    unsigned rank = draw();
   };
 
   static void enter() {
     current->body_();
     ++current->finished_;
+  }
+
+  // A random thread; in half of the CTAs, one of the warp that is drawn to run ahead of the others as far as it can.
+  size_t pick() {
+    const size_t any = draw() % ready_.size();
+    if (!runs_ahead_) {
+      return any;
+    }
+    const auto before = [this](unsigned a, unsigned b) { return warps_[a / kWarp].rank < warps_[b / kWarp].rank; };
+    return std::max_element(ready_.begin(), ready_.end(), before) - ready_.begin();
   }
 
   void wait(Barrier& barrier, size_t count) {
@@ -142,6 +153,7 @@ class Cta {
   Barrier all_;
   std::vector<unsigned> ready_;
   ucontext_t scheduler_;
+  bool runs_ahead_ = draw() % 2 == 0;
   unsigned running_ = 0;
   size_t finished_ = 0;
 };
