@@ -38,7 +38,7 @@ def prepare() -> None:
         shutil.copytree(ROOT / name, BUILD / name, ignore=ignored, dirs_exist_ok=True)
     csrc, shim = ROOT / build_config.CSRC, ROOT / "tests" / "cpp" / "cuda_on_host"
     shutil.copy(ROOT / "pyproject.toml", BUILD)
-    shutil.copy(shim / "test_on_host.py", BUILD / "tests")
+    shutil.copy(shim / "on_host.py", BUILD / "tests" / "test_on_host.py")
     names = ["module.cpp", *(name for name in build_config.sources() if name not in INSTEAD_OF_CPU)]
     setup = SETUP.format(
         sources=[*(str(csrc / name) for name in names), str(shim / "operators.cpp")],

@@ -430,7 +430,8 @@ __device__ __forceinline__ void write_value(const Call& call) {
     if (call.value_is_float64) {
       *static_cast<double*>(call.value) = value;
     } else {
-      *static_cast<float*>(call.value) = static_cast<float>(value);
+      // The conversion would give NaN the form of the device.
+      *static_cast<float*>(call.value) = value == value ? static_cast<float>(value) : __uint_as_float(0x7fc00000);
     }
   }
 }

@@ -85,7 +85,8 @@ at::Tensor device_table(const std::vector<unsigned char>& bytes, const Launch& l
       return it->memory;
     }
   }
-  if (tables.size() == kTablesKept && tables.back().bytes.size() == bytes.size()) {
+  if (tables.size() == kTablesKept && tables.back().bytes.size() == bytes.size() &&
+      tables.back().memory.use_count() == 1) {  // no other thread is about to launch with it
     // Over the last one, so that nothing is allocated, and the next step's gradients come to lie where this step's do.
     tables.splice(tables.begin(), tables, std::prev(tables.end()));
     tables.front().bytes.clear();  // no table, if the upload fails
