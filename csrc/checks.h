@@ -80,7 +80,7 @@ inline void check_strength(const char* name, size_t count, size_t params) {
 
 // Called by fused_reg alone, which keeps these: the checks guard the memory.
 inline void check_needs_grad(size_t count, size_t params) {
-  TORCH_CHECK_VALUE(count == params, "needs_grad must be true once per parameter (", params, "), got ", count);
+  TORCH_CHECK_VALUE(count == params, "needs_grad must belong to the parameters (", params, "), got ", count);
 }
 
 inline void check_grads(size_t count, size_t params) {

@@ -23,10 +23,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 // The strengths of a selection: values, or the addresses of numbers on the device, which the kernel reads.
 class StrengthRefs {
  public:
-  StrengthRefs(const StrengthArg& arg, const Selection& selection, at::Device device) {
-    if (arg.tensor.has_value()) {
-      check_strength_device(*arg.tensor, device);
-    }
+  StrengthRefs(const StrengthArg& arg, const Selection& selection) {
     if (!arg.tensor.has_value() || arg.tensor->is_cpu()) {
       const Strength values(arg, selection);
       for (const auto t : c10::irange(values.is_one() ? 1 : selection.places.size())) {
@@ -70,8 +67,8 @@ class ListPass {
       : device_(checked_device(params, l1, l2)),
         guard_(device_),
         launch_(next_launch()),
-        l1_(l1, selection, device_),
-        l2_(l2, selection, device_) {
+        l1_(l1, selection),
+        l2_(l2, selection) {
     dense_.reserve(params.size());
     std::vector<int64_t> sizes;
     sizes.reserve(params.size());
