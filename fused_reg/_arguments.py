@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from fused_reg import _ops
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
+
+#: What ``l2_norm`` takes the norm of: a whole tensor, or each of its slices along dimension 0.
+Group: TypeAlias = Literal["tensor", "row"]
 
 
 class Strengths(NamedTuple):

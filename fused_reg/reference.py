@@ -7,12 +7,31 @@ Tests and benchmarks compare with it. The package itself never calls it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_reg._arguments import Strength
+from fused_reg._arguments import Group, Strength
+
+
+class _Term(NamedTuple):
+    """A parameter and its strengths."""
+
+    param: Tensor
+    l1: float | Tensor
+    l2: float | Tensor
+    l2_norm: float | Tensor
+
+
+def _terms(
+    params: Iterable[Tensor] | Tensor, l1: Strength | None, l2: Strength | None, l2_norm: Strength | None
+) -> list[_Term]:
+    tensors = [params] if isinstance(params, Tensor) else list(params)
+    if l1 is None and l2 is None and l2_norm is None:
+        l2 = 1.0
+    columns = (_per_parameter(strength, len(tensors)) for strength in (l1, l2, l2_norm))
+    return [_Term(*term) for term in zip(tensors, *columns, strict=True)]
 
 
 def _per_parameter(strength: Strength | None, count: int) -> list[float | Tensor]:
@@ -25,22 +44,34 @@ def _per_parameter(strength: Strength | None, count: int) -> list[float | Tensor
     return [strength] * count
 
 
-def _terms(
-    params: Iterable[Tensor] | Tensor, l1: Strength | None, l2: Strength | None
-) -> list[tuple[Tensor, float | Tensor, float | Tensor]]:
-    tensors = [params] if isinstance(params, Tensor) else list(params)
-    if l1 is None and l2 is None:
-        l2 = 1.0
-    return list(zip(tensors, _per_parameter(l1, len(tensors)), _per_parameter(l2, len(tensors)), strict=True))
+def _is_present(strength: float | Tensor) -> bool:
+    return isinstance(strength, Tensor) or strength != 0
 
 
-def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None) -> Tensor:
-    r"""``sum_t l1_t * sum|w_t| + l2_t * sum w_t^2``, every element in float64, rounded once at the end.
+def _norms(w: Tensor, group: Group) -> Tensor:
+    """The norm of each group, in a shape that broadcasts with ``w``."""
+    rows = 1 if group == "tensor" or w.ndim == 0 else len(w)
+    norms: Tensor = torch.linalg.vector_norm(w.reshape(rows, w.numel() // max(rows, 1)), dim=1)
+    return norms.reshape(-1, *[1] * (w.ndim - 1)) if w.ndim > 0 else norms.reshape(())
+
+
+def fused_penalty(
+    params: Iterable[Tensor] | Tensor,
+    l1: Strength | None = None,
+    l2: Strength | None = None,
+    *,
+    l2_norm: Strength | None = None,
+    group: Group = "tensor",
+) -> Tensor:
+    r"""``sum_t l1_t * sum|w_t| + l2_t * sum w_t^2 + l2_norm_t * sum_g ||w_t,g||``, every element in float64, rounded
+    once at the end.
 
     Args:
         params: as for :func:`fused_reg.fused_penalty`.
         l1: likewise.
         l2: likewise.
+        l2_norm: likewise.
+        group: likewise.
 
     Returns:
         A differentiable 0-dim tensor: float64 if any parameter is float64, else float32.
@@ -50,23 +81,32 @@ def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None,
         >>> from fused_reg import reference
         >>> reference.fused_penalty([torch.tensor([1.0, -2.0])], l1=0.5, l2=1.0)
         tensor(6.5000)
+        >>> reference.fused_penalty([torch.tensor([3.0, -4.0])], l2_norm=2.0)
+        tensor(10.)
     """
     total: Tensor | None = None
     dtype = torch.float32
-    for p, a, b in _terms(params, l1, l2):
+    for p, a, b, c in _terms(params, l1, l2, l2_norm):
         dtype = torch.promote_types(dtype, p.dtype)
         w = p.double()
         value = w.new_zeros(())
-        if isinstance(a, Tensor) or a != 0:
+        if _is_present(a):
             value = value + a * w.abs().sum()
-        if isinstance(b, Tensor) or b != 0:
+        if _is_present(b):
             value = value + b * w.square().sum()
+        if _is_present(c):
+            value = value + c * _norms(w, group).sum()
         total = value if total is None else total + value.to(total.device)
     return torch.zeros(()) if total is None else total.to(dtype)
 
 
 def value_and_grad(
-    params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None
+    params: Iterable[Tensor] | Tensor,
+    l1: Strength | None = None,
+    l2: Strength | None = None,
+    *,
+    l2_norm: Strength | None = None,
+    group: Group = "tensor",
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The penalty and its gradient in every parameter, by autograd through :func:`fused_penalty`.
 
@@ -74,6 +114,8 @@ def value_and_grad(
         params: as for :func:`fused_reg.value_and_grad`.
         l1: likewise.
         l2: likewise.
+        l2_norm: likewise.
+        group: likewise.
 
     Returns:
         The value, and a tuple with one gradient per parameter, computed in float64 and rounded once.
@@ -87,18 +129,113 @@ def value_and_grad(
     tensors = [params] if isinstance(params, Tensor) else list(params)
     with torch.enable_grad():
         leaves = [p.detach().requires_grad_() for p in tensors]
-        value = fused_penalty(leaves, l1, l2)
+        value = fused_penalty(leaves, l1, l2, l2_norm=l2_norm, group=group)
         grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) if leaves else ()
     return value.detach(), grads
 
 
-def loop(params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None) -> Tensor:
-    """The loop that people write by hand, in the parameters' own dtypes. Its gradient is the contract's, bit for bit.
+@torch.no_grad()
+def accumulate_grad_(
+    params: Iterable[Tensor] | Tensor,
+    l1: Strength | None = None,
+    l2: Strength | None = None,
+    *,
+    l2_norm: Strength | None = None,
+    group: Group = "tensor",
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    """``p.grad += scale * d(penalty)/dp`` for every parameter that requires grad, each sum in float64.
+
+    Args:
+        params: as for :func:`fused_reg.accumulate_grad_`.
+        l1: likewise.
+        l2: likewise.
+        l2_norm: likewise.
+        group: likewise.
+        scale: likewise.
+
+    Returns:
+        The penalty, not scaled.
+
+    Example:
+        >>> import torch
+        >>> from fused_reg import reference
+        >>> p = torch.tensor([1.0, -2.0], requires_grad=True)
+        >>> p.grad = torch.ones(2)
+        >>> reference.accumulate_grad_(p, l1=0.5, l2=1.0), p.grad
+        (tensor(6.5000), tensor([ 3.5000, -3.5000]))
+    """
+    tensors = [params] if isinstance(params, Tensor) else list(params)
+    with torch.enable_grad():
+        leaves = [p.detach().double().requires_grad_() for p in tensors]
+        value = fused_penalty(leaves, l1, l2, l2_norm=l2_norm, group=group)
+        grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) if leaves else ()
+    dtype = torch.float32
+    for p, grad in zip(tensors, grads, strict=True):
+        dtype = torch.promote_types(dtype, p.dtype)
+        if p.requires_grad:
+            before = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = torch.empty_like(before).copy_(before.double() + scale * grad)
+    return value.detach().to(dtype)
+
+
+@torch.no_grad()
+def prox_(
+    params: Iterable[Tensor] | Tensor,
+    l1: Strength | None = None,
+    l2: Strength | None = None,
+    *,
+    l2_norm: Strength | None = None,
+    group: Group = "tensor",
+    step: Strength,
+) -> None:
+    r"""The proximal operator of ``step * penalty``, in place, computed in float64: the answer ``x`` minimizes
+
+    .. math:: \tfrac12 \lVert x - w \rVert^2 + \text{step} \cdot \text{penalty}(x)
+
+    Args:
+        params: as for :func:`fused_reg.prox_`.
+        l1: likewise.
+        l2: likewise.
+        l2_norm: likewise.
+        group: likewise.
+        step: likewise.
+
+    Example:
+        >>> import torch
+        >>> from fused_reg import reference
+        >>> p = torch.tensor([1.0, -2.0, 0.25])
+        >>> reference.prox_(p, l1=1.0, l2=0.5, step=0.5)
+        >>> p
+        tensor([ 0.3333, -1.0000,  0.0000])
+    """
+    terms = _terms(params, l1, l2, l2_norm)
+    for (p, a, b, c), eta in zip(terms, _per_parameter(step, len(terms)), strict=True):
+        w = p.double()
+        soft = torch.where(w.abs() <= eta * a, 0.0, w - torch.sign(w) * eta * a)
+        soft = torch.where(w.isnan(), w, soft)
+        norms = _norms(soft, group)
+        block = torch.where(norms <= eta * c, 0.0, 1 - eta * c / norms)
+        p.copy_(soft * block / (1 + 2 * eta * b))
+
+
+def loop(
+    params: Iterable[Tensor] | Tensor,
+    l1: Strength | None = None,
+    l2: Strength | None = None,
+    *,
+    l2_norm: Strength | None = None,
+    group: Group = "tensor",
+) -> Tensor:
+    """The loop that people write by hand, in the parameters' own dtypes. Its gradient is the contract's, bit for bit
+    where ``l2_norm`` is absent.
 
     Args:
         params: as for :func:`fused_reg.fused_penalty`; not empty.
         l1: likewise.
         l2: likewise.
+        l2_norm: likewise.
+        group: likewise.
 
     Returns:
         A differentiable 0-dim tensor of the parameters' promoted dtype. Its value has the rounding of its sums.
@@ -110,9 +247,11 @@ def loop(params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Stre
         tensor(6.5000)
     """
     total: Any = 0
-    for p, a, b in _terms(params, l1, l2):
-        if isinstance(a, Tensor) or a != 0:
+    for p, a, b, c in _terms(params, l1, l2, l2_norm):
+        if _is_present(a):
             total = total + a * p.abs().sum()
-        if isinstance(b, Tensor) or b != 0:
+        if _is_present(b):
             total = total + b * (p**2).sum()
+        if _is_present(c):
+            total = total + c * _norms(p, group).sum()
     return torch.as_tensor(total)
