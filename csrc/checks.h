@@ -10,8 +10,13 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "layout.h"
+#include "overlap.h"
 
 namespace fused_reg {
+
+using Floats = at::ArrayRef<double>;
+using OptionalTensor = std::optional<at::Tensor>;
 
 inline std::string name_of(at::ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
 
@@ -83,14 +88,85 @@ inline void check_needs_grad(size_t count, size_t params) {
   TORCH_CHECK_VALUE(count == params, "needs_grad must belong to the parameters (", params, "), got ", count);
 }
 
+inline void check_first_groups(size_t count, size_t params) {
+  TORCH_CHECK_VALUE(count == params, "first_groups must have one number per parameter (", params, "), got ", count);
+}
+
+inline void check_norms(const OptionalTensor& norms, int64_t groups) {
+  TORCH_CHECK_VALUE(
+      norms.has_value() && norms->scalar_type() == at::kDouble && norms->is_contiguous() && norms->numel() >= groups,
+      "norms must be those that penalty_and_norms gave");
+}
+
 inline void check_grads(size_t count, size_t params) {
-  TORCH_CHECK_VALUE(count == params, "grads must have one tensor per parameter (", params, "), got ", count);
+  TORCH_CHECK_VALUE(count == params, "grads must have one tensor for each parameter that says so (", params, "), got ",
+                    count);
 }
 
 inline void check_grad(size_t i, const at::Tensor& grad, const at::Tensor& like) {
   TORCH_CHECK_VALUE(
-      grad.scalar_type() == like.scalar_type() && grad.sizes() == like.sizes() && grad.strides() == like.strides(),
-      "grads[", i, "] must have the dtype, shape and strides that penalty_and_grad gave it");
+      grad.scalar_type() == like.scalar_type() && grad.sizes() == like.sizes() && has_layout_of(grad, like), "grads[",
+      i, "] must have the dtype, shape and strides that penalty_and_grad gave it");
+}
+
+// Of the value of a list.
+inline at::ScalarType value_dtype(at::TensorList params) {
+  for (const at::Tensor& p : params) {
+    if (p.scalar_type() == at::kDouble) {
+      return at::kDouble;
+    }
+  }
+  return at::kFloat;
+}
+
+// Parameters that prox_ may write to.
+inline void check_writable(at::TensorList params) {
+  std::vector<Region> regions;
+  for (const auto t : c10::irange(params.size())) {
+    check_memory(t, params[t]);
+    if (params[t].numel() > 0) {
+      regions.emplace_back(params[t], t, "");
+      check_no_self_overlap(regions.back());
+    }
+  }
+  check_disjoint(std::move(regions));
+}
+
+// What accumulate_grad_ does with a parameter.
+enum GradMode : int64_t { kSkipGrad, kWriteGrad, kAddGrad };
+
+// Gradients that accumulate_grad_ may add to: one for each parameter whose mode says so. Returns the places of these.
+inline std::vector<size_t> check_accumulation(at::TensorList params, at::TensorList grads, at::IntArrayRef modes) {
+  TORCH_CHECK_VALUE(modes.size() == params.size(), "modes must belong to the parameters (", params.size(), "), got ",
+                    modes.size());
+  std::vector<size_t> places;
+  std::vector<Region> regions;
+  for (const auto t : c10::irange(params.size())) {
+    check_memory(t, params[t]);
+    if (params[t].numel() > 0) {
+      regions.emplace_back(params[t], t, "");
+    }
+    if (modes[t] != kAddGrad) {
+      continue;
+    }
+    places.push_back(t);
+    check_grads(std::max(places.size(), grads.size()), grads.size());
+    const at::Tensor& grad = grads[places.size() - 1];
+    const at::ScalarType of_both =
+        c10::promoteTypes(grad.scalar_type(), params[t].scalar_type());  // complex and integer ones differ
+    TORCH_CHECK_TYPE(is_supported(grad.scalar_type()) && of_both == grad.scalar_type(), "params[", t,
+                     "].grad must have the dtype of its parameter (", name_of(params[t].scalar_type()),
+                     ") or a wider one, got ", name_of(grad.scalar_type()));
+    TORCH_CHECK_VALUE(grad.device() == params[t].device() && grad.sizes() == params[t].sizes(), "params[", t,
+                      "].grad must have the device and shape of its parameter");
+    if (grad.numel() > 0) {
+      regions.emplace_back(grad, t, ".grad");
+      check_no_self_overlap(regions.back());
+    }
+  }
+  check_grads(places.size(), grads.size());
+  check_disjoint(std::move(regions));
+  return places;
 }
 
 }  // namespace fused_reg

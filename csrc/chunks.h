@@ -3,6 +3,8 @@
 //   sizes:   [ 40000          | 0 | 100 | 16384 ]
 //   chunks:  [ 0 | 1 | 2 part |   |  3  |   4   ]        a chunk never crosses two tensors
 //
+// A tensor may be cut into groups of equal size first, as its rows; then a chunk never crosses two groups either.
+//
 // Chunks depend on the sizes only, never on the number of threads or blocks, so neither do sums taken
 // chunk by chunk. Pure host C++.
 #pragma once
@@ -19,31 +21,48 @@ struct Chunk {
   int64_t tensor;
   int64_t begin;  // first element, within the tensor
   int64_t size;
+  int64_t group;  // of the list
 };
 
 class ChunkPlan {
  public:
   ChunkPlan() : ChunkPlan(std::vector<int64_t>{}) {}
 
-  explicit ChunkPlan(const std::vector<int64_t>& sizes)
-      : first_element_(sizes.size() + 1), first_chunk_(sizes.size() + 1) {
+  // Tensors of these sizes, each of them one group.
+  explicit ChunkPlan(const std::vector<int64_t>& sizes) : ChunkPlan(sizes, std::vector<int64_t>(sizes.size(), 1)) {}
+
+  // Tensors of these sizes, each cut into a number of groups. One that is cut into none must be empty.
+  ChunkPlan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& groups)
+      : first_element_(sizes.size() + 1),
+        first_chunk_(sizes.size() + 1),
+        first_group_(sizes.size() + 1),
+        group_size_(sizes.size()) {
     for (size_t t = 0; t < sizes.size(); ++t) {
+      group_size_[t] = groups[t] == 0 ? 0 : sizes[t] / groups[t];
       first_element_[t + 1] = first_element_[t] + sizes[t];
-      first_chunk_[t + 1] = first_chunk_[t] + (sizes[t] + kChunkSize - 1) / kChunkSize;
+      first_chunk_[t + 1] = first_chunk_[t] + groups[t] * chunks_per_group(t);
+      first_group_[t + 1] = first_group_[t] + groups[t];
     }
   }
 
   int64_t tensors() const { return static_cast<int64_t>(first_chunk_.size()) - 1; }
   int64_t elements() const { return first_element_.back(); }
   int64_t chunks() const { return first_chunk_.back(); }
+  int64_t groups() const { return first_group_.back(); }
 
-  // The chunks of tensor t are first_chunk(t) <= c < first_chunk(t + 1).
+  // The chunks of tensor t are first_chunk(t) <= c < first_chunk(t + 1), each group's chunks_per_group(t) in turn; its
+  // groups are first_group(t) <= g < first_group(t + 1).
   int64_t first_chunk(int64_t t) const { return first_chunk_[t]; }
+  int64_t first_group(int64_t t) const { return first_group_[t]; }
+  int64_t group_size(int64_t t) const { return group_size_[t]; }
+  int64_t chunks_per_group(int64_t t) const { return (group_size_[t] + kChunkSize - 1) / kChunkSize; }
 
   Chunk chunk(int64_t c) const {
     const int64_t t = owner(first_chunk_, c);
-    const int64_t begin = (c - first_chunk_[t]) * kChunkSize;
-    return {t, begin, std::min<int64_t>(kChunkSize, first_element_[t + 1] - first_element_[t] - begin)};
+    const int64_t group = (c - first_chunk_[t]) / chunks_per_group(t);
+    const int64_t begin = (c - first_chunk_[t]) % chunks_per_group(t) * kChunkSize;  // within the group
+    return {t, group * group_size_[t] + begin, std::min<int64_t>(kChunkSize, group_size_[t] - begin),
+            first_group_[t] + group};
   }
 
   // The first chunk whose middle is at or after an element of the flattened list. It turns equal shares of the
@@ -53,9 +72,11 @@ class ChunkPlan {
       return chunks();
     }
     const int64_t t = owner(first_element_, element);
-    const int64_t c = first_chunk_[t] + (element - first_element_[t]) / kChunkSize;
+    const int64_t within = element - first_element_[t];
+    const int64_t c =
+        first_chunk_[t] + within / group_size_[t] * chunks_per_group(t) + within % group_size_[t] / kChunkSize;
     const Chunk holder = chunk(c);
-    return element - first_element_[t] - holder.begin <= holder.size / 2 ? c : c + 1;
+    return within - holder.begin <= holder.size / 2 ? c : c + 1;
   }
 
  private:
@@ -66,6 +87,8 @@ class ChunkPlan {
 
   std::vector<int64_t> first_element_;  // [tensors + 1]
   std::vector<int64_t> first_chunk_;    // [tensors + 1]
+  std::vector<int64_t> first_group_;    // [tensors + 1]
+  std::vector<int64_t> group_size_;     // [tensors], elements
 };
 
 }  // namespace fused_reg

@@ -1,7 +1,9 @@
 // THE MATHS of one element, for every backend. No torch, no memory, no threads.
 //
-//   penalty(w)  = l1 * |w| + l2 * w^2
-//   gradient(w) = l1 * sgn(w) + l2 * 2w           (subgradient 0 at w = 0)
+//   penalty(w)  = l1 * |w| + l2 * w^2             and for each group g of elements   l2_norm * ||w_g||
+//   gradient(w) = l1 * sgn(w) + l2 * 2w + l2_norm * w / ||w_g||      (subgradient 0 at w = 0, and at ||w_g|| = 0)
+//   prox(w)     = soft(w) * max(0, 1 - step * l2_norm / ||soft(w_g)||) / (1 + 2 * step * l2)
+//                 with soft(w) = sgn(w) * max(0, |w| - step * l1)
 //
 // V is a float, a double, or a SIMD vector of either: the formulas use operators and `?:` only. Every
 // operation must round once, as in the hand-written loop: compile with -ffp-contract=off (nvcc:
@@ -20,7 +22,7 @@
 namespace fused_reg {
 
 // The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN.
-enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2 };
+enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kL1L2Norm = kL1L2 | kNorm };
 
 FUSED_REG_INLINE Terms terms_of(double l1, double l2) {
   return static_cast<Terms>((l1 != 0 ? kL1 : kNone) | (l2 != 0 ? kL2 : kNone));
@@ -95,6 +97,82 @@ FUSED_REG_INLINE V gradient(V w, V c1, V c2) {
   } else {
     return gradient<kL1>(w, c1, c2) + gradient<kL2>(w, c1, c2);
   }
+}
+
+// A sum of squares of float64 elements, which may be too large or too small for a double: 4^exponent * sum. The
+// elements are first taken with exponent 0; if their sum then lies where squares may have been lost, they are taken
+// again, divided by 2^exponent. Squares of narrower elements always fit, with exponent 0.
+struct Squares {
+  double sum;
+  int exponent;
+};
+
+constexpr int kRescueExponent = 600;
+
+// What the elements must be taken again with, after their sum with exponent 0; 0: it is good.
+FUSED_REG_INLINE int rescue_exponent(double sum) {
+  if (sum > 0x1p1000) {
+    return kRescueExponent;
+  }
+  return sum < 0x1p-900 ? -kRescueExponent : 0;
+}
+
+FUSED_REG_INLINE double norm_of(const Squares& squares) { return std::ldexp(std::sqrt(squares.sum), squares.exponent); }
+
+// strength * the sum of squares, and strength * its root, without an overflow on the way.
+FUSED_REG_INLINE double l2_penalty(double strength, const Squares& squares) {
+  int exponent = 0;
+  const double fraction = std::frexp(strength, &exponent);
+  return squares.exponent == 0 ? strength * squares.sum
+                               : std::ldexp(fraction * squares.sum, exponent + 2 * squares.exponent);
+}
+
+FUSED_REG_INLINE double norm_penalty(double strength, const Squares& squares) {
+  int exponent = 0;
+  const double fraction = std::frexp(strength, &exponent);
+  return std::ldexp(fraction * std::sqrt(squares.sum), exponent + squares.exponent);
+}
+
+// The gradient of l2_norm * ||w_g|| as (w * scale) * factor: the scale, a power of two, keeps w / ||w_g|| from
+// overflow where the norm is tiny, and the factor from underflow where it is large.
+template <class S>
+struct NormGradient {
+  S scale;
+  S factor;
+};
+
+template <class S>
+FUSED_REG_INLINE NormGradient<S> norm_gradient(double upstream, double strength, double norm) {
+  constexpr int kLargest = sizeof(S) == 4 ? 120 : 1000;
+  const double weight = upstream * strength;
+  if (norm == 0) {
+    return {1, static_cast<S>(weight * 0)};
+  }
+  if (!(norm - norm == 0)) {  // infinite or NaN
+    return {1, static_cast<S>(weight / norm)};
+  }
+  int exponent = -std::ilogb(norm);
+  exponent = exponent > kLargest ? kLargest : exponent < -kLargest / 2 ? -kLargest / 2 : exponent;
+  const double scaled_norm = std::ldexp(norm, exponent);
+  return {static_cast<S>(std::ldexp(1.0, exponent)), static_cast<S>(weight / scaled_norm)};
+}
+
+template <class V>
+FUSED_REG_INLINE V add_norm_gradient(V gradient, V w, V scale, V factor) {
+  return gradient + (w * scale) * factor;
+}
+
+// sgn(w) * max(0, |w| - threshold). NaN stays NaN; a zero is +0.
+template <class V>
+FUSED_REG_INLINE V soft(V w, V threshold) {
+  return w > threshold ? w - threshold : (w < -threshold ? w + threshold : (w == w ? V{} : w));
+}
+
+// What the elements of a group whose norm after soft() is this are multiplied by. A NaN norm makes the group NaN.
+FUSED_REG_INLINE double shrinkage(double l2, double l2_norm, double step, double norm) {
+  const double threshold = step * l2_norm;
+  const double block = threshold == 0 ? 1 : norm <= threshold ? 0 : 1 - threshold / norm;
+  return block / (1 + 2 * step * l2);
 }
 
 }  // namespace fused_reg

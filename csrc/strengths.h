@@ -14,9 +14,24 @@ namespace fused_reg {
 // Floats, or a tensor that wins (ops.cpp).
 struct StrengthArg {
   const char* name;
-  at::ArrayRef<double> floats;
-  const std::optional<at::Tensor>& tensor;
+  Floats floats;
+  const OptionalTensor& tensor;
+
+  bool is_given() const { return !floats.empty() || tensor.has_value(); }
 };
+
+struct StrengthArgs {
+  StrengthArg l1, l2, l2_norm;
+  bool rows;  // the groups of l2_norm are rows, not tensors
+};
+
+// A number: a float, or a tensor of one element that wins.
+struct NumberArg {
+  double value;
+  OptionalTensor tensor;
+};
+
+inline const OptionalTensor kNoTensor;
 
 // Which parameters of a list an operator is given: all, or those that need a gradient. Strengths are those of the list.
 struct Selection {
@@ -74,7 +89,10 @@ class Strength {
 };
 
 struct Strengths {
-  Strength l1, l2;
+  Strength l1, l2, l2_norm;
+
+  Strengths(const StrengthArgs& args, const Selection& selection)
+      : l1(args.l1, selection), l2(args.l2, selection), l2_norm(args.l2_norm, selection) {}
 };
 
 }  // namespace fused_reg

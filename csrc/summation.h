@@ -8,8 +8,12 @@
 //                ...                                      take the lanes from 64 to 8, the blocks of the chunk
 //               row 15 [ 960   961  962  ...  1023  ]     from 16 to 1, and the lanes from 8 to 1
 //
-//   group     consecutive chunks, their penalties in one compensated sum: the longer the list, the longer the group
-//   list      group g in the compensated sum of column g % kColumns, then a tree of halves over the columns
+//   run       consecutive chunks, their penalties in one compensated sum: the longer the list, the longer the run
+//   list      run r in the compensated sum of column r % kColumns, then a tree of halves over the columns
+//
+// With l2_norm, chunks start where groups of elements do (chunks.h), and the penalty of a chunk that is a whole group
+// has the norm in it. The norm of a group of several chunks comes from their sums of squares, chunk c of the group in
+// column c % kTensorColumns; such groups follow on the runs, as if they were further ones.
 //
 // At most 1 + 15 + 3 + 4 + 3 roundings reach an element within a chunk (its square, its lane, three trees), the
 // strength and the sum of two terms make 2 more, and the compensated sums 1 each: below 31 * 2^-53 = 3.5e-15 relative,
@@ -28,7 +32,7 @@ constexpr int kBlocks = 16;
 constexpr int kBlock = kLanes * kRows;
 constexpr int kChunkSize = kBlocks * kBlock;
 constexpr int kFoldedLanes = 8;
-constexpr int64_t kMaxGroups = 16384;
+constexpr int64_t kMaxRuns = 16384;
 constexpr int kColumns = 128;
 constexpr int kTensorColumns = 32;  // where the chunks of one tensor are summed, term by term
 
@@ -88,10 +92,10 @@ inline double total(BlockSums* blocks, int count) {
   return lanes[0];
 }
 
-// Chunks in a group: the smallest power of two that leaves at most kMaxGroups groups.
-inline int64_t group_size(int64_t chunks) {
+// Chunks in a run: the smallest power of two that leaves at most kMaxRuns runs.
+inline int64_t run_length(int64_t chunks) {
   int64_t size = 1;
-  while (chunks > size * kMaxGroups) {
+  while (chunks > size * kMaxRuns) {
     size *= 2;
   }
   return size;
@@ -110,6 +114,20 @@ double column_sum(int64_t count, const Value& value) {
     }
   }
   return result(sums[0]);
+}
+
+// The sum of squares of a group, from those of its chunks.
+inline Squares sum_of(const Squares* chunks, int64_t count) {
+  if (count == 1) {
+    return chunks[0];
+  }
+  int exponent = chunks[0].exponent;
+  for (int64_t c = 1; c < count; ++c) {
+    exponent = chunks[c].exponent > exponent ? chunks[c].exponent : exponent;
+  }
+  return {column_sum<kTensorColumns>(
+              count, [&](int64_t c) { return std::ldexp(chunks[c].sum, 2 * (chunks[c].exponent - exponent)); }),
+          exponent};
 }
 
 }  // namespace fused_reg

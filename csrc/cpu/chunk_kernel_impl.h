@@ -1,4 +1,4 @@
-// The kernel of one chunk, its sums in the order of summation_order.h. chunk_kernel_<isa>.cpp includes it with
+// The kernel of one chunk, its sums in the order of summation.h. chunk_kernel_<isa>.cpp includes it with
 // FUSED_REG_ISA and FUSED_REG_VECTOR_BYTES set. Whatever the width of the vectors, every instruction set gives the same
 // bits.
 #pragma once
@@ -35,6 +35,12 @@ struct Lanes {
   }
 };
 
+constexpr bool sums_in(Pass pass) {
+  return pass != Pass::kGradient && pass != Pass::kAccumulate && pass != Pass::kProx;
+}
+constexpr bool writes(Pass pass) { return pass != Pass::kSums && pass != Pass::kSoftSquares && pass != Pass::kZeros; }
+constexpr bool reads_out(Pass pass) { return pass == Pass::kSumsAndAccumulate || pass == Pass::kAccumulate; }
+
 template <Dtype dtype, int terms, Pass pass>
 struct Kernel {
   using E = Element<dtype>;
@@ -43,11 +49,31 @@ struct Kernel {
   using Factor = decltype(broadcast<Scalar>(0));
   using MultiplyAdd = std::conditional_t<dtype == Dtype::kFloat64, TwoRoundings, OneRounding>;
 
-  Factor c1, c2;
-  Double l1_scale, l2_scale;
+  Factor c1, c2, norm_scale, norm_factor, threshold, shrinkage;
+  Double l1_scale, l2_scale, sum_threshold;
   BlockSums l1[kBlocks], l2[kBlocks];
 
   static FUSED_REG_INLINE Double scaled(Double w, Double scale) { return dtype == Dtype::kFloat64 ? w * scale : w; }
+
+  // What an element is in the sum of L2.
+  FUSED_REG_INLINE Double l2_element(Double w) const {
+    if constexpr (pass == Pass::kSoftSquares) {
+      return scaled(soft(w, sum_threshold), l2_scale);
+    } else if constexpr (pass == Pass::kZeros) {
+      return w == 0 ? Double{} + 1 : Double{};
+    } else {
+      return scaled(w, l2_scale);
+    }
+  }
+
+  FUSED_REG_INLINE Factor full_gradient(Factor w) const {
+    const Factor g = gradient<(terms & kL1L2)>(w, c1, c2);
+    if constexpr (terms & kNorm) {
+      return add_norm_gradient(g, w, norm_scale, norm_factor);
+    } else {
+      return g;
+    }
+  }
 
   // What a strip of a row will be, some rows later.
   static FUSED_REG_INLINE void prefetch(const Storage* strip) {
@@ -57,28 +83,41 @@ struct Kernel {
     }
   }
 
-  FUSED_REG_INLINE void block(int b, const Storage* param, Storage* grad, int rows) {
+  FUSED_REG_INLINE void write(const Storage* param, Storage* out) const {
+    if constexpr (pass == Pass::kProx) {
+      E::map(param, out, [&](Factor w) __attribute__((always_inline)) { return soft(w, threshold) * shrinkage; });
+    } else if constexpr (reads_out(pass)) {
+      E::update(param, out,
+                [&](Factor w, Factor old) __attribute__((always_inline)) { return old + full_gradient(w); });
+    } else {
+      E::map(param, out, [&](Factor w) __attribute__((always_inline)) { return full_gradient(w); });
+    }
+  }
+
+  FUSED_REG_INLINE void block(int b, const Storage* param, Storage* out, int rows) {
     Lanes l1_lanes, l2_lanes;
     for (int strip = 0; strip < kLanes; strip += kStrip) {
       DoublePair l1_sums[kStrip / kFloats] = {}, l2_sums[kStrip / kFloats] = {};  // kept in registers
       for (int row = 0; row < rows; ++row) {
         prefetch(param + row * kLanes + strip);
+        if constexpr (reads_out(pass)) {
+          prefetch(out + row * kLanes + strip);
+        }
         for (int v = 0; v < kStrip / kFloats; ++v) {
           const int64_t i = row * kLanes + strip + v * kFloats;
-          if constexpr (pass != Pass::kGradient) {
+          if constexpr (sums_in(pass)) {
             const DoublePair w = E::widened(param + i);
             for (int h = 0; h < 2; ++h) {
               if constexpr (terms & kL1) {
                 l1_sums[v].half[h] = add_l1_term(l1_sums[v].half[h], scaled(w.half[h], l1_scale));
               }
               if constexpr (terms & kL2) {
-                l2_sums[v].half[h] = add_l2_term<MultiplyAdd>(l2_sums[v].half[h], scaled(w.half[h], l2_scale));
+                l2_sums[v].half[h] = add_l2_term<MultiplyAdd>(l2_sums[v].half[h], l2_element(w.half[h]));
               }
             }
           }
-          if constexpr (pass != Pass::kSums) {
-            E::map(param + i, grad + i,
-                   [&](auto w) __attribute__((always_inline)) { return gradient<terms>(w, c1, c2); });
+          if constexpr (writes(pass)) {
+            write(param + i, out + i);
           }
         }
       }
@@ -89,10 +128,10 @@ struct Kernel {
         }
       }
     }
-    if constexpr (pass != Pass::kGradient && (terms & kL1)) {
+    if constexpr (sums_in(pass) && (terms & kL1)) {
       l1_lanes.fold_into(l1[b].lanes);
     }
-    if constexpr (pass != Pass::kGradient && (terms & kL2)) {
+    if constexpr (sums_in(pass) && (terms & kL2)) {
       l2_lanes.fold_into(l2[b].lanes);
     }
   }
@@ -101,77 +140,101 @@ struct Kernel {
     Kernel kernel;
     kernel.c1 = broadcast<Scalar>(task.c1);
     kernel.c2 = broadcast<Scalar>(task.c2);
+    kernel.norm_scale = broadcast<Scalar>(task.norm.scale);
+    kernel.norm_factor = broadcast<Scalar>(task.norm.factor);
+    kernel.threshold = broadcast<Scalar>(task.threshold);
+    kernel.shrinkage = broadcast<Scalar>(task.shrinkage);
     kernel.l1_scale = broadcast<double>(task.l1_scale);
     kernel.l2_scale = broadcast<double>(task.l2_scale);
+    kernel.sum_threshold = broadcast<double>(task.threshold);
     const auto* param = static_cast<const Storage*>(task.param);
-    auto* grad = static_cast<Storage*>(task.grad);
+    auto* out = static_cast<Storage*>(task.out);
     int64_t i = 0;
     int b = 0;
     for (; i + kBlock <= task.size; i += kBlock) {
-      kernel.block(b++, param + i, grad + i, kRows);
+      kernel.block(b++, param + i, out + i, kRows);
     }
     const int count = static_cast<int>(task.size - i);
     const int rows = (count + kLanes - 1) / kLanes;
     if (count % kLanes == 0) {
       if (rows > 0) {
-        kernel.block(b++, param + i, grad + i, rows);
+        kernel.block(b++, param + i, out + i, rows);
       }
     } else {  // the last row padded with zeros: they add nothing to a sum
-      Storage padded[kBlock], padded_grad[kBlock];
+      Storage padded[kBlock], padded_out[kBlock];
       std::memcpy(padded, param + i, count * sizeof(Storage));
       std::memset(padded + count, 0, (rows * kLanes - count) * sizeof(Storage));
-      kernel.block(b++, padded, padded_grad, rows);
-      if constexpr (pass != Pass::kSums) {
-        std::memcpy(grad + i, padded_grad, count * sizeof(Storage));
+      if constexpr (reads_out(pass)) {
+        std::memcpy(padded_out, out + i, count * sizeof(Storage));
+        std::memset(padded_out + count, 0, (rows * kLanes - count) * sizeof(Storage));
+      }
+      kernel.block(b++, padded, padded_out, rows);
+      if constexpr (writes(pass)) {
+        std::memcpy(out + i, padded_out, count * sizeof(Storage));
       }
     }
-    if constexpr (pass == Pass::kGradient) {
+    if constexpr (!sums_in(pass)) {
       return {};
     }
     return {(terms & kL1) ? total(kernel.l1, b) : 0, (terms & kL2) ? total(kernel.l2, b) : 0};
   }
 };
 
-template <Dtype dtype, int terms>
-ChunkSums run_pass(const ChunkTask& task) {
-  switch (task.pass) {
-    case Pass::kSums:
-      return Kernel<dtype, terms, Pass::kSums>::run(task);
-    case Pass::kSumsAndGradient:
-      return Kernel<dtype, terms, Pass::kSumsAndGradient>::run(task);
-    case Pass::kGradient:
-      break;
-  }
-  return Kernel<dtype, terms, Pass::kGradient>::run(task);
-}
-
-template <Dtype dtype>
+template <Dtype dtype, Pass pass>
 ChunkSums run_terms(const ChunkTask& task) {
   switch (task.terms) {
     case kNone:
-      return run_pass<dtype, kNone>(task);
+      return Kernel<dtype, kNone, pass>::run(task);
     case kL1:
-      return run_pass<dtype, kL1>(task);
+      return Kernel<dtype, kL1, pass>::run(task);
     case kL2:
-      return run_pass<dtype, kL2>(task);
+      return Kernel<dtype, kL2, pass>::run(task);
     case kL1L2:
+      return Kernel<dtype, kL1L2, pass>::run(task);
+    default:  // with kNorm: the factor of an absent term is 0
       break;
   }
-  return run_pass<dtype, kL1L2>(task);
+  if constexpr (sums_in(pass)) {  // the norm comes from the sum of squares
+    return {};
+  }
+  return Kernel<dtype, kL1L2Norm, pass>::run(task);
+}
+
+template <Dtype dtype>
+ChunkSums run_pass(const ChunkTask& task) {
+  switch (task.pass) {
+    case Pass::kSums:
+      return run_terms<dtype, Pass::kSums>(task);
+    case Pass::kSumsAndGradient:
+      return run_terms<dtype, Pass::kSumsAndGradient>(task);
+    case Pass::kSumsAndAccumulate:
+      return run_terms<dtype, Pass::kSumsAndAccumulate>(task);
+    case Pass::kGradient:
+      return run_terms<dtype, Pass::kGradient>(task);
+    case Pass::kAccumulate:
+      return run_terms<dtype, Pass::kAccumulate>(task);
+    case Pass::kProx:
+      return Kernel<dtype, kNone, Pass::kProx>::run(task);
+    case Pass::kSoftSquares:
+      return Kernel<dtype, kL2, Pass::kSoftSquares>::run(task);
+    case Pass::kZeros:
+      break;
+  }
+  return Kernel<dtype, kL2, Pass::kZeros>::run(task);
 }
 
 inline ChunkSums run_chunk(const ChunkTask& task) {
   switch (task.dtype) {
     case Dtype::kFloat32:
-      return run_terms<Dtype::kFloat32>(task);
+      return run_pass<Dtype::kFloat32>(task);
     case Dtype::kFloat64:
-      return run_terms<Dtype::kFloat64>(task);
+      return run_pass<Dtype::kFloat64>(task);
     case Dtype::kBFloat16:
-      return run_terms<Dtype::kBFloat16>(task);
+      return run_pass<Dtype::kBFloat16>(task);
     case Dtype::kFloat16:
       break;
   }
-  return run_terms<Dtype::kFloat16>(task);
+  return run_pass<Dtype::kFloat16>(task);
 }
 
 }  // namespace fused_reg::FUSED_REG_ISA

@@ -9,6 +9,7 @@
 
 #include "../checks.h"
 #include "../chunks.h"
+#include "../layout.h"
 #include "../strengths.h"
 #include "../summation.h"
 #include "dispatch.h"
@@ -19,14 +20,15 @@ namespace fused_reg {
 
 class ListPass {
  public:
-  // Until write_grad() says otherwise, the pass only sums.
-  ListPass(at::TensorList params, Strengths strengths) : strengths_(std::move(strengths)) {
+  ListPass(at::TensorList params, const Selection& selection, const StrengthArgs& strengths)
+      : strengths_((check_params(params), strengths), selection), has_norms_(strengths.l2_norm.is_given()) {
+    const bool rows = has_norms_ && strengths.rows;
     dense_.reserve(params.size());
     tasks_.reserve(params.size());
+    std::vector<int64_t> sizes, groups;
     for (const auto t : c10::irange(params.size())) {
       check_memory(t, params[t]);
-      // One run of memory, its elements in any order: the parameter itself if it is dense, else a copy.
-      dense_.push_back(params[t].is_non_overlapping_and_dense() ? params[t] : params[t].clone());
+      dense_.push_back(as_run(params[t], rows));
       ChunkTask task{};
       task.dtype = dtype_of(dense_[t]);
       task.terms = terms_of(strengths_.l1[t], strengths_.l2[t]);
@@ -35,62 +37,229 @@ class ListPass {
       tasks_.push_back(task);
       tasks_[t].l1_scale = scaled_l1(t).scale;
       tasks_[t].l2_scale = scaled_l2(t).scale;
+      sizes.push_back(task.size);
+      groups.push_back(has_norms_ ? groups_of(params[t], rows) : 1);
     }
+    plan_ = ChunkPlan(sizes, groups);
   }
 
-  // Memory for the gradient of parameter t, not yet written, with the strides of the parameter.
+  bool has_norms() const { return has_norms_; }
+
+  // Parameter t as one run of memory: itself, or a copy.
+  const at::Tensor& dense(size_t t) const { return dense_[t]; }
+
+  // Memory for the gradient of parameter t, not yet written, with the strides of dense(t).
   at::Tensor fresh_grad(size_t t) const { return empty_grad_like(dense_[t]); }
 
-  // The pass shall write the gradient of parameter t for this upstream gradient. The layout is fresh_grad's.
-  void write_grad(size_t t, const at::Tensor& grad, double upstream, Pass pass) {
-    check_grad(t, grad, dense_[t]);
-    ChunkTask& task = tasks_[t];
-    task.pass = pass;
-    task.grad = grad.mutable_data_ptr();
-    const auto factor = [&](double strength) -> double {
-      return is_float64(t) ? gradient_factor<double>(upstream, strength) : gradient_factor<float>(upstream, strength);
+  // The next pass with gradients shall write that of parameter t, or add to it. The layout is fresh_grad's.
+  void write_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/false); }
+  void add_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/true); }
+
+  // The penalty, 0-dim, float64 if any parameter is, else float32; and every gradient that was asked for, times scale.
+  at::Tensor run_penalty(const NumberArg& scale) {
+    set_passes(number(scale), Pass::kSumsAndGradient, Pass::kSumsAndAccumulate);
+    std::vector<ChunkSums> sums(plan_.chunks());
+    run([&](int64_t c, const ChunkTask& task) { sums[c] = kernel_(task); });
+    const auto chunk_penalty = [&](int64_t c, size_t t) {
+      return penalty_of_sums(tasks_[t].terms, scaled_l1(t).factor, sums[c].l1, scaled_l2(t).factor, sums[c].l2);
     };
-    task.c1 = factor(strengths_.l1[t]);
-    task.c2 = factor(strengths_.l2[t]);
+    size_t t = 0;
+    return value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
   }
 
-  // Does the work.
-  void run() {
-    std::vector<int64_t> sizes;
-    sizes.reserve(tasks_.size());
-    for (const ChunkTask& task : tasks_) {
-      sizes.push_back(task.size);
+  // The penalty with l2_norm, and the norm of every group, [groups] float64.
+  std::tuple<at::Tensor, at::Tensor> run_group_penalty() {
+    for (ChunkTask& task : tasks_) {
+      task.pass = Pass::kSums;
+      task.terms = static_cast<Terms>((task.terms & kL1) | kL2);
+      task.l2_scale = 1;
     }
-    plan_ = ChunkPlan(sizes);
-    const ChunkKernel kernel = cpu_capability().kernel;
-    chunk_sums_.resize(plan_.chunks());
+    std::vector<double> l1_sums(plan_.chunks());
+    const std::vector<Squares> squares = run_squares([&](int64_t c, const ChunkSums& sums) { l1_sums[c] = sums.l1; });
+    std::vector<double> penalties(plan_.groups());
+    at::Tensor norms = norms_of(squares, [&](int64_t t, int64_t g, const Squares& group) {
+      penalties[g] = strengths_.l2_norm[t] == 0 ? 0 : norm_penalty(strengths_.l2_norm[t], group);
+    });
+    const auto chunk_penalty = [&](int64_t c, size_t t) {
+      const double l1 = strengths_.l1[t] == 0 ? 0 : scaled_l1(t).factor * l1_sums[c];
+      const double l2 = strengths_.l2[t] == 0 ? 0 : l2_penalty(strengths_.l2[t], squares[c]);
+      const bool is_group = plan_.chunks_per_group(t) == 1;
+      return (l1 + l2) + (is_group ? penalties[plan_.first_group(t) + c - plan_.first_chunk(t)] : 0);
+    };
+    std::vector<int64_t> large;  // groups of several chunks
+    for (const auto t : c10::irange(plan_.tensors())) {
+      for (int64_t g = plan_.first_group(t); plan_.chunks_per_group(t) > 1 && g < plan_.first_group(t + 1); ++g) {
+        large.push_back(g);
+      }
+    }
+    const int64_t runs = this->runs();
+    size_t t = 0;
+    const double total = column_sum<kColumns>(runs + static_cast<int64_t>(large.size()), [&](int64_t i) {
+      return i < runs ? run_sum(i, &t, chunk_penalty) : penalties[large[i - runs]];
+    });
+    return {value(total), std::move(norms)};
+  }
+
+  // The gradients that were asked for, for this upstream gradient; the norms of run_group_penalty() where there are
+  // any, those of parameter t from first_group[t] on.
+  // keep_if_one: the gradients are there already for 1.
+  void run_gradient(const NumberArg& upstream, const OptionalTensor& norms, at::IntArrayRef first_groups,
+                    bool keep_if_one) {
+    const double factor = number(upstream);
+    if (keep_if_one && factor == 1) {
+      return;
+    }
+    set_passes(factor, Pass::kGradient, Pass::kAccumulate);
+    if (!has_norms_) {
+      return run([&](int64_t, const ChunkTask& task) { kernel_(task); });
+    }
+    const double* const all = norms->const_data_ptr<double>();
+    run([&](int64_t c, ChunkTask& task) {
+      const Chunk chunk = plan_.chunk(c);
+      const int64_t t = chunk.tensor;
+      if (task.pass == Pass::kSums) {
+        return;
+      }
+      task.terms = static_cast<Terms>(task.terms | kNorm);
+      task.norm = norm_gradient_of(t, factor, all[first_groups[t] + chunk.group - plan_.first_group(t)]);
+      kernel_(task);
+    });
+  }
+
+  // The proximal operator, in place, on dense().
+  void run_prox(const StrengthArg& step, const Selection& selection) {
+    const Strength steps(step, selection);
+    const auto set_threshold = [&](Pass pass) {
+      for (const auto t : c10::irange(tasks_.size())) {
+        tasks_[t].pass = pass;
+        tasks_[t].out = const_cast<void*>(tasks_[t].param);
+        tasks_[t].threshold = rounded(t, steps[t] * strengths_.l1[t]);
+        tasks_[t].shrinkage = rounded(t, shrinkage(strengths_.l2[t], 0, steps[t], 0));
+        tasks_[t].l2_scale = 1;
+      }
+    };
+    if (!has_norms_) {
+      set_threshold(Pass::kProx);
+      return run([&](int64_t, const ChunkTask& task) { kernel_(task); });
+    }
+    set_threshold(Pass::kSoftSquares);
+    const at::Tensor norms = norms_of(run_squares([](int64_t, const ChunkSums&) {}), [](int64_t, int64_t, auto&) {});
+    const double* const all = norms.const_data_ptr<double>();
+    set_threshold(Pass::kProx);
+    run([&](int64_t c, ChunkTask& task) {
+      const Chunk chunk = plan_.chunk(c);
+      const int64_t t = chunk.tensor;
+      task.shrinkage = rounded(t, shrinkage(strengths_.l2[t], strengths_.l2_norm[t], steps[t], all[chunk.group]));
+      kernel_(task);
+    });
+  }
+
+  // [tensors, 2] float64: the sums of |w| and of w^2 (of strengths 1).
+  at::Tensor run_term_sums() {
+    std::vector<ChunkSums> sums(plan_.chunks());
+    run([&](int64_t c, const ChunkTask& task) { sums[c] = kernel_(task); });
+    at::Tensor out = at::empty({plan_.tensors(), 2}, at::kDouble);
+    double* row = out.mutable_data_ptr<double>();
+    for (const auto t : c10::irange(plan_.tensors())) {
+      *row++ = tensor_sum(t, [&](int64_t c) { return sums[c].l1; });
+      *row++ = tensor_sum(t, [&](int64_t c) { return sums[c].l2; });
+    }
+    return out;
+  }
+
+  // [tensors] int64: how many elements are 0.
+  at::Tensor run_zero_counts() {
+    for (ChunkTask& task : tasks_) {
+      task.pass = Pass::kZeros;
+    }
+    std::vector<double> counts(plan_.chunks());
+    run([&](int64_t c, const ChunkTask& task) { counts[c] = kernel_(task).l2; });
+    at::Tensor out = at::empty({plan_.tensors()}, at::kLong);
+    for (const auto t : c10::irange(plan_.tensors())) {
+      out.mutable_data_ptr<int64_t>()[t] = static_cast<int64_t>(tensor_sum(t, [&](int64_t c) { return counts[c]; }));
+    }
+    return out;
+  }
+
+ private:
+  // body(c, task) for every chunk c, its task cut to it.
+  template <class Body>
+  void run(const Body& body) {
     for_each_chunk(plan_, [&](int64_t c) {
       const Chunk chunk = plan_.chunk(c);
       ChunkTask task = tasks_[chunk.tensor];
       const int64_t offset = chunk.begin * static_cast<int64_t>(dense_[chunk.tensor].element_size());
       task.param = static_cast<const char*>(task.param) + offset;
-      task.grad = static_cast<char*>(task.grad) + (task.pass == Pass::kSums ? 0 : offset);
+      task.out = task.out == nullptr ? nullptr : static_cast<char*>(task.out) + offset;
       task.size = chunk.size;
-      chunk_sums_[c] = kernel(task);
+      body(c, task);
     });
   }
 
-  // After run(): the sums of |w| and of w^2 of parameter t (of strengths that need no scale).
-  ChunkSums term_sums(size_t t) const {
-    const ChunkSums* const sums = chunk_sums_.data() + plan_.first_chunk(t);
-    const int64_t count = plan_.first_chunk(t + 1) - plan_.first_chunk(t);
-    return {column_sum<kTensorColumns>(count, [&](int64_t c) { return sums[c].l1; }),
-            column_sum<kTensorColumns>(count, [&](int64_t c) { return sums[c].l2; })};
+  // A pass that sums squares: those of every chunk, without overflow. other(c, sums) has what else it sums.
+  template <class Other>
+  std::vector<Squares> run_squares(const Other& other) {
+    std::vector<Squares> squares(plan_.chunks());
+    run([&](int64_t c, ChunkTask& task) {
+      const ChunkSums sums = kernel_(task);
+      other(c, sums);
+      squares[c] = {sums.l2, task.dtype == Dtype::kFloat64 ? rescue_exponent(sums.l2) : 0};
+      if (squares[c].exponent != 0) {
+        task.l2_scale = std::ldexp(1.0, -squares[c].exponent);
+        squares[c].sum = kernel_(task).l2;
+      }
+    });
+    return squares;
   }
 
-  // After run(): the penalty, 0-dim, float64 if any parameter is, else float32.
-  at::Tensor penalty() const {
-    const double total = total_penalty();
-    const bool any_float64 =
-        std::any_of(tasks_.begin(), tasks_.end(), [](const ChunkTask& task) { return task.dtype == Dtype::kFloat64; });
+  // The norm of every group, [groups] float64; each(t, g, squares) is told the sum of squares of group g of tensor t.
+  template <class Each>
+  at::Tensor norms_of(const std::vector<Squares>& squares, const Each& each) const {
+    at::Tensor norms = at::empty({plan_.groups()}, at::kDouble);
+    double* const all = norms.mutable_data_ptr<double>();
+    for (const auto t : c10::irange(plan_.tensors())) {
+      const int64_t count = plan_.chunks_per_group(t);
+      const Squares* of_group = squares.data() + plan_.first_chunk(t);
+      for (int64_t g = plan_.first_group(t); g < plan_.first_group(t + 1); ++g, of_group += count) {
+        const Squares group = sum_of(of_group, count);
+        all[g] = norm_of(group);
+        each(t, g, group);
+      }
+    }
+    return norms;
+  }
+
+  // run_length(chunks) chunks a run.
+  int64_t runs() const {
+    const int64_t length = run_length(plan_.chunks());
+    return (plan_.chunks() + length - 1) / length;
+  }
+
+  // The sum of run r; t is the tensor of the last chunk of the runs before it.
+  template <class ChunkPenalty>
+  double run_sum(int64_t r, size_t* t, const ChunkPenalty& chunk_penalty) const {
+    const int64_t length = run_length(plan_.chunks());
+    CompensatedSum sum{};
+    for (int64_t c = r * length; c < std::min((r + 1) * length, plan_.chunks()); ++c) {
+      while (c >= plan_.first_chunk(*t + 1)) {
+        ++*t;
+      }
+      sum.add(chunk_penalty(c, *t));
+    }
+    return result(sum);
+  }
+
+  template <class Value>
+  double tensor_sum(int64_t t, const Value& value) const {
+    const int64_t first = plan_.first_chunk(t);
+    return column_sum<kTensorColumns>(plan_.first_chunk(t + 1) - first, [&](int64_t c) { return value(first + c); });
+  }
+
+  at::Tensor value(double total) const {
+    const at::ScalarType dtype = value_dtype(dense_);
     // at::scalar_tensor would take two trips through the dispatcher, a tenth of a small call.
-    at::Tensor value = at::detail::empty_cpu({}, any_float64 ? at::kDouble : at::kFloat);
-    if (any_float64) {
+    at::Tensor value = at::detail::empty_cpu({}, dtype);
+    if (dtype == at::kDouble) {
       *value.mutable_data_ptr<double>() = total;
     } else {
       *value.mutable_data_ptr<float>() = static_cast<float>(total);
@@ -98,40 +267,54 @@ class ListPass {
     return value;
   }
 
- private:
-  double total_penalty() const {
-    const int64_t group = group_size(plan_.chunks());
-    size_t t = 0;
-    ScaledStrength l1{}, l2{};
-    const auto chunk_penalty = [&](int64_t c) {
-      if (c == 0 || c >= plan_.first_chunk(t + 1)) {  // the next tensor that is not empty
-        while (c >= plan_.first_chunk(t + 1)) {
-          ++t;
-        }
-        l1 = scaled_l1(t);
-        l2 = scaled_l2(t);
-      }
-      return penalty_of_sums(tasks_[t].terms, l1.factor, chunk_sums_[c].l1, l2.factor, chunk_sums_[c].l2);
-    };
-    return column_sum<kColumns>((plan_.chunks() + group - 1) / group, [&](int64_t g) {
-      CompensatedSum sum{};
-      for (int64_t c = g * group; c < std::min((g + 1) * group, plan_.chunks()); ++c) {
-        sum.add(chunk_penalty(c));
-      }
-      return result(sum);
-    });
+  void set_grad(size_t t, const at::Tensor& grad, bool add) {
+    check_grad(t, grad, dense_[t]);
+    tasks_[t].out = grad.mutable_data_ptr();
+    adds_.resize(tasks_.size());
+    adds_[t] = add;
   }
 
+  void set_passes(double factor, Pass write, Pass add) {
+    for (const auto t : c10::irange(tasks_.size())) {
+      ChunkTask& task = tasks_[t];
+      task.terms = terms_of(strengths_.l1[t], strengths_.l2[t]);
+      task.l2_scale = scaled_l2(t).scale;
+      task.pass = adds_.empty() || task.out == nullptr ? Pass::kSums : adds_[t] ? add : write;
+      const auto factor_of = [&](double strength) -> double {
+        return is_float64(t) ? gradient_factor<double>(factor, strength) : gradient_factor<float>(factor, strength);
+      };
+      task.c1 = task.terms & kL1 ? factor_of(strengths_.l1[t]) : 0;
+      task.c2 = task.terms & kL2 ? factor_of(strengths_.l2[t]) : 0;
+    }
+  }
+
+  NormGradient<double> norm_gradient_of(size_t t, double upstream, double norm) const {
+    const double strength = strengths_.l2_norm[t];
+    if (strength == 0) {
+      return {1, 0};
+    }
+    if (is_float64(t)) {
+      return norm_gradient<double>(upstream, strength, norm);
+    }
+    const NormGradient<float> g = norm_gradient<float>(upstream, strength, norm);
+    return {g.scale, g.factor};
+  }
+
+  static double number(const NumberArg& arg) { return arg.tensor.has_value() ? arg.tensor->item<double>() : arg.value; }
+
   bool is_float64(size_t t) const { return tasks_[t].dtype == Dtype::kFloat64; }
+  double rounded(size_t t, double x) const { return is_float64(t) ? x : static_cast<float>(x); }
 
   ScaledStrength scaled_l1(size_t t) const { return scaled_strength(strengths_.l1[t], kL1, is_float64(t)); }
   ScaledStrength scaled_l2(size_t t) const { return scaled_strength(strengths_.l2[t], kL2, is_float64(t)); }
 
   Strengths strengths_;
+  bool has_norms_;
   std::vector<at::Tensor> dense_;
   std::vector<ChunkTask> tasks_;
+  std::vector<bool> adds_;  // per tensor, where gradients are asked for
   ChunkPlan plan_;
-  std::vector<ChunkSums> chunk_sums_;
+  const ChunkKernel kernel_ = cpu_capability().kernel;
 };
 
 }  // namespace fused_reg

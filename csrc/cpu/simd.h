@@ -113,7 +113,7 @@ FUSED_REG_INLINE void store_bfloat16(uint16_t* p, Float v) {
 }
 
 // One Element a dtype: how kFloats consecutive elements reach the sums, and the gradient the memory.
-// map() applies a function of the compute type to them.
+// map() writes a function of them, computed in the compute type; update() one of them and of what it overwrites.
 template <Dtype>
 struct Element;
 
@@ -125,6 +125,10 @@ struct Element<Dtype::kFloat32> {
   template <class F>
   static FUSED_REG_INLINE void map(const float* from, float* to, F f) {
     store(to, f(load<Float>(from)));
+  }
+  template <class F>
+  static FUSED_REG_INLINE void update(const float* from, float* to, F f) {
+    store(to, f(load<Float>(from), load<Float>(to)));
   }
 };
 
@@ -140,6 +144,11 @@ struct Element<Dtype::kFloat64> {
     store(to, f(load<Double>(from)));
     store(to + kFloats / 2, f(load<Double>(from + kFloats / 2)));
   }
+  template <class F>
+  static FUSED_REG_INLINE void update(const double* from, double* to, F f) {
+    store(to, f(load<Double>(from), load<Double>(to)));
+    store(to + kFloats / 2, f(load<Double>(from + kFloats / 2), load<Double>(to + kFloats / 2)));
+  }
 };
 
 template <>
@@ -151,6 +160,10 @@ struct Element<Dtype::kBFloat16> {
   static FUSED_REG_INLINE void map(const uint16_t* from, uint16_t* to, F f) {
     store_bfloat16(to, f(load_bfloat16(from)));
   }
+  template <class F>
+  static FUSED_REG_INLINE void update(const uint16_t* from, uint16_t* to, F f) {
+    store_bfloat16(to, f(load_bfloat16(from), load_bfloat16(to)));
+  }
 };
 
 template <>
@@ -161,6 +174,10 @@ struct Element<Dtype::kFloat16> {
   template <class F>
   static FUSED_REG_INLINE void map(const uint16_t* from, uint16_t* to, F f) {
     store_float16(to, f(load_float16(from)));
+  }
+  template <class F>
+  static FUSED_REG_INLINE void update(const uint16_t* from, uint16_t* to, F f) {
+    store_float16(to, f(load_float16(from), load_float16(to)));
   }
 };
 

@@ -93,8 +93,8 @@ class ListPass {
     }
     call_.tensors = static_cast<uint32_t>(params.size());
     call_.chunks = static_cast<uint32_t>(plan.chunks());
-    call_.group_size = static_cast<uint32_t>(group_size(plan.chunks()));
-    call_.groups = (call_.chunks + call_.group_size - 1) / call_.group_size;
+    call_.run_length = static_cast<uint32_t>(run_length(plan.chunks()));
+    call_.runs = (call_.chunks + call_.run_length - 1) / call_.run_length;
     call_.l1_source = l1_.source();
     call_.l2_source = l2_.source();
     call_.strength_per_tensor = !l1_.is_one() || !l2_.is_one();
@@ -118,8 +118,8 @@ class ListPass {
       return at::zeros({}, at::TensorOptions(device_).dtype(dtype));
     }
     at::Tensor value = at::detail::empty_cuda({}, dtype, device_, std::nullopt);
-    const at::Tensor group_sums = scratch(call_.groups);
-    call_.group_sums = group_sums.mutable_data_ptr<double>();
+    const at::Tensor run_sums = scratch(call_.runs);
+    call_.run_sums = run_sums.mutable_data_ptr<double>();
     call_.value = value.mutable_data_ptr();
     call_.value_is_float64 = any_float64_;
     call_.ticket = ticket_for(launch_);

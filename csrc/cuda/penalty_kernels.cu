@@ -33,7 +33,7 @@ template <class Table>
 cudaError_t launch_table(Kernel kernel, const Table& table, cudaStream_t stream) {
   const bool penalty = kernel == Kernel::kPenalty;
   uint32_t ctas = 0;
-  const cudaError_t error = resident_ctas(penalty ? table.call.groups : table.call.chunks, &ctas);
+  const cudaError_t error = resident_ctas(penalty ? table.call.runs : table.call.chunks, &ctas);
   if (error != cudaSuccess) {
     return error;
   }

@@ -415,8 +415,8 @@ __device__ __forceinline__ void write_value(const Call& call) {
   const int column = threadIdx.x;
   CompensatedSum sum{};
 #pragma unroll 4
-  for (uint32_t g = column; g < call.groups; g += kColumns) {
-    sum.add(__ldcg(call.group_sums + g));
+  for (uint32_t g = column; g < call.runs; g += kColumns) {
+    sum.add(__ldcg(call.run_sums + g));
   }
   columns[column] = sum;
   for (int half = kColumns / 2; half > 0; half /= 2) {
@@ -443,9 +443,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) penalty_kernel(const __g
   const Call& call = table.call;
   const int thread = threadIdx.x;
   int filled = 0;
-  for (uint32_t g = blockIdx.x; g < call.groups; g += gridDim.x) {
-    const uint32_t begin = g * call.group_size;
-    const uint32_t end = call.chunks - begin < call.group_size ? call.chunks : begin + call.group_size;
+  for (uint32_t g = blockIdx.x; g < call.runs; g += gridDim.x) {
+    const uint32_t begin = g * call.run_length;
+    const uint32_t end = call.chunks - begin < call.run_length ? call.chunks : begin + call.run_length;
     Cursor<Table> cursor(table, begin);
     CompensatedSum sum{};
     for (uint32_t c = begin; c < end; ++c) {
@@ -462,7 +462,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) penalty_kernel(const __g
       filled = 1 - filled;
     }
     if (call.chunk_sums == nullptr && thread == 0) {
-      call.group_sums[g] = result(sum);
+      call.run_sums[g] = result(sum);
     }
   }
   if (call.chunk_sums == nullptr && is_last_cta(call.ticket)) {

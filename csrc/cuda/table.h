@@ -43,9 +43,9 @@ struct Call {
   Source l1_source, l2_source;
 
   // The penalty: written to value by the last of the CTAs, which the ticket finds.
-  uint32_t group_size;  // chunks
-  uint32_t groups;
-  double* group_sums;  // [groups], scratch
+  uint32_t run_length;  // chunks
+  uint32_t runs;
+  double* run_sums;  // [runs], scratch
   void* value;
   bool value_is_float64;
   uint32_t ticket;

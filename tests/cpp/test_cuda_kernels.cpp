@@ -106,7 +106,7 @@ class List {
 
   // The penalty, by the CPU's kernel, in the order of summation.h.
   double expected_penalty() const {
-    const int64_t group = group_size(chunks_);
+    const int64_t group = run_length(chunks_);
     std::vector<double> values;
     for (size_t t = 0; t < tensors_.size(); ++t) {
       for (const ChunkSums& s : expected_sums(t)) {
@@ -213,8 +213,8 @@ class List {
     }
     call->tensors = static_cast<uint32_t>(tensors_.size());
     call->chunks = static_cast<uint32_t>(chunks_);
-    call->group_size = static_cast<uint32_t>(group_size(chunks_));
-    call->groups = (call->chunks + call->group_size - 1) / call->group_size;
+    call->run_length = static_cast<uint32_t>(run_length(chunks_));
+    call->runs = (call->chunks + call->run_length - 1) / call->run_length;
     call->strength_per_tensor = per_tensor_;
     call->l1_source = call->l2_source = on_device ? Source::kFloat64 : Source::kValue;
     std::vector<unsigned char> bytes(entries.size() * sizeof(Entry) + strengths.size() * sizeof(StrengthPair));
@@ -288,10 +288,10 @@ cudaError_t launch_list(Kernel kernel, const Call& call, const std::vector<unsig
 double run_penalty(List& list, std::vector<Memory>* grads, bool on_device, bool as_float64 = true) {
   Call call{};
   const std::vector<unsigned char> bytes = list.table(grads, on_device, &call);
-  std::vector<double> group_sums(call.groups, std::nan(""));
+  std::vector<double> run_sums(call.runs, std::nan(""));
   double value = std::nan("");
   float value32 = 0;
-  call.group_sums = group_sums.data();
+  call.run_sums = run_sums.data();
   call.value = as_float64 ? static_cast<void*>(&value) : &value32;
   call.value_is_float64 = as_float64;
   call.ticket = static_cast<uint32_t>(random_bits() % kMaxTickets);

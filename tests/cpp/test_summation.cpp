@@ -46,11 +46,11 @@ void expect_total_counts_each_place_once() {
 
 void expect_groups() {
   for (const int64_t chunks :
-       {int64_t{0}, int64_t{1}, kMaxGroups, kMaxGroups + 1, 2 * kMaxGroups, 2 * kMaxGroups + 1, int64_t{1} << 40}) {
-    const int64_t size = group_size(chunks);
+       {int64_t{0}, int64_t{1}, kMaxRuns, kMaxRuns + 1, 2 * kMaxRuns, 2 * kMaxRuns + 1, int64_t{1} << 40}) {
+    const int64_t size = run_length(chunks);
     EXPECT((size & (size - 1)) == 0, chunks, size);
-    EXPECT((chunks + size - 1) / size <= kMaxGroups, chunks, size);
-    EXPECT(size == 1 || (chunks + size / 2 - 1) / (size / 2) > kMaxGroups, chunks, size);
+    EXPECT((chunks + size - 1) / size <= kMaxRuns, chunks, size);
+    EXPECT(size == 1 || (chunks + size / 2 - 1) / (size / 2) > kMaxRuns, chunks, size);
   }
 }
 

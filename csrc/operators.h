@@ -1,0 +1,202 @@
+// What the operators of ops.cpp do, for every backend that has a ListPass:
+//
+//   ListPass(params, selection, strengths)   checks; the list, not yet read
+//   fresh_grad(t), write_grad(t, grad), add_grad(t, grad)   which gradients the next pass shall give, and where
+//   run_...                                                 one pass over the list
+//
+// (cpu/list_pass.h says more.)
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "checks.h"
+#include "layout.h"
+#include "strengths.h"
+
+namespace fused_reg {
+
+// The strengths of a list in an operator's arguments.
+#define FUSED_REG_STRENGTHS                                                                               \
+  Floats l1, Floats l2, Floats l2_norm, const OptionalTensor &l1_tensor, const OptionalTensor &l2_tensor, \
+      const OptionalTensor &l2_norm_tensor, bool rows
+#define FUSED_REG_STRENGTH_ARGS \
+  StrengthArgs { {"l1", l1, l1_tensor}, {"l2", l2, l2_tensor}, {"l2_norm", l2_norm, l2_norm_tensor}, rows }
+
+template <class ListPass>
+struct Operators {
+  using Tensors = std::vector<at::Tensor>;
+  using Value = at::Tensor;
+
+  static Value penalty(at::TensorList params, FUSED_REG_STRENGTHS) {
+    ListPass pass(params, all_of(params.size()), FUSED_REG_STRENGTH_ARGS);
+    return pass.has_norms() ? std::get<0>(pass.run_group_penalty()) : pass.run_penalty({1, kNoTensor});
+  }
+
+  static std::tuple<Value, at::Tensor> penalty_and_norms(at::TensorList params, FUSED_REG_STRENGTHS) {
+    return ListPass(params, all_of(params.size()), FUSED_REG_STRENGTH_ARGS).run_group_penalty();
+  }
+
+  static std::tuple<Value, Tensors> penalty_and_grad(at::TensorList params, const c10::List<bool>& needs_grad,
+                                                     FUSED_REG_STRENGTHS) {
+    ListPass pass(params, all_of(params.size()), FUSED_REG_STRENGTH_ARGS);
+    check_needs_grad(needs_grad.size(), params.size());
+    std::vector<size_t> places;
+    Tensors grads;
+    grads.reserve(params.size());
+    for (const auto t : c10::irange(params.size())) {
+      if (needs_grad[t]) {
+        places.push_back(t);
+        grads.push_back(pass.fresh_grad(t));
+        pass.write_grad(t, grads.back());
+      }
+    }
+    at::Tensor value = run_penalty_and_grad(pass, params, rows, {1, kNoTensor});
+    for (const auto i : c10::irange(places.size())) {
+      grads[i] = laid_out_as(params[places[i]], std::move(grads[i]));
+    }
+    return {std::move(value), std::move(grads)};
+  }
+
+  static Tensors penalty_grad(const at::Tensor& upstream, at::TensorList params, const c10::List<bool>& needs_grad,
+                              const OptionalTensor& norms, at::IntArrayRef first_groups, FUSED_REG_STRENGTHS) {
+    ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_STRENGTH_ARGS);
+    Tensors grads;
+    grads.reserve(params.size());
+    for (const auto t : c10::irange(params.size())) {
+      grads.push_back(pass.fresh_grad(t));
+      pass.write_grad(t, grads.back());
+    }
+    if (pass.has_norms()) {
+      check_first_groups(first_groups.size(), params.size());
+      int64_t groups = 0;
+      for (const auto t : c10::irange(params.size())) {
+        groups = std::max(groups, first_groups[t] + groups_of(params[t], rows));
+      }
+      check_norms(norms, groups);
+    }
+    pass.run_gradient({0, upstream}, norms, first_groups, /*keep_if_one=*/false);
+    for (const auto t : c10::irange(params.size())) {
+      grads[t] = laid_out_as(params[t], std::move(grads[t]));
+    }
+    return grads;
+  }
+
+  static void rescale_grad_(const at::Tensor& upstream, at::TensorList params, at::TensorList grads,
+                            const c10::List<bool>& needs_grad, FUSED_REG_STRENGTHS) {
+    ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_STRENGTH_ARGS);
+    check_grads(grads.size(), params.size());
+    for (const auto t : c10::irange(params.size())) {
+      pass.write_grad(t, grads[t]);
+    }
+    pass.run_gradient({0, upstream}, std::nullopt, {}, /*keep_if_one=*/true);
+  }
+
+  static std::tuple<Value, Tensors> accumulate_grad_(at::TensorList params, at::TensorList grads, at::IntArrayRef modes,
+                                                     double scale, const OptionalTensor& scale_tensor,
+                                                     FUSED_REG_STRENGTHS) {
+    check_params(params);
+    const std::vector<size_t> places = check_accumulation(params, grads, modes);
+    // What the kernels read and write: pairs of one layout and dtype, copies where a gradient has another than its
+    // parameter. A wider dtype holds the parameter exactly.
+    Tensors read(params.begin(), params.end());
+    Tensors written(grads.begin(), grads.end());
+    const bool by_rows = rows && (!l2_norm.empty() || l2_norm_tensor.has_value());
+    for (const auto i : c10::irange(places.size())) {
+      const size_t t = places[i];
+      written[i] = as_run(grads[i], by_rows);
+      if (written[i].scalar_type() != params[t].scalar_type() || !has_layout_of(written[i], params[t])) {
+        read[t] = at::empty_like(written[i]).copy_(params[t]);
+      }
+    }
+    ListPass pass(read, all_of(params.size()), FUSED_REG_STRENGTH_ARGS);
+    Tensors fresh;
+    size_t given = 0;
+    for (const auto t : c10::irange(params.size())) {
+      if (modes[t] == kAddGrad) {
+        pass.add_grad(t, written[given++]);
+      } else if (modes[t] == kWriteGrad) {
+        fresh.push_back(pass.fresh_grad(t));
+        pass.write_grad(t, fresh.back());
+      }
+    }
+    at::Tensor value = run_penalty_and_grad(pass, params, rows, {scale, scale_tensor});
+    for (const auto i : c10::irange(places.size())) {
+      if (!written[i].is_same(grads[i])) {
+        grads[i].copy_(written[i]);
+      }
+    }
+    for (size_t t = 0, i = 0; t < params.size(); ++t) {
+      if (modes[t] == kWriteGrad) {
+        fresh[i] = laid_out_as(params[t], std::move(fresh[i]));
+        ++i;
+      }
+    }
+    return {value.to(value_dtype(params)), std::move(fresh)};
+  }
+
+  static void prox_(at::TensorList params, Floats step, const OptionalTensor& step_tensor, FUSED_REG_STRENGTHS) {
+    check_params(params);
+    check_writable(params);
+    const Selection all = all_of(params.size());
+    ListPass pass(params, all, FUSED_REG_STRENGTH_ARGS);
+    pass.run_prox({"step", step, step_tensor}, all);
+    for (const auto t : c10::irange(params.size())) {
+      if (!pass.dense(t).is_same(params[t])) {
+        params[t].copy_(pass.dense(t));
+      }
+    }
+  }
+
+  static at::Tensor group_norms(at::TensorList params, bool rows) {
+    const double one = 1;
+    const StrengthArgs norms{{"l1", {}, kNoTensor}, {"l2", {}, kNoTensor}, {"l2_norm", one, kNoTensor}, rows};
+    return std::get<1>(ListPass(params, all_of(params.size()), norms).run_group_penalty());
+  }
+
+  static at::Tensor term_sums(at::TensorList params) {
+    const double one = 1;
+    const StrengthArgs ones{{"l1", one, kNoTensor}, {"l2", one, kNoTensor}, {"l2_norm", {}, kNoTensor}, false};
+    return ListPass(params, all_of(params.size()), ones).run_term_sums();
+  }
+
+  static at::Tensor zero_counts(at::TensorList params) {
+    const double one = 1;
+    const StrengthArgs ones{{"l1", {}, kNoTensor}, {"l2", one, kNoTensor}, {"l2_norm", {}, kNoTensor}, false};
+    return ListPass(params, all_of(params.size()), ones).run_zero_counts();
+  }
+
+  static void register_in(torch::Library& m) {
+    m.impl("penalty", TORCH_FN(penalty));
+    m.impl("penalty_and_norms", TORCH_FN(penalty_and_norms));
+    m.impl("penalty_and_grad", TORCH_FN(penalty_and_grad));
+    m.impl("penalty_grad", TORCH_FN(penalty_grad));
+    m.impl("rescale_grad_", TORCH_FN(rescale_grad_));
+    m.impl("accumulate_grad_", TORCH_FN(accumulate_grad_));
+    m.impl("prox_", TORCH_FN(prox_));
+    m.impl("group_norms", TORCH_FN(group_norms));
+    m.impl("term_sums", TORCH_FN(term_sums));
+    m.impl("zero_counts", TORCH_FN(zero_counts));
+  }
+
+ private:
+  // The value, and the gradients that were asked for: one pass, or with norms two.
+  static at::Tensor run_penalty_and_grad(ListPass& pass, at::TensorList params, bool rows, const NumberArg& scale) {
+    if (!pass.has_norms()) {
+      return pass.run_penalty(scale);
+    }
+    auto [value, norms] = pass.run_group_penalty();
+    std::vector<int64_t> first_groups;
+    int64_t groups = 0;
+    for (const at::Tensor& p : params) {
+      first_groups.push_back(groups);
+      groups += groups_of(p, rows);
+    }
+    pass.run_gradient(scale, norms, first_groups, /*keep_if_one=*/false);
+    return value;
+  }
+};
+
+}  // namespace fused_reg
