@@ -38,7 +38,7 @@ inline Dtype dtype_of(const at::Tensor& t) {
   }
 }
 
-inline void check_params(at::TensorList params) {
+inline void check_dtypes(at::TensorList params) {
   TORCH_CHECK_VALUE(!params.empty(), "params must not be empty");
   for (const auto i : c10::irange(params.size())) {
     const at::Tensor& p = params[i];
@@ -47,6 +47,10 @@ inline void check_params(at::TensorList params) {
     TORCH_CHECK_TYPE(is_supported(p.scalar_type()), "params[", i,
                      "] must be float32, float64, bfloat16 or float16, got ", name_of(p.scalar_type()));
   }
+}
+
+inline void check_params(at::TensorList params) {
+  check_dtypes(params);
   for (const auto i : c10::irange(params.size())) {  // after the dtypes: Python takes several devices apart
     const at::Tensor& p = params[i];
     TORCH_CHECK_VALUE(p.device() == params[0].device(), "params[", i, "] must be on ", params[0].device(),

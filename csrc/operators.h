@@ -124,9 +124,7 @@ struct Operators {
     }
     at::Tensor value = run_penalty_and_grad(pass, params, rows, {scale, scale_tensor});
     for (const auto i : c10::irange(places.size())) {
-      if (!written[i].is_same(grads[i])) {
-        grads[i].copy_(written[i]);
-      }
+      copy_back(written[i], grads[i]);
     }
     for (size_t t = 0, i = 0; t < params.size(); ++t) {
       if (modes[t] == kWriteGrad) {
@@ -144,9 +142,7 @@ struct Operators {
     ListPass pass(params, all, FUSED_REG_STRENGTH_ARGS);
     pass.run_prox({"step", step, step_tensor}, all);
     for (const auto t : c10::irange(params.size())) {
-      if (!pass.dense(t).is_same(params[t])) {
-        params[t].copy_(pass.dense(t));
-      }
+      copy_back(pass.dense(t), params[t]);
     }
   }
 
@@ -182,6 +178,15 @@ struct Operators {
   }
 
  private:
+  // After a pass that has written to `written`: that is the tensor, or a copy of it. Autograd shall notice.
+  static void copy_back(const at::Tensor& written, const at::Tensor& tensor) {
+    if (!written.is_same(tensor)) {
+      tensor.copy_(written);
+    } else if (!tensor.is_inference()) {
+      tensor.unsafeGetTensorImpl()->bump_version();
+    }
+  }
+
   // The value, and the gradients that were asked for: one pass, or with norms two.
   static at::Tensor run_penalty_and_grad(ListPass& pass, at::TensorList params, bool rows, const NumberArg& scale) {
     if (!pass.has_norms()) {

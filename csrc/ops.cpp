@@ -3,8 +3,9 @@
 // A strength is given as floats (none: the term is absent; one; one per parameter), or as a tensor of one
 // or of one per parameter, which wins and may live on the parameters' device. The groups of l2_norm are whole tensors,
 // or with `rows` the slices of each along dimension 0.
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
+
+#include "checks.h"
 
 #define STRENGTHS                                                                                           \
   "float[] l1, float[] l2, float[] l2_norm, Tensor? l1_tensor, Tensor? l2_tensor, Tensor? l2_norm_tensor, " \
@@ -46,6 +47,17 @@ TORCH_LIBRARY(fused_reg, m) {
   // The proximal operator of step * penalty, in place. A step is given as a strength is.
   m.def("prox_(Tensor(a!)[] params, float[] step, Tensor? step_tensor, " STRENGTHS ") -> ()", tags);
 
+  // The errors that the two above would raise, for lists that they are given in parts.
+  m.def("check_accumulation(Tensor[] params, Tensor[] grads, int[] modes) -> ()",
+        [](at::TensorList params, at::TensorList grads, at::IntArrayRef modes) {
+          fused_reg::check_dtypes(params);
+          fused_reg::check_accumulation(params, grads, modes);
+        });
+  m.def("check_writable(Tensor[] params) -> ()", [](at::TensorList params) {
+    fused_reg::check_dtypes(params);
+    fused_reg::check_writable(params);
+  });
+
   // The norm of every group, as penalty_and_norms gives it.
   m.def("group_norms(Tensor[] params, bool rows) -> Tensor", tags);
 
@@ -54,10 +66,4 @@ TORCH_LIBRARY(fused_reg, m) {
 
   // [number of params] int64: how many elements of each parameter are 0.
   m.def("zero_counts(Tensor[] params) -> Tensor", tags);
-}
-
-// Autograd notices what an operator has written to.
-TORCH_LIBRARY_IMPL(fused_reg, ADInplaceOrView, m) {
-  m.impl("accumulate_grad_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
-  m.impl("prox_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }

@@ -4,7 +4,8 @@ from importlib.metadata import version as _version
 
 from fused_reg import reference
 from fused_reg.functional import fused_penalty, value_and_grad
+from fused_reg.in_place import accumulate_grad_, prox_
 
 __version__ = _version("fused_reg")
 
-__all__ = ["fused_penalty", "reference", "value_and_grad"]
+__all__ = ["accumulate_grad_", "fused_penalty", "prox_", "reference", "value_and_grad"]

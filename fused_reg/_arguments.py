@@ -29,27 +29,44 @@ class Strengths(NamedTuple):
 
     l1: tuple[float, ...] = ()
     l2: tuple[float, ...] = ()
+    l2_norm: tuple[float, ...] = ()
     l1_tensor: Tensor | None = None
     l2_tensor: Tensor | None = None
+    l2_norm_tensor: Tensor | None = None
+    rows: bool = False
+
+    @property
+    def has_norms(self) -> bool:
+        return self.l2_norm_tensor is not None or bool(self.l2_norm)
 
     @property
     def requires_grad(self) -> bool:
-        l1, l2 = self.l1_tensor, self.l2_tensor
-        return (l1 is not None and l1.requires_grad) or (l2 is not None and l2.requires_grad)
+        l1, l2, l2_norm = self.l1_tensor, self.l2_tensor, self.l2_norm_tensor
+        return (
+            (l1 is not None and l1.requires_grad)
+            or (l2 is not None and l2.requires_grad)
+            or (l2_norm is not None and l2_norm.requires_grad)
+        )
 
     def at(self, places: Sequence[int], device: torch.device) -> Strengths:
         """The strengths of the parameters at these places of the list, for a launch on this device."""
+        l1, l1_tensor = strength_at((self.l1, self.l1_tensor), places, device)
+        l2, l2_tensor = strength_at((self.l2, self.l2_tensor), places, device)
+        l2_norm, l2_norm_tensor = strength_at((self.l2_norm, self.l2_norm_tensor), places, device)
+        return Strengths(l1, l2, l2_norm, l1_tensor, l2_tensor, l2_norm_tensor, self.rows)
 
-        def floats(values: tuple[float, ...]) -> tuple[float, ...]:
-            return values if len(values) <= 1 else tuple(values[i] for i in places)
 
-        def tensor(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            picked = values if values.ndim == 0 else torch.stack([values[i] for i in places])
-            return picked if picked.is_cpu else picked.to(device)
-
-        return Strengths(floats(self.l1), floats(self.l2), tensor(self.l1_tensor), tensor(self.l2_tensor))
+def strength_at(
+    strength: tuple[tuple[float, ...], Tensor | None], places: Sequence[int], device: torch.device
+) -> tuple[tuple[float, ...], Tensor | None]:
+    """One strength, as `Strengths` has it, of the parameters at these places."""
+    floats, tensor = strength
+    if len(floats) > 1:
+        floats = tuple(floats[i] for i in places)
+    if tensor is not None:
+        tensor = tensor if tensor.ndim == 0 else torch.stack([tensor[i] for i in places])
+        tensor = tensor if tensor.is_cpu else tensor.to(device)
+    return floats, tensor
 
 
 _PARAMETER_CONTAINERS = (torch.nn.ParameterList, torch.nn.ParameterDict)
@@ -75,13 +92,48 @@ def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
         ) from None
 
 
-def as_strengths(function: str, l1: Strength | None, l2: Strength | None, count: int) -> Strengths:
+def as_strengths(
+    function: str,
+    l1: Strength | None,
+    l2: Strength | None,
+    l2_norm: Strength | None,
+    group: Group,
+    count: int,
+) -> Strengths:
     """The strengths, checked, for a list of ``count`` parameters."""
-    if l1 is None and l2 is None:
+    if group not in ("tensor", "row"):
+        raise ValueError(f'{function}: group must be "tensor" or "row", got {group!r}')
+    if l1 is None and l2 is None and l2_norm is None:
         return SUM_OF_SQUARES
     l1_floats, l1_tensor = _as_strength(function, "l1", l1, count)
     l2_floats, l2_tensor = _as_strength(function, "l2", l2, count)
-    return Strengths(l1_floats, l2_floats, l1_tensor, l2_tensor)
+    norm_floats, norm_tensor = _as_strength(function, "l2_norm", l2_norm, count)
+    return Strengths(l1_floats, l2_floats, norm_floats, l1_tensor, l2_tensor, norm_tensor, group == "row")
+
+
+def as_step(function: str, step: Strength, count: int) -> tuple[tuple[float, ...], Tensor | None]:
+    """The step of a proximal operator, checked: like a strength, one or one per parameter."""
+    if step is None:
+        raise TypeError(
+            f"{function}: step must be a float, a 0-dim tensor or a sequence with one per parameter, got None"
+        )
+    return _as_strength(function, "step", step, count)
+
+
+def as_scale(function: str, scale: float | Tensor) -> tuple[float, Tensor | None]:
+    """A factor of gradients, checked: a finite float, or a 0-dim tensor."""
+    if isinstance(scale, Tensor):
+        if scale.ndim != 0 or not scale.is_floating_point():
+            raise ValueError(
+                f"{function}: scale must be a float or a 0-dim floating point tensor, got {scale.dtype} of shape "
+                f"{tuple(scale.shape)}"
+            )
+        return 1.0, scale
+    if not _is_number(scale):
+        raise TypeError(f"{function}: scale must be a float or a 0-dim tensor, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{function}: scale must be finite, got {scale}")
+    return float(scale), None
 
 
 def _as_strength(
@@ -174,6 +226,11 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
             return TypeError(f"{function}: params[{i}] must be floating point, got {p.dtype}")
         if p.layout is not torch.strided:
             return TypeError(f"{function}: params[{i}] must be dense (torch.strided), got {p.layout}")
+        if p.is_leaf and p.grad is not None and p.grad.layout is not torch.strided:
+            return TypeError(
+                f"{function}: params[{i}].grad must be dense (torch.strided), got {p.grad.layout}; "
+                "build the embedding with sparse=False, or use p.grad = p.grad.to_dense()"
+            )
     if isinstance(error, NotImplementedError):  # of the dispatcher, if no kernels are registered for a device
         has_cuda = bool(_ops.library.build_info()["cuda_architectures"])
         for i, p in enumerate(params):
@@ -185,7 +242,7 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
                 )
             if p.device.type not in ("cpu", "cuda", "meta"):
                 return TypeError(f"{function}: params[{i}] must be on the CPU or a CUDA device, got {p.device}")
-    if isinstance(error, TypeError | ValueError) and str(error).startswith(("params", "strengths ")):
+    if isinstance(error, TypeError | ValueError) and str(error).startswith(("params", "strengths ", "scale ", "step ")):
         return type(error)(f"{function}: {error}")
     return error
 

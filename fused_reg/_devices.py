@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_reg._arguments import Strengths
+from fused_reg import _ops
+from fused_reg._arguments import Strengths, strength_at
 
 
 class Part(NamedTuple):
@@ -46,6 +47,34 @@ def value_and_grad(
         for place, grad in zip(part.places, part_grads, strict=False):  # without that of the empty tensor
             grads[place] = grad
     return _total(values, params), tuple(grads)
+
+
+def accumulate_grad_(
+    params: list[Tensor], grads: list[Tensor], modes: list[int], scale: float, scale_tensor: Tensor | None, *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """The operator of this name, device by device. Nothing is written unless all of it can be."""
+    _ops.check_accumulation(params, grads, modes)
+    given = iter(grads)
+    grad_at = {i: next(given) for i, mode in enumerate(modes) if mode == 2}
+    values: list[Tensor] = []
+    fresh_at: dict[int, Tensor] = {}
+    for part in _parts(params, Strengths(*rest)):
+        own_modes = [modes[i] for i in part.places]
+        own_grads = [grad_at[i] for i in part.places if i in grad_at]
+        device = part.params[0].device
+        own_scale = scale_tensor if scale_tensor is None or scale_tensor.is_cpu else scale_tensor.to(device)
+        value, fresh = _ops.accumulate_grad_(part.params, own_grads, [*own_modes, 0], scale, own_scale, *part.strengths)
+        values.append(value)
+        fresh_at.update(zip((i for i in part.places if modes[i] == 1), fresh, strict=True))
+    return _total(values, params), [fresh_at[i] for i in sorted(fresh_at)]
+
+
+def prox_(params: list[Tensor], step: tuple[float, ...], step_tensor: Tensor | None, *rest: Any) -> None:
+    """The operator of this name, device by device. Nothing is written unless all of it can be."""
+    _ops.check_writable(params)
+    for part in _parts(params, Strengths(*rest)):
+        places = [*part.places, part.places[0]]
+        _ops.prox_(part.params, *strength_at((step, step_tensor), places, part.params[0].device), *part.strengths)
 
 
 def _parts(params: list[Tensor], strengths: Strengths) -> Iterator[Part]:

@@ -49,8 +49,17 @@ def _load() -> ModuleType:
 
 library = _load()
 
-penalty: Callable[..., Tensor] = torch.ops.fused_reg.penalty.default
-penalty_and_grad: Callable[..., tuple[Tensor, list[Tensor]]] = torch.ops.fused_reg.penalty_and_grad.default
-penalty_grad: Callable[..., list[Tensor]] = torch.ops.fused_reg.penalty_grad.default
-rescale_grad_: Callable[..., None] = torch.ops.fused_reg.rescale_grad_.default
-term_sums: Callable[..., Tensor] = torch.ops.fused_reg.term_sums.default
+_operators = torch.ops.fused_reg
+
+penalty: Callable[..., Tensor] = _operators.penalty.default
+penalty_and_norms: Callable[..., tuple[Tensor, Tensor]] = _operators.penalty_and_norms.default
+penalty_and_grad: Callable[..., tuple[Tensor, list[Tensor]]] = _operators.penalty_and_grad.default
+penalty_grad: Callable[..., list[Tensor]] = _operators.penalty_grad.default
+rescale_grad_: Callable[..., None] = _operators.rescale_grad_.default
+accumulate_grad_: Callable[..., tuple[Tensor, list[Tensor]]] = _operators.accumulate_grad_.default
+check_accumulation: Callable[..., None] = _operators.check_accumulation.default
+prox_: Callable[..., None] = _operators.prox_.default
+check_writable: Callable[..., None] = _operators.check_writable.default
+group_norms: Callable[..., Tensor] = _operators.group_norms.default
+term_sums: Callable[..., Tensor] = _operators.term_sums.default
+zero_counts: Callable[..., Tensor] = _operators.zero_counts.default

@@ -1,4 +1,4 @@
-"""The public functions."""
+"""The public functions that write nothing."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ import torch
 from torch import Tensor
 
 from fused_reg import _autograd, _devices, _ops
-from fused_reg._arguments import Strength, Strengths, as_list, as_strengths, explained
+from fused_reg._arguments import Group, Strength, Strengths, as_list, as_strengths, explained
 
 
-def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None) -> Tensor:
+def fused_penalty(
+    params: Iterable[Tensor] | Tensor,
+    l1: Strength | None = None,
+    l2: Strength | None = None,
+    *,
+    l2_norm: Strength | None = None,
+    group: Group = "tensor",
+) -> Tensor:
     r"""The L1/L2 penalty of a list of parameters, differentiable, in one pass over their memory.
 
     .. math::
-        \text{penalty} = \sum_t \Big( l1_t \sum_i |w_{t,i}| + l2_t \sum_i w_{t,i}^2 \Big)
+        \text{penalty} = \sum_t \Big( l1_t \sum_i |w_{t,i}| + l2_t \sum_i w_{t,i}^2
+        + l2\_norm_t \sum_g \lVert w_{t,g} \rVert_2 \Big)
 
-    It equals ``sum(l1 * p.abs().sum() + l2 * (p ** 2).sum() for p in params)``. Its gradient has the same bits as
-    that loop's (float32 and float64), and its value is exact to one rounding.
+    It equals ``sum(l1 * p.abs().sum() + l2 * (p ** 2).sum() + l2_norm * torch.norm(p) for p in params)``. The gradient
+    of the first two terms has the bits of that loop's (float32 and float64), and the value is exact to one rounding.
 
     **The L2 convention** is ``l2 * sum(w ** 2)``, as in Keras: ``torch.optim.SGD(weight_decay=wd)`` is ``l2 = wd / 2``.
 
@@ -31,6 +39,10 @@ def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None,
         l2: the strength of the sum of squares (ridge), likewise. Both together are the elastic net.
             A strength not given is 0, and a strength of 0.0 drops its term. If none is given the penalty is the plain
             sum of squares (``l2=1``), for the caller to scale.
+        l2_norm: the strength of the sum of Euclidean norms, not squared (group lasso), likewise. Its gradient is
+            ``l2_norm * w / ||w||``, and 0 where the norm is 0.
+        group: what the norms are of: ``"tensor"``, whole tensors, or ``"row"``, the slices of each tensor along
+            dimension 0 (a neuron's weights, an output channel); a 0-dim tensor is one row.
 
     Returns:
         A 0-dim tensor on the first parameter's device: float64 if any parameter is float64, else float32. Parameters
@@ -38,7 +50,7 @@ def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None,
 
     Raises:
         TypeError: a parameter is not a dense tensor of a supported dtype, or a strength is not a number.
-        ValueError: a strength is negative, infinite or NaN, or there is not one per parameter.
+        ValueError: a strength is negative, infinite or NaN, or there is not one per parameter; an unknown group.
 
     Example:
         >>> import torch
@@ -51,11 +63,14 @@ def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None,
         tensor(-5.2200, grad_fn=<AddBackward0>)
         >>> model.weight.grad  # 1 - 0.1 - 0.01 * 6
         tensor([[0.8400, 0.8400]])
+        >>> fused_penalty(torch.tensor([[3.0, 4.0], [0.0, 5.0]]), l2_norm=0.1, group="row")
+        tensor(1.)
 
-    Source: Tibshirani 1996 (L1), Hoerl and Kennard 1970 (L2), Zou and Hastie 2005 (elastic net).
+    Source: Tibshirani 1996 (L1), Hoerl and Kennard 1970 (L2), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006
+    (group lasso).
     """
     tensors = as_list("fused_penalty", params)
-    strengths = as_strengths("fused_penalty", l1, l2, len(tensors))
+    strengths = as_strengths("fused_penalty", l1, l2, l2_norm, group, len(tensors))
     if not tensors:
         return torch.zeros(())
     try:
@@ -68,18 +83,27 @@ def fused_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None = None,
 
 
 def value_and_grad(
-    params: Iterable[Tensor] | Tensor, l1: Strength | None = None, l2: Strength | None = None
+    params: Iterable[Tensor] | Tensor,
+    l1: Strength | None = None,
+    l2: Strength | None = None,
+    *,
+    l2_norm: Strength | None = None,
+    group: Group = "tensor",
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    r"""The penalty and its gradient in every parameter, in one pass and outside of autograd.
+    r"""The penalty and its gradient in every parameter, in one pass (with ``l2_norm`` two) and outside of autograd.
 
     .. math::
-        \text{penalty} = \sum_t \Big( l1_t \sum_i |w_{t,i}| + l2_t \sum_i w_{t,i}^2 \Big), \qquad
         \frac{\partial\,\text{penalty}}{\partial w_{t,i}} = l1_t \operatorname{sgn}(w_{t,i}) + 2\, l2_t\, w_{t,i}
+        + l2\_norm_t \frac{w_{t,i}}{\lVert w_{t,g(i)} \rVert_2}
+
+    of the penalty that :func:`fused_penalty` defines.
 
     Args:
         params: as for :func:`fused_penalty`; ``requires_grad`` does not matter.
         l1: as for :func:`fused_penalty`, but taken as a constant.
         l2: as for :func:`fused_penalty`, but taken as a constant.
+        l2_norm: as for :func:`fused_penalty`, but taken as a constant.
+        group: as for :func:`fused_penalty`.
 
     Returns:
         The penalty, as :func:`fused_penalty` returns it, and a tuple with one gradient per parameter, of the
@@ -98,7 +122,7 @@ def value_and_grad(
     Source: as :func:`fused_penalty`; the subgradient of the absolute value at 0 is 0, as in torch.
     """
     tensors = as_list("value_and_grad", params)
-    strengths = as_strengths("value_and_grad", l1, l2, len(tensors))
+    strengths = as_strengths("value_and_grad", l1, l2, l2_norm, group, len(tensors))
     if not tensors:
         return torch.zeros(()), ()
     try:

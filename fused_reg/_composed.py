@@ -1,0 +1,235 @@
+"""The penalty as a few functions that are each other's derivatives, to any order: in the parameters, in strengths that
+require grad, and under ``torch.func``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import compress
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fused_reg import _ops
+from fused_reg._arguments import Strengths
+
+
+def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
+    """The penalty as a function of a table of strengths and the parameters: differentiable to any order in both."""
+    params = [p.clone() if p.is_inference() else p for p in params]  # autograd cannot save an inference tensor
+    rows = strengths.rows if strengths.has_norms else None
+    return cast(Tensor, _apply(_Composed, rows, table_of(strengths, len(params), params[0].device), *params))
+
+
+def _apply(function: type[Function], *args: Any) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
+    """The strengths as one differentiable tensor, [count, 3] float64 (without l2_norm [count, 2]). On a GPU, nothing
+    waits for it."""
+    columns = []
+    for floats, tensor in list(zip(strengths[:3], strengths[3:6], strict=True))[: 3 if strengths.has_norms else 2]:
+        if tensor is not None:
+            if not tensor.is_cpu and tensor.device != device:
+                raise ValueError(
+                    f"strengths must be on the CPU or on the parameters' device ({device}), got {tensor.device}"
+                )
+            column = tensor.to(device, torch.float64)
+        elif len(floats) <= 1:
+            column = torch.full((), sum(floats), dtype=torch.float64, device=device)
+        else:
+            column = _on(device, torch.tensor(floats, dtype=torch.float64))
+        columns.append(column.expand(count))
+    return torch.stack(columns, dim=1)
+
+
+def _on(device: torch.device, host: Tensor) -> Tensor:
+    if device.type == "cuda" and type(host) is Tensor:  # a FakeTensor cannot be pinned
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def rows_of(table: Tensor, keep: Sequence[bool]) -> Tensor:
+    """The rows to keep. A GPU would wait for an index that comes from the host."""
+    return table if all(keep) else torch.stack(list(compress(table.unbind(), keep)))
+
+
+def gradient(upstream: Tensor, table: Tensor, rows: bool | None, params: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradient of each parameter, differentiable to any order in everything."""
+    grads: Sequence[Tensor] = _apply(_Gradient, upstream, table[:, :2], *params)
+    if rows is None:
+        return grads
+    norms = _split(_apply(_GroupNorms, rows, *params), rows, params)
+    weights = (upstream.double() * table[:, 2]).unbind()
+    return [g + _directed(p, n, weight) for g, p, n, weight in zip(grads, params, norms, weights, strict=True)]
+
+
+def _directed(p: Tensor, norms: Tensor, weight: Tensor) -> Tensor:
+    """``weight * p / norm`` of each group of a parameter, and 0 where the norm is."""
+    if p.numel() == 0:
+        return torch.zeros_like(p)
+    is_zero = norms == 0
+    factor = torch.where(is_zero, 0, weight / torch.where(is_zero, 1, norms))
+    shape = [-1, *[1] * (p.ndim - 1)] if p.ndim > 0 else []
+    return (p.double() * factor.reshape(shape)).to(p.dtype)
+
+
+class _Composed(Function):
+    """The penalty for strengths ``table`` [params, 2 or 3]; `rows` is None without l2_norm."""
+
+    @staticmethod
+    def forward(rows: bool | None, table: Tensor, *params: Tensor) -> Tensor:
+        l2_norm = None if rows is None else table[:, 2]
+        strengths = Strengths(
+            l1_tensor=table[:, 0], l2_tensor=table[:, 1], l2_norm_tensor=l2_norm, rows=rows is not None and rows
+        )
+        return _ops.penalty(params, *strengths)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.rows, table, *params = inputs
+        _, needs_table, *needs_params = ctx.needs_input_grad
+        ctx.save_for_backward(table, *compress(params, [needs_table or needed for needed in needs_params]))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        table, *params = ctx.saved_tensors
+        _, needs_table, *needs_params = ctx.needs_input_grad
+        table_grad = None
+        if needs_table:
+            sums = _apply(_TermSums, *params)
+            if ctx.rows is not None:
+                norms = _split(_apply(_GroupNorms, ctx.rows, *params), ctx.rows, params)
+                sums = torch.cat((sums, torch.stack([n.sum() for n in norms])[:, None]), dim=1)
+            table_grad = upstream.to(table.dtype) * sums
+            params = list(compress(params, needs_params))
+        params_grad: tuple[Tensor | None, ...] = (None,) * len(needs_params)
+        if params:
+            grads = gradient(upstream, rows_of(table, needs_params), ctx.rows, params)
+            params_grad = scattered(grads, needs_params)
+        return None, table_grad, *params_grad
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return torch.stack([_apply(_Composed, *row) for row in _rows(info, in_dims, inputs)]), 0
+
+
+class _GroupNorms(Function):
+    """[groups] float64: the norm of every group of every parameter, in turn."""
+
+    @staticmethod
+    def forward(rows: bool, *params: Tensor) -> Tensor:
+        return _ops.group_norms(params, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.rows, *params = inputs
+        ctx.save_for_backward(output, *params)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        norms, *params = ctx.saved_tensors
+        pairs = zip(_split(norms, ctx.rows, params), _split(cotangent, ctx.rows, params), strict=True)
+        return None, *(_directed(p, n, c) for p, (n, c) in zip(params, pairs, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return torch.stack([_apply(_GroupNorms, *row) for row in _rows(info, in_dims, inputs)]), 0
+
+
+def group_count(p: Tensor, rows: bool) -> int:
+    """How many groups a parameter has; an empty one has none."""
+    return 0 if p.numel() == 0 else p.shape[0] if rows and p.ndim > 0 else 1
+
+
+def _split(norms: Tensor, rows: bool, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.functional.split(norms, [group_count(p, rows) for p in params])
+
+
+class _TermSums(Function):
+    """[len(params), 2] float64: the sum of |w| and the sum of w^2 of each parameter."""
+
+    @staticmethod
+    def forward(*params: Tensor) -> Tensor:
+        return _ops.term_sums(params)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*compress(inputs, ctx.needs_input_grad))
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        # The gradient of sum(cotangent * S): a penalty whose strengths are the cotangents.
+        needs_grad, params = ctx.needs_input_grad, ctx.saved_tensors
+        table = rows_of(cotangent, needs_grad)
+        return scattered(_apply(_Gradient, table.new_ones(()), table, *params), needs_grad)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *params: Tensor) -> tuple[Tensor, int]:
+        return torch.stack([_apply(_TermSums, *row) for row in _rows(info, in_dims, params)]), 0
+
+
+class _Gradient(Function):
+    """The gradient of each parameter for strengths ``table`` [params, 2], and its own derivatives."""
+
+    @staticmethod
+    def forward(upstream: Tensor, table: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        strengths = Strengths(l1_tensor=table[:, 0], l2_tensor=table[:, 1])
+        return tuple(_ops.penalty_grad(upstream, params, [True] * len(params), None, (), *strengths))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        upstream, table, *params = ctx.saved_tensors
+        needs_upstream, needs_table, *needs_params = ctx.needs_input_grad
+
+        upstream_grad = table_grad = None
+        if needs_upstream or needs_table:
+            # The gradient is linear in each strength: its derivative there is the gradient for strength 1.
+            one = torch.ones_like(upstream)
+            columns = [
+                _dots(cotangents, _apply(_Gradient, one, unit.expand_as(table), *params))
+                for unit in torch.eye(2, dtype=table.dtype, device=table.device)
+            ]
+            slopes = torch.stack(columns, dim=1)  # [len(params), 2]
+            upstream_grad = (table * slopes).sum().to(upstream.dtype)
+            table_grad = upstream.to(table.dtype) * slopes
+
+        params_grad: tuple[Tensor | None, ...] = (None,) * len(params)
+        if any(needs_params):
+            # The L1 part is piecewise constant in w. The L2 part is linear: its own gradient, at the cotangent.
+            l2_table = torch.stack((torch.zeros_like(table[:, 1]), table[:, 1]), dim=1)
+            params_grad = _apply(_Gradient, upstream, l2_table, *cotangents)
+        return upstream_grad, table_grad, *params_grad
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        rows = [_apply(_Gradient, *row) for row in _rows(info, in_dims, inputs)]
+        stacked = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        return stacked, (0,) * len(stacked)
+
+
+def scattered(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """A gradient or None for every parameter, from the gradients of those that need one."""
+    if all(needs_grad):
+        return tuple(grads)
+    remaining = iter(grads)
+    return tuple(next(remaining) if needed else None for needed in needs_grad)
+
+
+def _dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)])
+
+
+def _rows(info: Any, in_dims: tuple[int | None, ...], tensors: Sequence[Any]) -> list[list[Any]]:
+    """The arguments of each of vmap's calls."""
+    return [
+        [x if dim is None else x.select(dim, i) for x, dim in zip(tensors, in_dims, strict=True)]
+        for i in range(info.batch_size)
+    ]

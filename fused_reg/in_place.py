@@ -1,0 +1,169 @@
+"""The public functions that write to the parameters or to their gradients, outside of autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fused_reg import _devices, _ops
+from fused_reg._arguments import Group, Strength, as_list, as_scale, as_step, as_strengths, explained
+
+# What _ops.accumulate_grad_ does with a parameter: nothing, return its gradient, add to the one it has.
+_SKIP, _WRITE, _ADD = 0, 1, 2
+
+
+def accumulate_grad_(
+    params: Iterable[Tensor] | Tensor,
+    l1: Strength | None = None,
+    l2: Strength | None = None,
+    *,
+    l2_norm: Strength | None = None,
+    group: Group = "tensor",
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    r"""Adds the gradient of the penalty to ``.grad``, and returns the penalty: one pass (with ``l2_norm`` two).
+
+    .. math::
+        \text{grad}_t \mathrel{+}= \text{scale} \cdot \frac{\partial\,\text{penalty}}{\partial w_t}
+
+    for every parameter that requires grad, with the penalty of :func:`fused_penalty`. After the loss's own backward it
+    equals ``(loss + scale * penalty).backward()``, without a graph and without the engine's second pass over ``.grad``.
+
+    Args:
+        params: as for :func:`fused_penalty`; leaves. A ``.grad`` that is None is written fresh. A parameter that does
+            not require grad keeps its ``.grad``, and counts in the penalty.
+        l1: as for :func:`fused_penalty`, but taken as a constant.
+        l2: as for :func:`fused_penalty`, but taken as a constant.
+        l2_norm: as for :func:`fused_penalty`, but taken as a constant.
+        group: as for :func:`fused_penalty`.
+        scale: a finite float, or a 0-dim tensor on the CPU or on the parameters' device: a loss scale (``GradScaler``),
+            or 1 / the number of accumulation steps.
+
+    Returns:
+        The penalty, not scaled, as :func:`fused_penalty` returns it, without a graph.
+
+    Raises:
+        TypeError: as :func:`fused_penalty`; a ``.grad`` is sparse or narrower than its parameter.
+        ValueError: as :func:`fused_penalty`; parameters or gradients share memory; a parameter is not a leaf.
+            Nothing has been written then.
+
+    Example:
+        >>> import torch, fused_reg
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, -3.0)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> fused_reg.accumulate_grad_(model.parameters(), l1=0.1, l2=0.01)
+        tensor(0.7800)
+        >>> model.weight.grad  # 1 - 0.1 - 0.01 * 6
+        tensor([[0.8400, 0.8400]])
+
+    Source: as :func:`fused_penalty`.
+    """
+    name = "accumulate_grad_"
+    tensors = as_list(name, params)
+    strengths = as_strengths(name, l1, l2, l2_norm, group, len(tensors))
+    factor = as_scale(name, scale)
+    if not tensors:
+        return torch.zeros(())
+    try:
+        modes, grads = _grads_of(tensors)
+        with torch.no_grad():
+            try:
+                value, fresh = _ops.accumulate_grad_(tensors, grads, modes, *factor, *strengths)
+            except Exception as error:
+                if not _devices.is_mixed(tensors, error):
+                    raise
+                value, fresh = _devices.accumulate_grad_(tensors, grads, modes, *factor, *strengths)
+    except Exception as error:
+        reason = explained(name, tensors, error)
+        raise reason from (None if reason is not error else error.__cause__)
+    if fresh:
+        grad = iter(fresh)
+        for p, mode in zip(tensors, modes, strict=True):
+            if mode == _WRITE:
+                p.grad = next(grad)
+    return value
+
+
+def _grads_of(params: list[Tensor]) -> tuple[list[int], list[Tensor]]:
+    """What to do with each parameter, and the gradients to add to."""
+    modes, grads = [], []
+    for i, p in enumerate(params):
+        if not p.requires_grad:
+            modes.append(_SKIP)
+        elif not p.is_leaf:
+            raise ValueError(f"params[{i}] must be a leaf, as a parameter is, got the result of {p.grad_fn}")
+        elif p.grad is None:
+            modes.append(_WRITE)
+        else:
+            modes.append(_ADD)
+            grads.append(p.grad)
+    return modes, grads
+
+
+def prox_(
+    params: Iterable[Tensor] | Tensor,
+    l1: Strength | None = None,
+    l2: Strength | None = None,
+    *,
+    l2_norm: Strength | None = None,
+    group: Group = "tensor",
+    step: Strength,
+) -> None:
+    r"""The proximal operator of ``step * penalty``, in place: it makes weights *exactly* zero.
+
+    .. math::
+        w \leftarrow \operatorname*{arg\,min}_x \tfrac12 \lVert x - w \rVert_2^2 + \text{step} \cdot \text{penalty}(x)
+
+    In closed form, with :math:`s_i = \operatorname{sgn}(w_i) \max(0, |w_i| - \text{step}\, l1)` (soft threshold),
+
+    .. math::
+        w_i \leftarrow \frac{s_i}{1 + 2\, \text{step}\, l2}
+        \max\Big(0, 1 - \frac{\text{step}\, l2\_norm}{\lVert s_g \rVert_2}\Big)
+
+    Proximal gradient descent (ISTA) is a gradient step on the loss alone, then ``prox_`` with the learning rate:
+    ``optimizer.step(); prox_(params, l1, step=lr)``. The gradient of L1 in a loss jumps over zero; this stays there.
+
+    Args:
+        params: as for :func:`fused_penalty`; all of them are written, whether they require grad or not.
+        l1: as for :func:`fused_penalty`: the soft threshold.
+        l2: as for :func:`fused_penalty`: shrinks, and makes nothing zero.
+        l2_norm: as for :func:`fused_penalty`: the block soft threshold makes whole groups zero.
+        group: as for :func:`fused_penalty`; ``"row"`` prunes neurons and output channels.
+        step: a finite float >= 0, a 0-dim tensor, or a sequence with one per parameter: the learning rate.
+
+    Raises:
+        TypeError: as :func:`fused_penalty`.
+        ValueError: as :func:`fused_penalty`; parameters share memory. Nothing has been written then.
+
+    NaN stays NaN, and makes its group NaN under ``l2_norm``.
+
+    Example:
+        >>> import torch, fused_reg
+        >>> w = torch.tensor([1.0, -2.0, 0.25])
+        >>> fused_reg.prox_(w, l1=1.0, l2=0.5, step=0.5)
+        >>> w
+        tensor([ 0.3333, -1.0000,  0.0000])
+
+    Source: Parikh and Boyd 2014, "Proximal Algorithms", sections 2.2, 6.5.2 and 6.5.4; Yu 2013, "On decomposing the
+    proximal map", for the order of the two thresholds.
+    """
+    name = "prox_"
+    tensors = as_list(name, params)
+    strengths = as_strengths(name, l1, l2, l2_norm, group, len(tensors))
+    steps = as_step(name, step, len(tensors))
+    if not tensors:
+        return
+    try:
+        with torch.no_grad():
+            try:
+                _ops.prox_(tensors, *steps, *strengths)
+            except Exception as error:
+                if not _devices.is_mixed(tensors, error):
+                    raise
+                _devices.prox_(tensors, *steps, *strengths)
+    except Exception as error:
+        reason = explained(name, tensors, error)
+        raise reason from (None if reason is not error else error.__cause__)
