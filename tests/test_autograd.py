@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from fused_reg import _ops, fused_penalty, reference, value_and_grad
+from fused_reg._arguments import Strengths
 
 BOTH = {"l1": 0.1, "l2": 1 / 3}
 
@@ -264,14 +265,21 @@ def test_opcheck(device):
     tests = ("test_schema", "test_faketensor")
     params = [draw((3, 5), dtype, device).t() for dtype in (torch.float32, torch.float64, torch.bfloat16)]
     grads = value_and_grad(params, l1=0.1)[1]
-    strengths = ([0.1], [0.1, 0.2, 0.3], None, torch.tensor(0.5))  # wherever the parameters are
+    strengths = Strengths((0.1,), (0.1, 0.2, 0.3), l2_tensor=torch.tensor(0.5))  # wherever the parameters are
+    norms = strengths._replace(l2_norm=(0.3,), rows=True)
+    group_norms = _ops.group_norms(params, True)
     upstream = torch.tensor(0.37, device=device)
     calls = {
         _ops.penalty: (params, *strengths),
         _ops.penalty_and_grad: (params, [True, False, True], *strengths),
-        _ops.penalty_grad: (upstream, params, [True] * 3, *strengths),
+        _ops.penalty_and_norms: (params, *norms),
+        _ops.penalty_grad: (upstream, params, [True] * 3, group_norms, (0, 5, 10), *norms),
         _ops.rescale_grad_: (upstream, params, list(grads), [True] * 3, *strengths),
+        _ops.accumulate_grad_: (params, list(grads[1:]), [1, 2, 2], 0.5, None, *norms),
+        _ops.prox_: (params, (0.1,), None, *norms),
+        _ops.group_norms: (params, True),
         _ops.term_sums: (params,),
+        _ops.zero_counts: (params,),
     }
     for operator, arguments in calls.items():
         results = torch.library.opcheck(operator, arguments, test_utils=tests)

@@ -10,6 +10,7 @@ from print_bits import STRENGTHS, contents
 from samples import CHUNK, DTYPES, draw, leaves, many, mixed_list, one_each
 
 from fused_reg import _ops, fused_penalty, value_and_grad
+from fused_reg._arguments import Strengths
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]
 
@@ -265,11 +266,12 @@ def _tables(device):
     parts = _small_parts(device)
     each = one_each(len(parts))
     long = draw(1320).to(device).split(1)
+    half = torch.tensor(0.3, dtype=torch.bfloat16).to(device)
     return [
-        (parts, ([0.1], [1 / 3], None, None)),
-        (parts, ([], [], torch.tensor(each).to(device), torch.tensor(0.3, dtype=torch.bfloat16).to(device))),
-        ([*parts, *long[:200]], ([0.1], [], None, None)),
-        ([*parts, *long], ([0.1], [1 / 3], None, None)),
+        (parts, Strengths((0.1,), (1 / 3,))),
+        (parts, Strengths(l1_tensor=torch.tensor(each).to(device), l2_tensor=half)),
+        ([*parts, *long[:200]], Strengths((0.1,))),
+        ([*parts, *long], Strengths((0.1,), (1 / 3,))),
     ]
 
 
@@ -282,7 +284,7 @@ def test_every_kernel(table, cuda):
         upstream = torch.tensor(0.37).to(device)
         value = _ops.penalty(params, *strengths)
         both, grads = _ops.penalty_and_grad(params, [True] * len(params), *strengths)
-        fresh = _ops.penalty_grad(upstream, params, [True] * len(params), *strengths)
+        fresh = _ops.penalty_grad(upstream, params, [True] * len(params), None, (), *strengths)
         kept = [g.cpu() for g in grads]
         _ops.rescale_grad_(upstream, params, grads, [True] * len(params), *strengths)
         results[device.type] = [value, both, *kept, *fresh, *grads, _ops.term_sums(params)]

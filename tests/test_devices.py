@@ -166,7 +166,7 @@ def test_parts_of_a_list():
     places = ("cpu", "meta", "meta", "cpu", "cpu", "meta")
     params = [torch.empty(i, device=device) for i, device in enumerate(places)]
     l2 = torch.arange(6.0)
-    cpu, meta = _devices._parts(params, Strengths((0.5,), (), None, l2))
+    cpu, meta = _devices._parts(params, Strengths((0.5,), l2_tensor=l2))
     assert (cpu.places, meta.places) == ([0, 3, 4], [1, 2, 5])
     for part, device in ((cpu, "cpu"), (meta, "meta")):
         *own, end = part.params
@@ -195,14 +195,14 @@ def test_parts_come_together():
 
 def test_strengths_of_a_part():
     l1 = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
-    strengths = Strengths((), (0.5, 0.25, 0.125), l1)
+    strengths = Strengths((), (0.5, 0.25, 0.125), l1_tensor=l1)
     part = strengths.at([2, 0, 2], torch.device("cpu"))
     assert part.l2 == (0.125, 0.5, 0.125)
     assert part.l1_tensor.tolist() == l1[[2, 0, 2]].tolist()
     part.l1_tensor.sum().backward()
     assert l1.grad.tolist() == [1, 0, 2]
     assert part.l2_tensor is None
-    one = Strengths((0.5,), (), None, torch.tensor(0.25))
+    one = Strengths((0.5,), l2_tensor=torch.tensor(0.25))
     assert one.at([1], torch.device("meta")) == one  # a strength on the CPU goes everywhere
     elsewhere = Strengths(l1_tensor=torch.ones(2, device="meta"))
     assert elsewhere.at([1, 1, 0], torch.device("meta")).l1_tensor.shape == (3,)
