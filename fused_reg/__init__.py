@@ -3,9 +3,19 @@
 from importlib.metadata import version as _version
 
 from fused_reg import reference
+from fused_reg._marks import regularized
 from fused_reg.functional import fused_penalty, value_and_grad
 from fused_reg.in_place import accumulate_grad_, prox_
+from fused_reg.regularizer import Regularizer
 
 __version__ = _version("fused_reg")
 
-__all__ = ["accumulate_grad_", "fused_penalty", "prox_", "reference", "value_and_grad"]
+__all__ = [
+    "Regularizer",
+    "accumulate_grad_",
+    "fused_penalty",
+    "prox_",
+    "reference",
+    "regularized",
+    "value_and_grad",
+]

@@ -1,0 +1,95 @@
+"""Strengths that change while training, and are saved with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fused_reg._selection import check_matches
+from fused_reg._strengths import KINDS, Given, checked, scheduled
+from fused_reg._table import Table
+
+
+class Adjustable:
+    """The part of a `Regularizer` that changes its strengths."""
+
+    _table: Table
+
+    @property
+    def step(self) -> int:
+        """How many steps have been counted: the number that schedules get."""
+        return self._table.step
+
+    def advance(self) -> None:
+        """The next step of the schedules. An attached optimizer does it after each of its steps.
+
+        It fills the strengths' tensors in place, so that compiled code and CUDA graphs see it. After the replay of a
+        graph that holds an optimizer's step, call it yourself.
+
+        Raises:
+            ValueError: a schedule gives a number that is negative, infinite or NaN. Nothing has changed then.
+        """
+        self._table.advance()
+
+    def set_strength(
+        self, l1: Given = None, l2: Given = None, l2_norm: Given = None, *, where: str | None = None
+    ) -> None:
+        """Changes strengths; what is not given stays as it is.
+
+        A number is written into the tensor that holds the strength now, if one does (and ends its schedule), so that
+        compiled code and CUDA graphs see it. A strength that is a Python number is a constant to these: begin with a
+        0-dim tensor where that matters. Of a tensor that is shared with parameters which ``where`` does not name, those
+        that it names get their own.
+
+        Args:
+            l1: a finite float >= 0, a 0-dim tensor, or a schedule.
+            l2: likewise.
+            l2_norm: likewise.
+            where: a pattern of names (``fnmatch``): only these parameters. None: all that are regularized.
+
+        Raises:
+            TypeError: a strength is no number; none is given.
+            ValueError: a strength is negative, infinite or NaN; no name matches. Nothing has changed then.
+
+        Example:
+            >>> import torch
+            >>> from fused_reg import Regularizer
+            >>> regularizer = Regularizer([torch.nn.Parameter(torch.ones(3))], l1=0.5)
+            >>> regularizer.set_strength(l1=1.0)
+            >>> regularizer()
+            tensor(3., grad_fn=<...>)
+        """
+        given = {kind: s for kind, s in zip(KINDS, (l1, l2, l2_norm), strict=True) if s is not None}
+        if not given:
+            raise TypeError("set_strength: l1, l2 or l2_norm must be given, got none")
+        strengths = {kind: checked(f"set_strength: {kind}", s) for kind, s in given.items()}
+        for kind, strength in strengths.items():
+            if not isinstance(strength, float) and callable(strength):
+                scheduled(f"set_strength: {kind}", strength, self.step)
+        entries = self._table.entries
+        if where is not None:
+            check_matches("set_strength", "where", where, entries)
+            entries = [entry for entry in entries if entry.matches(where)]
+        for kind, strength in strengths.items():
+            self._table.set(entries, kind, strength)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step count and the strengths as they are now, in plain numbers and names.
+
+        ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets.
+        """
+        return {"step": self.step, "groups": self._table.state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes what `state_dict` gave, of a regularizer of parameters with the same names.
+
+        Args:
+            state_dict: of :meth:`state_dict`. Strengths in tensors are filled in place.
+
+        Raises:
+            ValueError: it is of other parameters, or needs a schedule that is not here. Nothing has changed then.
+        """
+        if not isinstance(state_dict, Mapping) or set(state_dict) != {"step", "groups"}:
+            raise ValueError("load_state_dict: state_dict must have the keys step and groups, as `state_dict` gives it")
+        self._table.check(state_dict["groups"])
+        self._table.load(int(state_dict["step"]), state_dict["groups"])

@@ -1,0 +1,185 @@
+"""A `Regularizer` in an optimizer's step hooks."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from itertools import compress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fused_reg._parts import Part
+from fused_reg._strengths import is_absent
+from fused_reg._table import Entry
+
+if TYPE_CHECKING:
+    from fused_reg.regularizer import Regularizer
+
+#: The gradient before the step, or the proximal step after it.
+Mode = Literal["grad", "prox"]
+
+
+class Attachment:
+    """What :meth:`Regularizer.attach` returns; :meth:`remove` detaches, as does leaving a ``with`` block.
+
+    The optimizer's hooks keep it alive. It keeps no optimizer alive.
+    """
+
+    def __init__(self, regularizer: Regularizer, optimizer: Optimizer, mode: Mode) -> None:
+        self._regularizer = regularizer
+        self._optimizer = weakref.ref(optimizer)
+        self._mode = mode
+        self._layout: list[tuple[int, bool]] = []  # of the optimizer's groups, when `_follow` last looked
+        self._parts: list[tuple[float, Part]] = []  # with the sign of the gradient
+        self._group_of: list[int] = []  # the optimizer's, for each entry
+        self._groups: list[int] = []
+        self._value: Tensor | None = None
+        self._warned = False
+        self._follow(optimizer)
+        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+
+    @property
+    def value(self) -> Tensor | None:
+        """The penalty of the parameters that the optimizer holds: 0-dim, on their device, without a graph or a
+        synchronization. With mode "grad" that of the last step, before it changed them (None before the first step;
+        with a closure: of its last evaluation). With mode "prox" the penalty now: each look is a pass over the
+        parameters, because the proximal step itself needs no value."""
+        if self._mode == "grad":
+            return self._value
+        with torch.no_grad():
+            return self._parts[0][1].penalty()
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer; None when it is gone."""
+        return self._optimizer()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the hooks are still there."""
+        return bool(self._hooks) and self._optimizer() is not None
+
+    def remove(self) -> None:
+        """Takes the hooks away. A second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def holds(self) -> set[int]:
+        """The identities of the parameters that it handles."""
+        return {id(entry.param) for _, part in self._parts for entry in part.entries}
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._mode == "prox":
+            return None
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves scaled gradients to fused optimizers
+        if scale is None:
+            scale = 1.0
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._accumulate(optimizer, scale)
+            return None
+
+        def with_penalty() -> Any:
+            loss = closure()
+            penalty = self._accumulate(optimizer, scale)
+            return None if loss is None else loss + penalty.to(loss.device if isinstance(loss, Tensor) else "cpu")
+
+        if len(args) > 1:
+            return (args[0], with_penalty, *args[2:]), kwargs
+        return args, {**kwargs, "closure": with_penalty}
+
+    def _accumulate(self, optimizer: Optimizer, scale: Tensor | float) -> Tensor:
+        """The gradient; returns what belongs to the objective: the penalty, negative where that is maximized."""
+        self._follow(optimizer)
+        (sign, part), *more = self._parts
+        if sign == 1 and not more:
+            self._value = part.accumulate_grad_(scale)
+            return self._value
+        values = [part.accumulate_grad_(sign * scale) for sign, part in self._parts]
+        self._value = sum(values[1:], values[0])
+        return sign * values[0] + sum(sign * value for (sign, _), value in zip(more, values[1:], strict=True))
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._mode == "prox":
+            self._follow(optimizer)
+            self._parts[0][1].prox_(self._steps(optimizer))
+        if self._regularizer._is_counted_by(self) and not self._is_captured():
+            self._regularizer.advance()
+
+    def _is_captured(self) -> bool:
+        """In a CUDA graph, which would fill in this step's strengths at every replay. The user advances after each."""
+        return self._parts[0][1].entries[0].param.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def _steps(self, optimizer: Optimizer) -> float | Tensor | list[float | Tensor]:
+        """The learning rate, or one for each entry; 0 where a fused optimizer has skipped its step, which the host does
+        not know."""
+        rates: list[float | Tensor] = [group["lr"] for group in optimizer.param_groups]
+        rates = [rate.reshape(()) if isinstance(rate, Tensor) else rate for rate in rates]
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            taken = (found_inf.reshape(()) == 0).double()
+            rates = [taken * rate for rate in rates]
+        first = rates[self._group_of[0]]
+        if all(rates[i] is first or (type(first) is float and rates[i] == first) for i in self._groups):
+            return first
+        return [rates[i] for i in self._group_of]
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        """Finds the regularizer's parameters among the optimizer's, which may have got more since."""
+        layout = [(len(group["params"]), bool(group.get("maximize"))) for group in optimizer.param_groups]
+        if layout == self._layout:
+            return
+        group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        entries = [e for e in self._regularizer._table.entries if id(e.param) in group_of]
+        if not entries:
+            raise ValueError("attach: optimizer must hold a parameter of the regularizer, got one that holds none")
+        elsewhere = self._regularizer._held_by_others(self)
+        for entry in entries:
+            if id(entry.param) in elsewhere:
+                raise ValueError(
+                    f"attach: a parameter must be handled once, but another attachment handles {entry.name!r} already"
+                )
+        if self._mode == "prox":
+            for i in {group_of[id(e.param)] for e in entries}:
+                if not isinstance(rate := optimizer.param_groups[i].get("lr"), float | int | Tensor):
+                    raise ValueError(f'attach: mode "prox" must find a learning rate in each group, got lr={rate!r}')
+        self._parts = self._split(entries, [layout[group_of[id(e.param)]][1] for e in entries])
+        self._group_of = [group_of[id(e.param)] for e in entries]
+        self._groups = sorted(set(self._group_of))
+        self._layout = layout
+        self._warn_of_weight_decay(optimizer, entries)
+
+    def _split(self, entries: list[Entry], maximized: list[bool]) -> list[tuple[float, Part]]:
+        """A gradient that the optimizer will negate (``maximize=True``) is subtracted: a penalty always shrinks."""
+        table = self._regularizer._table
+        if self._mode == "prox" or not any(maximized):
+            return [(1.0, Part(table, entries))]
+        signed = [(1.0, [not m for m in maximized]), (-1.0, maximized)]
+        return [(sign, Part(table, list(compress(entries, chosen)))) for sign, chosen in signed if any(chosen)]
+
+    def _warn_of_weight_decay(self, optimizer: Optimizer, entries: list[Entry]) -> None:
+        for entry, i in zip(entries, self._group_of, strict=True):
+            decay = optimizer.param_groups[i].get("weight_decay", 0)
+            if not self._warned and decay is not None and not isinstance(decay, Tensor) and decay > 0:
+                if is_absent(entry.l2):
+                    continue
+                self._warned = True
+                warnings.warn(
+                    f"attach: L2 counts twice for {entry.name!r}: l2 of the regularizer, and weight_decay={decay} in "
+                    f"the optimizer's group {i}; set one of them to 0",
+                    UserWarning,
+                    stacklevel=5,
+                )

@@ -1,0 +1,207 @@
+"""What a `Regularizer` reports: numbers for every parameter and strength group, from a few launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_reg import _ops
+from fused_reg._composed import group_count
+from fused_reg._strengths import KINDS, Cell, Held, identity, tensor_of
+from fused_reg._table import Entry, Table
+
+Row = dict[str, Any]
+
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of a regularizer's parameters. ``str`` of it is a table.
+
+    Attributes:
+        rows: a dictionary for each strength group (``level`` "group"), followed by those of its parameters
+            ("parameter"), and one for all ("total"): ``name``, ``elements``, ``value`` of the penalty, Euclidean
+            ``norm``, ``zeros`` (the elements that are exactly 0), ``zero_share`` (of the elements, 0 to 1). Groups and
+            parameters also have ``l1``, ``l2``, ``l2_norm`` and ``group``, and where ``group`` is "row" ``slices`` and
+            ``zero_slices`` (the rows of which all elements are 0).
+    """
+
+    rows: list[Row] = field(default_factory=list)
+
+    def scalars(self, prefix: str = "regularizer") -> dict[str, float]:
+        """The changing numbers under tags, for any logger: ``for tag, x in report.scalars().items():
+        writer.add_scalar(tag, x, step)``.
+
+        Args:
+            prefix: what every tag begins with.
+
+        Returns:
+            ``prefix/value``, ``prefix/norm`` and ``prefix/zero_share``, and the same for every parameter,
+            ``prefix/name/value`` and so on; for every strength group ``prefix/group 0/l1`` and its other strengths.
+        """
+        scalars = {}
+        for row in self.rows:
+            path = prefix if row["level"] == "total" else f"{prefix}/{row['name']}"
+            kinds = ["value", "norm", "zero_share"]
+            if row["level"] == "group":
+                kinds += ["l1", "l2", "l2_norm"]
+            scalars.update({f"{path}/{kind}": float(row[kind]) for kind in kinds})
+        return scalars
+
+    def __str__(self) -> str:
+        slices = any("slices" in row for row in self.rows)
+        header = ["", "elements", "l1", "l2", "l2_norm", "value", "norm", "zeros", "zero rows" if slices else ""]
+        lines = [header, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def _cells(row: Row) -> list[str]:
+    strengths = [f"{row[kind]:g}" if row["level"] == "group" else "" for kind in ("l1", "l2", "l2_norm")]
+    return [
+        ("  " if row["level"] == "parameter" else "") + row["name"],
+        f"{row['elements']:,}",
+        *(strengths if row["level"] == "group" else [""] * 3),
+        f"{row['value']:.6g}",
+        f"{row['norm']:.6g}",
+        f"{row['zeros']:,} ({100 * row['zero_share']:.1f} %)",
+        f"{row['zero_slices']:,} of {row['slices']:,}" if "slices" in row else "",
+    ]
+
+
+def summary_of(table: Table) -> str:
+    """A line for each strength group: its strengths, its size, and its first names."""
+    lines = []
+    for group in table.groups():
+        elements = sum(entry.param.numel() for entry in group)
+        names = ", ".join([entry.name for entry in group[:_NAMES_SHOWN]] + ["..."] * (len(group) > _NAMES_SHOWN))
+        lines.append(
+            f"  {_described(group[0])}: {len(group)} parameter{'s' * (len(group) != 1)}, "
+            f"{elements:,} element{'s' * (elements != 1)}: {names}\n"
+        )
+    return "".join(lines)
+
+
+def _described(entry: Entry) -> str:
+    """The strengths of an entry, in words: ``l1=0.001 (schedule), l2=0.1``."""
+    words = []
+    for kind, strength in zip(KINDS, entry.strengths, strict=True):
+        tensor = tensor_of(strength)
+        if isinstance(strength, Cell):
+            words.append(f"{kind}={float(strength.value):g} ({'schedule' if strength.schedule else 'tensor'})")
+        elif tensor is not None:
+            words.append(f"{kind}={float(tensor.detach()):g} (tensor)")
+        elif strength != 0:
+            words.append(f"{kind}={strength:g}")
+    return ", ".join([*words, 'group="row"'] if entry.group == "row" else words) or "none"
+
+
+def report_of(table: Table) -> Report:
+    """The report of the parameters that are not frozen now."""
+    groups = [[e for e in group if e.param.requires_grad] for group in table.groups()]
+    groups = [group for group in groups if group]
+    measured = _measure([e for group in groups for e in group])
+    rows: list[Row] = []
+    leaves: list[Row] = []
+    for i, group in enumerate(groups):
+        own = [measured[id(e)] for e in group]
+        strengths = {kind: own[0][kind] for kind in ("l1", "l2", "l2_norm", "group")}
+        rows += [_sum("group", f"group {i}", own) | strengths, *own]
+        leaves += own
+    return Report([*rows, _sum("total", "total", leaves)])
+
+
+def _sum(level: str, name: str, rows: Sequence[Row]) -> Row:
+    row: Row = {"level": level, "name": name}
+    row |= {kind: sum(r[kind] for r in rows) for kind in ("elements", "zeros")}
+    row["value"] = sum(r["value"] for r in rows)
+    row["norm"] = math.hypot(*(r["norm"] for r in rows))
+    row["zero_share"] = row["zeros"] / max(row["elements"], 1)
+    if level == "group" and rows[0]["group"] == "row":
+        row |= {kind: sum(r[kind] for r in rows) for kind in ("slices", "zero_slices")}
+    return row
+
+
+@torch.no_grad()
+def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
+    """A row for each entry: on each device three launches, a few sums, and one transfer."""
+    rows: dict[int, Row] = {}
+    for device in dict.fromkeys(e.param.device for e in entries):
+        here = [e for e in entries if e.param.device == device]
+        rows.update(zip(map(id, here), _rows_on(device, here), strict=True))
+    return rows
+
+
+def _rows_on(device: torch.device, entries: Sequence[Entry]) -> list[Row]:
+    params = [e.param for e in entries]
+    counts = [group_count(e.param, True) if e.group == "row" else 0 for e in entries]
+    tensors = {identity(s): t for e in entries for s in e.strengths if (t := tensor_of(s)) is not None}
+    columns = [
+        *_ops.term_sums(params).unbind(1),
+        _ops.zero_counts(params),
+        *_slices([p for p, e in zip(params, entries, strict=True) if e.group == "row"], counts, device),
+        *(t.reshape(1) for t in tensors.values()),
+    ]
+    numbers = iter(torch.cat([column.to(device, torch.float64) for column in columns]).tolist())  # the transfer
+    table = [[next(numbers) for _ in entries] for _ in range(5)]
+    values = dict(zip(tensors, numbers, strict=True))
+
+    def number(strength: Held) -> float:
+        return strength if isinstance(strength, float) else values[identity(strength)]
+
+    return [
+        _row(entry, slices, *map(number, entry.strengths), *column)
+        for entry, slices, column in zip(entries, counts, zip(*table, strict=True), strict=True)
+    ]
+
+
+def _row(
+    entry: Entry,
+    slices: int,
+    l1: float,
+    l2: float,
+    l2_norm: float,
+    absolute: float,
+    squares: float,
+    zeros: float,
+    slice_norms: float,
+    zero_slices: float,
+) -> Row:
+    norm = math.sqrt(squares)
+    terms = ((l1, absolute), (l2, squares), (l2_norm, slice_norms if entry.group == "row" else norm))
+    row: Row = {
+        "level": "parameter",
+        "name": entry.name,
+        "elements": entry.param.numel(),
+        **{"l1": l1, "l2": l2, "l2_norm": l2_norm, "group": entry.group},
+        "value": sum(strength * term for strength, term in terms if strength != 0),
+        "norm": norm,
+        "zeros": int(zeros),
+        "zero_share": zeros / max(entry.param.numel(), 1),
+    }
+    if entry.group == "row":
+        row |= {"slices": slices, "zero_slices": int(zero_slices)}
+    return row
+
+
+def _slices(params: list[Tensor], counts: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+    """For each parameter of the list: the sum of the norms of its rows, and how many of these are 0."""
+    sums = torch.zeros(2, len(counts), dtype=torch.float64, device=device)
+    if sum(counts):
+        norms = _ops.group_norms(params, True)
+        lengths = torch.tensor(counts, device=device)
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=device), lengths, output_size=len(norms))
+        sums.index_add_(1, owner, torch.stack([norms, (norms == 0).double()]))
+    return sums.unbind()

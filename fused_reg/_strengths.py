@@ -1,0 +1,164 @@
+"""The strengths of a `Regularizer`: numbers, tensors, and schedules that fill a tensor step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from fused_reg._arguments import Group
+
+#: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
+Schedule: TypeAlias = Callable[[int], float]
+
+#: The terms, in the order of the arguments.
+KINDS = ("l1", "l2", "l2_norm")
+
+
+@dataclass(eq=False)
+class Cell:
+    """A strength that lives in a 0-dim tensor of the regularizer's own, filled in place when it changes, so that
+    compiled code and CUDA graphs see the change. ``schedule`` fills it step by step; without one it stays."""
+
+    value: Tensor
+    schedule: Schedule | None = None
+
+    @classmethod
+    def holding(cls, value: float, schedule: Schedule | None = None) -> Cell:
+        with torch.inference_mode(False):
+            return cls(torch.full((), value, dtype=torch.float64, device="cpu"), schedule)
+
+    def move(self, device: torch.device) -> None:
+        if self.value.device != device:
+            self.value = self.value.to(device)
+
+
+#: A number, a tensor of the user's, or a cell.
+Held: TypeAlias = "float | Tensor | Cell"
+
+#: A strength as the user gives it.
+Given: TypeAlias = "float | Tensor | Schedule | None"
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """What an argument list, a rule or a mark says: strengths as given, and what a norm is of."""
+
+    l1: Given = None
+    l2: Given = None
+    l2_norm: Given = None
+    group: Group = "tensor"
+
+    @property
+    def is_empty(self) -> bool:
+        return self.l1 is None and self.l2 is None and self.l2_norm is None
+
+
+def checked(name: str, strength: Any) -> float | Tensor | Schedule:
+    """A strength as given, checked; ``name`` begins the message of an error."""
+    if isinstance(strength, Tensor):
+        if strength.ndim != 0:
+            raise ValueError(
+                f"{name} must be a float, a 0-dim tensor or a schedule, got a tensor of shape "
+                f"{tuple(strength.shape)}; for strengths per parameter give rules"
+            )
+        if not strength.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {strength.dtype}")
+        return strength
+    if isinstance(strength, Real) and not isinstance(strength, bool):
+        return _finite(name, strength)
+    if callable(strength):
+        return cast(Schedule, strength)
+    hint = "; for strengths per parameter give rules" if isinstance(strength, Sequence) else ""
+    raise TypeError(f"{name} must be a float, a 0-dim tensor or a schedule, got {type(strength).__name__}{hint}")
+
+
+def as_penalty(where: str, **given: Any) -> Penalty:
+    """The penalty of these arguments, checked; ``where`` begins the message of an error."""
+    if given.get("group", "tensor") not in ("tensor", "row"):
+        raise ValueError(f'{where}group must be "tensor" or "row", got {given["group"]!r}')
+    strengths = {k: None if v is None else checked(where + k, v) for k, v in given.items() if k != "group"}
+    return Penalty(**strengths, group=given.get("group", "tensor"))
+
+
+def scheduled(name: str, schedule: Schedule, step: int) -> float:
+    """What the schedule gives for this step, checked."""
+    value: Any = schedule(step)
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: the schedule must give a number at step {step}, got {type(value).__name__}")
+    return _finite(f"{name}: what the schedule gives at step {step}", value)
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+    return number
+
+
+def held(name: str, strength: Given, step: int) -> Held:
+    """How a strength as given is held from now on."""
+    if strength is None:
+        return 0.0
+    strength = checked(name, strength)
+    return strength if isinstance(strength, float | Tensor) else Cell.holding(scheduled(name, strength, step), strength)
+
+
+def is_absent(strength: Held) -> bool:
+    """Whether it is the number 0, which drops its term. A tensor is not looked at."""
+    return isinstance(strength, float) and strength == 0
+
+
+def tensor_of(strength: Held) -> Tensor | None:
+    return strength.value if isinstance(strength, Cell) else strength if isinstance(strength, Tensor) else None
+
+
+def number(strength: Held) -> float:
+    """Its value now. A GPU is waited for if it lives there."""
+    tensor = tensor_of(strength)
+    return float(tensor.detach()) if tensor is not None else cast(float, strength)
+
+
+class Column:
+    """One term's strengths for a list of parameters, in the fastest form that the functions take."""
+
+    def __init__(self, strengths: Iterable[Held]) -> None:
+        strengths = list(strengths)
+        distinct = list({identity(s): s for s in strengths}.values())
+        self._fixed: float | Tensor | None = None
+        tensors = [t for t in map(tensor_of, distinct) if t is not None]
+        if len(distinct) == 1:
+            self._fixed = distinct[0] if isinstance(distinct[0], float) else tensors[0]
+        elif not tensors:
+            self._fixed = torch.tensor([number(s) for s in strengths], dtype=torch.float64)  # on the CPU: read there
+        else:
+            # Gathered at each call, on the device, from the 0-dim tensors as they are then.
+            self._device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+            self._distinct = [self._as_tensor(s) for s in distinct]
+            places = {identity(s): i for i, s in enumerate(distinct)}
+            self._index = torch.tensor([places[identity(s)] for s in strengths], device=self._device)
+
+    def _as_tensor(self, strength: Held) -> Tensor:
+        tensor = tensor_of(strength)
+        return torch.full((), number(strength), dtype=torch.float64, device=self._device) if tensor is None else tensor
+
+    def get(self) -> float | Tensor:
+        if self._fixed is not None:
+            return self._fixed
+        row = torch.stack([t.to(self._device, torch.float64) for t in self._distinct])
+        return row.index_select(0, self._index)
+
+
+def identity(strength: Held) -> object:
+    """Equal for numbers that are equal, and for tensors and cells that are one."""
+    return strength if isinstance(strength, float) else (id(strength),)

@@ -1,0 +1,260 @@
+"""`Regularizer`: a penalty that knows its parameters and their strengths, in any loop and in any optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from fused_reg._adjustable import Adjustable
+from fused_reg._arguments import Group
+from fused_reg._attach import Attachment, Mode
+from fused_reg._parts import Part
+from fused_reg._report import Report, report_of, summary_of
+from fused_reg._selection import Choice, as_patterns, as_rules, candidates_of
+from fused_reg._strengths import Given, as_penalty
+from fused_reg._table import Table
+
+
+class Regularizer(Adjustable):
+    r"""The penalty of a model, with the comfort of ``weight_decay``: L1, L2, elastic net and group norms, by layer.
+
+    .. math::
+        \text{penalty} = \sum_t \Big( l1_t \sum_i |w_{t,i}| + l2_t \sum_i w_{t,i}^2
+        + l2\_norm_t \sum_g \lVert w_{t,g} \rVert_2 \Big)
+
+    over the trainable parameters: one that is frozen is left out as long as it is. Three ways to use it:
+
+    - ``loss = task_loss + regularizer()``: in the loss;
+    - ``regularizer.attach(optimizer)``: in the optimizer, like ``weight_decay``;
+    - ``regularizer.attach(optimizer, mode="prox")``: proximal, with weights that are *exactly* zero.
+
+    The strength of a parameter is that of the first rule that matches it; else of the innermost :func:`regularized`
+    module around it; else ``l1``, ``l2`` and ``l2_norm``. If these are not given, parameters without rule and mark are
+    not regularized. All strengths are in one fused call.
+
+    **The L2 convention** is ``l2 * sum(w ** 2)``, as in Keras: ``torch.optim.SGD(weight_decay=wd)`` is ``l2 = wd / 2``.
+
+    Args:
+        params: a module (every parameter once, also where it is tied), an iterable of tensors (named "0", "1", ...), or
+            an iterable of (name, tensor) pairs. Read once and kept. Build it when you build the optimizer: after
+            ``fully_shard``, which replaces parameters. Names are without the parts that ``torch.compile`` and
+            ``DistributedDataParallel`` add; a tied parameter has the names of all its places.
+        l1: the strength of the sum of absolute values (lasso): a finite float >= 0, a 0-dim tensor, or a schedule.
+            A tensor may change between calls, and gets its gradient from the differentiable penalty if it requires one.
+            A schedule is a function of the number of optimizer steps taken, from 0, as for ``LambdaLR``; its strength
+            is kept in a tensor on the parameters' device that `advance` fills.
+        l2: the strength of the sum of squares (ridge), likewise.
+        l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
+        group: what norms are of: ``"tensor"`` or ``"row"``, as for :func:`fused_penalty`.
+        weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
+        include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
+        exclude: likewise; these are not.
+        rules: pairs of a pattern and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, with the keys ``l1``,
+            ``l2``, ``l2_norm`` and ``group``; the first that matches counts, and what it does not name is 0 there.
+
+    Raises:
+        TypeError: ``params`` are no parameters of a supported kind, or a strength is no number.
+        ValueError: a pattern matches no parameter; nothing is regularized; a strength is negative, infinite or NaN.
+
+    Example:
+        >>> import torch
+        >>> from fused_reg import Regularizer
+        >>> model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.ReLU(), torch.nn.Linear(10, 1))
+        >>> regularizer = Regularizer(model, l2=1e-3, weights_only=True, rules=[("0.*", dict(l1=1e-4))])
+        >>> regularizer
+        Regularizer(
+          l1=0.0001: 1 parameter, 200 elements: 0.weight
+          l2=0.001: 1 parameter, 10 elements: 2.weight
+        )
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> attachment = regularizer.attach(optimizer)
+        >>> model(torch.ones(20)).sum().backward()
+        >>> optimizer.step()  # as if the penalty had been in the loss
+        >>> attachment.value.shape
+        torch.Size([])
+
+    Source: as :func:`fused_penalty`.
+    """
+
+    def __init__(
+        self,
+        params: Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        l1: Given = None,
+        l2: Given = None,
+        l2_norm: Given = None,
+        *,
+        group: Group = "tensor",
+        weights_only: bool = False,
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        rules: Iterable[tuple[str, Mapping[str, Any]]] | None = None,
+    ) -> None:
+        rules = None if rules is None else list(rules)
+        choice = Choice(
+            as_penalty("Regularizer: ", l1=l1, l2=l2, l2_norm=l2_norm, group=group),
+            bool(weights_only),
+            as_patterns("include", include),
+            as_patterns("exclude", exclude),
+            as_rules(rules),
+        )
+        self._config = {
+            "l1": l1,
+            "l2": l2,
+            "l2_norm": l2_norm,
+            "group": group,
+            "weights_only": bool(weights_only),
+            "include": choice.include or None,
+            "exclude": choice.exclude or None,
+            "rules": None if rules is None else [(pattern, dict(given)) for pattern, given in rules],
+        }
+        self._table = Table(choice.of(candidates_of(params)))
+        self._whole = Part(self._table, self._table.entries)
+        self._attachments: list[weakref.ref[Attachment]] = []
+
+    def __call__(self) -> Tensor:
+        """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
+        return self._whole.penalty()
+
+    def accumulate_grad_(self, scale: float | Tensor = 1.0) -> Tensor:
+        """``p.grad += scale * d(penalty)/dp``, as :func:`accumulate_grad_` does.
+
+        Args:
+            scale: a finite float or a 0-dim tensor.
+
+        Returns:
+            The penalty, not scaled, without a graph.
+        """
+        return self._whole.accumulate_grad_(scale)
+
+    def prox_(self, step: float | Tensor) -> None:
+        """The proximal operator of ``step * penalty``, in place, as :func:`prox_` takes it.
+
+        Args:
+            step: the learning rate: a finite float >= 0 or a 0-dim tensor.
+        """
+        self._whole.prox_(step)
+
+    def attach(self, optimizer: Optimizer, mode: Mode = "grad") -> Attachment:
+        r"""Makes the penalty a part of every ``optimizer.step()``.
+
+        With ``mode="grad"`` its gradient is added to ``.grad`` before the step, as ``weight_decay`` is:
+
+        .. math:: g_t \leftarrow g_t + \partial\,\text{penalty} / \partial w_t
+
+        - Adam passes it through its moments (coupled, as ``Adam(weight_decay=...)``).
+        - Gradients are clipped before the step, so that the penalty's is not clipped; clip to the loss's own norm.
+        - With gradient accumulation it is added once per step, not per micro-batch; with ``GradScaler`` to the unscaled
+          gradients, or scaled as they are where a fused optimizer unscales them itself.
+        - A closure (LBFGS) is followed by it each time, and the penalty is added to what the closure returns.
+        - A parameter without ``.grad`` gets one, as it would from a loss that has the penalty.
+        - A penalty shrinks the weights also in a group with ``maximize=True``, as ``weight_decay`` does.
+
+        With ``mode="prox"`` the proximal operator follows the step, with each parameter group's learning rate:
+
+        .. math:: w_t \leftarrow \operatorname{prox}_{lr \cdot \text{penalty}}(w_t)
+
+        After SGD without momentum this is proximal gradient descent (ISTA): it comes to rest at the minimum of the
+        penalized loss. Adam and others take their step in a metric of their own, and the proximal step is not in it:
+        it is decoupled, as AdamW decouples decay. The weights shrink by ``lr * strength`` whatever the size of their
+        gradients; the zeros are exact; but the point of rest is not that minimum. Where a ``GradScaler`` skips a step,
+        the proximal step is skipped, too.
+
+        Args:
+            optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later.
+                Several optimizers may each hold some; schedules then count the steps of the one attached first.
+            mode: ``"grad"`` or ``"prox"``.
+
+        Returns:
+            An :class:`Attachment`: ``remove()`` detaches (as leaving ``with regularizer.attach(optimizer):`` does),
+            ``value`` is the last value. A copied or unpickled optimizer is not attached, nor is a copied regularizer.
+
+        Raises:
+            TypeError: ``optimizer`` is no torch optimizer.
+            ValueError: an unknown mode; the optimizer holds none of the parameters; it is attached already, or another
+                attachment handles one of its parameters.
+
+        Warns:
+            UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``.
+
+        Example:
+            >>> import torch
+            >>> from fused_reg import Regularizer
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, -0.1]))
+            >>> optimizer = torch.optim.SGD([w], lr=0.5)
+            >>> with Regularizer([w], l1=0.5).attach(optimizer, mode="prox"):
+            ...     w.sum().backward()
+            ...     optimizer.step()
+            >>> w.data  # 1 - 0.5 - 0.25, and -0.1 - 0.5 + 0.25
+            tensor([ 0.2500, -0.3500])
+
+        Source: Parikh and Boyd 2014, "Proximal Algorithms", section 4.2; Loshchilov and Hutter 2019, "Decoupled Weight
+        Decay Regularization".
+        """
+        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if mode not in ("grad", "prox"):
+            raise ValueError(f'attach: mode must be "grad" or "prox", got {mode!r}')
+        if any(a.optimizer is optimizer for a in self._active_attachments()):
+            raise ValueError("attach: optimizer must be attached once, got one that is attached already")
+        attachment = Attachment(self, optimizer, mode)
+        self._attachments = [weakref.ref(a) for a in (*self._active_attachments(), attachment)]
+        return attachment
+
+    def _active_attachments(self) -> list[Attachment]:
+        return [a for ref in self._attachments if (a := ref()) is not None and a.is_active]
+
+    def _held_by_others(self, attachment: Attachment) -> set[int]:
+        others = (a.holds() for a in self._active_attachments() if a is not attachment)
+        return set().union(*others)
+
+    def _is_counted_by(self, attachment: Attachment) -> bool:
+        return next(iter(self._active_attachments()), None) is attachment
+
+    def report(self) -> Report:
+        """The penalty, norm and exact zeros of every parameter and strength group, in a few launches and one transfer.
+
+        Returns:
+            A report: ``print`` it for a table; ``rows`` are plain dictionaries, ``scalars()`` tags for TensorBoard.
+
+        Example:
+            >>> import torch
+            >>> from fused_reg import Regularizer
+            >>> print(Regularizer([("w", torch.nn.Parameter(torch.tensor([3.0, 0.0, -4.0])))], l1=0.5, l2=0.1).report())
+                     elements   l1   l2  l2_norm  value  norm       zeros
+            group 0         3  0.5  0.1        0      6     5  1 (33.3 %)
+              w             3                         6     5  1 (33.3 %)
+            total           3                         6     5  1 (33.3 %)
+        """
+        return report_of(self._table)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments but for the parameters; tensors and schedules as the objects that they are."""
+        return dict(self._config)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], params: Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+    ) -> Regularizer:
+        """Builds a regularizer of these parameters as the one that gave the configuration.
+
+        Args:
+            config: of :meth:`get_config`.
+            params: as for the constructor.
+        """
+        return cls(params, **config)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(\n{summary_of(self._table)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self._config, "table": self._table}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._config, self._table = state["config"], state["table"]
+        self._whole = Part(self._table, self._table.entries)
+        self._attachments = []
