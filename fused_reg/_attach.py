@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_reg._parts import Part
-from fused_reg._strengths import is_absent
+from fused_reg._strengths import identity, is_absent
 from fused_reg._table import Entry
 
 if TYPE_CHECKING:
@@ -126,14 +126,14 @@ class Attachment:
     def _steps(self, optimizer: Optimizer) -> float | Tensor | list[float | Tensor]:
         """The learning rate, or one for each entry; 0 where a fused optimizer has skipped its step, which the host does
         not know."""
-        rates: list[float | Tensor] = [group["lr"] for group in optimizer.param_groups]
-        rates = [rate.reshape(()) if isinstance(rate, Tensor) else rate for rate in rates]
+        given = [group["lr"] for group in optimizer.param_groups]
+        rates = [rate.reshape(()) if isinstance(rate, Tensor) else float(rate) for rate in given]
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             taken = (found_inf.reshape(()) == 0).double()
             rates = [taken * rate for rate in rates]
         first = rates[self._group_of[0]]
-        if all(rates[i] is first or (type(first) is float and rates[i] == first) for i in self._groups):
+        if all(identity(rates[i]) == identity(first) for i in self._groups):
             return first
         return [rates[i] for i in self._group_of]
 

@@ -83,7 +83,8 @@ class Table:
     def place_cells(self) -> None:
         """Puts the cells where the parameters are, or on the CPU, from where every device takes them."""
         devices = {entry.param.device for entry in self.entries}
-        device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+        device = self.entries[0].param.device if len(devices) == 1 else torch.device("cpu")
+        device = torch.device("cpu") if device.type == "meta" else device
         for cell in self.cells().values():
             cell.move(device)
 

@@ -1,0 +1,190 @@
+"""What a `Regularizer` says when it is given something wrong. (Hard cases 3, 19, 25, 26.)"""
+
+import math
+import re
+
+import pytest
+import torch
+from test_regularizer import make_net
+from torch import nn
+
+from fused_reg import Regularizer, regularized
+
+PARAMETER = nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        (
+            3,
+            TypeError,
+            "Regularizer: params must be a module, an iterable of tensors or of (name, tensor) pairs, got int",
+        ),
+        ({"w": PARAMETER}, TypeError, "Regularizer: params must be tensors or pairs, got dict; pass its `.items()`"),
+        ([PARAMETER, None], TypeError, "Regularizer: params['1'] must be a tensor, got NoneType"),
+        ([("w", 3.0)], TypeError, "Regularizer: params['w'] must be a tensor, got float"),
+        ([nn.Linear(2, 2)], TypeError, "Regularizer: params['0'] must be a tensor, got Linear"),
+        (
+            [("w", PARAMETER.data)],
+            ValueError,
+            "Regularizer: params['w'] must be a parameter, got a tensor without grad; pass it itself, not its `.data`",
+        ),
+        ([("w", PARAMETER), ("w", nn.Parameter(torch.ones(2)))], ValueError, "got 'w' for two tensors"),
+        (
+            [2 * PARAMETER],
+            ValueError,
+            "Regularizer: params['0'] must be a leaf, as a parameter is, got the result of <Mul",
+        ),
+        (nn.LazyLinear(3), TypeError, "Regularizer: params['weight'] must be initialized, got UninitializedParameter"),
+        (
+            [nn.Parameter(torch.ones(2, dtype=torch.complex64))],
+            TypeError,
+            "Regularizer: params['0'] must be one tensor of float32, float64, bfloat16 or float16, got torch.complex64",
+        ),
+        (
+            [nn.Parameter(torch.eye(2).to_sparse())],
+            TypeError,
+            "params['0'] must be dense (torch.strided), got torch.sparse_coo",
+        ),
+        ([], ValueError, "Regularizer: params must hold a parameter, got none"),
+        (nn.ReLU(), ValueError, "Regularizer: params must hold a parameter, got none"),
+    ],
+)
+def test_params(params, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Regularizer(params, l1=0.5)
+
+
+@pytest.mark.parametrize(
+    ("strength", "error", "message"),
+    [
+        (-0.5, ValueError, "must be finite and >= 0, got -0.5"),
+        (math.nan, ValueError, "must be finite and >= 0, got nan"),
+        (math.inf, ValueError, "must be finite and >= 0, got inf"),
+        (10**400, ValueError, "must be finite and >= 0, got 1000"),
+        (True, TypeError, "must be a float, a 0-dim tensor or a schedule, got bool"),
+        ("0.1", TypeError, "must be a float, a 0-dim tensor or a schedule, got str"),
+        ([0.1, 0.2], TypeError, "got list; for strengths per parameter give rules"),
+        (torch.ones(2), ValueError, "got a tensor of shape (2,); for strengths per parameter give rules"),
+        (torch.tensor(1), TypeError, "must be floating point, got torch.int64"),
+        (lambda step: -1.0, ValueError, "what the schedule gives at step 0 must be finite and >= 0, got -1.0"),
+        (lambda step: "1", TypeError, "the schedule must give a number at step 0, got str"),
+    ],
+)
+def test_strengths(strength, error, message):
+    """In every place that takes one; and `set_strength` changes nothing then."""
+    net = make_net()
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        Regularizer(net, l2_norm=strength)
+    assert str(raised.value).startswith("Regularizer: l2_norm")
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        Regularizer(net, rules=[("0.*", {"l1": strength})])
+    assert str(raised.value).startswith(("Regularizer: rules[0] '0.*': l1", "Regularizer: l1 of '0.weight'"))
+
+    regularizer = Regularizer(net, l1=0.5)
+    before = repr(regularizer)
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        regularizer.set_strength(l1=0.25, l2=strength)
+    assert str(raised.value).startswith("set_strength: l2")
+    assert repr(regularizer) == before
+
+    if not callable(strength) or isinstance(strength, torch.Tensor):
+        with pytest.raises(error, match=re.escape(message)) as raised:
+            regularized(net[0], l1=strength)
+        assert str(raised.value).startswith("regularized: l1")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            {},
+            ValueError,
+            "Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none",
+        ),
+        ({"l1": 0.5, "group": "column"}, ValueError, 'Regularizer: group must be "tensor" or "row", got \'column\''),
+        ({"l1": 0.5, "include": 3}, TypeError, "'int' object is not iterable"),
+        ({"l1": 0.5, "include": [3]}, TypeError, "Regularizer: include must be a pattern or a list of them, got int"),
+        (
+            {"l1": 0.5, "include": "*.bias", "weights_only": True},
+            ValueError,
+            "Regularizer: include, exclude, weights_only and rules must leave a parameter, got none",
+        ),
+        ({"rules": ["0.*"]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got '0.*'"),
+        ({"rules": [("0.*", 0.5)]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got ("),
+        ({"rules": [("0.*", {})]}, ValueError, "Regularizer: rules[0] must give l1, l2 or l2_norm, got {}"),
+        (
+            {"rules": [("0.*", {"l3": 1})]},
+            ValueError,
+            "Regularizer: rules[0] must have keys of l1, l2, l2_norm, group, got 'l3'",
+        ),
+        (
+            {"rules": [("0.*", {"l1": 1, "group": "r"})]},
+            ValueError,
+            'rules[0] \'0.*\': group must be "tensor" or "row"',
+        ),
+    ],
+)
+def test_choice(given, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Regularizer(make_net(), **given)
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "error", "message"),
+    [
+        (PARAMETER, {"l1": 0.5}, TypeError, "regularized: module must be a torch.nn.Module, got Parameter"),
+        (nn.ReLU(), {}, ValueError, "regularized: l1, l2 or l2_norm must give a strength, got none"),
+        (nn.ReLU(), {"l1": 1, "group": "x"}, ValueError, 'regularized: group must be "tensor" or "row", got \'x\''),
+    ],
+)
+def test_regularized(module, given, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        regularized(module, **given)
+
+
+def test_set_strength():
+    regularizer = Regularizer(make_net(), l1=0.5)
+    with pytest.raises(TypeError, match="set_strength: l1, l2 or l2_norm must be given, got none"):
+        regularizer.set_strength()
+    with pytest.raises(ValueError, match=r"set_strength: where must match the name of a parameter, got '9\.\*'"):
+        regularizer.set_strength(l1=0.25, where="9.*")
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"), [(math.nan, "finite and >= 0, got nan"), (-1.0, "finite and >= 0, got -1.0")]
+)
+def test_a_schedule_that_goes_wrong_later(given, rule):
+    """It is named with its step, and no other strength has moved."""
+    regularizer = Regularizer(
+        make_net(), l1=lambda step: 1.0 + step, rules=[("3.*", {"l2": lambda step: given if step == 2 else 1.0})]
+    )
+    regularizer.advance()
+    before = regularizer.state_dict()
+    message = rf"^Regularizer: l2 of '3.weight': what the schedule gives at step 2 must be {rule}$"
+    with pytest.raises(ValueError, match=message):
+        regularizer.advance()
+    assert regularizer.state_dict() == before
+
+
+def test_wrong_state_dicts_change_nothing():
+    regularizer = Regularizer(make_net(), l1=lambda step: 0.5, rules=[("3.*", {"l2_norm": 1.0, "group": "row"})])
+    before = regularizer.state_dict()
+
+    def state(**change):
+        return {"step": 7, "groups": [before["groups"][0] | change, before["groups"][1]]}
+
+    first = before["groups"][0]["params"]
+    for wrong, message in (
+        ({"step": 3}, "must have the keys step and groups"),
+        (3, "must have the keys step and groups"),
+        (state(params=first[1:]), "must have the same parameters, but lacks '0.weight'"),
+        (state(params=[*first, "9.weight"]), "must have the same parameters, but has the unknown '9.weight'"),
+        (state(group="row"), "group of '0.weight' must be 'tensor' as here, got 'row'"),
+        (state(l1=-1.0), "l1 of '0.weight' must be finite and >= 0, got -1.0"),
+        (state(scheduled=["l2"]), "l2 of '0.weight' must have a schedule, as in the state_dict, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=rf"^load_state_dict: .*{re.escape(message)}"):
+            regularizer.load_state_dict(wrong)
+        assert regularizer.state_dict() == before

@@ -1,0 +1,195 @@
+"""Strengths that change: schedules, `set_strength`, tensors, and their state."""
+
+import io
+
+import pytest
+import torch
+from samples import draw
+from test_regularizer import assert_penalty, make_net, strengths_of
+from torch import nn
+
+from fused_reg import Regularizer
+
+
+def three(device="cpu") -> list[nn.Parameter]:
+    return [nn.Parameter(draw((5, 4), device=device, seed=i)) for i in range(3)]
+
+
+def test_schedule(device):
+    params = three(device)
+    regularizer = Regularizer(params, l1=lambda step: 0.5**step, l2=0.1)
+    for step in range(4):
+        assert regularizer.step == step
+        assert_penalty(regularizer, params, l1=0.5**step, l2=0.1)
+        regularizer.advance()
+
+
+def test_a_schedule_is_evaluated_once_a_step_however_many_parameters_have_it():
+    steps = []
+
+    def schedule(step):
+        steps.append(step)
+        return 0.5
+
+    regularizer = Regularizer(make_net(), l1=schedule, rules=[("0.*", {"l2": schedule}), ("1.*", {"l1": schedule})])
+    regularizer.advance()
+    assert steps == [0, 1]
+
+
+def test_schedule_and_numbers_by_rule(device):
+    params = three(device)
+    regularizer = Regularizer(params, l1=lambda step: 1 + step, rules=[("1", {"l1": 0.25}), ("2", {"l2": 0.5})])
+    for step in range(3):
+        assert_penalty(regularizer, params, l1=[1.0 + step, 0.25, 0], l2=[0, 0, 0.5])
+        regularizer.advance()
+
+
+def test_set_strength(device):
+    params = three(device)
+    regularizer = Regularizer(params, l1=0.5)
+    regularizer.set_strength(l1=0.25, l2=0.125)
+    assert_penalty(regularizer, params, l1=0.25, l2=0.125)
+    regularizer.set_strength(l2=0.0, where="[12]")
+    assert_penalty(regularizer, params, l1=0.25, l2=[0.125, 0, 0])
+    regularizer.set_strength(l2_norm=lambda step: 0.75 + step)
+    regularizer.advance()
+    assert_penalty(regularizer, params, l1=0.25, l2=[0.125, 0, 0], l2_norm=1.75)
+    regularizer.set_strength(l1=torch.tensor(0.375, device=device), where="0")
+    assert_penalty(regularizer, params, l1=[0.375, 0.25, 0.25], l2=[0.125, 0, 0], l2_norm=1.75)
+
+
+def test_a_new_schedule_begins_at_the_step_of_now():
+    regularizer = Regularizer(three(), l1=0.5)
+    for _ in range(3):
+        regularizer.advance()
+    regularizer.set_strength(l1=lambda step: float(step))
+    assert strengths_of(regularizer)["0"][0] == 3
+
+
+def test_a_number_ends_a_schedule_in_its_tensor():
+    regularizer = Regularizer(three(), l1=lambda step: 1 + step)
+    tensor = next(iter(regularizer._table.cells().values())).value
+    regularizer.set_strength(l1=0.25)
+    assert tensor.item() == 0.25
+    regularizer.advance()
+    assert strengths_of(regularizer) == dict.fromkeys("012", (0.25, 0, 0))
+    assert next(iter(regularizer._table.cells().values())).value is tensor
+
+
+def test_a_number_for_some_leaves_the_schedule_to_the_others():
+    regularizer = Regularizer(three(), l1=lambda step: 1 + step)
+    regularizer.set_strength(l1=0.25, where="[01]")
+    regularizer.advance()
+    assert strengths_of(regularizer) == {"0": (0.25, 0, 0), "1": (0.25, 0, 0), "2": (2, 0, 0)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensor_of_the_user(dtype, device):
+    """Changed in place by the user, by `set_strength`, and differentiable."""
+    params = three(device)
+    strength = torch.tensor(0.5, dtype=dtype, device=device, requires_grad=True)
+    regularizer = Regularizer(params, l1=strength, rules=[("2", {"l2": 0.25})])
+    assert_penalty(regularizer, params, l1=[0.5, 0.5, 0], l2=[0, 0, 0.25])
+    with torch.no_grad():
+        strength.fill_(0.75)
+    assert_penalty(regularizer, params, l1=[0.75, 0.75, 0], l2=[0, 0, 0.25])
+    (grad,) = torch.autograd.grad(regularizer(), strength)
+    torch.testing.assert_close(grad, sum(p.detach().double().abs().sum() for p in params[:2]).to(dtype))
+    regularizer.set_strength(l1=0.125, where="[01]")
+    assert strength.item() == 0.125
+    assert strength.requires_grad
+
+
+def test_a_tensor_that_others_share_is_not_written():
+    strength = torch.tensor(0.5)
+    regularizer = Regularizer(three(), l1=strength, l2=strength)
+    regularizer.set_strength(l1=0.25)
+    assert strength.item() == 0.5
+    assert strengths_of(regularizer)["0"] == (0.25, 0.5, 0)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it traces
+def test_compiled_code_sees_new_strengths_without_another_compilation():
+    params = three()
+    compiled = 0
+
+    def count(graph, inputs):
+        nonlocal compiled
+        compiled += 1
+        return graph
+
+    regularizer = Regularizer(params, l1=torch.tensor(0.5), l2=lambda step: 1 / (1 + step))
+
+    @torch.compile(backend=count)
+    def loss(x):
+        return (x * params[0]).sum() + regularizer()
+
+    x = torch.ones(5, 4)
+    loss(x)
+    before = compiled
+    for _ in range(3):
+        regularizer.advance()
+        regularizer.set_strength(l1=0.25 * regularizer.step)
+        torch.testing.assert_close(loss(x), (x * params[0]).sum() + regularizer())
+    assert compiled == before
+
+
+def test_a_module_that_moves_takes_its_strengths_along(device):
+    net = make_net()
+    regularizer = Regularizer(net, l1=lambda step: 1 + step)
+    net.to(device)
+    assert_penalty(regularizer, list(net.parameters()), l1=1.0)
+    (cell,) = regularizer._table.cells().values()
+    assert cell.value.device.type == device.type
+
+
+def test_a_schedule_on_the_meta_device_keeps_its_value():
+    regularizer = Regularizer(make_net("meta"), l1=lambda step: 1 + step)
+    assert regularizer().is_meta
+    assert "l1=1 (schedule)" in repr(regularizer)
+
+
+def test_state_dict():
+    def build():
+        return Regularizer(
+            three(), l1=lambda step: 1 + step, l2=torch.tensor(0.5), rules=[("2", {"l2": 0.25, "l2_norm": lambda s: s})]
+        )
+
+    regularizer = build()
+    regularizer.advance()
+    regularizer.advance()
+    regularizer.set_strength(l2=0.75)
+    file = io.BytesIO()
+    torch.save(regularizer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert state == {
+        "step": 2,
+        "groups": [
+            {"params": ["0", "1"], "l1": 3, "l2": 0.75, "l2_norm": 0, "group": "tensor", "scheduled": ["l1"]},
+            {"params": ["2"], "l1": 0, "l2": 0.75, "l2_norm": 2, "group": "tensor", "scheduled": ["l2_norm"]},
+        ],
+    }
+    other = build()
+    tensors = [cell.value for cell in other._table.cells().values()]
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    assert next(iter(other._table.cells().values())).value is tensors[0]
+    for each in (regularizer, other):
+        each.advance()
+        assert strengths_of(each) == {"0": (4, 0.75, 0), "1": (4, 0.75, 0), "2": (0, 0.75, 3)}
+
+
+def test_state_dict_of_split_strengths():
+    """What `set_strength` did for some parameters comes back, also where a schedule was shared."""
+
+    def build():
+        return Regularizer(three(), l1=lambda step: 1 + step)
+
+    regularizer = build()
+    regularizer.set_strength(l1=0.25, where="1")
+    other = build()
+    other.load_state_dict(regularizer.state_dict())
+    assert other.state_dict() == regularizer.state_dict()
+    other.advance()
+    assert strengths_of(other) == {"0": (2, 0, 0), "1": (0.25, 0, 0), "2": (2, 0, 0)}
