@@ -193,6 +193,42 @@ def test_parts_come_together():
     assert_same_bits([value], [torch.tensor(1 + 1 / 3, dtype=torch.float64)])
 
 
+def test_gradients_accumulate_in_parts(monkeypatch):
+    """Each part gets its own gradients, modes and strengths; the fresh ones come back in the order of the list."""
+    devices = ("cpu", "meta", "cpu", "meta")
+    params = [torch.empty(i + 1, device=device) for i, device in enumerate(devices)]
+    grads = [torch.empty(2, device="meta"), torch.empty(3)]
+    checked, calls = [], []
+
+    def operator(part, own_grads, modes, scale, scale_tensor, *strengths):
+        calls.append((part[0].device.type, own_grads, modes, scale, scale_tensor, Strengths(*strengths).l1))
+        value = torch.tensor(1.0 if part[0].is_cpu else 1 / 3, dtype=torch.float64)
+        return value, [p + 0 for p, mode in zip(part, modes, strict=True) if mode == 1]
+
+    monkeypatch.setattr(_ops, "accumulate_grad_", operator)
+    monkeypatch.setattr(_ops, "check_accumulation", lambda *lists: checked.append((lists, len(calls))))
+    strengths = Strengths((0.1, 0.2, 0.3, 0.4))
+    value, fresh = _devices.accumulate_grad_(params, grads, [1, 2, 2, 1], 0.5, None, *strengths)
+    assert checked == [((params, grads, [1, 2, 2, 1]), 0)]  # the whole list, before anything is written
+    assert calls == [
+        ("cpu", [grads[1]], [1, 2, 0], 0.5, None, (0.1, 0.3, 0.1)),
+        ("meta", [grads[0]], [2, 1, 0], 0.5, None, (0.2, 0.4, 0.2)),
+    ]
+    assert_same_bits([value], [torch.tensor(4 / 3)])
+    assert [(f.numel(), f.device.type) for f in fresh] == [(1, "cpu"), (4, "meta")]
+
+
+def test_proximal_steps_in_parts(monkeypatch):
+    params = [torch.empty(i + 1, device=device) for i, device in enumerate(("cpu", "meta", "cpu"))]
+    checked, calls = [], []
+    monkeypatch.setattr(_ops, "prox_", lambda part, *rest: calls.append(([p.numel() for p in part], *rest)))
+    monkeypatch.setattr(_ops, "check_writable", lambda whole: checked.append((whole, len(calls))))
+    strengths = Strengths(l2_norm=(0.5,), rows=True)
+    _devices.prox_(params, (0.1, 0.2, 0.3), None, *strengths)
+    assert checked == [(params, 0)]
+    assert calls == [([1, 3, 0], (0.1, 0.3, 0.1), None, *strengths), ([2, 0], (0.2, 0.2), None, *strengths)]
+
+
 def test_strengths_of_a_part():
     l1 = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
     strengths = Strengths((), (0.5, 0.25, 0.125), l1_tensor=l1)
