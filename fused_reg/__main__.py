@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,20 +46,36 @@ def _sample(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 
 def _failures(dtype: torch.dtype, device: torch.device) -> list[str]:
     params = _sample(dtype, device)
+    host = [p.cpu() for p in params]
     l1, l2 = 0.25, [0.5, 1.0, 0.0, 0.125, 0.03125]
     value, grads = fused_reg.value_and_grad(params, l1, l2)
-    expected, expected_grads = reference.value_and_grad([p.cpu() for p in params], l1, l2)
+    expected, expected_grads = reference.value_and_grad(host, l1, l2)
+    norms, expected_norms = (f(p, l2_norm=0.5, group="row") for f, p in _pairs("fused_penalty", params, host))
 
     failures = []
-    error = ((value.cpu() - expected).abs() / expected).item()
-    if not error <= _VALUE_TOLERANCE[value.dtype]:
-        failures.append(f"value {value.item()!r}, expected {expected.item()!r}")
-    for i, (grad, expected_grad) in enumerate(zip(grads, expected_grads, strict=True)):
-        # The strengths are powers of two: three roundings at the most, of the sum of two terms.
-        tolerance = 2 * torch.finfo(dtype).eps * expected_grad.double().abs() + torch.finfo(dtype).tiny
-        wrong = ~((grad.cpu().double() - expected_grad.double()).abs() <= tolerance)
+    for name, got, want in (("value", value, expected), ("value with l2_norm", norms, expected_norms)):
+        error = ((got.cpu() - want).abs() / want).item()
+        if not error <= _VALUE_TOLERANCE[value.dtype]:
+            failures.append(f"{name} {got.item()!r}, expected {want.item()!r}")
+    failures += _differences("gradient", grads, expected_grads)
+    for function, given in _pairs("prox_", params, host):
+        function(given, l1, l2, step=0.5)
+    return failures + _differences("proximal step", params, host)
+
+
+def _pairs(name: str, params: list[Tensor], host: list[Tensor]) -> list[tuple[Callable[..., Any], list[Tensor]]]:
+    """A function and its reference, each with its list."""
+    return [(getattr(fused_reg, name), params), (getattr(reference, name), host)]
+
+
+def _differences(what: str, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> list[str]:
+    failures = []
+    for i, (got, want) in enumerate(zip(tensors, expected, strict=True)):
+        # The strengths are powers of two: three roundings at the most.
+        tolerance = 2 * torch.finfo(got.dtype).eps * want.double().abs() + torch.finfo(got.dtype).tiny
+        wrong = ~((got.cpu().double() - want.double()).abs() <= tolerance)
         if wrong.any():
-            failures.append(f"gradient of params[{i}] is wrong in {int(wrong.sum())} of {wrong.numel()} elements")
+            failures.append(f"{what} of params[{i}] is wrong in {int(wrong.sum())} of {wrong.numel()} elements")
     return failures
 
 
