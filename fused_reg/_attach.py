@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterator
 from itertools import compress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,13 +15,28 @@ from torch.optim import Optimizer
 
 from fused_reg._parts import Part
 from fused_reg._strengths import identity, is_absent
-from fused_reg._table import Entry
-
-if TYPE_CHECKING:
-    from fused_reg.regularizer import Regularizer
+from fused_reg._table import Entry, Table
 
 #: The gradient before the step, or the proximal step after it.
 Mode = Literal["grad", "prox"]
+
+
+class Attachments:
+    """Those of a regularizer, in their order. They are kept alive by the optimizers' hooks, not from here."""
+
+    def __init__(self) -> None:
+        self._refs: list[weakref.ref[Attachment]] = []
+
+    def __iter__(self) -> Iterator[Attachment]:
+        """Those that are active."""
+        return (a for ref in self._refs if (a := ref()) is not None and a.is_active)
+
+    def add(self, table: Table, optimizer: Optimizer, mode: Mode) -> Attachment:
+        if any(a.optimizer is optimizer for a in self):
+            raise ValueError("attach: optimizer must be attached once, got one that is attached already")
+        attachment = Attachment(table, self, optimizer, mode)
+        self._refs = [weakref.ref(a) for a in (*self, attachment)]
+        return attachment
 
 
 class Attachment:
@@ -29,8 +45,9 @@ class Attachment:
     The optimizer's hooks keep it alive. It keeps no optimizer alive.
     """
 
-    def __init__(self, regularizer: Regularizer, optimizer: Optimizer, mode: Mode) -> None:
-        self._regularizer = regularizer
+    def __init__(self, table: Table, all_of_them: Attachments, optimizer: Optimizer, mode: Mode) -> None:
+        self._table = table
+        self._all = all_of_them
         self._optimizer = weakref.ref(optimizer)
         self._mode = mode
         self._layout: list[tuple[int, bool]] = []  # of the optimizer's groups, when `_follow` last looked
@@ -116,8 +133,8 @@ class Attachment:
         if self._mode == "prox":
             self._follow(optimizer)
             self._parts[0][1].prox_(self._steps(optimizer))
-        if self._regularizer._is_counted_by(self) and not self._is_captured():
-            self._regularizer.advance()
+        if next(iter(self._all)) is self and not self._is_captured():  # several optimizers count once
+            self._table.advance()
 
     def _is_captured(self) -> bool:
         """In a CUDA graph, which would fill in this step's strengths at every replay. The user advances after each."""
@@ -143,10 +160,10 @@ class Attachment:
         if layout == self._layout:
             return
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        entries = [e for e in self._regularizer._table.entries if id(e.param) in group_of]
+        entries = [e for e in self._table.entries if id(e.param) in group_of]
         if not entries:
             raise ValueError("attach: optimizer must hold a parameter of the regularizer, got one that holds none")
-        elsewhere = self._regularizer._held_by_others(self)
+        elsewhere = set().union(*(a.holds() for a in self._all if a is not self))
         for entry in entries:
             if id(entry.param) in elsewhere:
                 raise ValueError(
@@ -164,11 +181,10 @@ class Attachment:
 
     def _split(self, entries: list[Entry], maximized: list[bool]) -> list[tuple[float, Part]]:
         """A gradient that the optimizer will negate (``maximize=True``) is subtracted: a penalty always shrinks."""
-        table = self._regularizer._table
         if self._mode == "prox" or not any(maximized):
-            return [(1.0, Part(table, entries))]
+            return [(1.0, Part(self._table, entries))]
         signed = [(1.0, [not m for m in maximized]), (-1.0, maximized)]
-        return [(sign, Part(table, list(compress(entries, chosen)))) for sign, chosen in signed if any(chosen)]
+        return [(sign, Part(self._table, list(compress(entries, chosen)))) for sign, chosen in signed if any(chosen)]
 
     def _warn_of_weight_decay(self, optimizer: Optimizer, entries: list[Entry]) -> None:
         for entry, i in zip(entries, self._group_of, strict=True):
@@ -181,5 +197,5 @@ class Attachment:
                     f"attach: L2 counts twice for {entry.name!r}: l2 of the regularizer, and weight_decay={decay} in "
                     f"the optimizer's group {i}; set one of them to 0",
                     UserWarning,
-                    stacklevel=5,
+                    stacklevel=6,
                 )

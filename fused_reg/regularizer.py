@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 
 from fused_reg._adjustable import Adjustable
 from fused_reg._arguments import Group
-from fused_reg._attach import Attachment, Mode
+from fused_reg._attach import Attachment, Attachments, Mode
 from fused_reg._parts import Part
 from fused_reg._report import Report, report_of, summary_of
 from fused_reg._selection import Choice, as_patterns, as_rules, candidates_of
@@ -114,7 +113,7 @@ class Regularizer(Adjustable):
         }
         self._table = Table(choice.of(candidates_of(params)))
         self._whole = Part(self._table, self._table.entries)
-        self._attachments: list[weakref.ref[Attachment]] = []
+        self._attachments = Attachments()
 
     def __call__(self) -> Tensor:
         """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
@@ -199,21 +198,7 @@ class Regularizer(Adjustable):
             raise TypeError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if mode not in ("grad", "prox"):
             raise ValueError(f'attach: mode must be "grad" or "prox", got {mode!r}')
-        if any(a.optimizer is optimizer for a in self._active_attachments()):
-            raise ValueError("attach: optimizer must be attached once, got one that is attached already")
-        attachment = Attachment(self, optimizer, mode)
-        self._attachments = [weakref.ref(a) for a in (*self._active_attachments(), attachment)]
-        return attachment
-
-    def _active_attachments(self) -> list[Attachment]:
-        return [a for ref in self._attachments if (a := ref()) is not None and a.is_active]
-
-    def _held_by_others(self, attachment: Attachment) -> set[int]:
-        others = (a.holds() for a in self._active_attachments() if a is not attachment)
-        return set().union(*others)
-
-    def _is_counted_by(self, attachment: Attachment) -> bool:
-        return next(iter(self._active_attachments()), None) is attachment
+        return self._attachments.add(self._table, optimizer, mode)
 
     def report(self) -> Report:
         """The penalty, norm and exact zeros of every parameter and strength group, in a few launches and one transfer.
@@ -257,4 +242,4 @@ class Regularizer(Adjustable):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._config, self._table = state["config"], state["table"]
         self._whole = Part(self._table, self._table.entries)
-        self._attachments = []
+        self._attachments = Attachments()
