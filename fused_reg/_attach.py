@@ -100,6 +100,7 @@ class Attachment:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._mode == "prox":
+            self._follow(optimizer)
             return None
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves scaled gradients to fused optimizers
         if scale is None:
@@ -131,7 +132,6 @@ class Attachment:
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._mode == "prox":
-            self._follow(optimizer)
             self._parts[0][1].prox_(self._steps(optimizer))
         if next(iter(self._all)) is self and not self._is_captured():  # several optimizers count once
             self._table.advance()

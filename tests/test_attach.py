@@ -243,6 +243,22 @@ def test_parameters_that_an_optimizer_gets_later():
     torch.testing.assert_close([p.detach() for p in params[:4]], before)
 
 
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_a_parameter_that_a_second_optimizer_gets_later(mode):
+    """The error comes before the step."""
+    net = make()
+    first, second = torch.optim.SGD([net.weight], lr=0.1), torch.optim.SGD([net.bias], lr=0.1)
+    regularizer = Regularizer(net, l1=0.5)
+    regularizer.attach(first)
+    regularizer.attach(second, mode)
+    second.add_param_group({"params": [net.weight]})
+    net.weight.grad = torch.ones(5, 7)
+    before = net.weight.detach().clone()
+    with pytest.raises(ValueError, match="another attachment handles 'weight' already"):
+        second.step()
+    assert_same_bits([net.weight.detach()], [before])
+
+
 def test_freezing_is_followed():
     net = make()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
