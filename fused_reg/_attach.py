@@ -98,6 +98,7 @@ class Attachment:
         """The identities of the parameters that it handles."""
         return {id(entry.param) for _, part in self._parts for entry in part.entries}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step calls the hooks as they are
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._mode == "prox":
             self._follow(optimizer)
@@ -130,6 +131,7 @@ class Attachment:
         self._value = sum(values[1:], values[0])
         return sign * values[0] + sum(sign * value for (sign, _), value in zip(more, values[1:], strict=True))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._mode == "prox":
             self._parts[0][1].prox_(self._steps(optimizer))

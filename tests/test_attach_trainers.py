@@ -123,6 +123,23 @@ def test_grad_scaler_and_prox(fused, rates, device):
         torch.testing.assert_close([p.detach() for p in params], before, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it traces
+def test_a_compiled_step(mode):
+    def run(compiled):
+        net = make()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        Regularizer(net, l1=lambda step: 0.01 * (1 + step), l2=0.01).attach(optimizer, mode)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss_of(net).backward()
+            step()
+        return [p.detach() for p in net.parameters()]
+
+    torch.testing.assert_close(run(True), run(False))
+
+
 def test_clipping_comes_first():
     """The gradient of the loss is clipped, that of the penalty is added whole."""
     net = make()
