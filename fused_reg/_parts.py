@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_reg._arguments import Group
+from fused_reg._arguments import Group, Strengths, as_scale, as_step, as_strengths
 from fused_reg._strengths import Column, is_absent
 from fused_reg._table import Entry, Table
 from fused_reg.functional import fused_penalty
-from fused_reg.in_place import accumulate_grad_, prox_
+from fused_reg.in_place import accumulate, shrink
 
 
 class _Call:
@@ -19,25 +19,30 @@ class _Call:
 
     def __init__(self, entries: Sequence[Entry], places: list[int], group: Group) -> None:
         own = [entries[i] for i in places]
-        self.places = places
-        self.params = [entry.param for entry in own]
-        self.group: Group = group
-        self.l1 = Column(entry.l1 for entry in own)
-        self.l2 = Column(entry.l2 for entry in own)
-        self.l2_norm = Column(entry.l2_norm for entry in own)
+        self._places = places
+        self._params = [entry.param for entry in own]
+        self._group: Group = group
+        self._columns = [Column(strengths) for strengths in zip(*(entry.strengths for entry in own), strict=True)]
+        self._fixed = self._as_strengths() if all(column.is_fixed for column in self._columns) else None
+
+    def _as_strengths(self) -> Strengths:
+        l1, l2, l2_norm = (column.get() for column in self._columns)
+        return as_strengths("Regularizer", l1, l2, l2_norm, self._group, len(self._params))
+
+    def _strengths(self) -> Strengths:
+        return self._fixed or self._as_strengths()
 
     def penalty(self) -> Tensor:
-        return fused_penalty(self.params, self.l1.get(), self.l2.get(), l2_norm=self.l2_norm.get(), group=self.group)
+        l1, l2, l2_norm = (column.get() for column in self._columns)
+        return fused_penalty(self._params, l1, l2, l2_norm=l2_norm, group=self._group)
 
     def accumulate_grad_(self, scale: float | Tensor) -> Tensor:
-        return accumulate_grad_(
-            self.params, self.l1.get(), self.l2.get(), l2_norm=self.l2_norm.get(), group=self.group, scale=scale
-        )
+        return accumulate("accumulate_grad_", self._params, self._strengths(), as_scale("accumulate_grad_", scale))
 
     def prox_(self, step: float | Tensor | Sequence[float | Tensor]) -> None:
         if isinstance(step, Sequence):
-            step = Column(step[i] for i in self.places).get()
-        prox_(self.params, self.l1.get(), self.l2.get(), l2_norm=self.l2_norm.get(), group=self.group, step=step)
+            step = Column(step[i] for i in self._places).get()
+        shrink("prox_", self._params, self._strengths(), as_step("prox_", step, len(self._params)))
 
 
 class Part:

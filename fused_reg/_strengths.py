@@ -152,6 +152,11 @@ class Column:
         tensor = tensor_of(strength)
         return torch.full((), number(strength), dtype=torch.float64, device=self._device) if tensor is None else tensor
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether `get` gives the same object at every call."""
+        return self._fixed is not None
+
     def get(self) -> float | Tensor:
         if self._fixed is not None:
             return self._fixed
