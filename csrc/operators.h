@@ -36,7 +36,9 @@ struct Operators {
   }
 
   static std::tuple<Value, at::Tensor> penalty_and_norms(at::TensorList params, FUSED_REG_STRENGTHS) {
-    return ListPass(params, all_of(params.size()), FUSED_REG_STRENGTH_ARGS).run_group_penalty();
+    ListPass pass(params, all_of(params.size()), FUSED_REG_STRENGTH_ARGS);
+    TORCH_CHECK_VALUE(pass.has_norms(), "l2_norm must be given");
+    return pass.run_group_penalty();
   }
 
   static std::tuple<Value, Tensors> penalty_and_grad(at::TensorList params, const c10::List<bool>& needs_grad,
@@ -63,6 +65,7 @@ struct Operators {
   static Tensors penalty_grad(const at::Tensor& upstream, at::TensorList params, const c10::List<bool>& needs_grad,
                               const OptionalTensor& norms, at::IntArrayRef first_groups, FUSED_REG_STRENGTHS) {
     ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_STRENGTH_ARGS);
+    check_number("upstream", {0, upstream}, params[0].device());
     Tensors grads;
     grads.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
@@ -70,12 +73,7 @@ struct Operators {
       pass.write_grad(t, grads.back());
     }
     if (pass.has_norms()) {
-      check_first_groups(first_groups.size(), params.size());
-      int64_t groups = 0;
-      for (const auto t : c10::irange(params.size())) {
-        groups = std::max(groups, first_groups[t] + groups_of(params[t], rows));
-      }
-      check_norms(norms, groups);
+      check_norms(norms, first_groups, params, rows);
     }
     pass.run_gradient({0, upstream}, norms, first_groups, /*keep_if_one=*/false);
     for (const auto t : c10::irange(params.size())) {
@@ -87,6 +85,7 @@ struct Operators {
   static void rescale_grad_(const at::Tensor& upstream, at::TensorList params, at::TensorList grads,
                             const c10::List<bool>& needs_grad, FUSED_REG_STRENGTHS) {
     ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_STRENGTH_ARGS);
+    check_number("upstream", {0, upstream}, params[0].device());
     check_grads(grads.size(), params.size());
     for (const auto t : c10::irange(params.size())) {
       pass.write_grad(t, grads[t]);
@@ -98,6 +97,7 @@ struct Operators {
                                                      double scale, const OptionalTensor& scale_tensor,
                                                      FUSED_REG_STRENGTHS) {
     check_params(params);
+    check_number("scale", {scale, scale_tensor}, params[0].device());
     const std::vector<size_t> places = check_accumulation(params, grads, modes);
     // What the kernels read and write: pairs of one layout and dtype, copies where a gradient has another than its
     // parameter. A wider dtype holds the parameter exactly.
@@ -137,6 +137,7 @@ struct Operators {
 
   static void prox_(at::TensorList params, Floats step, const OptionalTensor& step_tensor, FUSED_REG_STRENGTHS) {
     check_params(params);
+    check_number_device("step", step_tensor, params[0].device());
     check_writable(params);
     const Selection all = all_of(params.size());
     ListPass pass(params, all, FUSED_REG_STRENGTH_ARGS);

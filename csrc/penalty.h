@@ -22,7 +22,7 @@
 namespace fused_reg {
 
 // The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN.
-enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kL1L2Norm = kL1L2 | kNorm };
+enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4 };
 
 FUSED_REG_INLINE Terms terms_of(double l1, double l2) {
   return static_cast<Terms>((l1 != 0 ? kL1 : kNone) | (l2 != 0 ? kL2 : kNone));
@@ -117,7 +117,10 @@ FUSED_REG_INLINE int rescue_exponent(double sum) {
   return sum < 0x1p-900 ? -kRescueExponent : 0;
 }
 
-FUSED_REG_INLINE double norm_of(const Squares& squares) { return std::ldexp(std::sqrt(squares.sum), squares.exponent); }
+// NaN has one form.
+FUSED_REG_INLINE double norm_of(const Squares& squares) {
+  return squares.sum == squares.sum ? std::ldexp(std::sqrt(squares.sum), squares.exponent) : static_cast<double>(NAN);
+}
 
 // strength * the sum of squares, and strength * its root, without an overflow on the way.
 FUSED_REG_INLINE double l2_penalty(double strength, const Squares& squares) {

@@ -31,6 +31,20 @@ struct NumberArg {
   OptionalTensor tensor;
 };
 
+// A tensor may have brought a call to a backend whose parameters are elsewhere.
+inline void check_list(at::TensorList params, const StrengthArgs& strengths) {
+  check_params(params);
+  for (const StrengthArg* const strength : {&strengths.l1, &strengths.l2, &strengths.l2_norm}) {
+    check_number_device("strengths", strength->tensor, params[0].device());
+  }
+}
+
+inline void check_number(const char* name, const NumberArg& number, at::Device params) {
+  check_number_device(name, number.tensor, params);
+  TORCH_CHECK_VALUE(!number.tensor.has_value() || number.tensor->numel() == 1, name, " must be one number, got ",
+                    number.tensor->numel());
+}
+
 inline const OptionalTensor kNoTensor;
 
 // Which parameters of a list an operator is given: all, or those that need a gradient. Strengths are those of the list.

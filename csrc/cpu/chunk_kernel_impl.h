@@ -47,7 +47,9 @@ struct Kernel {
   using Storage = typename E::Storage;
   using Scalar = typename E::Scalar;
   using Factor = decltype(broadcast<Scalar>(0));
-  using MultiplyAdd = std::conditional_t<dtype == Dtype::kFloat64, TwoRoundings, OneRounding>;
+  // The square of soft(w) in float64 is not exact.
+  using MultiplyAdd =
+      std::conditional_t<dtype == Dtype::kFloat64 || pass == Pass::kSoftSquares, TwoRoundings, OneRounding>;
 
   Factor c1, c2, norm_scale, norm_factor, threshold, shrinkage;
   Double l1_scale, l2_scale, sum_threshold;
@@ -160,10 +162,11 @@ struct Kernel {
       if (rows > 0) {
         kernel.block(b++, param + i, out + i, rows);
       }
-    } else {  // the last row padded with zeros: they add nothing to a sum
+    } else {  // the last row padded with what adds nothing to a sum: zeros, or where these are counted, other bytes
+      constexpr int kPadding = pass == Pass::kZeros ? 1 : 0;
       Storage padded[kBlock], padded_out[kBlock];
       std::memcpy(padded, param + i, count * sizeof(Storage));
-      std::memset(padded + count, 0, (rows * kLanes - count) * sizeof(Storage));
+      std::memset(padded + count, kPadding, (rows * kLanes - count) * sizeof(Storage));
       if constexpr (reads_out(pass)) {
         std::memcpy(padded_out, out + i, count * sizeof(Storage));
         std::memset(padded_out + count, 0, (rows * kLanes - count) * sizeof(Storage));
@@ -191,13 +194,23 @@ ChunkSums run_terms(const ChunkTask& task) {
       return Kernel<dtype, kL2, pass>::run(task);
     case kL1L2:
       return Kernel<dtype, kL1L2, pass>::run(task);
-    default:  // with kNorm: the factor of an absent term is 0
+    default:
       break;
   }
   if constexpr (sums_in(pass)) {  // the norm comes from the sum of squares
     return {};
+  } else {
+    switch (task.terms & kL1L2) {
+      case kNone:
+        return Kernel<dtype, kNorm, pass>::run(task);
+      case kL1:
+        return Kernel<dtype, kNorm | kL1, pass>::run(task);
+      case kL2:
+        return Kernel<dtype, kNorm | kL2, pass>::run(task);
+      default:
+        return Kernel<dtype, kNorm | kL1L2, pass>::run(task);
+    }
   }
-  return Kernel<dtype, kL1L2Norm, pass>::run(task);
 }
 
 template <Dtype dtype>

@@ -21,7 +21,7 @@ namespace fused_reg {
 class ListPass {
  public:
   ListPass(at::TensorList params, const Selection& selection, const StrengthArgs& strengths)
-      : strengths_((check_params(params), strengths), selection), has_norms_(strengths.l2_norm.is_given()) {
+      : strengths_((check_list(params, strengths), strengths), selection), has_norms_(strengths.l2_norm.is_given()) {
     const bool rows = has_norms_ && strengths.rows;
     dense_.reserve(params.size());
     tasks_.reserve(params.size());
@@ -120,8 +120,10 @@ class ListPass {
       if (task.pass == Pass::kSums) {
         return;
       }
-      task.terms = static_cast<Terms>(task.terms | kNorm);
-      task.norm = norm_gradient_of(t, factor, all[first_groups[t] + chunk.group - plan_.first_group(t)]);
+      if (strengths_.l2_norm[t] != 0) {
+        task.terms = static_cast<Terms>(task.terms | kNorm);
+        task.norm = norm_gradient_of(t, factor, all[first_groups[t] + chunk.group - plan_.first_group(t)]);
+      }
       kernel_(task);
     });
   }
@@ -129,10 +131,12 @@ class ListPass {
   // The proximal operator, in place, on dense().
   void run_prox(const StrengthArg& step, const Selection& selection) {
     const Strength steps(step, selection);
+    for (const auto t : c10::irange(tasks_.size())) {
+      tasks_[t].param = tasks_[t].out = dense_[t].mutable_data_ptr();
+    }
     const auto set_threshold = [&](Pass pass) {
       for (const auto t : c10::irange(tasks_.size())) {
         tasks_[t].pass = pass;
-        tasks_[t].out = const_cast<void*>(tasks_[t].param);
         tasks_[t].threshold = rounded(t, steps[t] * strengths_.l1[t]);
         tasks_[t].shrinkage = rounded(t, shrinkage(strengths_.l2[t], 0, steps[t], 0));
         tasks_[t].l2_scale = 1;
@@ -290,9 +294,6 @@ class ListPass {
 
   NormGradient<double> norm_gradient_of(size_t t, double upstream, double norm) const {
     const double strength = strengths_.l2_norm[t];
-    if (strength == 0) {
-      return {1, 0};
-    }
     if (is_float64(t)) {
       return norm_gradient<double>(upstream, strength, norm);
     }

@@ -7,14 +7,26 @@
 
 namespace fused_reg::cuda {
 
-enum class Kernel { kPenalty, kGradient };
+enum class Kernel {
+  // Whose rows of strengths are kTermStrengths long:
+  kPenalty,     // and gradients, written
+  kAccumulate,  // the same, times the factor, or added
+  kGradient,    // times the factor
+  // kAllStrengths:
+  kSums,          // Call.sums
+  kNormGradient,  // of the terms and of the norms, times the factor, written or added
+  kProx,          // in place
+};
+
+constexpr int strengths_of(Kernel kernel) { return kernel < Kernel::kSums ? kTermStrengths : kAllStrengths; }
 
 // One launch on the current device. A table of more than kLargeTable bytes must lie in device memory; a shorter one
 // lies on the host, and is free once this returns.
 cudaError_t launch(Kernel kernel, const Call& call, const void* table, size_t table_bytes, cudaStream_t stream);
 
-// The sums of terms of every tensor into out [call.tensors], on the device, by way of call.chunk_sums.
-cudaError_t launch_term_sums(const Call& call, const void* device_table, ChunkSums* out, cudaStream_t stream);
+// The sums of every tensor into out [call.tensors], on the device, by way of call.chunk_sums: of Sums::kTerms as
+// ChunkSums, of Sums::kZeros as int64.
+cudaError_t launch_tensor_sums(const Call& call, const void* device_table, void* out, cudaStream_t stream);
 
 // Copies a table to device memory by launches alone, so that a graph can capture it.
 cudaError_t upload(void* to, const void* table, size_t table_bytes, cudaStream_t stream);

@@ -2,8 +2,8 @@
 #include <algorithm>
 
 #include "../build_info.h"
+#include "group_kernels.cuh"
 #include "kernels.h"
-#include "penalty_kernels.cuh"
 
 namespace fused_reg::cuda {
 
@@ -30,14 +30,33 @@ cudaError_t resident_ctas(uint32_t work, uint32_t* ctas) {
 }
 
 template <class Table>
-cudaError_t launch_table(Kernel kernel, const Table& table, cudaStream_t stream) {
-  const bool penalty = kernel == Kernel::kPenalty;
-  uint32_t ctas = 0;
-  const cudaError_t error = resident_ctas(penalty ? table.call.runs : table.call.chunks, &ctas);
-  if (error != cudaSuccess) {
-    return error;
+auto kernel_of(Kernel kernel, Sums sums) {
+  switch (kernel) {
+    case Kernel::kPenalty:
+      return penalty_kernel<Table, PenaltyJob>;
+    case Kernel::kAccumulate:
+      return penalty_kernel<Table, AccumulateJob>;
+    case Kernel::kGradient:
+      return gradient_kernel<Table>;
+    case Kernel::kSums:
+      return sums == Sums::kPenalty || sums == Sums::kTerms ? sums_kernel<Table, TermSumsJob>
+                                                            : sums_kernel<Table, OneSumJob>;
+    case Kernel::kNormGradient:
+      return norm_gradient_kernel<Table>;
+    case Kernel::kProx:
+      break;
   }
-  return launch_on(ctas, stream, penalty ? penalty_kernel<Table> : gradient_kernel<Table>, table);
+  return prox_kernel<Table>;
+}
+
+template <class Table>
+cudaError_t launch_table(Kernel kernel, const Table& table, cudaStream_t stream) {
+  const bool by_runs = kernel == Kernel::kPenalty || kernel == Kernel::kAccumulate || kernel == Kernel::kSums;
+  const uint32_t work = by_runs ? table.call.runs : table.call.chunks;
+  const uint32_t teams = strengths_of(kernel) == kTermStrengths ? 1 : kWarps / table.call.team;  // of a CTA
+  uint32_t ctas = 0;
+  const cudaError_t error = resident_ctas((work + teams - 1) / teams, &ctas);
+  return error == cudaSuccess ? launch_on(ctas, stream, kernel_of<Table>(kernel, table.call.sums), table) : error;
 }
 
 template <size_t size>
@@ -67,17 +86,14 @@ cudaError_t launch(Kernel kernel, const Call& call, const void* table, size_t ta
   return launch_table(kernel, DeviceTable{call, static_cast<const unsigned char*>(table)}, stream);
 }
 
-cudaError_t launch_term_sums(const Call& call, const void* device_table, ChunkSums* out, cudaStream_t stream) {
+cudaError_t launch_tensor_sums(const Call& call, const void* device_table, void* out, cudaStream_t stream) {
   const DeviceTable table{call, static_cast<const unsigned char*>(device_table)};
   uint32_t ctas = 0;
   cudaError_t error = resident_ctas((call.tensors + kWarps - 1) / kWarps, &ctas);
   if (error == cudaSuccess && call.chunks > 0) {
-    error = launch_table(Kernel::kPenalty, table, stream);
+    error = launch_table(Kernel::kSums, table, stream);
   }
-  if (error == cudaSuccess) {
-    error = launch_on(ctas, stream, tensor_sums_kernel, table, out);
-  }
-  return error;
+  return error == cudaSuccess ? launch_on(ctas, stream, tensor_sums_kernel, table, out) : error;
 }
 
 cudaError_t upload(void* to, const void* table, size_t table_bytes, cudaStream_t stream) {

@@ -1,7 +1,8 @@
 // A list of tensors as a kernel sees it, and what it shall do with it. Free of torch; host and device.
 //
-// The table is one run of bytes: an Entry for each tensor, then the strengths, one pair for all or one for each. It
-// travels in the kernel's arguments, or lies in device memory if it is longer.
+// The table is one run of bytes: an Entry for each tensor; the strengths, a row of them for all tensors or one for each;
+// and where Call.norms says that there are groups, a GroupInfo for each tensor. It travels in the kernel's arguments, or
+// lies in device memory if it is longer.
 #pragma once
 
 #include <cstddef>
@@ -15,58 +16,84 @@ namespace fused_reg::cuda {
 
 struct Entry {
   const void* param;
-  void* grad;            // as many elements, to be written; null: none
+  void* out;             // as many elements, to be written; null: none
   uint32_t first_chunk;  // of the list's chunks; an empty tensor has the same as the next
-  uint16_t tail;         // elements of the last chunk
+  uint16_t tail;         // elements of the last chunk of every group; the tensor is one if there are none
   Dtype dtype;
-  uint8_t unused;  // tables are compared byte for byte
+  uint8_t adds;  // the gradient is added to out
 };
-static_assert(std::has_unique_object_representations_v<Entry>);
+static_assert(std::has_unique_object_representations_v<Entry>);  // tables are compared byte for byte
 
-// A strength, or the address of one in device memory.
-union StrengthRef {
+// A number, or the address of one in device memory.
+union NumberRef {
   double value;
   const void* address;
 };
 
-struct StrengthPair {
-  StrengthRef l1, l2;
-};
-
-// What a StrengthRef is: the value, or the address of a number of this dtype.
+// What a NumberRef is: the value, or the address of a number of this dtype.
 enum class Source : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kValue };
+
+// A row of strengths begins with these; the kernels of one launch for all take the first two alone.
+enum StrengthColumn { kColumnL1, kColumnL2, kColumnL2Norm, kColumnStep };
+constexpr int kTermStrengths = 2;
+constexpr int kAllStrengths = 4;
+
+// The groups of a tensor, which are of equal size and follow on one another.
+struct GroupInfo {
+  int64_t size;          // elements of each
+  uint32_t first;        // of them, in Call.norms
+  uint32_t first_large;  // of them, among the list's groups of several chunks, if they are such
+};
+static_assert(std::has_unique_object_representations_v<GroupInfo>);
+
+// What sums_kernel sums.
+enum class Sums : uint8_t {
+  kPenalty,      // the terms, for the penalty with norms, and squares for the norms
+  kSoftSquares,  // the squares of soft(w), for their norms
+  kTerms,        // |w| and w^2
+  kZeros,        // how many elements are 0
+};
 
 struct Call {
   uint32_t tensors;
   uint32_t chunks;
-  bool strength_per_tensor;
-  Source l1_source, l2_source;
-
-  // The penalty: written to value by the last of the CTAs, which the ticket finds.
   uint32_t run_length;  // chunks
   uint32_t runs;
-  double* run_sums;  // [runs], scratch
-  void* value;
+
+  bool strength_per_tensor;
+  Source sources[kAllStrengths];
+
+  // What gradients are multiplied by: the upstream gradient, or a scale.
+  Source factor_source;
+  bool keep_if_one;  // the gradients are there already, for a factor of 1
+
   bool value_is_float64;
+  Sums sums;
+  uint8_t team;  // warps that take a chunk together: 1 or kWarps
+  NumberRef factor;
+
+  // The penalty: written to value by the last of the CTAs, which the ticket finds.
+  double* run_sums;  // [runs + large_groups], scratch
+  void* value;
   uint32_t ticket;
 
-  // The sums of terms, instead of the penalty, if not null.
-  ChunkSums* chunk_sums;  // [chunks], scratch
-
-  // The gradient alone.
-  const void* upstream;
-  Source upstream_source;
-  bool keep_if_one;  // the gradients are there already, for an upstream gradient of 1
+  uint32_t large_groups;  // those of several chunks
+  double* norms;          // [groups], of all groups; null: there are no groups
+  union {                 // [chunks], scratch
+    Squares* squares;     // of the chunks of large groups
+    ChunkSums* chunk_sums;
+  };
 };
 
 // nvcc and the C++ compiler agree on the layout.
-static_assert(sizeof(Entry) == 24 && sizeof(StrengthPair) == 16 && sizeof(Call) == 72);
+static_assert(sizeof(Entry) == 24 && sizeof(NumberRef) == 8 && sizeof(GroupInfo) == 16 && sizeof(Call) == 80);
 
 constexpr size_t kArgumentBytes = 32764;  // of a kernel; sm_70 and later
 constexpr size_t kSmallTable = 4096 - sizeof(Call);
 constexpr size_t kLargeTable = (kArgumentBytes - sizeof(Call)) / 8 * 8;
 
 constexpr uint32_t kMaxTickets = 1 << 16;
+constexpr int kWarps = 4;  // of a CTA
 
 // A table in the arguments of the kernel.
 template <size_t size>

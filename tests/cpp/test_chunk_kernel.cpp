@@ -95,7 +95,7 @@ Output run(ChunkKernel kernel, ChunkTask task, const std::vector<char>& param, s
   std::vector<char> memory(offset + bytes), grad(bytes + 2 * kGuardBytes + offset, kGuard);
   std::memcpy(memory.data() + offset, param.data(), bytes);
   task.param = memory.data() + offset;
-  task.grad = grad.data() + kGuardBytes + offset;
+  task.out = grad.data() + kGuardBytes + offset;
   Output out{kernel(task), {}};
   const char* begin = grad.data() + kGuardBytes + offset;
   out.grad.assign(begin, begin + bytes);

@@ -1,0 +1,281 @@
+// How a team of warps reads a chunk, in the order of summation.h; what it does with the elements is a Job's.
+//
+// The warps of a team take blocks of the chunk: every thread loads 16 bytes of a row, the rows of a block one after the
+// other, so that it holds some lanes of the block; shuffles fold 64 lanes to 8; shared memory collects the blocks of the
+// chunk. Memory that is not aligned to 16 bytes, and the last part of a chunk, is read an element at a time, coalesced,
+// in the same order.
+#pragma once
+
+#include "cursor.cuh"
+
+namespace fused_reg::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = kWarp * kWarps;
+constexpr int kCtasPerSm = 4;  // resident: bounds the registers
+constexpr unsigned kAll = 0xffffffff;
+
+// The folded lanes of every block of a chunk.
+struct Blocks {
+  double sums[kBlocks][2][kFoldedLanes];  // of the terms' two sums
+};
+
+// The warps that take a chunk together: all of a CTA.
+struct WholeCta {
+  __device__ int warps() const { return kWarps; }
+  __device__ int warp() const { return threadIdx.x / kWarp; }
+};
+
+// The same, or every warp for itself: where chunks are short, as rows are.
+class Team {
+ public:
+  __device__ explicit Team(int warps) : warps_(warps) {}
+  __device__ int warps() const { return warps_; }
+  __device__ int warp() const { return threadIdx.x / kWarp % warps_; }
+  __device__ bool is_first_thread() const { return warp() == 0 && threadIdx.x % kWarp == 0; }
+
+  // Among those of the grid.
+  __device__ uint32_t index() const { return blockIdx.x * (kWarps / warps_) + threadIdx.x / kWarp / warps_; }
+  __device__ uint32_t count() const { return gridDim.x * (kWarps / warps_); }
+
+  __device__ void sync() const {
+    if (warps_ == 1) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+
+ private:
+  int warps_;
+};
+
+// The halving tree over lanes that neighbouring threads hold, `count` each: thread i has the lanes from i * count on.
+// Two threads whose indices differ in a bit add their lanes, and each keeps half of the sums; once a thread has one
+// sum, both keep the same. The bits go from `mask` down to `last`.
+template <int count, int mask, int last>
+struct Fold {
+  static constexpr int kKept = count > 1 ? count / 2 : 1;
+  using Next = Fold<kKept, mask / 2, last>;
+
+  static __device__ __forceinline__ double sum(const double (&x)[count], int thread) {
+    double kept[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const bool upper = count > 1 && (thread & mask) != 0;
+      const double mine = upper ? x[i + count - kKept] : x[i];
+      const double others = upper ? x[i] : x[i + count - kKept];
+      kept[i] = mine + __shfl_xor_sync(kAll, others, mask);
+    }
+    if constexpr (mask == last) {
+      static_assert(kKept == 1);
+      return kept[0];
+    } else {
+      return Next::sum(kept, thread);
+    }
+  }
+
+  // Which of its lanes a thread ends with, and whether it is the first of those that have it.
+  static __device__ __forceinline__ int lane(int thread) {
+    const int skipped = count > 1 && (thread & mask) != 0 ? kKept : 0;
+    if constexpr (mask == last) {
+      return skipped;
+    } else {
+      return skipped + Next::lane(thread);
+    }
+  }
+  static __device__ __forceinline__ bool is_first(int thread) {
+    const bool first = count > 1 || (thread & mask) == 0;
+    if constexpr (mask == last) {
+      return first;
+    } else {
+      return first && Next::is_first(thread);
+    }
+  }
+};
+
+// A Job has
+//   E           the Element of its dtype
+//   kSums       whether it sums; then add(w, first, second) adds the elements w to two sums each
+//   kWrites     whether it writes where the chunk has an out; then write(w, old, adds, out) gives what
+//   kAdds       whether it may add to what it overwrites: to `old`, if `adds` says that this chunk does
+//   kInPlace    whether it writes to the parameter
+//   kBatch      rows whose loads are in flight together
+//   kUnrolled   batches that the compiler may interleave
+//   padding()   an element that adds nothing to its sums
+template <class Job>
+class ChunkPass {
+  using E = typename Job::E;
+  using Storage = typename E::Storage;
+
+ public:
+  __device__ ChunkPass(const Chunk& chunk, const Job& job)
+      : job_(job),
+        param_(static_cast<const Storage*>(chunk.param)),
+        out_(Job::kWrites ? static_cast<Storage*>(chunk.out) : nullptr),
+        size_(chunk.size),
+        adds_(Job::kAdds && chunk.adds) {}
+
+  template <class AnyTeam>
+  __device__ __forceinline__ void run(Blocks* blocks, const AnyTeam& team) const {
+    const int thread = threadIdx.x % kWarp;
+    const int whole = is_aligned() ? size_ / kBlock : 0;
+    for (int b = team.warp() * kAbreast; b < whole; b += team.warps() * kAbreast) {
+      whole_blocks(blocks, b + thread / kSharers, whole, thread);
+    }
+    for (int b = whole + team.warp(); b * kBlock < size_; b += team.warps()) {
+      any_block(blocks, b, thread);
+    }
+  }
+
+ private:
+  static constexpr int kVector = 16 / sizeof(Storage);  // elements that a thread loads at a time
+  static constexpr int kSharers = kLanes / kVector;     // threads that share a row
+  static constexpr int kAbreast = kWarp / kSharers;     // blocks that a warp takes side by side
+  static constexpr int kBatch = Job::kBatch;
+
+  struct Vector {
+    Storage e[kVector];
+  };
+
+  __device__ bool is_aligned() const {
+    return (reinterpret_cast<uintptr_t>(param_) | reinterpret_cast<uintptr_t>(out_)) % 16 == 0;
+  }
+
+  template <class T>
+  static __device__ __forceinline__ T load(const T* p) {
+    return Job::kInPlace ? *p : __ldg(p);
+  }
+
+  __device__ __forceinline__ void whole_blocks(Blocks* blocks, int b, int end, int thread) const {
+    double first_sums[kVector] = {}, second_sums[kVector] = {};
+    const int sharer = thread % kSharers;
+    if (b < end) {
+      const int begin = b * kBlock + sharer * kVector;
+#pragma unroll Job::kUnrolled
+      for (int first = 0; first < kRows; first += kBatch) {
+        uint4 rows[kBatch], olds[Job::kAdds ? kBatch : 1];
+#pragma unroll
+        for (int r = 0; r < kBatch; ++r) {
+          const int i = begin + (first + r) * kLanes;
+          rows[r] = load(reinterpret_cast<const uint4*>(param_ + i));
+          if constexpr (Job::kAdds) {
+            olds[r] = adds_ ? *reinterpret_cast<const uint4*>(out_ + i) : uint4{};
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kBatch; ++r) {
+          const Vector w = bits_as<Vector>(rows[r]);
+          if constexpr (Job::kSums) {
+            job_.add(w.e, first_sums, second_sums);
+          }
+          if constexpr (Job::kWrites) {
+            if (out_ != nullptr) {
+              const Vector old = Job::kAdds ? bits_as<Vector>(olds[Job::kAdds ? r : 0]) : w;
+              Vector out;
+              job_.write(w.e, old.e, adds_, out.e);
+              *reinterpret_cast<uint4*>(out_ + begin + (first + r) * kLanes) = bits_as<uint4>(out);
+            }
+          }
+        }
+      }
+    }
+    if constexpr (Job::kSums) {
+      using ToFolded = Fold<kVector, kSharers / 2, kSharers / 8>;
+      const double first_sum = ToFolded::sum(first_sums, sharer), second_sum = ToFolded::sum(second_sums, sharer);
+      if (b < end && ToFolded::is_first(sharer)) {
+        store(blocks, b, sharer * kVector + ToFolded::lane(sharer), first_sum, second_sum);
+      }
+    }
+  }
+
+  // A block that may end anywhere, at any address: a thread has two lanes.
+  __device__ __forceinline__ void any_block(Blocks* blocks, int b, int thread) const {
+    double first_sums[2][1] = {}, second_sums[2][1] = {};
+    const int begin = b * kBlock + thread;
+#pragma unroll 1
+    for (int first = 0; first < kRows; first += kBatch) {
+      if (b * kBlock + first * kLanes >= size_) {
+        break;
+      }
+      Storage rows[kBatch][2][1], olds[Job::kAdds ? kBatch : 1][2][1];
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r) {
+        for (int half = 0; half < 2; ++half) {
+          const int i = begin + (first + r) * kLanes + half * kWarp;
+          rows[r][half][0] = i < size_ ? load(param_ + i) : job_.padding();
+          if constexpr (Job::kAdds) {
+            olds[r][half][0] = adds_ && i < size_ ? out_[i] : Storage{};
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kBatch; ++r) {
+        for (int half = 0; half < 2; ++half) {
+          const int i = begin + (first + r) * kLanes + half * kWarp;
+          if constexpr (Job::kSums) {
+            job_.add(rows[r][half], first_sums[half], second_sums[half]);
+          }
+          if constexpr (Job::kWrites) {
+            if (out_ != nullptr && i < size_) {
+              Storage out[1] = {};
+              job_.write(rows[r][half], olds[Job::kAdds ? r : 0][half], adds_, out);
+              out_[i] = out[0];
+            }
+          }
+        }
+      }
+    }
+    if constexpr (Job::kSums) {
+      using ToFolded = Fold<1, kWarp / 2, kFoldedLanes>;
+      const double first_sum = ToFolded::sum({first_sums[0][0] + first_sums[1][0]}, thread);
+      const double second_sum = ToFolded::sum({second_sums[0][0] + second_sums[1][0]}, thread);
+      if (ToFolded::is_first(thread)) {
+        store(blocks, b, thread, first_sum, second_sum);
+      }
+    }
+  }
+
+  static __device__ void store(Blocks* blocks, int b, int lane, double first_sum, double second_sum) {
+    blocks->sums[b][0][lane % kFoldedLanes] = first_sum;
+    blocks->sums[b][1][lane % kFoldedLanes] = second_sum;
+  }
+
+  const Job job_;
+  const Storage* param_;
+  Storage* out_;
+  int size_;
+  bool adds_;
+};
+
+// The jobs of a chunk: Job<its dtype>, made of the chunk and the arguments.
+template <template <Dtype> class Job, class AnyChunk, class AnyTeam, class... Arguments>
+__device__ __forceinline__ void run_chunk(const AnyChunk& chunk, Blocks* blocks, const AnyTeam& team,
+                                          Arguments... arguments) {
+  switch (chunk.dtype) {
+    case Dtype::kFloat32:
+      return ChunkPass(chunk, Job<Dtype::kFloat32>(chunk, arguments...)).run(blocks, team);
+    case Dtype::kFloat64:
+      return ChunkPass(chunk, Job<Dtype::kFloat64>(chunk, arguments...)).run(blocks, team);
+    case Dtype::kBFloat16:
+      return ChunkPass(chunk, Job<Dtype::kBFloat16>(chunk, arguments...)).run(blocks, team);
+    case Dtype::kFloat16:
+      return ChunkPass(chunk, Job<Dtype::kFloat16>(chunk, arguments...)).run(blocks, team);
+  }
+}
+
+// The sums of a chunk, in every thread of a warp: the trees over its blocks and then over the folded lanes.
+__device__ __forceinline__ ChunkSums total(const Blocks& blocks, int count, int thread) {
+  const int lane = thread % kFoldedLanes, term = thread / kFoldedLanes % 2, odd = thread / kFoldedLanes / 2;
+  const auto block = [&](int b) { return b < count ? blocks.sums[b][term][lane] : 0.0; };
+  const auto pair = [&](int b) { return block(b) + block(b + 8); };
+  double x = (pair(odd) + pair(odd + 4)) + (pair(odd + 2) + pair(odd + 6));
+  x = x + __shfl_xor_sync(kAll, x, 16);
+#pragma unroll
+  for (int mask = kFoldedLanes / 2; mask > 0; mask /= 2) {
+    x = x + __shfl_xor_sync(kAll, x, mask);
+  }
+  return {__shfl_sync(kAll, x, 0), __shfl_sync(kAll, x, kFoldedLanes)};
+}
+
+}  // namespace fused_reg::cuda

@@ -1,0 +1,272 @@
+// One pass over a list of CUDA tensors: its table, and the launches.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include <cstring>
+#include <vector>
+
+#include "../checks.h"
+#include "../chunks.h"
+#include "../layout.h"
+#include "../strengths.h"
+#include "check_launch.h"
+#include "kernels.h"
+#include "number_refs.h"
+#include "stream_state.h"
+
+namespace fused_reg::cuda {
+
+// As the CPU's ListPass (cpu/list_pass.h), with the same bits. No number on the device is read by the host.
+class ListPass {
+ public:
+  ListPass(at::TensorList params, const Selection& selection, const StrengthArgs& strengths)
+      : device_((check_list(params, strengths), params[0].device())),
+        guard_(device_),
+        launch_(next_launch()),
+        has_norms_(strengths.l2_norm.is_given()),
+        strengths_{StrengthRefs(strengths.l1, selection, device_), StrengthRefs(strengths.l2, selection, device_),
+                   StrengthRefs(strengths.l2_norm, selection, device_), StrengthRefs()},
+        value_dtype_(value_dtype(params)) {
+    const bool rows = has_norms_ && strengths.rows;
+    dense_.reserve(params.size());
+    std::vector<int64_t> sizes, groups;
+    sizes.reserve(params.size());
+    groups.reserve(params.size());
+    for (const auto t : c10::irange(params.size())) {
+      check_memory(t, params[t]);
+      dense_.push_back(as_run(params[t], rows));
+      sizes.push_back(dense_[t].numel());
+      groups.push_back(has_norms_ ? groups_of(params[t], rows) : 1);
+    }
+    plan_ = ChunkPlan(sizes, groups);
+    TORCH_CHECK_VALUE(plan_.chunks() < int64_t{1} << 31, "params must have less than 2^31 chunks of elements in all");
+    entries_.reserve(params.size());
+    for (const auto t : c10::irange(params.size())) {
+      const int64_t before_last = std::max<int64_t>(plan_.chunks_per_group(t) - 1, 0);
+      Entry e{};
+      e.param = dense_[t].const_data_ptr();
+      e.first_chunk = static_cast<uint32_t>(plan_.first_chunk(t));
+      e.tail = static_cast<uint16_t>(plan_.group_size(t) - before_last * kChunkSize);
+      e.dtype = dtype_of(dense_[t]);
+      entries_.push_back(e);
+    }
+    call_.tensors = static_cast<uint32_t>(params.size());
+    call_.chunks = static_cast<uint32_t>(plan_.chunks());
+    call_.run_length = static_cast<uint32_t>(run_length(plan_.chunks()));
+    call_.runs = (call_.chunks + call_.run_length - 1) / call_.run_length;
+    // A warp alone keeps less memory busy than a CTA, and a CTA has nothing to do for some of its warps in short chunks.
+    call_.team = plan_.elements() < plan_.chunks() * (kChunkSize / 2) ? 1 : kWarps;
+    call_.factor.value = 1;
+    call_.factor_source = Source::kValue;
+  }
+
+  bool has_norms() const { return has_norms_; }
+
+  // Parameter t as one run of memory: itself, or a copy.
+  const at::Tensor& dense(size_t t) const { return dense_[t]; }
+
+  // Memory for the gradient of parameter t, not yet written, with the strides of dense(t).
+  at::Tensor fresh_grad(size_t t) const {
+    return at::detail::empty_strided_cuda(dense_[t].sizes(), dense_[t].strides(), dense_[t].scalar_type(), device_);
+  }
+
+  // The next pass with gradients shall write that of parameter t, or add to it. The layout is fresh_grad's.
+  void write_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/false); }
+  void add_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/true); }
+
+  // The penalty, 0-dim, float64 if any parameter is, else float32; and every gradient that was asked for, times scale.
+  // One launch.
+  at::Tensor run_penalty(const NumberArg& scale) {
+    const NumberArgRef factor(scale, device_);
+    if (call_.chunks == 0) {
+      return zero();
+    }
+    at::Tensor value = fresh({}, value_dtype_);
+    const at::Tensor run_sums = fresh({call_.runs}, at::kDouble);
+    set_value(value, run_sums.mutable_data_ptr<double>());
+    set_factor(factor);
+    run(adds_ || !factor.is(1) ? Kernel::kAccumulate : Kernel::kPenalty);
+    return value;
+  }
+
+  // The penalty with l2_norm, and the norm of every group, [groups] float64. One launch.
+  std::tuple<at::Tensor, at::Tensor> run_group_penalty() {
+    at::Tensor norms = fresh({plan_.groups()}, at::kDouble);
+    if (call_.chunks == 0) {
+      return {zero(), std::move(norms)};
+    }
+    at::Tensor value = fresh({}, value_dtype_);
+    set_groups(norms, own_first_groups());
+    const int64_t sums = int64_t{call_.runs} + call_.large_groups;
+    const at::Tensor scratch = scratch_behind(sums);
+    set_value(value, scratch.mutable_data_ptr<double>());
+    call_.sums = Sums::kPenalty;
+    run(Kernel::kSums);
+    return {std::move(value), std::move(norms)};
+  }
+
+  // The gradients that were asked for, for this upstream gradient; the norms of run_group_penalty() where there are
+  // any, those of parameter t from first_group[t] on. One launch.
+  // keep_if_one: the gradients are there already for 1.
+  void run_gradient(const NumberArg& upstream, const OptionalTensor& norms, at::IntArrayRef first_groups,
+                    bool keep_if_one) {
+    const NumberArgRef factor(upstream, device_);
+    if (call_.chunks == 0 || (keep_if_one && factor.is(1))) {
+      return;
+    }
+    set_factor(factor);
+    call_.keep_if_one = keep_if_one;
+    if (has_norms_) {
+      set_groups(*norms, first_groups);
+    }
+    run(has_norms_ || adds_ ? Kernel::kNormGradient : Kernel::kGradient);
+  }
+
+  // The proximal operator, in place, on dense(). One launch, or with norms two.
+  void run_prox(const StrengthArg& step, const Selection& selection) {
+    strengths_[kColumnStep] = StrengthRefs(step, selection, device_);
+    for (const auto t : c10::irange(entries_.size())) {
+      entries_[t].param = entries_[t].out = dense_[t].mutable_data_ptr();
+    }
+    if (call_.chunks == 0) {
+      return;
+    }
+    at::Tensor norms, scratch;
+    if (has_norms_) {
+      norms = fresh({plan_.groups()}, at::kDouble);
+      set_groups(norms, own_first_groups());
+      scratch = scratch_behind(0);
+      call_.ticket = ticket_for(launch_);
+      call_.sums = Sums::kSoftSquares;
+      run(Kernel::kSums);
+    }
+    run(Kernel::kProx);
+  }
+
+  // [tensors, 2] float64: the sums of |w| and of w^2 (of strengths 1).
+  at::Tensor run_term_sums() { return tensor_sums(Sums::kTerms, fresh({plan_.tensors(), 2}, at::kDouble)); }
+
+  // [tensors] int64: how many elements are 0.
+  at::Tensor run_zero_counts() { return tensor_sums(Sums::kZeros, fresh({plan_.tensors()}, at::kLong)); }
+
+ private:
+  at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) const {
+    return at::detail::empty_cuda(size, dtype, device_, std::nullopt);
+  }
+
+  at::Tensor zero() const { return at::zeros({}, at::TensorOptions(device_).dtype(value_dtype_)); }
+
+  void set_grad(size_t t, const at::Tensor& grad, bool add) {
+    check_grad(t, grad, dense_[t]);
+    entries_[t].out = grad.mutable_data_ptr();
+    entries_[t].adds = add;
+    adds_ |= add;
+  }
+
+  void set_factor(const NumberArgRef& factor) {
+    call_.factor = factor.ref();
+    call_.factor_source = factor.source();
+  }
+
+  void set_value(const at::Tensor& value, double* run_sums) {
+    call_.run_sums = run_sums;
+    call_.value = value.mutable_data_ptr();
+    call_.value_is_float64 = value_dtype_ == at::kDouble;
+    call_.ticket = ticket_for(launch_);
+  }
+
+  // The groups, those of parameter t from first_groups[t] on in norms.
+  void set_groups(const at::Tensor& norms, at::IntArrayRef first_groups) {
+    call_.norms = const_cast<double*>(norms.const_data_ptr<double>());
+    groups_.clear();
+    int64_t large = 0;
+    for (const auto t : c10::irange(plan_.tensors())) {
+      groups_.push_back(
+          {plan_.group_size(t), static_cast<uint32_t>(first_groups[t]), static_cast<uint32_t>(large)});
+      large += plan_.chunks_per_group(t) > 1 ? plan_.first_group(t + 1) - plan_.first_group(t) : 0;
+    }
+    call_.large_groups = static_cast<uint32_t>(large);
+  }
+
+  std::vector<int64_t> own_first_groups() const {
+    std::vector<int64_t> first;
+    for (const auto t : c10::irange(plan_.tensors())) {
+      first.push_back(plan_.first_group(t));
+    }
+    return first;
+  }
+
+  // So many numbers, and behind them the squares of the chunks of large groups.
+  at::Tensor scratch_behind(int64_t doubles) {
+    static_assert(sizeof(Squares) == 2 * sizeof(double));
+    const at::Tensor scratch = fresh({doubles + (call_.large_groups == 0 ? 0 : 2 * plan_.chunks())}, at::kDouble);
+    call_.squares = reinterpret_cast<Squares*>(scratch.mutable_data_ptr<double>() + doubles);
+    return scratch;
+  }
+
+  at::Tensor tensor_sums(Sums sums, at::Tensor out) {
+    static_assert(sizeof(ChunkSums) == 2 * sizeof(double));
+    const at::Tensor chunk_sums = fresh({plan_.chunks(), 2}, at::kDouble);
+    call_.chunk_sums = reinterpret_cast<ChunkSums*>(chunk_sums.mutable_data_ptr<double>());
+    call_.sums = sums;
+    const at::Tensor table = device_table(table_for(Kernel::kSums), launch_);
+    check_launch(launch_tensor_sums(call_, table.const_data_ptr(), out.mutable_data_ptr(), launch_.stream), device_);
+    return out;
+  }
+
+  template <class T>
+  static void append(std::vector<unsigned char>* bytes, const std::vector<T>& items) {
+    const auto* const begin = reinterpret_cast<const unsigned char*>(items.data());
+    bytes->insert(bytes->end(), begin, begin + items.size() * sizeof(T));
+  }
+
+  // And what Call says of it.
+  std::vector<unsigned char> table_for(Kernel kernel) {
+    const int columns = strengths_of(kernel);
+    call_.strength_per_tensor = false;
+    for (const auto column : c10::irange(columns)) {
+      call_.sources[column] = strengths_[column].source();
+      call_.strength_per_tensor |= !strengths_[column].is_one();
+    }
+    std::vector<NumberRef> rows;
+    for (const auto t : c10::irange(call_.strength_per_tensor ? entries_.size() : 1)) {
+      for (const auto column : c10::irange(columns)) {
+        rows.push_back(strengths_[column][t]);
+      }
+    }
+    std::vector<unsigned char> bytes;
+    bytes.reserve(entries_.size() * sizeof(Entry) + rows.size() * sizeof(NumberRef) + groups_.size() * sizeof(GroupInfo));
+    append(&bytes, entries_);
+    append(&bytes, rows);
+    append(&bytes, groups_);
+    return bytes;
+  }
+
+  void run(Kernel kernel) {
+    const std::vector<unsigned char> bytes = table_for(kernel);
+    if (bytes.size() <= kLargeTable) {
+      check_launch(launch(kernel, call_, bytes.data(), bytes.size(), launch_.stream), device_);
+    } else {
+      const at::Tensor table = device_table(bytes, launch_);
+      check_launch(launch(kernel, call_, table.const_data_ptr(), bytes.size(), launch_.stream), device_);
+    }
+  }
+
+  at::Device device_;
+  c10::cuda::CUDAGuard guard_;
+  Launch launch_;
+  bool has_norms_;
+  StrengthRefs strengths_[kAllStrengths];  // by StrengthColumn
+  at::ScalarType value_dtype_;
+  std::vector<at::Tensor> dense_;
+  ChunkPlan plan_;
+  std::vector<Entry> entries_;
+  std::vector<GroupInfo> groups_;  // of a launch that knows groups
+  Call call_{};
+  bool adds_ = false;
+};
+
+}  // namespace fused_reg::cuda

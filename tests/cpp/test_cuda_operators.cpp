@@ -1,0 +1,351 @@
+// The operators of the CUDA backend, on the host (cuda_on_host/), against those of the CPU: values, norms, sums, counts,
+// gradients and parameters, bit for bit.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <random>
+#include <string>
+
+#include "cpu/list_pass.h"
+#include "cuda/list_pass.h"
+#include "cuda/penalty_kernels.cu"
+#include "cuda/stream_state.cpp"
+#include "expect.h"
+#include "operators.h"
+
+using namespace fused_reg;
+
+namespace {
+
+using OnCpu = Operators<ListPass>;
+using OnCuda = Operators<cuda::ListPass>;
+using Tensors = std::vector<at::Tensor>;
+
+std::mt19937_64 random_bits(0);
+
+int64_t below(int64_t n) { return static_cast<int64_t>(random_bits() % n); }
+double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(random_bits); }
+at::ScalarType any_dtype() {
+  constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
+  return kDtypes[below(4)];
+}
+
+// A NaN may have any bits, except where its form is promised.
+bool same_bits(const at::Tensor& a, const at::Tensor& b, bool nan_too = false) {
+  if (a.scalar_type() != b.scalar_type() || a.sizes() != b.sizes() || a.strides() != b.strides()) {
+    return false;
+  }
+  const at::Tensor x = a.contiguous(), y = b.contiguous();
+  if (nan_too || !x.is_floating_point()) {
+    return x.numel() == 0 || std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
+  }
+  const at::ScalarType bits = x.element_size() == 8 ? at::kLong : x.element_size() == 4 ? at::kInt : at::kShort;
+  return (x.view(bits).eq(y.view(bits)) | (x.isnan() & y.isnan())).all().item<bool>();
+}
+
+// How the elements of a list are drawn.
+enum class Content { kNormal, kSparse, kExtreme, kAnyBits };
+
+at::Tensor draw(at::IntArrayRef shape, at::ScalarType dtype, Content content) {
+  const int64_t offset = below(3) == 0 ? below(16) : 0;  // from an address aligned to 64 bytes
+  int64_t size = 1;
+  for (const int64_t n : shape) {
+    size *= n;
+  }
+  at::Tensor memory = at::empty({size + offset}, dtype);
+  if (content == Content::kAnyBits) {
+    auto* const bytes = static_cast<unsigned char*>(memory.mutable_data_ptr());
+    std::generate_n(bytes, memory.nbytes(), [] { return static_cast<unsigned char>(random_bits()); });
+  } else {
+    memory.normal_();
+    if (content == Content::kSparse) {
+      memory.mul_(at::empty_like(memory).uniform_().gt(0.7));
+    }
+    if (content == Content::kExtreme) {
+      memory.mul_(std::pow(10.0, dtype == at::kDouble  ? uniform(-320, 307)
+                                 : dtype == at::kFloat ? uniform(-40, 37)
+                                                       : uniform(-6, 3)));
+    }
+  }
+  at::Tensor t = memory.narrow(0, offset, size).view(shape);
+  return t.dim() == 2 && below(4) == 0 ? t.t() : t;
+}
+
+std::vector<int64_t> any_shape() {
+  constexpr int64_t k = kChunkSize;
+  constexpr int64_t kBorders[] = {1, 2, 63, 64, 65, 1023, 1024, 1025, k - 1, k, k + 1, 2 * k + 1};
+  switch (below(8)) {
+    case 0:
+      return {};
+    case 1:
+      return {0, 3};
+    case 2:
+      return {kBorders[below(12)]};
+    case 3:
+      return {1 + below(3), kBorders[below(12)]};
+    case 4:
+      return {kBorders[below(6)], 1 + below(4)};
+    case 5:
+      return {1 + below(40), 1 + below(200)};
+    case 6:
+      return {1 + below(6), 1 + below(5), 1 + below(4), 1 + below(3)};
+    default:
+      return {below(3 * k)};
+  }
+}
+
+Tensors any_list(Content content, int64_t count) {
+  Tensors list;
+  const bool mixed = below(2) == 0;
+  const at::ScalarType one = any_dtype();
+  for (int64_t t = 0; t < count; ++t) {
+    list.push_back(draw(any_shape(), mixed ? any_dtype() : one, content));
+  }
+  return list;
+}
+
+// Copies of the same layout, at the same alignment.
+Tensors copies(const Tensors& list) {
+  Tensors out;
+  for (const at::Tensor& t : list) {
+    const int64_t offset = t.storage_offset();
+    at::Tensor memory = at::empty({offset + t.numel()}, t.scalar_type());
+    out.push_back(memory.as_strided(t.sizes(), t.strides(), offset).copy_(t));
+  }
+  return out;
+}
+
+// One strength as an operator takes it: floats, or a tensor, which the kernel reads from its address.
+struct Arg {
+  std::vector<double> floats;
+  OptionalTensor tensor;
+
+  static Arg any(size_t count, bool may_be_absent) {
+    Arg arg;
+    const int64_t kind = below(may_be_absent ? 5 : 4);
+    if (kind == 4) {
+      return arg;
+    }
+    for (size_t i = 0; i < (kind % 2 == 0 ? 1 : count); ++i) {
+      arg.floats.push_back(below(5) == 0 ? 0 : std::pow(10.0, uniform(-6, 2)));
+    }
+    if (kind >= 2) {
+      arg.tensor = at::tensor(arg.floats, at::kDouble).to(any_dtype());
+      if (kind == 2) {
+        arg.tensor = arg.tensor->view({});
+      } else if (below(2) == 0) {
+        arg.tensor = at::stack({*arg.tensor, *arg.tensor}, 1).select(1, 0);  // strided
+      }
+    }
+    return arg;
+  }
+};
+
+struct Strengths3 {
+  Arg l1, l2, l2_norm;
+  bool rows;
+
+  static Strengths3 any(size_t count) {
+    return {Arg::any(count, true), Arg::any(count, true), Arg::any(count, true), below(2) == 0};
+  }
+  bool has_norms() const { return !l2_norm.floats.empty() || l2_norm.tensor.has_value(); }
+};
+
+#define STRENGTH_ARGS(s) \
+  s.l1.floats, s.l2.floats, s.l2_norm.floats, s.l1.tensor, s.l2.tensor, s.l2_norm.tensor, s.rows
+
+c10::List<bool> bools(const std::vector<bool>& v) {
+  c10::List<bool> out;
+  for (const bool b : v) {
+    out.push_back(b);
+  }
+  return out;
+}
+
+void expect_same_list(const Tensors& actual, const Tensors& expected, const std::string& what) {
+  EXPECT(actual.size() == expected.size(), what);
+  for (size_t t = 0; t < std::min(actual.size(), expected.size()); ++t) {
+    EXPECT(same_bits(actual[t], expected[t]), what, t, actual[t].numel(), actual[t].scalar_type());
+  }
+}
+
+void expect_penalty(const Tensors& list, const Strengths3& s, const std::string& what) {
+  EXPECT(same_bits(OnCuda::penalty(list, STRENGTH_ARGS(s)), OnCpu::penalty(list, STRENGTH_ARGS(s)), true), what);
+  if (s.has_norms()) {
+    const auto [value, norms] = OnCuda::penalty_and_norms(list, STRENGTH_ARGS(s));
+    const auto [expected, expected_norms] = OnCpu::penalty_and_norms(list, STRENGTH_ARGS(s));
+    EXPECT(same_bits(value, expected, true), what, value, expected);
+    EXPECT(same_bits(norms, expected_norms, true), what);
+  }
+}
+
+void expect_gradients(const Tensors& list, const Strengths3& s, const std::string& what) {
+  std::vector<bool> needs;
+  Tensors selected;
+  for (const at::Tensor& t : list) {
+    needs.push_back(below(4) != 0);
+    if (needs.back()) {
+      selected.push_back(t);
+    }
+  }
+  const auto [value, grads] = OnCuda::penalty_and_grad(list, bools(needs), STRENGTH_ARGS(s));
+  const auto [expected, expected_grads] = OnCpu::penalty_and_grad(list, bools(needs), STRENGTH_ARGS(s));
+  EXPECT(same_bits(value, expected, true), what);
+  expect_same_list(grads, expected_grads, what + ": penalty_and_grad");
+  if (selected.empty()) {
+    return;
+  }
+  const at::Tensor upstream = below(4) == 0 ? at::ones({}) : at::randn({}, any_dtype());
+  OptionalTensor norms;
+  std::vector<int64_t> first_groups;
+  if (s.has_norms()) {
+    norms = std::get<1>(OnCpu::penalty_and_norms(list, STRENGTH_ARGS(s)));
+    int64_t groups = 0;
+    for (size_t t = 0; t < list.size(); ++t) {
+      if (needs[t]) {
+        first_groups.push_back(groups);
+      }
+      groups += groups_of(list[t], s.rows);
+    }
+  }
+  const auto run = [&](auto op) {
+    return op(upstream, selected, bools(needs), norms, first_groups, STRENGTH_ARGS(s));
+  };
+  const Tensors again = run(OnCuda::penalty_grad);
+  expect_same_list(again, run(OnCpu::penalty_grad), what + ": penalty_grad");
+  if (!s.has_norms()) {
+    Tensors there = copies(again), here = copies(again);
+    OnCuda::rescale_grad_(upstream, selected, there, bools(needs), STRENGTH_ARGS(s));
+    OnCpu::rescale_grad_(upstream, selected, here, bools(needs), STRENGTH_ARGS(s));
+    expect_same_list(there, here, what + ": rescale_grad_");
+  }
+}
+
+void expect_accumulation(const Tensors& list, const Strengths3& s, const std::string& what) {
+  std::vector<int64_t> modes;
+  Tensors grads;
+  const bool any_adds = below(4) != 0;
+  for (const at::Tensor& t : list) {
+    modes.push_back(any_adds ? below(3) : below(2));
+    if (modes.back() == kAddGrad) {
+      at::ScalarType dtype = t.scalar_type();
+      if (below(5) == 0) {
+        dtype = at::kDouble;  // wider
+      }
+      at::Tensor grad = draw(t.sizes(), dtype, Content::kNormal);
+      grads.push_back(below(5) == 0 || grad.sizes() != t.sizes() ? at::randn(t.sizes(), dtype) : grad);
+    }
+  }
+  const double scale = below(3) == 0 ? 1 : uniform(-2, 2);
+  const OptionalTensor scale_tensor =
+      below(2) == 0 ? std::nullopt : OptionalTensor(at::full({}, scale, at::kDouble).to(any_dtype()));
+  Tensors there = copies(grads), here = copies(grads);
+  const auto run = [&](auto op, const Tensors& to) { return op(list, to, modes, scale, scale_tensor, STRENGTH_ARGS(s)); };
+  const auto [value, fresh] = run(OnCuda::accumulate_grad_, there);
+  const auto [expected, expected_fresh] = run(OnCpu::accumulate_grad_, here);
+  EXPECT(same_bits(value, expected, true), what + ": accumulate_grad_");
+  expect_same_list(fresh, expected_fresh, what + ": accumulate_grad_, fresh");
+  expect_same_list(there, here, what + ": accumulate_grad_");
+}
+
+void expect_prox(const Tensors& list, const Strengths3& s, const std::string& what) {
+  const Arg step = Arg::any(list.size(), false);
+  const Tensors there = copies(list), here = copies(list);
+  OnCuda::prox_(there, step.floats, step.tensor, STRENGTH_ARGS(s));
+  OnCpu::prox_(here, step.floats, step.tensor, STRENGTH_ARGS(s));
+  expect_same_list(there, here, what + ": prox_");
+}
+
+void expect_reports(const Tensors& list, const std::string& what) {
+  for (const bool rows : {false, true}) {
+    EXPECT(same_bits(OnCuda::group_norms(list, rows), OnCpu::group_norms(list, rows), true), what, rows);
+  }
+  EXPECT(same_bits(OnCuda::term_sums(list), OnCpu::term_sums(list), true), what);
+  EXPECT(same_bits(OnCuda::zero_counts(list), OnCpu::zero_counts(list)), what);
+}
+
+void expect_all(const Tensors& list, const Strengths3& s, const std::string& what) {
+  cuda_on_host::multiprocessors = 1 + static_cast<int>(below(5));
+  expect_penalty(list, s, what);
+  expect_gradients(list, s, what);
+  expect_accumulation(list, s, what);
+  expect_prox(list, s, what);
+}
+
+// Launches of one call.
+template <class Call>
+int launches_of(const Call& call) {
+  cuda_on_host::launches = 0;
+  call();
+  return cuda_on_host::launches;
+}
+
+void expect_few_launches() {
+  const Tensors list{at::randn({300, 500}), at::randn({7}, at::kDouble), at::empty({0})};
+  const Strengths3 terms{{{0.1}, {}}, {{0.2}, {}}, {}, false};
+  for (const bool rows : {false, true}) {
+    const Strengths3 norms{{{0.1}, {}}, {{0.2}, {}}, {{0.3}, {}}, rows};
+    EXPECT(launches_of([&] { OnCuda::penalty_and_norms(list, STRENGTH_ARGS(norms)); }) == 1);
+    EXPECT(launches_of([&] { OnCuda::penalty_and_grad(list, bools({1, 1, 1}), STRENGTH_ARGS(norms)); }) == 2);
+    EXPECT(launches_of([&] { OnCuda::prox_(list, 0.1, std::nullopt, STRENGTH_ARGS(norms)); }) == 2);
+  }
+  Tensors grads = copies(list);
+  EXPECT(launches_of([&] { OnCuda::penalty(list, STRENGTH_ARGS(terms)); }) == 1);
+  EXPECT(launches_of([&] { OnCuda::penalty_and_grad(list, bools({1, 1, 1}), STRENGTH_ARGS(terms)); }) == 1);
+  EXPECT(launches_of([&] {
+           OnCuda::accumulate_grad_(list, grads, {2, 2, 2}, 0.5, std::nullopt, STRENGTH_ARGS(terms));
+         }) == 1);
+  EXPECT(launches_of([&] { OnCuda::prox_(list, 0.1, std::nullopt, STRENGTH_ARGS(terms)); }) == 1);
+  OnCuda::term_sums(list);  // uploads its table
+  EXPECT(launches_of([&] { OnCuda::term_sums(list); }) == 2);
+}
+
+// A sum of squares beyond float64, of groups of one chunk and of several, and of chunks that differ.
+void expect_rescue() {
+  const Strengths3 norms{{{0.1}, {}}, {{1e-300}, {}}, {{0.3}, {}}, false};
+  for (const double scale : {1e300, 1e-300, 1e160, 1e-160}) {
+    for (const int64_t size : {int64_t{1}, int64_t{100}, int64_t{kChunkSize}, int64_t{3 * kChunkSize + 7}}) {
+      at::Tensor w = at::randn({size}, at::kDouble) * scale;
+      const Tensors list{w, at::randn({40, 50}, at::kDouble)};
+      expect_all(list, norms, "scale " + std::to_string(scale));
+      w.narrow(0, 0, std::min<int64_t>(size, kChunkSize)).zero_();
+      expect_all(list, norms, "zeros, then scale " + std::to_string(scale));
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char**) {
+  const bool quick = argc > 1;  // under a sanitizer
+  at::set_num_threads(1);
+  at::manual_seed(0);
+  for (const Content content : {Content::kNormal, Content::kSparse, Content::kExtreme, Content::kAnyBits}) {
+    for (int i = 0; i < (quick ? 3 : 40); ++i) {
+      const Tensors list = any_list(content, 1 + below(8));
+      const std::string what = "content " + std::to_string(static_cast<int>(content)) + ", list " + std::to_string(i);
+      expect_all(list, Strengths3::any(list.size()), what);
+      expect_reports(list, what);
+    }
+  }
+  expect_rescue();
+  expect_few_launches();
+
+  const Tensors rows{at::randn({70, 2 * kChunkSize + 1}).narrow(0, 0, quick ? 3 : 70), at::randn({300, 9}),
+                     at::randn({5000}).narrow(0, 0, quick ? 300 : 5000)};
+  for (const bool by_rows : {false, true}) {
+    expect_all(rows, {{{0.1}, {}}, {{0.2}, {}}, {{0.3}, {}}, by_rows}, "many groups, some of several chunks");
+  }
+  // Tables in device memory, and around their limits.
+  for (const int64_t count : {500, quick ? 600 : 1500}) {
+    Tensors many;
+    for (int64_t t = 0; t < count; ++t) {
+      many.push_back(draw({below(4), 1 + below(20)}, at::kFloat, Content::kSparse));
+    }
+    expect_all(many, Strengths3::any(many.size()), "many tensors");
+    expect_all(many, {{{0.1}, {}}, {{0.2}, {}}, {{0.3}, {}}, true}, "many tensors with groups");
+    expect_reports(many, "many tensors");
+  }
+  return fused_reg::testing::report();
+}
