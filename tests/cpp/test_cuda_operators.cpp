@@ -267,6 +267,9 @@ void expect_reports(const Tensors& list, const std::string& what) {
 
 void expect_all(const Tensors& list, const Strengths3& s, const std::string& what) {
   cuda_on_host::multiprocessors = 1 + static_cast<int>(below(5));
+  if (std::getenv("VERBOSE") != nullptr) {
+    std::printf("%s: %zu tensors, %zu %zu %zu strengths\n", what.c_str(), list.size(), s.l1.floats.size(), s.l2.floats.size(), s.l2_norm.floats.size());
+  }
   expect_penalty(list, s, what);
   expect_gradients(list, s, what);
   expect_accumulation(list, s, what);
