@@ -15,7 +15,7 @@ from fused_reg import reference
 
 # float64 copies of a whole list need gigabytes, so they are made piece by piece. On a CPU pieces that fit into a cache
 # are checked three times as fast as larger ones; a GPU has memory, and each piece costs it launches.
-_PIECES = {"cpu": 1 << 18, "cuda": 1 << 26}
+PIECES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 #: The contract (README, Numerics); its gradient is compared bit by bit.
 OUR_VALUE_ERROR = 6e-8
@@ -24,7 +24,10 @@ OUR_VALUE_ERROR = 6e-8
 # percent off on the largest lists: that is a result, to be shown.
 # A running sum in bfloat16 may lose most of the value, and each of its gradients is rounded several times.
 _PEER_VALUE_ERRORS = {torch.float32: 0.2, torch.bfloat16: 0.9}
-_GRADIENT_ERRORS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+_PEER_ERRORS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+
+# Of what is not promised to the bit: a few roundings.
+_OUR_ERRORS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
 
 #: Worse than this, an error is shown beside the time; by dtype.
 NOTABLE_ERRORS = {"float32": 1e-4, "bfloat16": 1e-2}
@@ -50,7 +53,7 @@ class Strengths:
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, all of one shape, flat and in corresponding pieces."""
-    flat = [t.detach().reshape(-1).split(_PIECES[t.device.type]) for t in tensors]
+    flat = [t.detach().reshape(-1).split(PIECES[t.device.type]) for t in tensors]
     return zip(*flat, strict=True)
 
 
@@ -88,45 +91,55 @@ class Oracle:
             raise WrongResultError("a copy differs")
         return Errors()
 
+    def check_product(self, products: Sequence[Tensor], factor: float) -> Errors:
+        """Of `x.mul_(factor)`."""
+        return Errors(gradient=largest_relative(self._compared(products, None, lambda piece: factor * piece.double())))
+
     def check_addition(self, after: Sequence[Tensor], before: Sequence[Tensor], alpha: float) -> Errors:
         """Of `g.add_(x, alpha=alpha)`."""
         differences = self._compared(after, before, lambda piece: alpha * piece.double())
-        return Errors(gradient=_largest_relative(differences))
+        return Errors(gradient=largest_relative(differences))
 
     def check(
-        self, role: Role, value: Tensor, grads: Sequence[Tensor] | None = None, base: Sequence[Tensor] | None = None
+        self,
+        role: Role,
+        value: Tensor,
+        grads: Sequence[Tensor] | None = None,
+        base: Sequence[Tensor] | None = None,
+        in_one_pass: bool = False,
     ) -> Errors:
-        """Of a penalty, and of gradients that were added to `base`, or are fresh if it is None.
+        """Of a penalty, and of gradients that were added to `base`, or are fresh if it is None; `in_one_pass`: a narrow
+        dtype was rounded after the addition only.
 
         Raises:
             WrongResultError: ours breaks the contract, or another does not compute the penalty at all.
         """
         value_error = abs(value.item() - self.value) / abs(self.value)
         dtype = self.params[0].dtype
-        _demand("value error", value_error, OUR_VALUE_ERROR if role == "ours" else _PEER_VALUE_ERRORS[dtype])
+        demand_value(role, dtype, value_error)
         if grads is None:
             return Errors(value_error)
         if role == "ours":
-            self._check_bits(grads, base)
+            self._check_bits(grads, base, in_one_pass)
         gradient_error = self._gradient_error(grads, base)
-        _demand("gradient error", gradient_error, _GRADIENT_ERRORS[dtype])
+        demand_elements("peer", dtype, gradient_error)  # ours has the bits
         return Errors(value_error, gradient_error)
 
     def _gradient_error(self, grads: Sequence[Tensor], base: Sequence[Tensor] | None) -> float:
         def exact(piece: Tensor) -> Tensor:
             return reference.value_and_grad(piece.double(), self.strengths.l1, self.strengths.l2)[1][0]
 
-        return _largest_relative(self._compared(grads, base, exact))
+        return largest_relative(self._compared(grads, base, exact))
 
-    def _check_bits(self, grads: Sequence[Tensor], base: Sequence[Tensor] | None) -> None:
+    def _check_bits(self, grads: Sequence[Tensor], base: Sequence[Tensor] | None, in_one_pass: bool) -> None:
         def by_loop(piece: Tensor) -> Tensor:
             # Of a narrower dtype: the loop in float32, rounded once.
             leaf = piece.detach().to(torch.promote_types(piece.dtype, torch.float32)).requires_grad_()
             (grad,) = torch.autograd.grad(reference.loop(leaf, self.strengths.l1, self.strengths.l2), leaf)
-            return grad.to(piece.dtype)
+            return grad if in_one_pass else grad.to(piece.dtype)
 
         for grad, expected in self._compared(grads, base, by_loop):
-            if not torch.equal(grad.view(torch.uint8), expected.view(torch.uint8)):
+            if not torch.equal(grad.view(torch.uint8), expected.to(grad.dtype).view(torch.uint8)):
                 raise WrongResultError("a gradient has not the bits of the loop's")
 
     def _compared(
@@ -142,13 +155,27 @@ class Oracle:
                 yield grad_piece, base_piece[0] + expected if base_piece else expected
 
 
-def _largest_relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+def largest_relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The largest difference between a gradient and what it should be, relative to the largest that it should be."""
     errors, sizes = [], []
     for actual, expected in pairs:
         errors.append((actual.double() - expected).abs().max().double())
         sizes.append(expected.abs().max().double())
     return (torch.stack(errors).max() / torch.stack(sizes).max()).item()
+
+
+def demand_value(role: Role, dtype: torch.dtype, error: float) -> None:
+    """Of a value: that it meets the contract, or is the job at all.
+
+    Raises:
+        WrongResultError: it does not.
+    """
+    _demand("value error", error, OUR_VALUE_ERROR if role == "ours" else _PEER_VALUE_ERRORS[dtype])
+
+
+def demand_elements(role: Role, dtype: torch.dtype, error: float, name: str = "gradient error") -> None:
+    """Likewise, of the elements of gradients or weights, relative to the largest."""
+    _demand(name, error, _OUR_ERRORS[dtype] if role == "ours" else _PEER_ERRORS[dtype])
 
 
 def _demand(name: str, error: float, tolerance: float) -> None:

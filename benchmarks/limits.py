@@ -19,25 +19,38 @@ COPY_FRESH = "y.copy_(x), fresh y"
 COPY_WARM = "y.copy_(x), warm y"
 ADD_FLAT = "g.add_(x, alpha=a), one tensor"
 ADD = "g.add_(x, alpha=a)"
+MUL_FLAT = "x.mul_(a), one tensor"
+MUL = "x.mul_(a)"
 
 #: What bounds the modes without autograd; the first is what ratios are to. By the kind of device: on a GPU a list
 #: tensor by tensor is bound by its launches, and memory comes warm from PyTorch's allocator.
 LIMITS: dict[str, dict[Mode, tuple[str, ...]]] = {
-    "cpu": {"value": (SUM_FLAT, SUM_LIST), "value_and_grad": (COPY_FRESH, COPY_WARM)},
-    "cuda": {"value": (SUM_FLAT,), "value_and_grad": (COPY_FLAT,)},
+    "cpu": {
+        "value": (SUM_FLAT, SUM_LIST),
+        "value_and_grad": (COPY_FRESH, COPY_WARM),
+        "present": (ADD_FLAT, ADD),
+        "prox": (MUL_FLAT, MUL),
+    },
+    "cuda": {"value": (SUM_FLAT,), "value_and_grad": (COPY_FLAT,), "present": (ADD_FLAT,), "prox": (MUL_FLAT,)},
 }
+
+# Near enough to 1 for the weights to stay what they are, through all calls.
+_FACTOR = 1 - 1e-7
 
 
 def limits(oracle: Oracle, mode: Mode, flat: bool) -> list[Contender]:
     """The limits of a mode that computes a penalty; if `flat`, of all elements in one tensor only."""
     if mode == "value":
-        return [_sum_flat(oracle)] if flat else [_sum_flat(oracle), _sum_list(oracle)]
+        return [sum_flat(oracle)] if flat else [sum_flat(oracle), _sum_list(oracle)]
     if mode == "present":
-        return [_addition_flat(oracle) if flat else _addition(oracle)]
+        return [addition_flat(oracle)] if flat else [addition_flat(oracle), _addition(oracle)]
+    if mode == "prox":
+        return [_product_flat(oracle)] if flat else [_product_flat(oracle), _product(oracle)]
     return [_copy_flat(oracle)] if flat else _copies(oracle)
 
 
-def _sum_flat(oracle: Oracle) -> Contender:
+def sum_flat(oracle: Oracle) -> Contender:
+    """One read of all elements."""
     flat = _flat(oracle)
     return _limit(oracle, SUM_FLAT, "value", flat.sum, lambda: oracle.check_sum(flat.sum()), reference=True)
 
@@ -95,10 +108,11 @@ def _addition(oracle: Oracle) -> Contender:
         add()
         return oracle.check_addition(sums, before, alpha)
 
-    return _limit(oracle, ADD, "present", add, verify, reference=True)
+    return _limit(oracle, ADD, "present", add, verify)
 
 
-def _addition_flat(oracle: Oracle) -> Contender:
+def addition_flat(oracle: Oracle) -> Contender:
+    """Two reads of all elements, and a write."""
     flat = _flat(oracle)
     total = torch.zeros_like(flat)
     alpha = 2 * oracle.strengths.l2
@@ -111,6 +125,32 @@ def _addition_flat(oracle: Oracle) -> Contender:
         return oracle.check_addition(_like(oracle, add()), _like(oracle, before), alpha)
 
     return _limit(oracle, ADD_FLAT, "present", add, verify, reference=True)
+
+
+def _product(oracle: Oracle) -> Contender:
+    tensors = [t.clone() for t in _detached(oracle)]
+
+    def multiply() -> None:
+        for t in tensors:
+            t.mul_(_FACTOR)
+
+    def verify() -> Errors:
+        for t, source in zip(tensors, _detached(oracle), strict=True):
+            t.copy_(source)
+        multiply()
+        return oracle.check_product(tensors, _FACTOR)
+
+    return _limit(oracle, MUL, "prox", multiply, verify)
+
+
+def _product_flat(oracle: Oracle) -> Contender:
+    flat = _flat(oracle)
+
+    def verify() -> Errors:
+        flat.copy_(_flat(oracle))
+        return oracle.check_product(_like(oracle, flat.mul_(_FACTOR)), _FACTOR)
+
+    return _limit(oracle, MUL_FLAT, "prox", lambda: flat.mul_(_FACTOR), verify, reference=True)
 
 
 def _detached(oracle: Oracle) -> list[Tensor]:

@@ -22,7 +22,7 @@ from benchmarks.children import memory_records, rows_with_avx2
 from benchmarks.cuda import CudaDevice
 from benchmarks.devices import Device
 from benchmarks.figures import AVX2_CASES, MEMORY_CASES, with_figures
-from benchmarks.peers import COMPILED_LOOP, LOOP, OURS, PEERS, peers_of
+from benchmarks.peers import ACCUMULATE, COMPILED_LOOP, LOOP, OURS, PEERS, peers_of
 from benchmarks.presets import PRESETS
 from benchmarks.progress import shown
 from benchmarks.race import Effort
@@ -153,7 +153,7 @@ def _plan(options: argparse.Namespace, device: Device) -> Plan:
             rounds=preset.effort.rounds if options.rounds is None else options.rounds,
             seconds=preset.effort.seconds if options.seconds is None else options.seconds,
         ),
-        peers=list(dict.fromkeys([OURS.name, *peers])),
+        peers=list(dict.fromkeys([OURS.name, ACCUMULATE.name, *peers])),
         not_raced=preset.not_raced if options.peers is None else {},
         not_compiled={} if options.compile_all else preset.not_compiled,
         not_stepped=preset.not_stepped,

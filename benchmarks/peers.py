@@ -1,4 +1,5 @@
-"""The implementations of the penalty, by one signature: parameters, l1, l2 -> a differentiable 0-dim tensor."""
+"""The implementations of the penalty, by one signature: parameters, l1, l2 -> a 0-dim tensor, which is differentiable,
+or whose gradient is in `.grad` already."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ class Peer:
     compiled: bool = False  # by torch.compile, anew for every case
     options: tuple[tuple[str, Any], ...] = ()  # torch.compile's
     has_l1: bool = True
+    has_backward: bool = True  # False: it has added its gradient itself
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
@@ -38,6 +40,15 @@ def foreach_norm(params: Sequence[Tensor], l1: float, l2: float) -> Tensor:
     absolute = torch.stack(torch._foreach_norm(params, 1))
     euclidean = torch.stack(torch._foreach_norm(params, 2))
     return l1 * absolute.sum() + l2 * euclidean.square().sum()
+
+
+@torch.no_grad()
+def foreach_add(params: Sequence[Tensor], l1: float, l2: float) -> Tensor:
+    """The gradient by hand, by PyTorch's multi-tensor operations: added to `.grad`, which is present."""
+    grads = [p.grad for p in params]
+    torch._foreach_add_(grads, torch._foreach_sign(params), alpha=l1)
+    torch._foreach_add_(grads, params, alpha=2 * l2)
+    return foreach_norm(params, l1, l2)
 
 
 def foreach_powsum(params: Sequence[Tensor], l1: float, l2: float) -> Tensor:
@@ -65,6 +76,9 @@ def _apex_overflow(device: torch.device) -> Tensor:
 
 
 OURS = Peer("fused_reg", fused_reg.fused_penalty, role="ours")
+ACCUMULATE = Peer(
+    "fused_reg.accumulate_grad_", fused_reg.accumulate_grad_, role="ours", modes=("present",), has_backward=False
+)
 COMPILED_LOOP = Peer("torch.compile", reference.loop, compiled=True)
 COMBO_LOOP = Peer(
     "torch.compile, combo kernels",
@@ -82,12 +96,20 @@ COOPERATIVE_LOOP = Peer(
 )
 LOOP = Peer("loop", reference.loop)
 FOREACH_NORM = Peer("torch._foreach_norm", foreach_norm)
+FOREACH_ADD = Peer("torch._foreach_add_", foreach_add, modes=("present",), has_backward=False)
 FOREACH_POWSUM = Peer("torch._foreach_powsum", foreach_powsum, modes=("value",), devices=("cuda",))
 APEX = Peer("apex multi_tensor_l2norm, L2 only", apex_l2norm, modes=("value",), has_l1=False, devices=("cuda",))
 
 COMPILED = (COMPILED_LOOP, COMBO_LOOP, COOPERATIVE_LOOP)
 
-PEERS = {peer.name: peer for peer in (OURS, *COMPILED, LOOP, FOREACH_NORM, FOREACH_POWSUM, APEX)}
+PEERS = {
+    peer.name: peer for peer in (OURS, ACCUMULATE, *COMPILED, LOOP, FOREACH_NORM, FOREACH_ADD, FOREACH_POWSUM, APEX)
+}
+
+
+def limited(mode: Mode) -> str:
+    """The one of ours whose time the limits of a mode bound."""
+    return ACCUMULATE.name if mode == "present" else OURS.name
 
 
 def peers_of(device: str) -> tuple[str, ...]:

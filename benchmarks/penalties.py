@@ -97,7 +97,9 @@ def clear(params: Sequence[Tensor]) -> None:
 def _composed(problem: Problem, mode: Mode, peer: Peer) -> _Work:
     compiled = problem.compiled(peer) if peer.compiled else None
     penalty = compiled.function if compiled else peer.penalty
-    once = partial(compute, penalty, problem.params, problem.strengths, mode)
+    once: Callable[[], Tensor] = partial(compute, penalty, problem.params, problem.strengths, mode)
+    if not peer.has_backward:
+        once = partial(penalty, problem.params, problem.strengths.l1, problem.strengths.l2)
 
     def run() -> Result:
         value = once().detach()
@@ -159,7 +161,7 @@ def _contender(
     def verify() -> Errors:
         base = _set_gradients(params, mode)
         value, grads = run()
-        errors = work.problem.oracle_of(peer).check(peer.role, value, grads, base)
+        errors = work.problem.oracle_of(peer).check(peer.role, value, grads, base, in_one_pass=not peer.has_backward)
         if mode == "fresh":
             clear(params)
         return errors

@@ -9,16 +9,25 @@ from typing import Literal
 Role = Literal["ours", "peer", "limit"]
 
 #: value: no gradient wanted. value_and_grad: outside of autograd, into fresh memory. fresh, present: forward and
-#: backward with `.grad` None, whose freeing is timed too, and with a `.grad` to add to. step: an optimizer's step.
-Mode = Literal["value", "value_and_grad", "fresh", "present", "step"]
-MODES: tuple[Mode, ...] = ("value", "value_and_grad", "fresh", "present", "step")
+#: backward with `.grad` None, whose freeing is timed too, and with a `.grad` to add to. norm_value, norm_fresh: value
+#: and fresh of a sum of norms. prox: the proximal step, in place. step: an optimizer's step.
+Mode = Literal["value", "value_and_grad", "fresh", "present", "norm_value", "norm_fresh", "prox", "step"]
+MODES: tuple[Mode, ...] = ("value", "value_and_grad", "fresh", "present", "norm_value", "norm_fresh", "prox", "step")
 
 #: The family of the calls that a CUDA graph replays.
 CUDA_GRAPH = "CUDA graph"
 
 #: The bytes that must be moved at least, per byte of parameter.
 #: A step is an optimizer's own and has them in `optimizers.py`.
-PASSES: dict[Mode, int] = {"value": 1, "value_and_grad": 2, "fresh": 2, "present": 3}
+PASSES: dict[Mode, int] = {
+    "value": 1,
+    "value_and_grad": 2,
+    "fresh": 2,
+    "present": 3,
+    "norm_value": 1,
+    "norm_fresh": 3,  # the norms must be known before the first gradient
+    "prox": 2,
+}
 
 
 class UnavailableError(Exception):
@@ -64,7 +73,7 @@ class Row(Circumstances):
 
     implementation: str
     role: Role
-    family: str  # within a mode, what is compared with what: the optimizer of a step, CUDA_GRAPH, else ""
+    family: str  # within a mode, what is compared with what: an optimizer, a kind of group, CUDA_GRAPH, else ""
     is_reference_limit: bool  # the limit that the ratios of this family and mode are to
     bytes: int  # that any implementation of the mode must move
     median_ms: float

@@ -107,7 +107,7 @@ class Results:
     @property
     def lacks_ours(self) -> bool:
         """Whether ours, or a whole part of the run, failed."""
-        return any(absent.implementation.split(",")[0] in ("", "fused_reg") for absent in self.absent)
+        return any(not absent.implementation or absent.implementation.startswith("fused_reg") for absent in self.absent)
 
     def find(
         self, case: str, mode: Mode, implementation: str, capability: str | None = None, family: str = ""

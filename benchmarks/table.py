@@ -21,6 +21,9 @@ MODE_TITLES = {
     "value_and_grad": "value and gradient without autograd",
     "fresh": "forward + backward, .grad None",
     "present": "forward + backward, .grad present",
+    "norm_value": "sum of norms, value",
+    "norm_fresh": "sum of norms, forward + backward",
+    "prox": "proximal step",
     "step": "optimizer step",
 }
 

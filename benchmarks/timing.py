@@ -15,9 +15,11 @@ from benchmarks.cases import CASES, Case
 from benchmarks.checks import Errors, Strengths, WrongResultError
 from benchmarks.compiling import CompileBudget
 from benchmarks.devices import Device
+from benchmarks.norms import norm_candidates
 from benchmarks.optimizers import step_candidates
 from benchmarks.peers import PEERS, Peer, peers_of
 from benchmarks.penalties import Problem, clear, penalty_candidates
+from benchmarks.proximal import prox_candidates
 from benchmarks.race import Candidate, Contender, Effort, Timing, race
 from benchmarks.rows import Absent, Circumstances, Costs, Mode, Record, Row, UnavailableError
 
@@ -142,7 +144,13 @@ def reason_of(error: Exception) -> str:
 
 
 def _candidates(problem: Problem, mode: Mode, peers: Sequence[Peer]) -> list[Candidate]:
-    return step_candidates(problem.params) if mode == "step" else penalty_candidates(problem, mode, peers)
+    if mode == "step":
+        return step_candidates(problem.params)
+    if mode == "prox":
+        return prox_candidates(problem.oracle, flat=problem.is_on_cuda)
+    if mode in ("norm_value", "norm_fresh"):
+        return norm_candidates(problem.oracle, mode)
+    return penalty_candidates(problem, mode, peers)
 
 
 def _row(
@@ -179,8 +187,8 @@ def _verified(case: Case, mode: Mode, candidate: Candidate) -> tuple[Contender, 
 
 
 def _related(rows: Sequence[Row]) -> list[Row]:
-    """The rows with their ratios to our time within the family, and to the limit's, which a CUDA graph shares."""
-    ours = {row.family: row.median_ms for row in rows if row.role == "ours"}
+    """The rows with their ratios to the first of ours within the family, and to the limit, which families share."""
+    ours = {row.family: row.median_ms for row in reversed(rows) if row.role == "ours"}
     limits = {row.family: row.median_ms for row in rows if row.is_reference_limit}
     return [
         replace(
