@@ -6,16 +6,27 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.cases import CASES, DEVICE_CASES, Case
 from benchmarks.limits import LIMITS
-from benchmarks.peers import COMPILED, LOOP, OURS, Peer
+from benchmarks.optimizers import ATTACHED, FUSED_SGD, NO_PENALTY
+from benchmarks.peers import COMPILED, LOOP, OURS, Peer, limited
 from benchmarks.rows import CUDA_GRAPH, Figure, Mode, Row
 from benchmarks.run import Results
-from benchmarks.table import MODE_TITLES
+from benchmarks.table import LIMITED_TITLES, MODE_TITLES
 
 # The host's microseconds on ResNet-50.
 _HOST_US: dict[Mode, float] = {"value": 60.0, "fresh": 250.0}
 
+# What is one launch.
+_LAUNCHES: dict[Mode, str] = {"value_and_grad": "value and gradient", "present": "accumulate_grad_", "prox": "prox_"}
+_STEP_CASE = "resnet50"
+
 # Of the bandwidth, where the list is larger than the L2 cache.
 _PERCENT = 90.0
+_BANDWIDTHS: dict[Mode, str] = {
+    "value": "read",
+    "value_and_grad": "copy",
+    "present": "read-modify-write",
+    "prox": "scale",
+}
 
 # Forward and backward with `.grad` None: at least so many times as fast as the loop, and as the best torch.compile.
 _SPEEDUPS = {"resnet50": (30.0, 5.0), "tinyllama_bf16": (5.0, 1.0), "tinyllama": (5.0, 1.0)}
@@ -34,10 +45,18 @@ def cuda_figures(results: Results) -> Iterator[Figure]:
 
 
 def _launches(results: Results) -> Iterator[Figure]:
-    for case in _cases():
-        row = results.find(case.name, "value_and_grad", OURS.name)
-        claim = f"{case.title}, value and gradient: launches, copies and fills"
-        yield Figure(claim, row.costs.operations if row and row.costs else None, 1, at_least=False)
+    for mode, work in _LAUNCHES.items():
+        for case in _cases():
+            row = results.find(case.name, mode, limited(mode))
+            yield Figure(f"{case.title}, {work}: launches, copies and fills", _operations(row), 1, at_least=False)
+    both = [_operations(results.find(_STEP_CASE, "step", name, family=FUSED_SGD)) for name in (ATTACHED, NO_PENALTY)]
+    added = None if both[0] is None or both[1] is None else both[0] - both[1]
+    claim = f"{CASES[_STEP_CASE].title}, step of {FUSED_SGD}, regularizer attached: launches, copies and fills added"
+    yield Figure(claim, added, 1, at_least=False)
+
+
+def _operations(row: Row | None) -> int | None:
+    return row.costs.operations if row and row.costs else None
 
 
 def _host_times(results: Results) -> Iterator[Figure]:
@@ -54,16 +73,12 @@ def _bandwidths(results: Results) -> Iterator[Figure]:
         if case.bytes <= l2_bytes:
             continue
         for mode, (limit, *_) in LIMITS["cuda"].items():
-            row = results.find(case.name, mode, OURS.name)
-            claim = f"{case.title}, {MODE_TITLES[mode]}: percent of"
+            row = results.find(case.name, mode, limited(mode))
+            claim = f"{case.title}, {LIMITED_TITLES[mode]}: percent of"
             percent = row.costs.percent_of_roofline if row and row.costs else None
-            yield Figure(f"{claim} the {_bandwidth(mode)} bandwidth", percent, _PERCENT, at_least=True)
+            yield Figure(f"{claim} the {_BANDWIDTHS[mode]} bandwidth", percent, _PERCENT, at_least=True)
             same = 100 / row.ratio_to_limit if row and row.ratio_to_limit else None
             yield Figure(f"{claim} the speed of `{limit}`", same, _PERCENT, at_least=True)
-
-
-def _bandwidth(mode: Mode) -> str:
-    return "read" if mode == "value" else "copy"
 
 
 def _speedups(results: Results) -> Iterator[Figure]:

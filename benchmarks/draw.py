@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from benchmarks.cases import CASES, Case
-from benchmarks.limits import COPY_FLAT, COPY_FRESH, COPY_WARM, SUM_FLAT
-from benchmarks.peers import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
+from benchmarks.limits import ADD_FLAT, COPY_FLAT, COPY_FRESH, COPY_WARM, MUL_FLAT, SUM_FLAT
+from benchmarks.peers import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS, limited
 from benchmarks.rows import Mode, Row
 from benchmarks.run import Results
 from benchmarks.table import caption, notable_errors, number
@@ -23,16 +23,23 @@ _COLOURS = {
     FOREACH_NORM.name: "#CC79A7",
 }
 
+_IN_PLACE: tuple[tuple[Mode, str, str, str], ...] = (
+    ("present", ADD_FLAT, "accumulate_grad_ / g.add_(x, alpha=a)", "#D55E00"),
+    ("prox", MUL_FLAT, "prox_ / x.mul_(a)", "#F0C987"),
+)
+
 # What our time is divided by, by the kind of device.
 _LIMITS: dict[str, tuple[tuple[Mode, str, str, str], ...]] = {
     "cpu": (
         ("value", SUM_FLAT, "value / x.sum()", "#56B4E9"),
         ("value_and_grad", COPY_FRESH, "value + gradient / copy into fresh memory", "#009E73"),
         ("value_and_grad", COPY_WARM, "value + gradient / copy into warm memory", "#8FD0B5"),
+        *_IN_PLACE,
     ),
     "cuda": (
         ("value", SUM_FLAT, "value / x.sum()", "#56B4E9"),
         ("value_and_grad", COPY_FLAT, "value + gradient / copy", "#009E73"),
+        *_IN_PLACE,
     ),
 }
 
@@ -72,10 +79,12 @@ def _draw_times(figure: SubFigure, results: Results, cases: list[Case], places: 
 def _draw_limits(figure: SubFigure, results: Results, cases: list[Case], places: int) -> None:
     axes = figure.subplots()
     longest = 1.0
-    limits = _LIMITS["cuda" if results.machine.gpu else "cpu"]
+    measured = {(row.mode, row.implementation) for row in results.rows}
+    bounds = _LIMITS["cuda" if results.machine.gpu else "cpu"]
+    limits = [bound for bound in bounds if (bound[0], limited(bound[0])) in measured]
     for k, (mode, name, label, colour) in enumerate(limits):
         bars = [
-            _relative_to_limit(results.find(case.name, mode, OURS.name), results.find(case.name, mode, name))
+            _relative_to_limit(results.find(case.name, mode, limited(mode)), results.find(case.name, mode, name))
             for case in cases
         ]
         _draw_bars(axes, bars, k, len(limits), colour, label)

@@ -38,7 +38,7 @@ PRESETS = {
         ("net", "mlp", "small_tensors", "resnet50"),
         Effort(rounds=15, seconds=1.0),
         _NOT_COMPILED | {("resnet50", "value"): _NOT_QUICK},
-        not_stepped=("net", "mlp", "small_tensors"),
+        not_stepped=("small_tensors",),
     ),
     ("cuda", False): Preset(
         DEVICE_CASES["cuda"],

@@ -72,10 +72,9 @@ def _loop(weights: Sequence[Tensor], penalty: _Penalty, step: float) -> None:
 
 
 def _softshrink(weights: Sequence[Tensor], penalty: _Penalty, step: float) -> None:
+    threshold, shrink = step * penalty.strengths.l1, 1 + 2 * step * penalty.strengths.l2
     for w in weights:
-        w.copy_(torch.nn.functional.softshrink(w, step * penalty.strengths.l1)).div_(
-            1 + 2 * step * penalty.strengths.l2
-        )
+        w.copy_(torch.nn.functional.softshrink(w, threshold)).div_(shrink)
 
 
 def _contender(

@@ -13,12 +13,20 @@ from benchmarks.race import Contender, Effort, race
 from benchmarks.rows import PASSES, Mode, Roofline, Row
 
 READ, COPY, UPDATE = "read: x.sum()", "copy: y.copy_(x)", "read-modify-write: y.add_(x)"
+SCALE = "scale: x.mul_(a)"
 
 #: The modes that each bounds.
-_BOUNDED: dict[str, list[Mode]] = {READ: ["value"], COPY: ["value_and_grad", "fresh"], UPDATE: ["present"]}
+_BOUNDED: dict[str, list[Mode]] = {
+    READ: ["value", "norm_value"],
+    COPY: ["value_and_grad", "fresh"],
+    UPDATE: ["present", "norm_fresh"],
+    SCALE: ["prox"],
+}
 
 _LEAST_BYTES = 1 << 30
 _L2_CACHES = 16
+
+_FACTOR = 1 - 1e-7
 
 _EFFORT = Effort(rounds=30, seconds=5.0)
 
@@ -29,10 +37,15 @@ def roofline_bytes(l2_bytes: int) -> int:
 
 
 def measure_rooflines(device: Device, tensor_bytes: int, effort: Effort = _EFFORT) -> list[Roofline]:
-    """Race the three against each other."""
+    """Race them against each other."""
     x = torch.rand(tensor_bytes // 4, device=device.name)
     y = torch.zeros_like(x)
-    calls: dict[str, Callable[[], object]] = {READ: x.sum, COPY: lambda: y.copy_(x), UPDATE: lambda: y.add_(x)}
+    calls: dict[str, Callable[[], object]] = {
+        READ: x.sum,
+        COPY: lambda: y.copy_(x),
+        UPDATE: lambda: y.add_(x),
+        SCALE: lambda: x.mul_(_FACTOR),
+    }
     contenders = [
         Contender(name, "limit", PASSES[_BOUNDED[name][0]] * x.nbytes, call, Errors) for name, call in calls.items()
     ]

@@ -27,6 +27,9 @@ MODE_TITLES = {
     "step": "optimizer step",
 }
 
+#: Of what the limits of the machine bound.
+LIMITED_TITLES = MODE_TITLES | {"present": "accumulate_grad_", "prox": "prox_"}
+
 #: Of what a GPU's rows have besides the times.
 COST_HEADS = ("of roofline", "launches", "copies + fills", "host µs", "peak MB")
 

@@ -52,6 +52,11 @@ def results(cpu):
         _row(template, "resnet50", "value", "fused_reg", host_us=61.0, percent=89.0, limit=1.25),
         _row(template, "resnet50", "value_and_grad", "fused_reg", launches=2),
         _row(template, "small_tensors", "value_and_grad", "fused_reg", percent=1.0),
+        _row(template, "resnet50", "present", "fused_reg", launches=3, percent=10.0),
+        _row(template, "resnet50", "present", "fused_reg.accumulate_grad_", percent=91.0),
+        _row(template, "resnet50", "prox", "fused_reg", launches=2, percent=85.0),
+        _row(template, "resnet50", "step", "fused_reg attached", "SGD, fused=True", launches=3),
+        _row(template, "resnet50", "step", "no penalty", "SGD, fused=True", launches=2),
         _row(template, "resnet50", "fresh", "fused_reg", device_us=50.0, host_us=200.0),
         _row(template, "resnet50", "fresh", "loop", device_us=3000.0, host_us=8000.0),
         _row(template, "resnet50", "fresh", "torch.compile", device_us=1000.0, host_us=400.0),
@@ -72,6 +77,12 @@ def test_targets(results):
     assert figures[f"{both}: launches, copies and fills"] == (2, False)
     assert figures["1,000 tensors of 64, value and gradient: launches, copies and fills"] == (1, True)
     assert figures["GPT-2 small, value and gradient: launches, copies and fills"] == (None, None)
+    assert figures["ResNet-50, accumulate_grad_: launches, copies and fills"] == (1, True)
+    assert figures["ResNet-50, accumulate_grad_: percent of the read-modify-write bandwidth"] == (91.0, True)
+    assert figures["ResNet-50, prox_: launches, copies and fills"] == (2, False)
+    assert figures["ResNet-50, prox_: percent of the scale bandwidth"] == (85.0, False)
+    step = "ResNet-50, step of SGD, fused=True, regularizer attached"
+    assert figures[f"{step}: launches, copies and fills added"] == (1, True)
     assert figures[f"{value}: host microseconds"] == (61.0, False)
     assert figures[f"{composed}, .grad None: host microseconds"] == (200.0, True)
     assert figures[f"{value}: percent of the read bandwidth"] == (89.0, False)
