@@ -188,5 +188,9 @@ def shrink(
                 raise
             _without_grad(_devices.prox_, *arguments)
     except Exception as error:
+        if any(isinstance(p, Tensor) and p.is_neg() for p in tensors):
+            # The dispatcher writes to no negated view. The operator is odd: it may take the memory behind as it is.
+            memory = [torch._neg_view(p) if isinstance(p, Tensor) and p.is_neg() else p for p in tensors]
+            return prox_(memory, l1, l2, l2_norm=l2_norm, group=group, step=step)
         reason = explained(name, tensors, error)
         raise reason from (None if reason is not error else error.__cause__)
