@@ -90,7 +90,7 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
         grad = iter(fresh)
         for p, mode in zip(tensors, modes, strict=True):
             if mode == _WRITE:
-                p.grad = next(grad)
+                _set_grad(p, next(grad))
     return cast(Tensor, value)
 
 
@@ -102,6 +102,15 @@ def _without_grad(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     finally:
         _set_grad_enabled(enabled)
+
+
+def _set_grad(p: Tensor, grad: Tensor) -> None:
+    try:
+        p.grad = grad
+    except RuntimeError:  # the parameter has a `grad_dtype` other than its own: cast, as autograd does
+        if p.grad_dtype in (None, grad.dtype):
+            raise
+        p.grad = grad.to(p.grad_dtype)
 
 
 def _grads_of(params: list[Tensor]) -> tuple[list[int], list[Tensor]]:
@@ -191,6 +200,6 @@ def shrink(
         if any(isinstance(p, Tensor) and p.is_neg() for p in tensors):
             # The dispatcher writes to no negated view. The operator is odd: it may take the memory behind as it is.
             memory = [torch._neg_view(p) if isinstance(p, Tensor) and p.is_neg() else p for p in tensors]
-            return prox_(memory, l1, l2, l2_norm=l2_norm, group=group, step=step)
+            return shrink(name, memory, strengths, step)
         reason = explained(name, tensors, error)
         raise reason from (None if reason is not error else error.__cause__)
