@@ -4,6 +4,7 @@ Never ``torch.linalg.vector_norm`` or ``torch._foreach_norm`` of float32 CPU ten
 """
 
 import math
+from collections import defaultdict
 from fractions import Fraction
 
 import numpy as np
@@ -46,13 +47,29 @@ def exact_sum(t: torch.Tensor, degree: int) -> Fraction:
     return Fraction(math.fsum(partial)) * Fraction(2) ** (degree * exponent)
 
 
-def exact_penalty(params, l1=None, l2=None) -> Fraction:
-    if l1 is None and l2 is None:
+def exact_norms(t: torch.Tensor, group: str) -> Fraction:
+    """The sum of the groups' norms, to 4e-16 relative; each group is first divided by a power of two of its own."""
+    if t.numel() == 0:
+        return Fraction(0)
+    rows = len(t) if group == "row" and t.ndim > 0 else 1
+    w = np.abs(t.detach().cpu().double().numpy().reshape(rows, -1))
+    exponents = np.frexp(w.max(axis=1))[1]
+    w = np.ldexp(w, -exponents[:, None])
+    roots = defaultdict(list)
+    for exponent, squares in zip(exponents.tolist(), w * w, strict=True):
+        roots[exponent].append(math.sqrt(math.fsum(squares.tolist())))
+    return sum((Fraction(math.fsum(r)) * Fraction(2) ** exponent for exponent, r in roots.items()), Fraction(0))
+
+
+def exact_penalty(params, l1=None, l2=None, l2_norm=None, group="tensor") -> Fraction:
+    if l1 is None and l2 is None and l2_norm is None:
         l2 = 1.0
+    columns = (per_parameter(strength, len(params)) for strength in (l1, l2, l2_norm))
     total = Fraction(0)
-    for p, a, b in zip(params, per_parameter(l1, len(params)), per_parameter(l2, len(params)), strict=True):
+    for p, a, b, c in zip(params, *columns, strict=True):
         total += Fraction(a) * exact_sum(p, 1) if a else 0
         total += Fraction(b) * exact_sum(p, 2) if b else 0
+        total += Fraction(c) * exact_norms(p, group) if c else 0
     return total
 
 
@@ -65,11 +82,11 @@ def assert_near(value: torch.Tensor, exact: Fraction) -> None:
         raise AssertionError(f"{value.item()!r} is not {float(exact)!r}: {float(error / exact):.2g} off")
 
 
-def assert_value(value: torch.Tensor, params, l1=None, l2=None) -> None:
+def assert_value(value: torch.Tensor, params, l1=None, l2=None, l2_norm=None, group="tensor") -> None:
     """The value of this penalty: near the truth, 0-dim, of the right dtype."""
     assert value.shape == ()
     assert value.dtype == (torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32)
-    assert_near(value, exact_penalty(params, l1, l2))
+    assert_near(value, exact_penalty(params, l1, l2, l2_norm, group))
 
 
 def bits(t: torch.Tensor) -> bytes:
