@@ -79,7 +79,8 @@ class Net(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+        # In float32 a rounding may flip the sign of a weight near zero, and the gradient of L1 with it.
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).double()
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         x, y = batch
@@ -91,8 +92,8 @@ class Net(pl.LightningModule):
 
 def batches() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(128, 8, generator=generator)
-    y = x[:, :1] - 2 * x[:, 1:2] + 0.1 * torch.randn(128, 1, generator=generator)
+    x = torch.randn(128, 8, generator=generator, dtype=torch.float64)
+    y = x[:, :1] - 2 * x[:, 1:2] + 0.1 * torch.randn(len(x), 1, generator=generator)
     return list(zip(x.split(16), y.split(16), strict=True))
 
 
@@ -139,11 +140,12 @@ def main(arguments: list[str] | None = None) -> float:
     print(callback.regularizer)
     print(f"penalty of the last step: {callback.attachments[0].value.item():.6f}")
     print(f"largest difference of a weight from the plain loop: {difference:.1e}; from no penalty: {effect:.1e}")
-    assert difference < 1e-5 < effect
+    assert difference < 1e-9 < 1e-3 < effect
 
-    sparse = RegularizerCallback(mode="prox", l1=0.05, weights_only=True)
-    with_lightning(epochs, sparse)
-    print(f'\nmode="prox":\n{sparse.regularizer.report()}')
+    weights = with_lightning(epochs, RegularizerCallback(mode="prox", l1=0.3, weights_only=True))
+    share = sum((p == 0).sum().item() for p in weights) / sum(p.numel() for p in weights)
+    print(f'mode="prox": {100 * share:.0f} % of all weights are exactly zero')
+    assert share > 0.1
     return difference
 
 
