@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import assert_same_bits, bits, gradients
-from print_bits import SIZES, STRENGTHS, all_bits, contents
+from print_bits import RESULTS, SIZES, STRENGTHS, all_bits, contents
 from samples import CHUNK, DTYPES, draw, draw_list, leaves, mixed_list
 from samples import STRENGTHS as LIST_STRENGTHS
 
@@ -39,6 +39,20 @@ def test_thread_counts(dtype, device, threads):
     for count in THREADS:
         threads(count)
         results.append(_results(params, l1=0.1, l2=1 / 3))
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
+@pytest.mark.parametrize("group", ["tensor", "row"])
+def test_thread_counts_with_norms(group, dtype, device, threads):
+    """Hard case 33; accumulate_grad_ and prox_ are in their own files."""
+    shapes = ((300_001,), (0,), (17,), (123, 456), (CHUNK,), (700, 77), (5, 40_000))
+    params = [draw(s, dtype or DTYPES[i % 4], device, i) for i, s in enumerate(shapes)]
+    results = []
+    for count in THREADS:
+        threads(count)
+        results.append(_results(params, l1=0.1, l2_norm=1 / 3, group=group))
     for other in results[1:]:
         assert_same_bits(other, results[0])
 
@@ -113,7 +127,7 @@ def test_cpu_capabilities(asked, expected):
     run = _run(asked)
     assert run["capability"] == expected
     here = _bits_here()
-    assert len(here) == len(DTYPES) * len(contents(torch.float32)) * len(STRENGTHS) * 4
+    assert len(here) == len(DTYPES) * len(contents(torch.float32)) * len(STRENGTHS) * RESULTS
     assert [case for case in here if run["bits"][case] != here[case]] == []
 
 
