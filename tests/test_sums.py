@@ -1,0 +1,69 @@
+"""The sums beside the penalty, which reports and strengths' gradients are made of: per parameter, per group, zeros."""
+
+import math
+
+import pytest
+import torch
+from oracle import exact_norms, exact_sum
+from samples import CHUNK, DTYPES, LAYOUTS, SIZES, draw, draw_list, mixed_list
+
+from fused_reg import _ops
+
+PADDED = "the zeros that fill up the last vector of a chunk are counted"
+
+
+def with_zeros(n, dtype, device) -> torch.Tensor:
+    """Some zeros of both signs, NaN and the smallest subnormal, which is none."""
+    w = draw(n, dtype, device)
+    w[::5] = 0.0
+    w[2::7] = -0.0
+    w[4::11] = math.nan
+    w[1::9] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return w
+
+
+@pytest.mark.xfail(reason=PADDED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_counts(dtype, device):
+    params = [with_zeros(n, dtype, device) for n in (0, *range(1, 140), *SIZES, 100_003)]
+    counts = _ops.zero_counts(params)
+    assert (counts.dtype, counts.shape) == (torch.int64, (len(params),))
+    assert counts.tolist() == [int((p == 0).sum()) for p in params]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_counts_of_whole_vectors(dtype, device):
+    params = [with_zeros(n, dtype, device) for n in (64, 128, CHUNK, 5 * CHUNK, 128 * 77)]
+    assert _ops.zero_counts(params).tolist() == [int((p == 0).sum()) for p in params]
+
+
+@pytest.mark.xfail(reason=PADDED)
+def test_zero_counts_of_layouts(device):
+    params = [make(dtype=DTYPES[i % 4], device=device) for i, (_, make) in enumerate(LAYOUTS.values())]
+    assert _ops.zero_counts(params).tolist() == [int((p == 0).sum()) for p in params]
+
+
+def relative_error(number: float, exact) -> float:
+    return 0.0 if number == exact else abs(float(number / exact) - 1)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
+def test_term_sums(dtype, device):
+    params = mixed_list(device) if dtype is None else draw_list(dtype, device)
+    sums = _ops.term_sums(params)
+    assert (sums.dtype, sums.shape) == (torch.float64, (len(params), 2))
+    for p, row in zip(params, sums.tolist(), strict=True):
+        for degree, number in enumerate(row, start=1):
+            assert relative_error(number, exact_sum(p, degree)) < 4e-15
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
+def test_group_norms(dtype, rows, device):
+    """Those of all groups, in order; an empty parameter has none."""
+    params = mixed_list(device) if dtype is None else draw_list(dtype, device)
+    groups = [g for p in params if p.numel() for g in (p if rows and p.ndim else [p])]
+    norms = _ops.group_norms(params, rows)
+    assert (norms.dtype, norms.shape) == (torch.float64, (len(groups),))
+    for group, number in list(zip(groups, norms.tolist(), strict=True))[::13]:
+        assert relative_error(number, exact_norms(group, "tensor")) < 4e-15
