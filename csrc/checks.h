@@ -108,10 +108,9 @@ inline void check_grads(size_t count, size_t params) {
 }
 
 inline void check_grad(size_t i, const at::Tensor& grad, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(
-      grad.device() == like.device() && grad.scalar_type() == like.scalar_type() && grad.sizes() == like.sizes() &&
-          has_layout_of(grad, like),
-      "grads[", i, "] must have the device, dtype, shape and strides that penalty_and_grad gave it");
+  TORCH_CHECK_VALUE(grad.device() == like.device() && grad.scalar_type() == like.scalar_type() &&
+                        grad.sizes() == like.sizes() && has_layout_of(grad, like),
+                    "grads[", i, "] must have the device, dtype, shape and strides that penalty_and_grad gave it");
 }
 
 // Of the value of a list.

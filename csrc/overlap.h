@@ -4,8 +4,10 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace fused_reg {
@@ -97,19 +99,28 @@ inline void check_no_self_overlap(const Region& r) {
 inline void check_disjoint(std::vector<Region> regions) {
   std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
   std::vector<const Region*> open;  // those that end after the region at hand begins
+  // Of all conflicts the first in the list, parameters before gradients: addresses shall not decide what is said.
+  std::array<const Region*, 2> conflict{};
+  const auto place = [](const Region* r) { return std::make_pair(*r->of != '\0', r->index); };
   for (const Region& r : regions) {
     open.erase(std::remove_if(open.begin(), open.end(), [&](const Region* o) { return o->end <= r.begin; }),
                open.end());
     for (const Region* const o : open) {
       if (share_elements(*o, r)) {
-        const bool in_order = o->index < r.index || (o->index == r.index && *o->of == '\0');
-        const Region &first = in_order ? *o : r, &second = in_order ? r : *o;
-        TORCH_CHECK_VALUE(!first.tensor->is_same(*second.tensor), second.name(), " must not be the same tensor as ",
-                          first.name());
-        TORCH_CHECK_VALUE(false, second.name(), " must not share memory with ", first.name());
+        const bool in_order = place(o) < place(&r);
+        const std::array<const Region*, 2> found{in_order ? o : &r, in_order ? &r : o};
+        if (conflict[1] == nullptr || place(found[1]) < place(conflict[1])) {
+          conflict = found;
+        }
       }
     }
     open.push_back(&r);
+  }
+  if (conflict[1] != nullptr) {
+    const auto [first, second] = conflict;
+    TORCH_CHECK_VALUE(!first->tensor->is_same(*second->tensor), second->name(), " must not be the same tensor as ",
+                      first->name());
+    TORCH_CHECK_VALUE(false, second->name(), " must not share memory with ", first->name());
   }
 }
 

@@ -175,7 +175,13 @@ FUSED_REG_INLINE V soft(V w, V threshold) {
 FUSED_REG_INLINE double shrinkage(double l2, double l2_norm, double step, double norm) {
   const double threshold = step * l2_norm;
   const double block = threshold == 0 ? 1 : norm <= threshold ? 0 : 1 - threshold / norm;
-  return block / (1 + 2 * step * l2);
+  return block / (1 + 2 * (step * l2));
+}
+
+// A zero is +0, also one that comes from shrinkage.
+template <class V>
+FUSED_REG_INLINE V prox(V w, V threshold, V shrinkage) {
+  return soft(w, threshold) * shrinkage + V{};
 }
 
 }  // namespace fused_reg

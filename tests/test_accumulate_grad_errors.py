@@ -59,7 +59,7 @@ def test_same_tensor_twice(device):
     params = with_grads(draw_list(torch.float32, device))
     before = unchanged(params)
     # Both share memory, the parameters and their gradients: the message names one of the pairs.
-    both = r"^accumulate_grad_: params\[11\](|\.grad) must not be the same tensor as params\[4\]\1$"
+    both = r"^accumulate_grad_: params\[11\] must not be the same tensor as params\[4\]$"
     with pytest.raises(ValueError, match=both):
         accumulate_grad_([*params, params[4]], **BOTH)
     params[4].grad = None
@@ -99,7 +99,7 @@ def test_aliasing_gradients(device):
     w.grad = w.detach()
     refused("params[1].grad must not share memory with params[1]")
     w.grad = x.detach()
-    refused("params[2] must not share memory with params[1].grad")
+    refused("params[1].grad must not share memory with params[2]")
     w.grad = v.detach()
     refused("params[1].grad must not share memory with params[0]")
     w.grad = x.grad

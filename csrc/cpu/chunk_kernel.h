@@ -16,7 +16,7 @@ enum class Pass {
   kSumsAndAccumulate,  // the sums, and out = out + gradient
   kGradient,           // out = gradient
   kAccumulate,         // out = out + gradient
-  kProx,               // out = soft(param) * shrinkage
+  kProx,               // out = prox(param)
   kSoftSquares,        // the sum of soft(param)^2, as that of L2
   kZeros,              // how many elements are 0, as the sum of L2
 };

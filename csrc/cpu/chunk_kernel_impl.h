@@ -87,7 +87,7 @@ struct Kernel {
 
   FUSED_REG_INLINE void write(const Storage* param, Storage* out) const {
     if constexpr (pass == Pass::kProx) {
-      E::map(param, out, [&](Factor w) __attribute__((always_inline)) { return soft(w, threshold) * shrinkage; });
+      E::map(param, out, [&](Factor w) __attribute__((always_inline)) { return prox(w, threshold, shrinkage); });
     } else if constexpr (reads_out(pass)) {
       E::update(param, out,
                 [&](Factor w, Factor old) __attribute__((always_inline)) { return old + full_gradient(w); });
@@ -204,11 +204,11 @@ ChunkSums run_terms(const ChunkTask& task) {
       case kNone:
         return Kernel<dtype, kNorm, pass>::run(task);
       case kL1:
-        return Kernel<dtype, kNorm | kL1, pass>::run(task);
+        return Kernel < dtype, kNorm | kL1, pass > ::run(task);
       case kL2:
-        return Kernel<dtype, kNorm | kL2, pass>::run(task);
+        return Kernel < dtype, kNorm | kL2, pass > ::run(task);
       default:
-        return Kernel<dtype, kNorm | kL1L2, pass>::run(task);
+        return Kernel < dtype, kNorm | kL1L2, pass > ::run(task);
     }
   }
 }

@@ -1,9 +1,9 @@
 // How a team of warps reads a chunk, in the order of summation.h; what it does with the elements is a Job's.
 //
 // The warps of a team take blocks of the chunk: every thread loads 16 bytes of a row, the rows of a block one after the
-// other, so that it holds some lanes of the block; shuffles fold 64 lanes to 8; shared memory collects the blocks of the
-// chunk. Memory that is not aligned to 16 bytes, and the last part of a chunk, is read an element at a time, coalesced,
-// in the same order.
+// other, so that it holds some lanes of the block; shuffles fold 64 lanes to 8; shared memory collects the blocks of
+// the chunk. Memory that is not aligned to 16 bytes, and the last part of a chunk, is read an element at a time,
+// coalesced, in the same order.
 #pragma once
 
 #include "cursor.cuh"

@@ -100,8 +100,7 @@ __device__ __forceinline__ double penalty_of(const Cursor<Table, kAllStrengths>&
   const double l1_factor = scaled_strength(l1, kL1, chunk.dtype == Dtype::kFloat64).factor;
   const double l1_penalty = l1 == 0 ? 0 : l1_factor * l1_sum;
   const double squares_penalty = l2 == 0 ? 0 : l2_penalty(l2, squares);
-  return (l1_penalty + squares_penalty) +
-         (chunk.is_group ? group_penalty(cursor.strength(kColumnL2Norm), squares) : 0);
+  return (l1_penalty + squares_penalty) + (chunk.is_group ? group_penalty(cursor.strength(kColumnL2Norm), squares) : 0);
 }
 
 // What Call.sums asks for, of every chunk and group; and of the list, the penalty.

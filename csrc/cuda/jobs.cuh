@@ -15,8 +15,8 @@ __device__ __forceinline__ double scaled(typename Element<dtype>::Storage w, dou
 template <Dtype dtype>
 using MultiplyAdd = std::conditional_t<dtype == Dtype::kFloat64, TwoRoundings, OneRounding>;
 
-// The sums of the terms, and their gradient: each, or both. `adds`: the gradient may be added to what is there; `norms`:
-// it may have that of the group's norm in it.
+// The sums of the terms, and their gradient: each, or both. `adds`: the gradient may be added to what is there;
+// `norms`: it may have that of the group's norm in it.
 template <Dtype dtype, bool sums, bool adds, bool norms>
 class TermsJob {
  public:
@@ -198,7 +198,7 @@ class ProxJob {
                                         Storage (&out)[count]) const {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      out[i] = E::narrow(soft<Scalar>(E::widen(w[i]), threshold_) * shrinkage_);
+      out[i] = E::narrow(prox<Scalar>(E::widen(w[i]), threshold_, shrinkage_));
     }
   }
 
