@@ -129,7 +129,7 @@ def as_scale(function: str, scale: float | Tensor) -> tuple[float, Tensor | None
                 f"{tuple(scale.shape)}"
             )
         return 1.0, scale
-    if not _is_number(scale):
+    if not is_number(scale):
         raise TypeError(f"{function}: scale must be a float or a 0-dim tensor, got {type(scale).__name__}")
     if not math.isfinite(scale):
         raise ValueError(f"{function}: scale must be finite, got {scale}")
@@ -143,8 +143,8 @@ def _as_strength(
         return (), None
     if isinstance(strength, Tensor):
         return (), _tensor_strength(function, name, strength, count)
-    if _is_number(strength):
-        value = _float_strength(function, name, strength)
+    if is_number(strength):
+        value = as_number(f"{function}: {name}", strength)
         return ((value,) if value else ()), None
     if not _is_sequence(strength):
         raise TypeError(
@@ -173,8 +173,8 @@ def _item_strength(function: str, name: str, item: Any) -> float | Tensor:
         if item.ndim != 0:
             raise ValueError(f"{function}: {name} must be 0-dim, got shape {tuple(item.shape)}")
         return _tensor_strength(function, name, item, 1)
-    if _is_number(item):
-        return _float_strength(function, name, item)
+    if is_number(item):
+        return as_number(f"{function}: {name}", item)
     raise TypeError(f"{function}: {name} must be a float or a 0-dim tensor, got {type(item).__name__}")
 
 
@@ -190,17 +190,18 @@ def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> 
     return strength
 
 
-def _float_strength(function: str, name: str, strength: Any) -> float:
+def as_number(name: str, strength: Any) -> float:
+    """A strength that is a number, checked; ``name`` begins the message of an error."""
     try:
         value = float(strength)
     except OverflowError:
         value = math.inf
     if not 0 <= value < math.inf:
-        raise ValueError(f"{function}: {name} must be finite and >= 0, got {strength}")
+        raise ValueError(f"{name} must be finite and >= 0, got {strength}")
     return value
 
 
-def _is_number(x: Any) -> TypeGuard[float]:
+def is_number(x: Any) -> TypeGuard[float]:
     return type(x) is float or (isinstance(x, Real) and not isinstance(x, bool))
 
 

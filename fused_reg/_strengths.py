@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from fused_reg._arguments import Group
+from fused_reg._arguments import Group, as_number, is_number
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
@@ -70,8 +68,8 @@ def checked(name: str, strength: Any) -> float | Tensor | Schedule:
         if not strength.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {strength.dtype}")
         return strength
-    if isinstance(strength, Real) and not isinstance(strength, bool):
-        return _finite(name, strength)
+    if is_number(strength):
+        return as_number(name, strength)
     if callable(strength):
         return cast(Schedule, strength)
     hint = "; for strengths per parameter give rules" if isinstance(strength, Sequence) else ""
@@ -91,19 +89,9 @@ def scheduled(name: str, schedule: Schedule, step: int) -> float:
     value: Any = schedule(step)
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not is_number(value):
         raise TypeError(f"{name}: the schedule must give a number at step {step}, got {type(value).__name__}")
-    return _finite(f"{name}: what the schedule gives at step {step}", value)
-
-
-def _finite(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
-    return number
+    return as_number(f"{name}: what the schedule gives at step {step}", value)
 
 
 def held(name: str, strength: Given, step: int) -> Held:
