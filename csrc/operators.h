@@ -165,19 +165,6 @@ struct Operators {
     return ListPass(params, all_of(params.size()), ones).run_zero_counts();
   }
 
-  static void register_in(torch::Library& m) {
-    m.impl("penalty", TORCH_FN(penalty));
-    m.impl("penalty_and_norms", TORCH_FN(penalty_and_norms));
-    m.impl("penalty_and_grad", TORCH_FN(penalty_and_grad));
-    m.impl("penalty_grad", TORCH_FN(penalty_grad));
-    m.impl("rescale_grad_", TORCH_FN(rescale_grad_));
-    m.impl("accumulate_grad_", TORCH_FN(accumulate_grad_));
-    m.impl("prox_", TORCH_FN(prox_));
-    m.impl("group_norms", TORCH_FN(group_norms));
-    m.impl("term_sums", TORCH_FN(term_sums));
-    m.impl("zero_counts", TORCH_FN(zero_counts));
-  }
-
  private:
   // After a pass that has written to `written`: that is the tensor, or a copy of it. Autograd shall notice.
   static void copy_back(const at::Tensor& written, const at::Tensor& tensor) {
@@ -204,5 +191,20 @@ struct Operators {
     return value;
   }
 };
+
+// The functions of one backend, under the names of ops.cpp.
+template <class Functions>
+void register_operators(torch::Library& m) {
+  m.impl("penalty", TORCH_FN(Functions::penalty));
+  m.impl("penalty_and_norms", TORCH_FN(Functions::penalty_and_norms));
+  m.impl("penalty_and_grad", TORCH_FN(Functions::penalty_and_grad));
+  m.impl("penalty_grad", TORCH_FN(Functions::penalty_grad));
+  m.impl("rescale_grad_", TORCH_FN(Functions::rescale_grad_));
+  m.impl("accumulate_grad_", TORCH_FN(Functions::accumulate_grad_));
+  m.impl("prox_", TORCH_FN(Functions::prox_));
+  m.impl("group_norms", TORCH_FN(Functions::group_norms));
+  m.impl("term_sums", TORCH_FN(Functions::term_sums));
+  m.impl("zero_counts", TORCH_FN(Functions::zero_counts));
+}
 
 }  // namespace fused_reg

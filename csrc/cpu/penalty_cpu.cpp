@@ -2,4 +2,4 @@
 #include "../operators.h"
 #include "list_pass.h"
 
-TORCH_LIBRARY_IMPL(fused_reg, CPU, m) { fused_reg::Operators<fused_reg::ListPass>::register_in(m); }
+TORCH_LIBRARY_IMPL(fused_reg, CPU, m) { fused_reg::register_operators<fused_reg::Operators<fused_reg::ListPass>>(m); }

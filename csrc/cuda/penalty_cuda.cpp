@@ -2,4 +2,6 @@
 #include "../operators.h"
 #include "list_pass.h"
 
-TORCH_LIBRARY_IMPL(fused_reg, CUDA, m) { fused_reg::Operators<fused_reg::cuda::ListPass>::register_in(m); }
+TORCH_LIBRARY_IMPL(fused_reg, CUDA, m) {
+  fused_reg::register_operators<fused_reg::Operators<fused_reg::cuda::ListPass>>(m);
+}

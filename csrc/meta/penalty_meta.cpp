@@ -12,90 +12,82 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-void check(at::TensorList params) {
-  check_params(params);
-  check_meta(params);
-}
-
-at::Tensor penalty(at::TensorList params, FUSED_REG_STRENGTHS) {
-  check(params);
-  return at::empty({}, params[0].options().dtype(value_dtype(params)));
-}
-
-at::Tensor group_norms(at::TensorList params, bool rows) {
-  check(params);
-  c10::SymInt groups = 0;
-  for (const at::Tensor& p : params) {
-    groups += groups_of(p, rows);
+struct Meta {
+  static void check(at::TensorList params) {
+    check_params(params);
+    check_meta(params);
   }
-  return at::empty_symint({groups}, params[0].options().dtype(at::kDouble));
-}
 
-std::tuple<at::Tensor, at::Tensor> penalty_and_norms(at::TensorList params, FUSED_REG_STRENGTHS) {
-  return {at::empty({}, params[0].options().dtype(value_dtype(params))), group_norms(params, rows)};
-}
+  static at::Tensor penalty(at::TensorList params, FUSED_REG_STRENGTHS) {
+    check(params);
+    return at::empty({}, params[0].options().dtype(value_dtype(params)));
+  }
 
-std::tuple<at::Tensor, Tensors> penalty_and_grad(at::TensorList params, const c10::List<bool>& needs_grad,
-                                                 FUSED_REG_STRENGTHS) {
-  check(params);
-  Tensors grads;
-  for (const auto t : c10::irange(params.size())) {
-    if (needs_grad[t]) {
-      grads.push_back(at::empty_like(params[t]));
+  static at::Tensor group_norms(at::TensorList params, bool rows) {
+    check(params);
+    c10::SymInt groups = 0;
+    for (const at::Tensor& p : params) {
+      groups += groups_of(p, rows);
     }
+    return at::empty_symint({groups}, params[0].options().dtype(at::kDouble));
   }
-  return {at::empty({}, params[0].options().dtype(value_dtype(params))), std::move(grads)};
-}
 
-Tensors penalty_grad(const at::Tensor&, at::TensorList params, const c10::List<bool>&, const OptionalTensor&,
-                     at::IntArrayRef, FUSED_REG_STRENGTHS) {
-  check(params);
-  Tensors grads;
-  for (const at::Tensor& p : params) {
-    grads.push_back(at::empty_like(p));
+  static std::tuple<at::Tensor, at::Tensor> penalty_and_norms(at::TensorList params, FUSED_REG_STRENGTHS) {
+    return {at::empty({}, params[0].options().dtype(value_dtype(params))), group_norms(params, rows)};
   }
-  return grads;
-}
 
-void rescale_grad_(const at::Tensor&, at::TensorList, at::TensorList, const c10::List<bool>&, FUSED_REG_STRENGTHS) {}
-
-std::tuple<at::Tensor, Tensors> accumulate_grad_(at::TensorList params, at::TensorList, at::IntArrayRef modes, double,
-                                                 const OptionalTensor&, FUSED_REG_STRENGTHS) {
-  check(params);
-  Tensors fresh;
-  for (const auto t : c10::irange(params.size())) {
-    if (modes[t] == kWriteGrad) {
-      fresh.push_back(at::empty_like(params[t]));
+  static std::tuple<at::Tensor, Tensors> penalty_and_grad(at::TensorList params, const c10::List<bool>& needs_grad,
+                                                          FUSED_REG_STRENGTHS) {
+    check(params);
+    Tensors grads;
+    for (const auto t : c10::irange(params.size())) {
+      if (needs_grad[t]) {
+        grads.push_back(at::empty_like(params[t]));
+      }
     }
+    return {at::empty({}, params[0].options().dtype(value_dtype(params))), std::move(grads)};
   }
-  return {at::empty({}, params[0].options().dtype(value_dtype(params))), std::move(fresh)};
-}
 
-void prox_(at::TensorList params, Floats, const OptionalTensor&, FUSED_REG_STRENGTHS) { check(params); }
+  static Tensors penalty_grad(const at::Tensor&, at::TensorList params, const c10::List<bool>&, const OptionalTensor&,
+                              at::IntArrayRef, FUSED_REG_STRENGTHS) {
+    check(params);
+    Tensors grads;
+    for (const at::Tensor& p : params) {
+      grads.push_back(at::empty_like(p));
+    }
+    return grads;
+  }
 
-at::Tensor term_sums(at::TensorList params) {
-  check(params);
-  return at::empty({static_cast<int64_t>(params.size()), 2}, params[0].options().dtype(at::kDouble));
-}
+  static void rescale_grad_(const at::Tensor&, at::TensorList, at::TensorList, const c10::List<bool>&,
+                            FUSED_REG_STRENGTHS) {}
 
-at::Tensor zero_counts(at::TensorList params) {
-  check(params);
-  return at::empty({static_cast<int64_t>(params.size())}, params[0].options().dtype(at::kLong));
-}
+  static std::tuple<at::Tensor, Tensors> accumulate_grad_(at::TensorList params, at::TensorList, at::IntArrayRef modes,
+                                                          double, const OptionalTensor&, FUSED_REG_STRENGTHS) {
+    check(params);
+    Tensors fresh;
+    for (const auto t : c10::irange(params.size())) {
+      if (modes[t] == kWriteGrad) {
+        fresh.push_back(at::empty_like(params[t]));
+      }
+    }
+    return {at::empty({}, params[0].options().dtype(value_dtype(params))), std::move(fresh)};
+  }
+
+  static void prox_(at::TensorList params, Floats, const OptionalTensor&, FUSED_REG_STRENGTHS) { check(params); }
+
+  static at::Tensor term_sums(at::TensorList params) {
+    check(params);
+    return at::empty({static_cast<int64_t>(params.size()), 2}, params[0].options().dtype(at::kDouble));
+  }
+
+  static at::Tensor zero_counts(at::TensorList params) {
+    check(params);
+    return at::empty({static_cast<int64_t>(params.size())}, params[0].options().dtype(at::kLong));
+  }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_reg, Meta, m) {
-  m.impl("penalty", TORCH_FN(penalty));
-  m.impl("penalty_and_norms", TORCH_FN(penalty_and_norms));
-  m.impl("penalty_and_grad", TORCH_FN(penalty_and_grad));
-  m.impl("penalty_grad", TORCH_FN(penalty_grad));
-  m.impl("rescale_grad_", TORCH_FN(rescale_grad_));
-  m.impl("accumulate_grad_", TORCH_FN(accumulate_grad_));
-  m.impl("prox_", TORCH_FN(prox_));
-  m.impl("group_norms", TORCH_FN(group_norms));
-  m.impl("term_sums", TORCH_FN(term_sums));
-  m.impl("zero_counts", TORCH_FN(zero_counts));
-}
+TORCH_LIBRARY_IMPL(fused_reg, Meta, m) { register_operators<Meta>(m); }
 
 }  // namespace fused_reg
