@@ -57,7 +57,8 @@ class ListPass {
     call_.chunks = static_cast<uint32_t>(plan_.chunks());
     call_.run_length = static_cast<uint32_t>(run_length(plan_.chunks()));
     call_.runs = (call_.chunks + call_.run_length - 1) / call_.run_length;
-    // A warp alone keeps less memory busy than a CTA, and a CTA has nothing to do for some of its warps in short chunks.
+    // A warp alone keeps less memory busy than a CTA, and a CTA has nothing to do for some of its warps in short
+    // chunks.
     call_.team = plan_.elements() < plan_.chunks() * (kChunkSize / 2) ? 1 : kWarps;
     call_.factor.value = 1;
     call_.factor_source = Source::kValue;
@@ -184,8 +185,7 @@ class ListPass {
     groups_.clear();
     int64_t large = 0;
     for (const auto t : c10::irange(plan_.tensors())) {
-      groups_.push_back(
-          {plan_.group_size(t), static_cast<uint32_t>(first_groups[t]), static_cast<uint32_t>(large)});
+      groups_.push_back({plan_.group_size(t), static_cast<uint32_t>(first_groups[t]), static_cast<uint32_t>(large)});
       large += plan_.chunks_per_group(t) > 1 ? plan_.first_group(t + 1) - plan_.first_group(t) : 0;
     }
     call_.large_groups = static_cast<uint32_t>(large);
@@ -238,7 +238,8 @@ class ListPass {
       }
     }
     std::vector<unsigned char> bytes;
-    bytes.reserve(entries_.size() * sizeof(Entry) + rows.size() * sizeof(NumberRef) + groups_.size() * sizeof(GroupInfo));
+    bytes.reserve(entries_.size() * sizeof(Entry) + rows.size() * sizeof(NumberRef) +
+                  groups_.size() * sizeof(GroupInfo));
     append(&bytes, entries_);
     append(&bytes, rows);
     append(&bytes, groups_);

@@ -1,8 +1,8 @@
 // A list of tensors as a kernel sees it, and what it shall do with it. Free of torch; host and device.
 //
-// The table is one run of bytes: an Entry for each tensor; the strengths, a row of them for all tensors or one for each;
-// and where Call.norms says that there are groups, a GroupInfo for each tensor. It travels in the kernel's arguments, or
-// lies in device memory if it is longer.
+// The table is one run of bytes: an Entry for each tensor; the strengths, a row of them for all tensors or one for
+// each; and where Call.norms says that there are groups, a GroupInfo for each tensor. It travels in the kernel's
+// arguments, or lies in device memory if it is longer.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ struct Entry {
   uint32_t first_chunk;  // of the list's chunks; an empty tensor has the same as the next
   uint16_t tail;         // elements of the last chunk of every group; the tensor is one if there are none
   Dtype dtype;
-  uint8_t adds;  // the gradient is added to out
+  uint8_t adds;  // the gradient is added to out, which is not null
 };
 static_assert(std::has_unique_object_representations_v<Entry>);  // tables are compared byte for byte
 

@@ -190,9 +190,10 @@ class List {
                     const std::vector<Memory>* before = nullptr) const {
     for (size_t t = 0; t < tensors_.size(); ++t) {
       EXPECT(grads[t].guards_are_untouched(), what, t, "written outside");
-      const std::vector<unsigned char> expected = tensors_[t].wants_grad
-                                                      ? expected_grad(t, upstream, before != nullptr && tensors_[t].adds ? (*before)[t].begin : nullptr)
-                                                      : std::vector<unsigned char>(params_[t].bytes, kUntouched);
+      const std::vector<unsigned char> expected =
+          tensors_[t].wants_grad
+              ? expected_grad(t, upstream, before != nullptr && tensors_[t].adds ? (*before)[t].begin : nullptr)
+              : std::vector<unsigned char>(params_[t].bytes, kUntouched);
       EXPECT(std::equal(expected.begin(), expected.end(), static_cast<const unsigned char*>(grads[t].begin)), what, t,
              tensors_[t].size);
       EXPECT(params_[t].guards_are_untouched(), what, t);
@@ -211,7 +212,7 @@ class List {
       e.first_chunk = static_cast<uint32_t>(first_chunk_[t]);
       e.tail = static_cast<uint16_t>(tensors_[t].size - (tensors_[t].size - 1) / kChunkSize * kChunkSize);
       e.dtype = tensors_[t].dtype;
-      e.adds = adds && tensors_[t].adds;
+      e.adds = adds && tensors_[t].adds && e.out != nullptr;
       entries.push_back(e);
       if (per_tensor_ || t == 0) {
         for (int column = 0; column < columns; ++column) {
@@ -236,8 +237,7 @@ class List {
     call->factor_source = Source::kValue;
     std::vector<unsigned char> bytes(entries.size() * sizeof(Entry) + strengths.size() * sizeof(NumberRef));
     std::memcpy(bytes.data(), entries.data(), entries.size() * sizeof(Entry));
-    std::memcpy(bytes.data() + entries.size() * sizeof(Entry), strengths.data(),
-                strengths.size() * sizeof(NumberRef));
+    std::memcpy(bytes.data() + entries.size() * sizeof(Entry), strengths.data(), strengths.size() * sizeof(NumberRef));
     return bytes;
   }
 

@@ -8,8 +8,8 @@ using namespace fused_reg;
 
 namespace {
 
-void expect_covers(const std::vector<int64_t>& sizes) {
-  const ChunkPlan plan(sizes);
+void expect_covers(const std::vector<int64_t>& sizes, const std::vector<int64_t>& groups) {
+  const ChunkPlan plan(sizes, groups);
   std::vector<int64_t> covered(sizes.size());
   int64_t last_tensor = 0;
   for (int64_t c = 0; c < plan.chunks(); ++c) {
@@ -19,6 +19,10 @@ void expect_covers(const std::vector<int64_t>& sizes) {
     EXPECT(chunk.size > 0 && chunk.size <= kChunkSize, c, chunk.size);
     EXPECT(chunk.begin == covered[chunk.tensor], c, chunk.begin);  // in order: no gap, no overlap
     covered[chunk.tensor] += chunk.size;
+    // Within one group, which it fills or ends.
+    const int64_t t = chunk.tensor, size = plan.group_size(t), within = chunk.group - plan.first_group(t);
+    EXPECT(within == chunk.begin / size && within == (chunk.begin + chunk.size - 1) / size, c, chunk.group);
+    EXPECT(chunk.size == kChunkSize || (chunk.begin + chunk.size) % size == 0, c, chunk.size);
     last_tensor = chunk.tensor;
   }
   EXPECT(covered == sizes);
@@ -26,8 +30,9 @@ void expect_covers(const std::vector<int64_t>& sizes) {
 }
 
 // Any cut of the elements into shares is a cut of the chunks, each chunk in the share that holds its middle.
-void expect_shares_are_disjoint(const std::vector<int64_t>& sizes, std::mt19937_64& random) {
-  const ChunkPlan plan(sizes);
+void expect_shares_are_disjoint(const std::vector<int64_t>& sizes, const std::vector<int64_t>& groups,
+                                std::mt19937_64& random) {
+  const ChunkPlan plan(sizes, groups);
   std::vector<int64_t> start(sizes.size());
   for (size_t t = 1; t < sizes.size(); ++t) {
     start[t] = start[t - 1] + sizes[t - 1];
@@ -71,8 +76,22 @@ int main() {
     lists.push_back(sizes);
   }
   for (const auto& sizes : lists) {
-    expect_covers(sizes);
-    expect_shares_are_disjoint(sizes, random);
+    const std::vector<int64_t> whole(sizes.size(), 1);
+    expect_covers(sizes, whole);
+    expect_shares_are_disjoint(sizes, whole, random);
+    std::vector<int64_t> rows;  // as many as divide the size, and none where it is 0
+    for (const int64_t size : sizes) {
+      int64_t count = size == 0 ? 0 : size > 100000 ? 1 : 1 + static_cast<int64_t>(random() % size);
+      while (count > 1 && size % count != 0) {
+        --count;
+      }
+      rows.push_back(count);
+    }
+    expect_covers(sizes, rows);
+    expect_shares_are_disjoint(sizes, rows, random);
   }
+  const ChunkPlan plan({6, 0, 3 * (k + 1)}, {6, 0, 3});
+  EXPECT(plan.groups() == 9 && plan.chunks() == 12 && plan.first_group(2) == 6 && plan.chunks_per_group(2) == 2);
+  EXPECT(plan.chunk(9).group == 7 && plan.chunk(9).begin == 2 * k + 1 && plan.chunk(9).size == 1);
   return fused_reg::testing::report();
 }

@@ -1,5 +1,7 @@
-// penalty.h on scalars: each term, its gradient against a difference quotient, and the special values.
+// penalty.h on scalars: each term, its gradient against a difference quotient, norms
+// and proximal operators, and the special values.
 #include <limits>
+#include <vector>
 
 #include "expect.h"
 #include "penalty.h"
@@ -55,6 +57,70 @@ void expect_scale_rounds_nothing() {
   }
 }
 
+// w / ||w_g||, however large or small the norm.
+template <class S>
+void expect_norm_gradient_at_extremes(const std::vector<double>& norms) {
+  const double tolerance = sizeof(S) == 4 ? 3e-7 : 6e-16;
+  for (const double norm : norms) {
+    const NormGradient<S> g = norm_gradient<S>(0.5, 0.3, norm);
+    int exponent = 0;
+    EXPECT(std::frexp(g.scale, &exponent) == S{0.5}, norm, g.scale);  // a power of two
+    for (const double part : {1.0, -0.5, 0.001}) {
+      const S w = static_cast<S>(part * norm);
+      const double expected = 0.15 * (w / norm);
+      EXPECT(std::abs(add_norm_gradient<S>(1, w, g.scale, g.factor) - (1 + expected)) <= tolerance, norm, part);
+      const double actual = add_norm_gradient<S>(0, w, g.scale, g.factor);
+      EXPECT(std::abs(actual - expected) <= tolerance * std::abs(expected), norm, part, actual, expected);
+    }
+  }
+  const NormGradient<S> zero = norm_gradient<S>(0.5, 0.3, 0);
+  EXPECT(add_norm_gradient<S>(2, 0, zero.scale, zero.factor) == 2);
+  const NormGradient<S> infinite = norm_gradient<S>(0.5, 0.3, kInf);
+  EXPECT(add_norm_gradient<S>(2, 1, infinite.scale, infinite.factor) == 2);
+  EXPECT(std::isnan(norm_gradient<S>(0.5, 0.3, kNan).factor));
+}
+
+void expect_squares_without_overflow() {
+  for (const int exponent : {0, kRescueExponent, -kRescueExponent}) {
+    for (const double strength : {1.0, 0.3, 1e-300, 1e300, 5e-324}) {
+      const Squares squares{2.25, exponent};
+      EXPECT(norm_of(squares) == std::ldexp(1.5, exponent), exponent);
+      const double penalty = norm_penalty(strength, squares);
+      const long double exact = std::ldexp(static_cast<long double>(strength) * 1.5L, exponent);
+      EXPECT(exact > 1e308L ? penalty == kInf : std::abs(penalty - exact) <= 1.2e-16L * exact + 5e-324L, exponent,
+             strength, penalty);
+      const long double exact_l2 = std::ldexp(static_cast<long double>(strength) * 2.25L, 2 * exponent);
+      const double l2 = l2_penalty(strength, squares);
+      EXPECT(exact_l2 > 1e308L ? l2 == kInf : std::abs(l2 - exact_l2) <= 1.2e-16L * exact_l2 + 5e-324L, exponent,
+             strength, l2);
+    }
+  }
+  EXPECT(rescue_exponent(1) == 0 && rescue_exponent(kInf) == kRescueExponent && rescue_exponent(kNan) == 0);
+  EXPECT(rescue_exponent(0) == -kRescueExponent && rescue_exponent(1e-300) == -kRescueExponent);
+  const double nan = norm_of({-kNan, 0});
+  EXPECT(std::isnan(nan) && !std::signbit(nan));
+}
+
+void expect_soft() {
+  for (const double threshold : {0.0, 0.25, 2.0}) {
+    for (const double w : {-3.0, -2.0, -0.25, -0.0, 0.0, 0.1, 0.25, 2.5, kInf, -kInf}) {
+      const double size = std::abs(w) - threshold, expected = size > 0 ? std::copysign(size, w) : 0;
+      EXPECT(soft(w, threshold) == expected && std::signbit(soft(w, threshold)) == std::signbit(expected), w,
+             threshold);
+    }
+    EXPECT(std::isnan(soft(kNan, threshold)));
+  }
+  EXPECT(soft(5.0, kInf) == 0 && soft(-5.0, kInf) == 0);
+}
+
+void expect_shrinkage() {
+  EXPECT(shrinkage(0, 0, 0.5, 0) == 1 && shrinkage(0, 0, 0.5, 3) == 1);
+  EXPECT(shrinkage(1, 0, 0.5, 3) == 0.5);
+  EXPECT(shrinkage(0, 2, 0.5, 4) == 0.75 && shrinkage(1, 2, 0.5, 4) == 0.375);
+  EXPECT(shrinkage(0, 2, 0.5, 1) == 0 && shrinkage(0, 2, 0.5, 0) == 0);
+  EXPECT(std::isnan(shrinkage(0, 2, 0.5, kNan)) && shrinkage(0, 2, 0.5, kInf) == 1);
+}
+
 }  // namespace
 
 int main() {
@@ -64,5 +130,10 @@ int main() {
   expect_special_values();
   expect_factor_rounds_as_the_loop();
   expect_scale_rounds_nothing();
+  expect_norm_gradient_at_extremes<float>({1, 0.37, 1e-30, 1e30, 1e37});
+  expect_norm_gradient_at_extremes<double>({1, 0.37, 1e-300, 1e-290, 1e300, 1e307});
+  expect_squares_without_overflow();
+  expect_soft();
+  expect_shrinkage();
   return fused_reg::testing::report();
 }

@@ -1,4 +1,5 @@
-// Compensated sums against exact ones, for content that plain float64 sums get wrong; the trees of a chunk; the groups.
+// Compensated sums against exact ones, for content that plain float64 sums get wrong; the trees of a chunk; the runs;
+// squares of chunks whose exponents differ.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -44,7 +45,7 @@ void expect_total_counts_each_place_once() {
   }
 }
 
-void expect_groups() {
+void expect_runs() {
   for (const int64_t chunks :
        {int64_t{0}, int64_t{1}, kMaxRuns, kMaxRuns + 1, 2 * kMaxRuns, 2 * kMaxRuns + 1, int64_t{1} << 40}) {
     const int64_t size = run_length(chunks);
@@ -52,6 +53,22 @@ void expect_groups() {
     EXPECT((chunks + size - 1) / size <= kMaxRuns, chunks, size);
     EXPECT(size == 1 || (chunks + size / 2 - 1) / (size / 2) > kMaxRuns, chunks, size);
   }
+}
+
+void expect_squares() {
+  const Squares one{3, kRescueExponent};
+  EXPECT(sum_of(&one, 1).sum == 3 && sum_of(&one, 1).exponent == kRescueExponent);
+  std::vector<Squares> equal(100, {0.1, -kRescueExponent});
+  EXPECT(sum_of(equal.data(), 100).sum == sum_in_columns<kTensorColumns>(std::vector<double>(100, 0.1)));
+  EXPECT(sum_of(equal.data(), 100).exponent == -kRescueExponent);
+  std::vector<Squares> mixed(70, {0x1p-900, 0});
+  mixed[5] = {1, 300};
+  mixed[40] = {0, -kRescueExponent};
+  const Squares total = sum_of(mixed.data(), 70);
+  EXPECT(total.exponent == 300 && total.sum == 1, total.sum);
+  mixed[5] = {1, -400};  // 2^-800 against 68 of 2^-900
+  EXPECT(sum_of(mixed.data(), 70).exponent == 0);
+  EXPECT(sum_of(mixed.data(), 70).sum == 0x1p-800 + 68 * 0x1p-900);
 }
 
 }  // namespace
@@ -68,7 +85,8 @@ int main() {
   EXPECT(std::abs(sum_in_columns<kColumns>(hard) - 99.8) < 1e-13, sum_in_columns<kColumns>(hard));
   EXPECT(sum_in_columns<kColumns>({1, std::numeric_limits<double>::infinity()}) == INFINITY);
   expect_total_counts_each_place_once();
-  expect_groups();
+  expect_runs();
+  expect_squares();
 
   EXPECT(sum({}) == 0);
   EXPECT(sum({1e16, 1, 1, 1, 1}) == 1e16 + 4);               // plain: 1e16
