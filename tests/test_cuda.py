@@ -18,7 +18,7 @@ BOTH = {"l1": 0.1, "l2": 1 / 3}
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
 
 # Bytes of a list's table, and what the arguments of a kernel hold of it (csrc/cuda/table.h).
-ENTRY, STRENGTH_PAIR, CALL = 24, 16, 72
+ENTRY, STRENGTH_PAIR, CALL = 24, 16, 80
 SMALL_TABLE, LARGE_TABLE = 4096 - CALL, 32760 - CALL
 
 

@@ -332,7 +332,7 @@ int main(int argc, char**) {
   at::set_num_threads(1);
   at::manual_seed(0);
   for (const Content content : {Content::kNormal, Content::kSparse, Content::kExtreme, Content::kAnyBits}) {
-    for (int i = 0; i < (quick ? 1 : 6); ++i) {
+    for (int i = 0; i < (quick ? 2 : 30); ++i) {
       const Tensors list = any_list(content, 1 + below(5));
       const std::string what = "content " + std::to_string(static_cast<int>(content)) + ", list " + std::to_string(i);
       Strengths3 strengths = Strengths3::any(list.size());
