@@ -38,7 +38,7 @@ MICRO_BATCH, ACCUMULATE = 8, 2  # together all examples: the order in which they
 
 
 class RegularizerCallback(TrainerCallback):
-    """Attaches ``Regularizer(model, **arguments)`` to the trainer's optimizer, and logs the penalty."""
+    """Attaches ``Regularizer(model, **arguments)`` to the trainer's optimizer, and prints the penalty with the logs."""
 
     def __init__(self, mode: str = "grad", **arguments: Any) -> None:
         self.mode, self.arguments = mode, arguments
@@ -47,6 +47,7 @@ class RegularizerCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any) -> None:
         self.regularizer = Regularizer(model, **self.arguments)
+        self.regularizer.step = state.global_step  # of a checkpoint: schedules go on
         self.attachment = self.regularizer.attach(getattr(optimizer, "optimizer", optimizer), mode=self.mode)
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **_: Any) -> None:

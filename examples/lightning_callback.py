@@ -55,7 +55,12 @@ class RegularizerCallback(pl.Callback):
         self.regularizer = Regularizer(pl_module, **self.arguments)
         if self._state is not None:
             self.regularizer.load_state_dict(self._state)
-        self.attachments = [self.regularizer.attach(optimizer, mode=self.mode) for optimizer in trainer.optimizers]
+        own = {id(p) for _, p in self.regularizer.named_parameters()}
+        self.attachments = [
+            self.regularizer.attach(optimizer, mode=self.mode)
+            for optimizer in trainer.optimizers
+            if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        ]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         values = [a.value for a in self.attachments if a.value is not None]

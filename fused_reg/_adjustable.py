@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from fused_reg._selection import check_matches
@@ -17,8 +18,13 @@ class Adjustable:
 
     @property
     def step(self) -> int:
-        """How many steps have been counted: the number that schedules get."""
+        """How many steps have been counted: the number that schedules get. Set it to go on from a checkpoint that
+        knows the step alone; the schedules' strengths follow."""
         return self._table.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._table.go_to(as_count("step", step))
 
     def advance(self) -> None:
         """The next step of the schedules. An attached optimizer does it after each of its steps.
@@ -27,9 +33,10 @@ class Adjustable:
         graph that holds an optimizer's step, call it yourself.
 
         Raises:
-            ValueError: a schedule gives a number that is negative, infinite or NaN. Nothing has changed then.
+            ValueError: a schedule gives a number that is negative, infinite or NaN. No strength has changed then. As
+                for ``LambdaLR``, a schedule is asked for one more step than are taken.
         """
-        self._table.advance()
+        self._table.go_to(self.step + 1)
 
     def set_strength(
         self, l1: Given = None, l2: Given = None, l2_norm: Given = None, *, where: str | None = None
@@ -91,5 +98,17 @@ class Adjustable:
         """
         if not isinstance(state_dict, Mapping) or set(state_dict) != {"step", "groups"}:
             raise ValueError("load_state_dict: state_dict must have the keys step and groups, as `state_dict` gives it")
-        self._table.check(state_dict["groups"])
-        self._table.load(int(state_dict["step"]), state_dict["groups"])
+        step = as_count("load_state_dict: step", state_dict["step"])
+        try:
+            self._table.check(state_dict["groups"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"load_state_dict: groups must be as `state_dict` gives them ({type(error).__name__}: {error})"
+            ) from error
+        self._table.load(step, state_dict["groups"])
+
+
+def as_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+    return int(value)

@@ -227,7 +227,7 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
             return TypeError(f"{function}: params[{i}] must be floating point, got {p.dtype}")
         if p.layout is not torch.strided:
             return TypeError(f"{function}: params[{i}] must be dense (torch.strided), got {p.layout}")
-        if p.is_leaf and p.grad is not None and p.grad.layout is not torch.strided:
+        if function == "accumulate_grad_" and p.is_leaf and p.grad is not None and p.grad.layout is not torch.strided:
             return TypeError(
                 f"{function}: params[{i}].grad must be dense (torch.strided), got {p.grad.layout}; "
                 "build the embedding with sparse=False, or use p.grad = p.grad.to_dense()"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_reg._parts import Part
-from fused_reg._strengths import identity, is_absent
+from fused_reg._strengths import KINDS, identity, is_absent, tensor_of
 from fused_reg._table import Entry, Table
 
 #: The gradient before the step, or the proximal step after it.
@@ -50,7 +50,7 @@ class Attachment:
         self._all = all_of_them
         self._optimizer = weakref.ref(optimizer)
         self._mode = mode
-        self._layout: list[tuple[int, bool]] = []  # of the optimizer's groups, when `_follow` last looked
+        self._layout: list[tuple[int, int, bool]] = []  # of the optimizer's groups, when `_follow` last looked
         self._parts: list[tuple[float, Part]] = []  # with the sign of the gradient
         self._group_of: list[int] = []  # the optimizer's, for each entry
         self._groups: list[int] = []
@@ -127,6 +127,8 @@ class Attachment:
         if sign == 1 and not more:
             self._value = part.accumulate_grad_(scale)
             return self._value
+        for _, part in self._parts:
+            part.check_accumulation()
         values = [part.accumulate_grad_(sign * scale) for sign, part in self._parts]
         self._value = sum(values[1:], values[0])
         return sign * values[0] + sum(sign * value for (sign, _), value in zip(more, values[1:], strict=True))
@@ -136,7 +138,7 @@ class Attachment:
         if self._mode == "prox":
             self._parts[0][1].prox_(self._steps(optimizer))
         if next(iter(self._all)) is self and not self._is_captured():  # several optimizers count once
-            self._table.advance()
+            self._table.go_to(self._table.step + 1)
 
     def _is_captured(self) -> bool:
         """In a CUDA graph, which would fill in this step's strengths at every replay. The user advances after each."""
@@ -158,7 +160,10 @@ class Attachment:
 
     def _follow(self, optimizer: Optimizer) -> None:
         """Finds the regularizer's parameters among the optimizer's, which may have got more since."""
-        layout = [(len(group["params"]), bool(group.get("maximize"))) for group in optimizer.param_groups]
+        layout = [
+            (len(group["params"]), id(next(iter(group["params"]), None)), bool(group.get("maximize")))
+            for group in optimizer.param_groups
+        ]
         if layout == self._layout:
             return
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -171,11 +176,17 @@ class Attachment:
                 raise ValueError(
                     f"attach: a parameter must be handled once, but another attachment handles {entry.name!r} already"
                 )
+            for kind, tensor in zip(KINDS, map(tensor_of, entry.strengths), strict=True):
+                if tensor is not None and tensor.requires_grad:
+                    raise ValueError(
+                        f"attach: {kind} of {entry.name!r} must be a constant, got a tensor that requires grad, and an "
+                        "attached penalty gives it none; add regularizer() to the loss"
+                    )
         if self._mode == "prox":
             for i in {group_of[id(e.param)] for e in entries}:
                 if not isinstance(rate := optimizer.param_groups[i].get("lr"), float | int | Tensor):
                     raise ValueError(f'attach: mode "prox" must find a learning rate in each group, got lr={rate!r}')
-        self._parts = self._split(entries, [layout[group_of[id(e.param)]][1] for e in entries])
+        self._parts = self._split(entries, [layout[group_of[id(e.param)]][2] for e in entries])
         self._group_of = [group_of[id(e.param)] for e in entries]
         self._groups = sorted(set(self._group_of))
         self._layout = layout

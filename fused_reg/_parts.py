@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from fused_reg._arguments import Group, Strengths, as_scale, as_step, as_strengt
 from fused_reg._strengths import Column, is_absent
 from fused_reg._table import Entry, Table
 from fused_reg.functional import fused_penalty
-from fused_reg.in_place import accumulate, shrink
+from fused_reg.in_place import accumulate, check_accumulation, check_writable, shrink
 
 
 class _Call:
@@ -21,6 +23,7 @@ class _Call:
         own = [entries[i] for i in places]
         self._places = places
         self._params = [entry.param for entry in own]
+        self._names = [entry.name for entry in own]
         self._group: Group = group
         self._columns = [Column(strengths) for strengths in zip(*(entry.strengths for entry in own), strict=True)]
         self._fixed = self._as_strengths() if all(column.is_fixed for column in self._columns) else None
@@ -37,12 +40,41 @@ class _Call:
         return fused_penalty(self._params, l1, l2, l2_norm=l2_norm, group=self._group)
 
     def accumulate_grad_(self, scale: float | Tensor) -> Tensor:
-        return accumulate("accumulate_grad_", self._params, self._strengths(), as_scale("accumulate_grad_", scale))
+        with self._names_in_errors():
+            return accumulate("accumulate_grad_", self._params, self._strengths(), as_scale("accumulate_grad_", scale))
 
-    def prox_(self, step: float | Tensor | Sequence[float | Tensor]) -> None:
-        if isinstance(step, Sequence):
+    def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
+        if isinstance(step, list):
             step = Column(step[i] for i in self._places).get()
-        shrink("prox_", self._params, self._strengths(), as_step("prox_", step, len(self._params)))
+        with self._names_in_errors():
+            shrink("prox_", self._params, self._strengths(), as_step("prox_", step, len(self._params)))
+
+    def check_accumulation(self) -> None:
+        """Raises what `accumulate_grad_` would of the parameters, before anything is written."""
+        with self._names_in_errors():
+            check_accumulation("accumulate_grad_", self._params)
+
+    def check_writable(self) -> None:
+        with self._names_in_errors():
+            check_writable("prox_", self._params)
+
+    def _names_in_errors(self) -> _NamesInErrors:
+        return _NamesInErrors(self._names)
+
+
+class _NamesInErrors:
+    """Turns ``params[3]`` into ``params['fc.weight']`` where an error speaks of a call's list."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, TypeError | ValueError) and (text := str(error)).count("params["):
+            named = re.sub(r"params\[(\d+)\]", lambda match: f"params[{self._names[int(match[1])]!r}]", text)
+            raise type(error)(named) from error
 
 
 class Part:
@@ -70,11 +102,24 @@ class Part:
         return self._total([call.penalty() for call in self._current_calls()])
 
     def accumulate_grad_(self, scale: float | Tensor) -> Tensor:
-        return self._total([call.accumulate_grad_(scale) for call in self._current_calls()])
+        calls = self._current_calls()
+        if len(calls) > 1:
+            self.check_accumulation()
+        return self._total([call.accumulate_grad_(scale) for call in calls])
 
-    def prox_(self, step: float | Tensor | Sequence[float | Tensor]) -> None:
-        for call in self._current_calls():
+    def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
+        """``step``: one, or a list with one for each entry."""
+        calls = self._current_calls()
+        if len(calls) > 1:
+            for call in calls:
+                call.check_writable()
+        for call in calls:
             call.prox_(step)
+
+    def check_accumulation(self) -> None:
+        """Of several calls the first must not write if a later one will fail."""
+        for call in self._current_calls():
+            call.check_accumulation()
 
     def _total(self, values: list[Tensor]) -> Tensor:
         if len(values) == 1:

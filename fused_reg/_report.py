@@ -136,7 +136,7 @@ def _sum(level: str, name: str, rows: Sequence[Row]) -> Row:
 
 @torch.no_grad()
 def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
-    """A row for each entry: on each device three launches, a few sums, and one transfer."""
+    """A row for each entry: on each device four launches, a few sums, and one transfer."""
     rows: dict[int, Row] = {}
     for device in dict.fromkeys(e.param.device for e in entries):
         here = [e for e in entries if e.param.device == device]
@@ -150,12 +150,13 @@ def _rows_on(device: torch.device, entries: Sequence[Entry]) -> list[Row]:
     tensors = {identity(s): t for e in entries for s in e.strengths if (t := tensor_of(s)) is not None}
     columns = [
         *_ops.term_sums(params).unbind(1),
+        _norms(params, device),
         _ops.zero_counts(params),
         *_slices([p for p, e in zip(params, entries, strict=True) if e.group == "row"], counts, device),
         *(t.reshape(1) for t in tensors.values()),
     ]
     numbers = iter(torch.cat([column.to(device, torch.float64) for column in columns]).tolist())  # the transfer
-    table = [[next(numbers) for _ in entries] for _ in range(5)]
+    table = [[next(numbers) for _ in entries] for _ in range(6)]
     values = dict(zip(tensors, numbers, strict=True))
 
     def number(strength: Held) -> float:
@@ -175,11 +176,11 @@ def _row(
     l2_norm: float,
     absolute: float,
     squares: float,
+    norm: float,
     zeros: float,
     slice_norms: float,
     zero_slices: float,
 ) -> Row:
-    norm = math.sqrt(squares)
     terms = ((l1, absolute), (l2, squares), (l2_norm, slice_norms if entry.group == "row" else norm))
     row: Row = {
         "level": "parameter",
@@ -194,6 +195,17 @@ def _row(
     if entry.group == "row":
         row |= {"slices": slices, "zero_slices": int(zero_slices)}
     return row
+
+
+def _norms(params: list[Tensor], device: torch.device) -> Tensor:
+    """The norm of each parameter, also where its square is no double."""
+    norms = torch.zeros(len(params), dtype=torch.float64, device=device)
+    full = [i for i, p in enumerate(params) if p.numel() > 0]  # an empty one is no group
+    if len(full) == len(params):
+        return _ops.group_norms(params, False)
+    for i, norm in zip(full, _ops.group_norms(params, False), strict=True):
+        norms[i] = norm
+    return norms
 
 
 def _slices(params: list[Tensor], counts: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:

@@ -43,14 +43,14 @@ class Choice:
 
     default: Penalty
     weights_only: bool = False
-    include: list[str] = field(default_factory=list)
+    include: list[str] | None = None
     exclude: list[str] = field(default_factory=list)
     rules: list[tuple[str, Penalty]] = field(default_factory=list)
 
     def of(self, candidates: Sequence[Candidate]) -> list[tuple[Candidate, Penalty]]:
         """Those chosen, each with its penalty: of the first rule that matches, else of its mark, else the default."""
         for argument, patterns in (
-            ("include", self.include),
+            ("include", self.include or []),
             ("exclude", self.exclude),
             ("rules", [pattern for pattern, _ in self.rules]),
         ):
@@ -60,13 +60,20 @@ class Choice:
             raise ValueError(
                 "Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none"
             )
+        if self.include == []:
+            raise ValueError("Regularizer: include must have a pattern, got an empty list; leave it out for all")
         chosen = [(c, penalty) for c in candidates if (penalty := self._penalty_of(c)) is not None]
         if not chosen:
             raise ValueError("Regularizer: include, exclude, weights_only and rules must leave a parameter, got none")
+        if not self.default.is_empty and all(penalty is not self.default for _, penalty in chosen):
+            raise ValueError(
+                "Regularizer: l1, l2 or l2_norm must apply to a parameter, but rules or marks by `regularized` speak "
+                "about all of them"
+            )
         return chosen
 
     def _penalty_of(self, candidate: Candidate) -> Penalty | None:
-        if self.include and not any(map(candidate.matches, self.include)):
+        if self.include is not None and not any(map(candidate.matches, self.include)):
             return None
         if any(map(candidate.matches, self.exclude)):
             return None
@@ -90,8 +97,12 @@ def is_bias(name: str) -> bool:
     return _BIAS.search(own) is not None
 
 
-def as_patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str]:
-    found = [patterns] if isinstance(patterns, str) else [] if patterns is None else list(patterns)
+def as_patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"Regularizer: {argument} must be a pattern or a list of them, got {type(patterns).__name__}")
+    found = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in found:
         if not isinstance(pattern, str):
             raise TypeError(

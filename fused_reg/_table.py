@@ -88,14 +88,14 @@ class Table:
         for cell in self.cells().values():
             cell.move(device)
 
-    def advance(self) -> None:
-        """The next step of every schedule: first all numbers, then the writes."""
+    def go_to(self, step: int) -> None:
+        """A step of every schedule: first all numbers, then the writes."""
         due = [
-            (cell, scheduled(f"Regularizer: {name}", cell.schedule, self.step + 1))
+            (cell, scheduled(f"Regularizer: {name}", cell.schedule, step))
             for name, cell in self.cells().items()
             if cell.schedule is not None
         ]
-        self.step += 1
+        self.step = step
         for cell, value in due:
             _fill(cell.value, value)
 
@@ -171,7 +171,7 @@ class Table:
                     f"{where}group of {entry.name!r} must be {entry.group!r} as here, got {group['group']!r}"
                 )
             for kind in KINDS:
-                held(f"{where}{kind} of {entry.name!r}", float(group[kind]), 0)
+                held(f"{where}{kind} of {entry.name!r}", group[kind], 0)
                 if kind in group["scheduled"] and not _has_schedule(getattr(entry, kind)):
                     raise ValueError(
                         f"{where}{kind} of {entry.name!r} must have a schedule, as in the state_dict, got "

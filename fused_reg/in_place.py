@@ -94,6 +94,25 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
     return cast(Tensor, value)
 
 
+def check_accumulation(name: str, tensors: list[Tensor]) -> None:
+    """Raises what `accumulate` would of these tensors."""
+    try:
+        modes, grads = _grads_of(tensors)
+        _ops.check_accumulation(tensors, grads, modes)
+    except Exception as error:
+        reason = explained(name, tensors, error)
+        raise reason from (None if reason is not error else error.__cause__)
+
+
+def check_writable(name: str, tensors: list[Tensor]) -> None:
+    """Raises what `shrink` would of these tensors."""
+    try:
+        _ops.check_writable(tensors)
+    except Exception as error:
+        reason = explained(name, tensors, error)
+        raise reason from (None if reason is not error else error.__cause__)
+
+
 def _without_grad(function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` under no_grad, whose context manager would take a tenth of a small call's time."""
     enabled = torch.is_grad_enabled()

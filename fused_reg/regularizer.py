@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from fused_reg._adjustable import Adjustable
-from fused_reg._arguments import Group
+from fused_reg._arguments import Group, is_number
 from fused_reg._attach import Attachment, Attachments, Mode
 from fused_reg._parts import Part
 from fused_reg._report import Report, report_of, summary_of
@@ -58,7 +58,8 @@ class Regularizer(Adjustable):
 
     Raises:
         TypeError: ``params`` are no parameters of a supported kind, or a strength is no number.
-        ValueError: a pattern matches no parameter; nothing is regularized; a strength is negative, infinite or NaN.
+        ValueError: a pattern matches no parameter; nothing is regularized, or nothing by ``l1``, ``l2`` and
+            ``l2_norm`` though given; a strength is negative, infinite or NaN.
 
     Example:
         >>> import torch
@@ -98,7 +99,7 @@ class Regularizer(Adjustable):
             as_penalty("Regularizer: ", l1=l1, l2=l2, l2_norm=l2_norm, group=group),
             bool(weights_only),
             as_patterns("include", include),
-            as_patterns("exclude", exclude),
+            as_patterns("exclude", exclude) or [],
             as_rules(rules),
         )
         self._config = {
@@ -107,7 +108,7 @@ class Regularizer(Adjustable):
             "l2_norm": l2_norm,
             "group": group,
             "weights_only": bool(weights_only),
-            "include": choice.include or None,
+            "include": choice.include,
             "exclude": choice.exclude or None,
             "rules": None if rules is None else [(pattern, dict(given)) for pattern, given in rules],
         }
@@ -118,6 +119,10 @@ class Regularizer(Adjustable):
     def __call__(self) -> Tensor:
         """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
         return self._whole.penalty()
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The regularized parameters with their (first) names, also those that are frozen now."""
+        return ((entry.name, entry.param) for entry in self._table.entries)
 
     def accumulate_grad_(self, scale: float | Tensor = 1.0) -> Tensor:
         """``p.grad += scale * d(penalty)/dp``, as :func:`accumulate_grad_` does.
@@ -136,6 +141,9 @@ class Regularizer(Adjustable):
         Args:
             step: the learning rate: a finite float >= 0 or a 0-dim tensor.
         """
+        if not is_number(step) and not (isinstance(step, Tensor) and step.ndim == 0):
+            got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
+            raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
         self._whole.prox_(step)
 
     def attach(self, optimizer: Optimizer, mode: Mode = "grad") -> Attachment:
@@ -175,7 +183,7 @@ class Regularizer(Adjustable):
         Raises:
             TypeError: ``optimizer`` is no torch optimizer.
             ValueError: an unknown mode; the optimizer holds none of the parameters; it is attached already, or another
-                attachment handles one of its parameters.
+                attachment handles one of its parameters; a strength requires grad, which it would never get.
 
         Warns:
             UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``.

@@ -13,6 +13,8 @@ def test_every_python_block_runs(capsys):
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
     assert "tensor(" in capsys.readouterr().out  # the gradient of the learned strength
+    total = namespace["report"].rows[-1]  # of the section on exact zeros
+    assert 0 < total["zeros"] < total["elements"]
 
 
 def test_first_example_is_equivalent_to_the_loop():

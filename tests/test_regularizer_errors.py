@@ -104,7 +104,7 @@ def test_strengths(strength, error, message):
             "Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none",
         ),
         ({"l1": 0.5, "group": "column"}, ValueError, 'Regularizer: group must be "tensor" or "row", got \'column\''),
-        ({"l1": 0.5, "include": 3}, TypeError, "'int' object is not iterable"),
+        ({"l1": 0.5, "include": 3}, TypeError, "include must be a pattern or a list of them, got int"),
         ({"l1": 0.5, "include": [3]}, TypeError, "Regularizer: include must be a pattern or a list of them, got int"),
         (
             {"l1": 0.5, "include": "*.bias", "weights_only": True},
