@@ -68,8 +68,8 @@ TORCH_LIBRARY(fused_reg, m) {
   m.def("zero_counts(Tensor[] params) -> Tensor", tags);
 }
 
-// The derivatives are those of fused_reg's autograd functions. Without this, torch's own fallback would wrap every call,
-// only to warn of a backward that nobody has written: 2 us.
+// The derivatives are those of fused_reg's autograd functions. Without this, torch's own fallback would wrap every
+// call, only to warn of a backward that nobody has written: 2 us.
 TORCH_LIBRARY_IMPL(fused_reg, Autograd, m) {
   for (const char* const name : {"penalty", "penalty_and_norms", "penalty_and_grad", "penalty_grad", "rescale_grad_",
                                  "accumulate_grad_", "prox_", "group_norms", "term_sums", "zero_counts"}) {
