@@ -43,7 +43,7 @@ def prepare() -> None:
     setup = SETUP.format(
         sources=[*(str(csrc / name) for name in names), str(shim / "operators.cpp")],
         include=[str(shim), str(csrc)],
-        flags=[*build_config.cxx_flags(werror=False), "-Wno-unknown-pragmas"],
+        flags=[*build_config.cxx_flags(werror=False), "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"],
     )
     (BUILD / "setup.py").write_text(setup)
 

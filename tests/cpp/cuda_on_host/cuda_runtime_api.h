@@ -154,7 +154,7 @@ class Cta {
   }
 
   // swapcontext() asks the kernel for the mask of signals twice, and takes ten times as long as what replaces it here,
-  // where no sanitizer watches the stacks.
+  // where no sanitizer watches the stacks. (A longjmp from stack to stack is what _FORTIFY_SOURCE would stop.)
 #ifdef __SANITIZE_ADDRESS__
   void resume(Thread& thread) { swapcontext(&scheduler_, &thread.context); }
   void yield(Thread& thread) { swapcontext(&thread.context, &scheduler_); }
