@@ -156,11 +156,8 @@ inline std::vector<size_t> check_accumulation(at::TensorList params, at::TensorL
     places.push_back(t);
     check_grads(std::max(places.size(), grads.size()), grads.size());
     const at::Tensor& grad = grads[places.size() - 1];
-    const at::ScalarType of_both =
-        c10::promoteTypes(grad.scalar_type(), params[t].scalar_type());  // complex and integer ones differ
-    TORCH_CHECK_TYPE(is_supported(grad.scalar_type()) && of_both == grad.scalar_type(), "params[", t,
-                     "].grad must have the dtype of its parameter (", name_of(params[t].scalar_type()),
-                     ") or a wider one, got ", name_of(grad.scalar_type()));
+    TORCH_CHECK_TYPE(is_supported(grad.scalar_type()), "params[", t,
+                     "].grad must be float32, float64, bfloat16 or float16, got ", name_of(grad.scalar_type()));
     TORCH_CHECK_VALUE(grad.device() == params[t].device() && grad.sizes() == params[t].sizes(), "params[", t,
                       "].grad must have the device and shape of its parameter");
     if (grad.numel() > 0) {

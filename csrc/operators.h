@@ -100,13 +100,17 @@ struct Operators {
     check_number("scale", {scale, scale_tensor}, params[0].device());
     const std::vector<size_t> places = check_accumulation(params, grads, modes);
     // What the kernels read and write: pairs of one layout and dtype, copies where a gradient has another than its
-    // parameter. A wider dtype holds the parameter exactly.
+    // parameter. The dtype is one that holds both exactly.
     Tensors read(params.begin(), params.end());
     Tensors written(grads.begin(), grads.end());
     const bool by_rows = rows && (!l2_norm.empty() || l2_norm_tensor.has_value());
     for (const auto i : c10::irange(places.size())) {
       const size_t t = places[i];
+      const at::ScalarType dtype = c10::promoteTypes(grads[i].scalar_type(), params[t].scalar_type());
       written[i] = as_run(grads[i], by_rows);
+      if (dtype != written[i].scalar_type()) {
+        written[i] = written[i].to(dtype);
+      }
       if (written[i].scalar_type() != params[t].scalar_type() || !has_layout_of(written[i], params[t])) {
         read[t] = at::empty_like(written[i]).copy_(params[t]);
       }

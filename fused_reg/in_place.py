@@ -48,7 +48,7 @@ def accumulate_grad_(
         The penalty, not scaled, as :func:`fused_penalty` returns it, without a graph.
 
     Raises:
-        TypeError: as :func:`fused_penalty`; a ``.grad`` is sparse or narrower than its parameter.
+        TypeError: as :func:`fused_penalty`; a ``.grad`` is sparse, or of a dtype that parameters cannot have.
         ValueError: as :func:`fused_penalty`; parameters or gradients share memory; a parameter is not a leaf.
             Nothing has been written then.
 

@@ -39,21 +39,6 @@ def test_gradient_with_several_elements_in_one_place(layout, device):
     assert (bits(grad), bits(first.grad)) == before
 
 
-def test_narrower_gradient(device):
-    """An error: it cannot hold the sum."""
-    if not hasattr(torch.Tensor, "grad_dtype"):
-        pytest.skip("this torch has no Tensor.grad_dtype")
-    (p,) = leaves([draw(5, device=device)])
-    p.grad_dtype = None
-    p.grad = torch.ones(5, dtype=torch.bfloat16, device=device)
-    with refuses(
-        TypeError,
-        "params[0].grad must have the dtype of its parameter (torch.float32) or a wider one, got torch.bfloat16",
-    ):
-        accumulate_grad_(p, **BOTH)
-    assert p.grad.eq(1).all()
-
-
 def test_same_tensor_twice(device):
     """Hard case 8: with and without a ``.grad``, and as another view of it."""
     params = with_grads(draw_list(torch.float32, device))

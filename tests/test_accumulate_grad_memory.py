@@ -185,6 +185,25 @@ def test_wider_gradients(kind, dtype, wider, device):
     assert_same_bits([p.grad for p in trained], [g.to(fresh_dtype) for g in expected])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "narrow"),
+    [(torch.float32, torch.bfloat16), (torch.float64, torch.float32), (torch.bfloat16, torch.float16)],
+)
+def test_narrower_gradients(dtype, narrow, device):
+    """A gradient that cannot hold the parameter's: added in a dtype that holds both, rounded once; twice in a row."""
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has no Tensor.grad_dtype")
+    both = torch.promote_types(dtype, narrow)
+    (w,) = params = [draw(1000, dtype, device)]
+    (p,) = trained = leaves(params)
+    p.grad_dtype = narrow
+    assert_same_bits([accumulate_grad_(trained, **BOTH)], [fused_penalty(params, **BOTH)])
+    first = p.grad.clone()
+    assert_same_bits([first], [value_and_grad(params, **BOTH)[1][0].to(narrow)])
+    accumulate_grad_(trained, **BOTH)
+    assert_same_bits([p.grad], [(first.to(both) + value_and_grad([w.to(both)], **BOTH)[1][0]).to(narrow)])
+
+
 def test_lists(device):
     """Hard cases 1, 2, 4."""
     empty = accumulate_grad_([], **BOTH)
