@@ -10,19 +10,20 @@
 
 namespace {
 
+using Floats = at::ArrayRef<double>;
 using OptionalTensor = std::optional<at::Tensor>;
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList params, double l1, double l2) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fused_reg::penalty_and_grad", "")
                              .typed<std::tuple<at::Tensor, std::vector<at::Tensor>>(
-                                 at::TensorList, const c10::List<bool>&, at::ArrayRef<double>, at::ArrayRef<double>,
-                                 const OptionalTensor&, const OptionalTensor&)>();
+                                 at::TensorList, const c10::List<bool>&, Floats, Floats, Floats, const OptionalTensor&,
+                                 const OptionalTensor&, const OptionalTensor&, bool)>();
   c10::List<bool> needs_grad;
   for (size_t i = 0; i < params.size(); ++i) {
     needs_grad.push_back(true);
   }
-  return op.call(params, needs_grad, l1, l2, std::nullopt, std::nullopt);
+  return op.call(params, needs_grad, l1, l2, {}, std::nullopt, std::nullopt, std::nullopt, /*rows=*/false);
 }
 
 std::vector<at::Tensor> sample() {
