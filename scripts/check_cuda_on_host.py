@@ -14,8 +14,12 @@ import build_config
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda_on_host"
 #: What the kernels and operators decide. The rest is Python, or about the CPU's own threads and memory.
-TESTS = ("autograd", "gradient", "layout", "list", "strengths", "value")
-LARGE = "thousand or million or roundings"  # fibers take their time
+TESTS = ("autograd", "gradient", "layout", "list", "strengths", "value", "sums", "accumulate_grad", "prox")
+#: Fibers take their time, most of all for rows of one element; test_cuda_operators.cpp has norms of all kinds.
+LARGE = (
+    "thousand or million or roundings or thread_counts or step_zero"
+    " or (row and (test_norms or test_optimal or sizes or strengths))"
+)
 INSTEAD_OF_CPU = ("cpu/penalty_cpu.cpp", "cpu/grad_memory.cpp")
 
 SETUP = """
