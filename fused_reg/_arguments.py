@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -209,6 +209,12 @@ def _is_sequence(x: Any) -> TypeGuard[Sequence[Any]]:
     if isinstance(x, Sequence):
         return not isinstance(x, str | bytes | bytearray)
     return getattr(x, "ndim", 0) == 1 and hasattr(x, "tolist")  # a NumPy array
+
+
+def raise_explained(function: str, params: list[Tensor], error: Exception) -> NoReturn:
+    """Raises what `explained` says of an error that is being handled."""
+    reason = explained(function, params, error)
+    raise reason from (None if reason is not error else error.__cause__)
 
 
 def explained(function: str, params: list[Tensor], error: Exception) -> Exception:

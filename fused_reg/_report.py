@@ -199,13 +199,11 @@ def _row(
 
 def _norms(params: list[Tensor], device: torch.device) -> Tensor:
     """The norm of each parameter, also where its square is no double."""
-    norms = torch.zeros(len(params), dtype=torch.float64, device=device)
+    norms = _ops.group_norms(params, False)
     full = [i for i, p in enumerate(params) if p.numel() > 0]  # an empty one is no group
     if len(full) == len(params):
-        return _ops.group_norms(params, False)
-    for i, norm in zip(full, _ops.group_norms(params, False), strict=True):
-        norms[i] = norm
-    return norms
+        return norms
+    return norms.new_zeros(len(params)).index_copy_(0, torch.tensor(full, device=device), norms)
 
 
 def _slices(params: list[Tensor], counts: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_reg import _autograd, _devices, _ops
-from fused_reg._arguments import Group, Strength, Strengths, as_list, as_strengths, explained
+from fused_reg._arguments import Group, Strength, Strengths, as_list, as_strengths, raise_explained
 
 
 def fused_penalty(
@@ -78,8 +78,7 @@ def fused_penalty(
     except Exception as error:
         if _devices.is_mixed(tensors, error):
             return _devices.penalty(_autograd.penalty, tensors, strengths)
-        reason = explained("fused_penalty", tensors, error)
-        raise reason from (None if reason is not error else error.__cause__)
+        raise_explained("fused_penalty", tensors, error)
 
 
 def value_and_grad(
@@ -130,8 +129,7 @@ def value_and_grad(
     except Exception as error:
         if _devices.is_mixed(tensors, error):
             return _devices.value_and_grad(_value_and_grad, tensors, strengths)
-        reason = explained("value_and_grad", tensors, error)
-        raise reason from (None if reason is not error else error.__cause__)
+        raise_explained("value_and_grad", tensors, error)
 
 
 def _value_and_grad(params: Sequence[Tensor], strengths: Strengths) -> tuple[Tensor, tuple[Tensor, ...]]:

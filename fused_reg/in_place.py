@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_reg import _devices, _ops
-from fused_reg._arguments import Group, Strength, Strengths, as_list, as_scale, as_step, as_strengths, explained
+from fused_reg._arguments import Group, Strength, Strengths, as_list, as_scale, as_step, as_strengths, raise_explained
 
 _set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
@@ -84,8 +84,7 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
                 raise
             value, fresh = _without_grad(_devices.accumulate_grad_, *arguments)
     except Exception as error:
-        reason = explained(name, tensors, error)
-        raise reason from (None if reason is not error else error.__cause__)
+        raise_explained(name, tensors, error)
     if fresh:
         grad = iter(fresh)
         for p, mode in zip(tensors, modes, strict=True):
@@ -100,8 +99,7 @@ def check_accumulation(name: str, tensors: list[Tensor]) -> None:
         modes, grads = _grads_of(tensors)
         _ops.check_accumulation(tensors, grads, modes)
     except Exception as error:
-        reason = explained(name, tensors, error)
-        raise reason from (None if reason is not error else error.__cause__)
+        raise_explained(name, tensors, error)
 
 
 def check_writable(name: str, tensors: list[Tensor]) -> None:
@@ -109,8 +107,7 @@ def check_writable(name: str, tensors: list[Tensor]) -> None:
     try:
         _ops.check_writable(tensors)
     except Exception as error:
-        reason = explained(name, tensors, error)
-        raise reason from (None if reason is not error else error.__cause__)
+        raise_explained(name, tensors, error)
 
 
 def _without_grad(function: Callable[..., Any], *args: Any) -> Any:
@@ -220,5 +217,4 @@ def shrink(
             # The dispatcher writes to no negated view. The operator is odd: it may take the memory behind as it is.
             memory = [torch._neg_view(p) if isinstance(p, Tensor) and p.is_neg() else p for p in tensors]
             return shrink(name, memory, strengths, step)
-        reason = explained(name, tensors, error)
-        raise reason from (None if reason is not error else error.__cause__)
+        raise_explained(name, tensors, error)
