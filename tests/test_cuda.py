@@ -275,6 +275,19 @@ def _tables(device):
     ]
 
 
+def _norms_and_in_place(params, strengths, factor):
+    """Values, norms, gradients and proximal steps with and without norms, of copies of the parameters."""
+    out = []
+    for all_strengths in (strengths, strengths._replace(l2_norm=(0.3,)), strengths._replace(l2_norm=(0.3,), rows=True)):
+        grads, written = [p.clone() for p in params], [p.clone() for p in params]
+        modes = [1 + i % 2 for i in range(len(params))]
+        added = [g for g, mode in zip(grads, modes, strict=True) if mode == 2]
+        value, fresh = _ops.accumulate_grad_(params, added, modes, 1.0, factor, *all_strengths)
+        _ops.prox_(written, (0.5,), None, *all_strengths)
+        out += [value, *fresh, *added, *written]
+    return [*out, _ops.group_norms(params, False), _ops.group_norms(params, True)]
+
+
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("table", range(4), ids=["small", "strengths on the device", "large", "on the device"])
 def test_every_kernel(table, cuda):
@@ -287,5 +300,6 @@ def test_every_kernel(table, cuda):
         fresh = _ops.penalty_grad(upstream, params, [True] * len(params), None, (), *strengths)
         kept = [g.cpu() for g in grads]
         _ops.rescale_grad_(upstream, params, grads, [True] * len(params), *strengths)
-        results[device.type] = [value, both, *kept, *fresh, *grads, _ops.term_sums(params)]
+        first = [value, both, *kept, *fresh, *grads, _ops.term_sums(params), _ops.zero_counts(params).double()]
+        results[device.type] = first + _norms_and_in_place(params, strengths, upstream)
     assert_same_bits(results["cuda"], results["cpu"])
