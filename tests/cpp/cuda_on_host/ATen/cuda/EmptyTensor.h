@@ -6,7 +6,9 @@ namespace at::detail {
 
 // Memory of a GPU is not zero.
 inline TensorBase filled(TensorBase t) {
-  std::memset(t.mutable_data_ptr(), 0xa5, t.nbytes());
+  if (t.nbytes() > 0) {
+    std::memset(t.mutable_data_ptr(), 0xa5, t.nbytes());
+  }
   return t;
 }
 
