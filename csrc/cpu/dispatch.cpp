@@ -20,13 +20,13 @@ CpuCapability detect() {
   // ATen's choice, which honours ATEN_CPU_CAPABILITY.
   const std::string capability = at::get_cpu_capability();
   if (capability == "AVX512") {
-    return {"AVX512", chunk_kernel_avx512};
+    return {"AVX512", chunk_kernel_avx512, chunk_kernel_avx2};
   }
   if (capability == "AVX2") {
-    return {"AVX2", chunk_kernel_avx2};
+    return {"AVX2", chunk_kernel_avx2, chunk_kernel_avx2};
   }
 #endif
-  return {"baseline", chunk_kernel_baseline};
+  return {"baseline", chunk_kernel_baseline, chunk_kernel_baseline};
 }
 
 }  // namespace

@@ -41,6 +41,8 @@ class ListPass {
       groups.push_back(has_norms_ ? groups_of(params[t], rows) : 1);
     }
     plan_ = ChunkPlan(sizes, groups);
+    const CpuCapability& capability = cpu_capability();
+    kernel_ = plan_.elements() <= kSmallList ? capability.small_kernel : capability.kernel;
   }
 
   bool has_norms() const { return has_norms_; }
@@ -315,7 +317,7 @@ class ListPass {
   std::vector<ChunkTask> tasks_;
   std::vector<bool> adds_;  // per tensor, where gradients are asked for
   ChunkPlan plan_;
-  const ChunkKernel kernel_ = cpu_capability().kernel;
+  ChunkKernel kernel_;
 };
 
 }  // namespace fused_reg
