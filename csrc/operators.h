@@ -96,6 +96,7 @@ struct Operators {
   static std::tuple<Value, Tensors> accumulate_grad_(at::TensorList params, at::TensorList grads, at::IntArrayRef modes,
                                                      double scale, const OptionalTensor& scale_tensor,
                                                      FUSED_REG_STRENGTHS) {
+    const at::NoGradGuard no_grad;
     check_params(params);
     check_number("scale", {scale, scale_tensor}, params[0].device());
     const std::vector<size_t> places = check_accumulation(params, grads, modes);
@@ -140,6 +141,7 @@ struct Operators {
   }
 
   static void prox_(at::TensorList params, Floats step, const OptionalTensor& step_tensor, FUSED_REG_STRENGTHS) {
+    const at::NoGradGuard no_grad;
     check_params(params);
     check_number_device("step", step_tensor, params[0].device());
     check_writable(params);
@@ -197,18 +199,15 @@ struct Operators {
 };
 
 // The functions of one backend, under the names of ops.cpp.
+#define FUSED_REG_OPERATORS(apply)                                                                         \
+  apply(penalty) apply(penalty_and_norms) apply(penalty_and_grad) apply(penalty_grad) apply(rescale_grad_) \
+      apply(accumulate_grad_) apply(prox_) apply(group_norms) apply(term_sums) apply(zero_counts)
+
 template <class Functions>
 void register_operators(torch::Library& m) {
-  m.impl("penalty", TORCH_FN(Functions::penalty));
-  m.impl("penalty_and_norms", TORCH_FN(Functions::penalty_and_norms));
-  m.impl("penalty_and_grad", TORCH_FN(Functions::penalty_and_grad));
-  m.impl("penalty_grad", TORCH_FN(Functions::penalty_grad));
-  m.impl("rescale_grad_", TORCH_FN(Functions::rescale_grad_));
-  m.impl("accumulate_grad_", TORCH_FN(Functions::accumulate_grad_));
-  m.impl("prox_", TORCH_FN(Functions::prox_));
-  m.impl("group_norms", TORCH_FN(Functions::group_norms));
-  m.impl("term_sums", TORCH_FN(Functions::term_sums));
-  m.impl("zero_counts", TORCH_FN(Functions::zero_counts));
+#define FUSED_REG_REGISTER(name) m.impl(#name, TORCH_FN(Functions::name));
+  FUSED_REG_OPERATORS(FUSED_REG_REGISTER)
+#undef FUSED_REG_REGISTER
 }
 
 }  // namespace fused_reg

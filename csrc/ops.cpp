@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "operators.h"
 
 #define STRENGTHS                                                                                           \
   "float[] l1, float[] l2, float[] l2_norm, Tensor? l1_tensor, Tensor? l2_tensor, Tensor? l2_norm_tensor, " \
@@ -71,8 +72,6 @@ TORCH_LIBRARY(fused_reg, m) {
 // The derivatives are those of fused_reg's autograd functions. Without this, torch's own fallback would wrap every
 // call, only to warn of a backward that nobody has written: 2 us.
 TORCH_LIBRARY_IMPL(fused_reg, Autograd, m) {
-  for (const char* const name : {"penalty", "penalty_and_norms", "penalty_and_grad", "penalty_grad", "rescale_grad_",
-                                 "accumulate_grad_", "prox_", "group_norms", "term_sums", "zero_counts"}) {
-    m.impl(name, torch::CppFunction::makeFallthrough());
-  }
+#define FUSED_REG_FALL_THROUGH(name) m.impl(#name, torch::CppFunction::makeFallthrough());
+  FUSED_REG_OPERATORS(FUSED_REG_FALL_THROUGH)
 }

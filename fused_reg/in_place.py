@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fused_reg import _devices, _ops
 from fused_reg._arguments import Group, Strength, Strengths, as_list, as_scale, as_step, as_strengths, raise_explained
-
-_set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 # What _ops.accumulate_grad_ does with a parameter: nothing, return its gradient, add to the one it has.
 _SKIP, _WRITE, _ADD = 0, 1, 2
@@ -78,11 +75,11 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
         modes, grads = _grads_of(tensors)
         arguments = tensors, grads, modes, *factor, *strengths
         try:
-            value, fresh = _without_grad(_ops.accumulate_grad_, *arguments)
+            value, fresh = _ops.accumulate_grad_(*arguments)
         except Exception as error:
             if not _devices.is_mixed(tensors, error):
                 raise
-            value, fresh = _without_grad(_devices.accumulate_grad_, *arguments)
+            value, fresh = _devices.accumulate_grad_(*arguments)
     except Exception as error:
         raise_explained(name, tensors, error)
     if fresh:
@@ -90,7 +87,7 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
         for p, mode in zip(tensors, modes, strict=True):
             if mode == _WRITE:
                 _set_grad(p, next(grad))
-    return cast(Tensor, value)
+    return value
 
 
 def check_accumulation(name: str, tensors: list[Tensor]) -> None:
@@ -110,16 +107,6 @@ def check_writable(name: str, tensors: list[Tensor]) -> None:
         raise_explained(name, tensors, error)
 
 
-def _without_grad(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` under no_grad, whose context manager would take a tenth of a small call's time."""
-    enabled = torch.is_grad_enabled()
-    _set_grad_enabled(False)
-    try:
-        return function(*args)
-    finally:
-        _set_grad_enabled(enabled)
-
-
 def _set_grad(p: Tensor, grad: Tensor) -> None:
     try:
         p.grad = grad
@@ -137,11 +124,11 @@ def _grads_of(params: list[Tensor]) -> tuple[list[int], list[Tensor]]:
             modes.append(_SKIP)
         elif not p.is_leaf:
             raise ValueError(f"params[{i}] must be a leaf, as a parameter is, got the result of {p.grad_fn}")
-        elif p.grad is None:
+        elif (grad := p.grad) is None:
             modes.append(_WRITE)
         else:
             modes.append(_ADD)
-            grads.append(p.grad)
+            grads.append(grad)
     return modes, grads
 
 
@@ -207,11 +194,11 @@ def shrink(
     try:
         arguments = tensors, *step, *strengths
         try:
-            _without_grad(_ops.prox_, *arguments)
+            _ops.prox_(*arguments)
         except Exception as error:
             if not _devices.is_mixed(tensors, error):
                 raise
-            _without_grad(_devices.prox_, *arguments)
+            _devices.prox_(*arguments)
     except Exception as error:
         if any(isinstance(p, Tensor) and p.is_neg() for p in tensors):
             # The dispatcher writes to no negated view. The operator is odd: it may take the memory behind as it is.

@@ -269,20 +269,21 @@ def test_opcheck(device):
     norms = strengths._replace(l2_norm=(0.3,), rows=True)
     group_norms = _ops.group_norms(params, True)
     upstream = torch.tensor(0.37, device=device)
+    operators = torch.ops.fused_reg
     calls = {
-        _ops.penalty: (params, *strengths),
-        _ops.penalty_and_grad: (params, [True, False, True], *strengths),
-        _ops.penalty_and_norms: (params, *norms),
-        _ops.penalty_grad: (upstream, params, [True] * 3, group_norms, (0, 5, 10), *norms),
-        _ops.rescale_grad_: (upstream, params, list(grads), [True] * 3, *strengths),
-        _ops.accumulate_grad_: (params, list(grads[1:]), [1, 2, 2], 0.5, None, *norms),
-        _ops.prox_: (params, (0.1,), None, *norms),
-        _ops.group_norms: (params, True),
-        _ops.term_sums: (params,),
-        _ops.zero_counts: (params,),
+        operators.penalty: (params, *strengths),
+        operators.penalty_and_grad: (params, [True, False, True], *strengths),
+        operators.penalty_and_norms: (params, *norms),
+        operators.penalty_grad: (upstream, params, [True] * 3, group_norms, (0, 5, 10), *norms),
+        operators.rescale_grad_: (upstream, params, list(grads), [True] * 3, *strengths),
+        operators.accumulate_grad_: (params, list(grads[1:]), [1, 2, 2], 0.5, None, *norms),
+        operators.prox_: (params, (0.1,), None, *norms),
+        operators.group_norms: (params, True),
+        operators.term_sums: (params,),
+        operators.zero_counts: (params,),
     }
     for operator, arguments in calls.items():
-        results = torch.library.opcheck(operator, arguments, test_utils=tests)
+        results = torch.library.opcheck(operator.default, arguments, test_utils=tests)
         assert set(results.values()) == {"SUCCESS"}, operator
 
 

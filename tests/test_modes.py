@@ -1,12 +1,15 @@
 """Modes, hooks and transforms around the penalty (hard cases 21, 30, 31)."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from oracle import assert_same_bits, assert_value, loop_gradients
 from samples import DTYPES, draw, draw_list, leaves, mixed_list
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, vjp, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_reg import _ops, fused_penalty, reference, value_and_grad
 
@@ -252,3 +255,32 @@ def test_func_higher_order(device):
         return (grad(lambda y: reference.loop(y, l1=0.3, l2=0.7) ** 2)(x)).sum()
 
     torch.testing.assert_close(grad(inner)(w), grad(loop)(w))
+
+
+def test_function_and_dispatch_modes_see_the_operators(device):
+    """As they see torch's own functions: the direct way into the dispatcher leaves nobody out."""
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Subclass(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    w = draw(10, device=device)
+    expected = reference.fused_penalty([w], 0.5, 0.25)
+    for mode, params in ((Functions(), w), (Dispatched(), w), (nullcontext(), w.as_subclass(Subclass))):
+        seen: list[str] = []
+        with mode, torch.no_grad():
+            value = fused_penalty(params, l1=0.5, l2=0.25)
+        assert "fused_reg.penalty.default" in seen
+        torch.testing.assert_close(value.as_subclass(torch.Tensor), expected, check_dtype=False)
