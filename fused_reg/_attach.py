@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import compress
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from fused_reg._parts import Part
@@ -19,6 +20,12 @@ from fused_reg._table import Entry, Table
 
 #: The gradient before the step, or the proximal step after it.
 Mode = Literal["grad", "prox"]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_of_graphs(function: Callable[..., Any], *args: Any) -> Any:
+    """As a decorator this would cost every step that is not compiled microseconds."""
+    return function(*args)
 
 
 class Attachments:
@@ -30,6 +37,12 @@ class Attachments:
     def __iter__(self) -> Iterator[Attachment]:
         """Those that are active."""
         return (a for ref in self._refs if (a := ref()) is not None and a.is_active)
+
+    def first(self) -> Attachment | None:
+        for ref in self._refs:
+            if (attachment := ref()) is not None and attachment.is_active:
+                return attachment
+        return None
 
     def add(self, table: Table, optimizer: Optimizer, mode: Mode) -> Attachment:
         if any(a.optimizer is optimizer for a in self):
@@ -98,8 +111,12 @@ class Attachment:
         """The identities of the parameters that it handles."""
         return {id(entry.param) for _, part in self._parts for entry in part.entries}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step calls the hooks as they are
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_compiling():  # a compiled step calls the hooks as they are
+            return _outside_of_graphs(self._prepare, optimizer, args, kwargs)
+        return self._prepare(optimizer, args, kwargs)
+
+    def _prepare(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._mode == "prox":
             self._follow(optimizer)
             return None
@@ -133,11 +150,16 @@ class Attachment:
         self._value = sum(values[1:], values[0])
         return sign * values[0] + sum(sign * value for (sign, _), value in zip(more, values[1:], strict=True))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_compiling():
+            _outside_of_graphs(self._finish, optimizer)
+        else:
+            self._finish(optimizer)
+
+    def _finish(self, optimizer: Optimizer) -> None:
         if self._mode == "prox":
             self._parts[0][1].prox_(self._steps(optimizer))
-        if next(iter(self._all)) is self and not self._is_captured():  # several optimizers count once
+        if self._all.first() is self and not self._is_captured():  # several optimizers count once
             self._table.go_to(self._table.step + 1)
 
     def _is_captured(self) -> bool:
@@ -161,7 +183,7 @@ class Attachment:
     def _follow(self, optimizer: Optimizer) -> None:
         """Finds the regularizer's parameters among the optimizer's, which may have got more since."""
         layout = [
-            (len(group["params"]), id(next(iter(group["params"]), None)), bool(group.get("maximize")))
+            (len(group["params"]), id(group["params"][0]) if group["params"] else 0, group.get("maximize", False))
             for group in optimizer.param_groups
         ]
         if layout == self._layout:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from fused_reg._strengths import Column, is_absent
 from fused_reg._table import Entry, Table
 from fused_reg.functional import fused_penalty
 from fused_reg.in_place import accumulate, check_accumulation, check_writable, shrink
+
+_T = TypeVar("_T")
 
 
 class _Call:
@@ -40,40 +42,27 @@ class _Call:
         return fused_penalty(self._params, l1, l2, l2_norm=l2_norm, group=self._group)
 
     def accumulate_grad_(self, scale: float | Tensor) -> Tensor:
-        with self._names_in_errors():
-            return accumulate("accumulate_grad_", self._params, self._strengths(), as_scale("accumulate_grad_", scale))
+        name = "accumulate_grad_"
+        return self._run(accumulate, name, self._params, self._strengths(), as_scale(name, scale))
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
         if isinstance(step, list):
             step = Column(step[i] for i in self._places).get()
-        with self._names_in_errors():
-            shrink("prox_", self._params, self._strengths(), as_step("prox_", step, len(self._params)))
+        self._run(shrink, "prox_", self._params, self._strengths(), as_step("prox_", step, len(self._params)))
 
     def check_accumulation(self) -> None:
         """Raises what `accumulate_grad_` would of the parameters, before anything is written."""
-        with self._names_in_errors():
-            check_accumulation("accumulate_grad_", self._params)
+        self._run(check_accumulation, "accumulate_grad_", self._params)
 
     def check_writable(self) -> None:
-        with self._names_in_errors():
-            check_writable("prox_", self._params)
+        self._run(check_writable, "prox_", self._params)
 
-    def _names_in_errors(self) -> _NamesInErrors:
-        return _NamesInErrors(self._names)
-
-
-class _NamesInErrors:
-    """Turns ``params[3]`` into ``params['fc.weight']`` where an error speaks of a call's list."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, TypeError | ValueError) and (text := str(error)).count("params["):
-            named = re.sub(r"params\[(\d+)\]", lambda match: f"params[{self._names[int(match[1])]!r}]", text)
+    def _run(self, function: Callable[..., _T], *args: Any) -> _T:
+        """``function(*args)``, whose errors have ``params['fc.weight']`` for ``params[3]`` of this call's list."""
+        try:
+            return function(*args)
+        except (TypeError, ValueError) as error:
+            named = re.sub(r"params\[(\d+)\]", lambda match: f"params[{self._names[int(match[1])]!r}]", str(error))
             raise type(error)(named) from error
 
 
@@ -103,8 +92,9 @@ class Part:
 
     def accumulate_grad_(self, scale: float | Tensor) -> Tensor:
         calls = self._current_calls()
-        if len(calls) > 1:
-            self.check_accumulation()
+        if len(calls) == 1:
+            return calls[0].accumulate_grad_(scale)
+        self.check_accumulation()
         return self._total([call.accumulate_grad_(scale) for call in calls])
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
