@@ -1,5 +1,6 @@
 // The chunk kernel of every instruction set that this CPU has: sums against long double, the same bits from all
 // of them, and nothing written outside the gradient.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -90,19 +91,27 @@ struct Output {
 constexpr char kGuard = 0x5a;
 constexpr size_t kGuardBytes = 64;
 
-Output run(ChunkKernel kernel, ChunkTask task, const std::vector<char>& param, size_t offset) {
+bool writes(Pass pass) { return pass != Pass::kSums && pass != Pass::kSoftSquares && pass != Pass::kZeros; }
+bool accumulates(Pass pass) { return pass == Pass::kSumsAndAccumulate || pass == Pass::kAccumulate; }
+
+// `before`: what a pass that accumulates finds.
+Output run(ChunkKernel kernel, ChunkTask task, const std::vector<char>& param, const std::vector<char>& before,
+           size_t offset) {
   const size_t bytes = task.size * bytes_of(task.dtype);
   std::vector<char> memory(offset + bytes), grad(bytes + 2 * kGuardBytes + offset, kGuard);
   std::memcpy(memory.data() + offset, param.data(), bytes);
   task.param = memory.data() + offset;
   task.out = grad.data() + kGuardBytes + offset;
+  if (accumulates(task.pass)) {
+    std::memcpy(task.out, before.data(), bytes);
+  }
   Output out{kernel(task), {}};
   const char* begin = grad.data() + kGuardBytes + offset;
   out.grad.assign(begin, begin + bytes);
   for (size_t i = 0; i < kGuardBytes; ++i) {
     EXPECT(*(begin - 1 - i) == kGuard && *(begin + bytes + i) == kGuard, "written outside", i);
   }
-  if (task.pass == Pass::kSums) {
+  if (!writes(task.pass)) {
     EXPECT(out.grad == std::vector<char>(bytes, kGuard), "a pass without gradient wrote one");
   }
   return out;
@@ -110,16 +119,56 @@ Output run(ChunkKernel kernel, ChunkTask task, const std::vector<char>& param, s
 
 bool same_bits(double a, double b) { return (std::isnan(a) && std::isnan(b)) || std::memcmp(&a, &b, sizeof a) == 0; }
 
+// The sums of a pass, element by element.
 void expect_sums(const Variant& variant, const ChunkTask& task, const std::vector<char>& param, const ChunkSums& sums) {
   long double l1 = 0, l2 = 0;
   for (int64_t i = 0; i < task.size; ++i) {
     const long double w = element(task.dtype, &param[i * bytes_of(task.dtype)]);
+    const long double soft = std::max(std::abs(w) - task.threshold, 0.0L) * task.l2_scale;
     l1 += std::abs(w * task.l1_scale);
-    l2 += w * task.l2_scale * w * task.l2_scale;
+    l2 += task.pass == Pass::kZeros         ? w == 0
+          : task.pass == Pass::kSoftSquares ? soft * soft
+                                            : w * task.l2_scale * w * task.l2_scale;
   }
-  const auto close = [](double x, long double expected) { return std::abs(x - expected) <= 3e-15L * expected; };
-  EXPECT(!(task.terms & kL1) || close(sums.l1, l1), variant.name, task.size, sums.l1, static_cast<double>(l1));
-  EXPECT(!(task.terms & kL2) || close(sums.l2, l2), variant.name, task.size, sums.l2, static_cast<double>(l2));
+  const bool has_l1 = task.pass <= Pass::kSumsAndAccumulate && (task.terms & kL1);
+  const bool has_l2 = task.pass <= Pass::kSumsAndAccumulate ? task.terms & kL2 : true;
+  // A threshold is subtracted in the compute type, float32 for all but float64.
+  const long double bound = task.pass == Pass::kSoftSquares && task.dtype != Dtype::kFloat64 ? 1e-6L : 3e-15L;
+  const auto close = [&](double x, long double expected) { return std::abs(x - expected) <= bound * expected; };
+  EXPECT(!has_l1 || close(sums.l1, l1), variant.name, task.size, sums.l1, static_cast<double>(l1));
+  EXPECT(!has_l2 || close(sums.l2, l2), variant.name, task.size, sums.l2, static_cast<double>(l2));
+}
+
+// Every pass of every variant on one chunk.
+void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::mt19937_64& random) {
+  std::vector<char> param = random_bits(task.dtype, task.size, any_bits, random);
+  const std::vector<char> before = random_bits(task.dtype, task.size, any_bits, random);
+  std::fill_n(param.begin() + task.size / 2 * bytes_of(task.dtype), bytes_of(task.dtype), 0);  // a zero among them
+  for (const Pass pass : {Pass::kSums, Pass::kSumsAndGradient, Pass::kSumsAndAccumulate, Pass::kGradient,
+                          Pass::kAccumulate, Pass::kProx, Pass::kSoftSquares, Pass::kZeros}) {
+    for (const int bits : {0, 1, 2, 3, 4, 5, 6, 7}) {
+      const auto terms = static_cast<Terms>(bits);
+      if ((terms & kNorm) && pass != Pass::kGradient && pass != Pass::kAccumulate) {
+        continue;  // the gradient of a norm needs the norm first
+      }
+      task.pass = pass;
+      task.terms = terms;
+      const Output first = run(all[0].kernel, task, param, before, 0);
+      const bool sums = pass != Pass::kGradient && pass != Pass::kAccumulate && pass != Pass::kProx;
+      if (!any_bits && sums) {
+        expect_sums(all[0], task, param, first.sums);
+      }
+      for (const Variant& variant : all) {
+        const size_t offset = (random() % 16) * bytes_of(task.dtype);
+        const Output out = run(variant.kernel, task, param, before, offset);
+        EXPECT(same_bits(out.sums.l1, first.sums.l1) && same_bits(out.sums.l2, first.sums.l2), variant.name, task.size);
+        if (!any_bits) {  // a NaN may have any bits
+          EXPECT(out.grad == first.grad, variant.name, task.size, static_cast<int>(task.dtype), static_cast<int>(terms),
+                 static_cast<int>(pass));
+        }
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -133,35 +182,18 @@ int main() {
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
     for (const int64_t size : {1,   2,   3,   15,  16,   17,   31,   33,   63,   64,    65,    127,
                                128, 129, 255, 257, 1023, 1024, 1025, 2048, 4099, 16320, 16383, 16384}) {
-      for (const bool any_bits : {false, true}) {
-        const std::vector<char> param = random_bits(dtype, size, any_bits, random);
-        for (const Terms terms : {kNone, kL1, kL2, kL1L2}) {
-          for (const Pass pass : {Pass::kSums, Pass::kSumsAndGradient, Pass::kGradient}) {
-            ChunkTask task{};
-            task.dtype = dtype;
-            task.terms = terms;
-            task.pass = pass;
-            task.size = size;
-            task.l1_scale = dtype == Dtype::kFloat64 ? 0.25 : 1;
-            task.l2_scale = dtype == Dtype::kFloat64 ? 2 : 1;
-            task.c1 = 0.1f;
-            task.c2 = 0.3f;
-            const Output first = run(all[0].kernel, task, param, 0);
-            if (!any_bits && pass != Pass::kGradient) {
-              expect_sums(all[0], task, param, first.sums);
-            }
-            for (const Variant& variant : all) {
-              const size_t offset = (random() % 16) * bytes_of(dtype);
-              const Output out = run(variant.kernel, task, param, offset);
-              EXPECT(same_bits(out.sums.l1, first.sums.l1) && same_bits(out.sums.l2, first.sums.l2), variant.name,
-                     size);
-              if (!any_bits) {  // a NaN may have any bits
-                EXPECT(out.grad == first.grad, variant.name, size, static_cast<int>(dtype), static_cast<int>(terms));
-              }
-            }
-          }
-        }
-      }
+      ChunkTask task{};
+      task.dtype = dtype;
+      task.size = size;
+      task.l1_scale = dtype == Dtype::kFloat64 ? 0.25 : 1;
+      task.l2_scale = dtype == Dtype::kFloat64 ? 2 : 1;
+      task.c1 = 0.1f;
+      task.c2 = 0.3f;
+      task.norm = {0.5f, 0.7f};
+      task.threshold = 0.6f;
+      task.shrinkage = 0.8f;
+      check(all, task, /*any_bits=*/false, random);
+      check(all, task, /*any_bits=*/true, random);
     }
   }
   return fused_reg::testing::report();
