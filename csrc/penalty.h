@@ -165,10 +165,11 @@ FUSED_REG_INLINE V add_norm_gradient(V gradient, V w, V scale, V factor) {
   return gradient + (w * scale) * factor;
 }
 
-// sgn(w) * max(0, |w| - threshold). NaN stays NaN; a zero is +0.
+// sgn(w) * max(0, |w| - threshold). NaN stays NaN, and so it is by a threshold that is; a zero is +0.
 template <class V>
 FUSED_REG_INLINE V soft(V w, V threshold) {
-  return w > threshold ? w - threshold : (w < -threshold ? w + threshold : (w == w ? V{} : w));
+  const V zero = threshold == threshold ? V{} : threshold;
+  return w > threshold ? w - threshold : (w < -threshold ? w + threshold : (w == w ? zero : w));
 }
 
 // What the elements of a group whose norm after soft() is this are multiplied by. A NaN norm makes the group NaN.

@@ -312,3 +312,13 @@ def test_thread_counts(group, dtype, device, threads):
         results.append(stepped(params, l1=0.1, l2=0.3, l2_norm=5.0, group=group, step=0.7))
     for other in results[1:]:
         assert_same_bits(other, results[0])
+
+
+@EVERY_DTYPE
+def test_a_strength_that_is_nan_makes_nan(dtype, device):
+    """A broken strength on the device must not pass for a threshold that everything is below."""
+    nan = torch.tensor(torch.nan)
+    for given in ({"l1": nan}, {"l2": nan}, {"l2_norm": nan}, {"l1": 0.1, "step": nan}):
+        w = draw(40, dtype, device)
+        prox_(w, **{"step": 0.1} | given)
+        assert w.isnan().all()
