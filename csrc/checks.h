@@ -154,7 +154,7 @@ inline std::vector<size_t> check_accumulation(at::TensorList params, at::TensorL
       continue;
     }
     places.push_back(t);
-    check_grads(std::max(places.size(), grads.size()), grads.size());
+    check_grads(grads.size(), std::max(places.size(), grads.size()));
     const at::Tensor& grad = grads[places.size() - 1];
     TORCH_CHECK_TYPE(is_supported(grad.scalar_type()), "params[", t,
                      "].grad must be float32, float64, bfloat16 or float16, got ", name_of(grad.scalar_type()));
@@ -165,7 +165,7 @@ inline std::vector<size_t> check_accumulation(at::TensorList params, at::TensorL
       check_no_self_overlap(regions.back());
     }
   }
-  check_grads(places.size(), grads.size());
+  check_grads(grads.size(), places.size());
   check_disjoint(std::move(regions));
   return places;
 }

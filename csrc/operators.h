@@ -123,6 +123,7 @@ struct Operators {
       if (modes[t] == kAddGrad) {
         pass.add_grad(t, written[given++]);
       } else if (modes[t] == kWriteGrad) {
+        const c10::InferenceMode normal(false);  // it serves the next backward, whatever the mode now
         fresh.push_back(pass.fresh_grad(t));
         pass.write_grad(t, fresh.back());
       }
@@ -133,6 +134,7 @@ struct Operators {
     }
     for (size_t t = 0, i = 0; t < params.size(); ++t) {
       if (modes[t] == kWriteGrad) {
+        const c10::InferenceMode normal(false);
         fresh[i] = laid_out_as(params[t], std::move(fresh[i]));
         ++i;
       }

@@ -7,12 +7,13 @@ call that failed is looked at again, here, for the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fused_reg import _ops
@@ -38,6 +39,10 @@ class Strengths(NamedTuple):
     @property
     def has_norms(self) -> bool:
         return self.l2_norm_tensor is not None or bool(self.l2_norm)
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {"l1": self.l1_tensor, "l2": self.l2_tensor, "l2_norm": self.l2_norm_tensor}
 
     @property
     def requires_grad(self) -> bool:
@@ -77,19 +82,30 @@ SUM_OF_SQUARES = Strengths(l2=(1.0,))
 def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
     """The parameters, read once. What they are is checked later, by the operators."""
     if isinstance(params, Tensor):
-        return [params]
+        params = [params]
     if isinstance(params, torch.nn.Module) and not isinstance(params, _PARAMETER_CONTAINERS):
         raise TypeError(
             f"{function}: params must be tensors, got the module {type(params).__name__}; pass its `.parameters()`"
         )
     try:
-        return list(params)
+        tensors = list(params)
     except TypeError:
         if isinstance(params, Iterable):
             raise  # from inside the iterable
         raise TypeError(
             f"{function}: params must be a tensor or an iterable of tensors, got {type(params).__name__}"
         ) from None
+    for i, p in enumerate(tensors if forward_ad._current_level >= 0 else ()):
+        _check_no_tangent(f"{function}: params[{i}]", p)
+    return tensors
+
+
+def _check_no_tangent(name: str, tensor: Any) -> None:
+    if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        raise NotImplementedError(
+            f"{name} must not have a tangent: forward-mode differentiation is not supported; use backward, "
+            "torch.func.grad or jacrev"
+        )
 
 
 def as_strengths(
@@ -131,9 +147,24 @@ def as_scale(function: str, scale: float | Tensor) -> tuple[float, Tensor | None
         return 1.0, scale
     if not is_number(scale):
         raise TypeError(f"{function}: scale must be a float or a 0-dim tensor, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"{function}: scale must be finite, got {scale}")
-    return float(scale), None
+    try:
+        factor = float(scale)
+    except OverflowError:
+        factor = math.inf
+    if not math.isfinite(factor):
+        raise ValueError(f"{function}: scale must be finite, got {factor}")
+    return factor, None
+
+
+def check_devices(function: str, params: list[Tensor], numbers: Mapping[str, Tensor | None]) -> None:
+    """Raises unless every number is on the CPU or where one of the parameters is."""
+    devices = {p.device for p in params if isinstance(p, Tensor)}
+    for name, number in numbers.items():
+        if number is not None and not number.is_cpu and number.device not in devices:
+            raise ValueError(
+                f"{function}: {name} must be on the CPU or on the parameters' device "
+                f"({', '.join(sorted(map(str, devices)))}), got {number.device}"
+            )
 
 
 def _as_strength(
@@ -170,7 +201,7 @@ def _as_float64(item: float | Tensor, device: torch.device) -> Tensor:
 
 def _item_strength(function: str, name: str, item: Any) -> float | Tensor:
     if isinstance(item, Tensor):
-        if item.ndim != 0:
+        if not item.is_nested and item.ndim != 0:
             raise ValueError(f"{function}: {name} must be 0-dim, got shape {tuple(item.shape)}")
         return _tensor_strength(function, name, item, 1)
     if is_number(item):
@@ -180,6 +211,10 @@ def _item_strength(function: str, name: str, item: Any) -> float | Tensor:
 
 def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> Tensor:
     # Its value is not looked at: it may change between calls, and on a GPU a look would wait for the device.
+    if strength.layout is not torch.strided or strength.is_nested:
+        raise TypeError(f"{function}: {name} must be dense (torch.strided), got {_kind_of(strength)}")
+    if forward_ad._current_level >= 0:
+        _check_no_tangent(f"{function}: {name}", strength)
     if not strength.is_floating_point():
         raise TypeError(f"{function}: {name} must be floating point, got {strength.dtype}")
     if strength.ndim != 0 and strength.shape != (count,):
@@ -188,6 +223,10 @@ def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> 
             f"got shape {tuple(strength.shape)}"
         )
     return strength
+
+
+def _kind_of(tensor: Tensor) -> str:
+    return "a nested tensor" if tensor.is_nested else str(tensor.layout)
 
 
 def as_number(name: str, strength: Any) -> float:

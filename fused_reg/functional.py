@@ -72,7 +72,7 @@ def fused_penalty(
     tensors = as_list("fused_penalty", params)
     strengths = as_strengths("fused_penalty", l1, l2, l2_norm, group, len(tensors))
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     try:
         return _autograd.penalty(tensors, strengths)
     except Exception as error:
@@ -123,7 +123,7 @@ def value_and_grad(
     tensors = as_list("value_and_grad", params)
     strengths = as_strengths("value_and_grad", l1, l2, l2_norm, group, len(tensors))
     if not tensors:
-        return torch.zeros(()), ()
+        return torch.zeros((), dtype=torch.float32, device="cpu"), ()
     try:
         return _value_and_grad(tensors, strengths)
     except Exception as error:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fused_reg import _devices, _ops
-from fused_reg._arguments import Group, Strength, Strengths, as_list, as_scale, as_step, as_strengths, raise_explained
+from fused_reg._arguments import (
+    Group,
+    Strength,
+    Strengths,
+    as_list,
+    as_scale,
+    as_step,
+    as_strengths,
+    check_devices,
+    raise_explained,
+)
 
 # What _ops.accumulate_grad_ does with a parameter: nothing, return its gradient, add to the one it has.
 _SKIP, _WRITE, _ADD = 0, 1, 2
@@ -70,7 +81,7 @@ def accumulate_grad_(
 def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None]) -> Tensor:
     """`accumulate_grad_` for arguments that have been checked, in the name of a function."""
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     try:
         modes, grads = _grads_of(tensors)
         arguments = tensors, grads, modes, *factor, *strengths
@@ -81,6 +92,9 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
                 raise
             value, fresh = _devices.accumulate_grad_(*arguments)
     except Exception as error:
+        negated = [p for p in tensors if isinstance(p, Tensor) and p.is_leaf and p.grad is not None and p.grad.is_neg()]
+        if negated:  # the dispatcher writes to no such view
+            return _through_copies(negated, lambda: accumulate(name, tensors, strengths, factor))
         raise_explained(name, tensors, error)
     if fresh:
         grad = iter(fresh)
@@ -90,18 +104,40 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
     return value
 
 
-def check_accumulation(name: str, tensors: list[Tensor]) -> None:
-    """Raises what `accumulate` would of these tensors."""
+def _through_copies(params: list[Tensor], accumulate: Callable[[], Tensor]) -> Tensor:
+    """``accumulate()`` with copies in the place of these parameters' gradients, and then the copies into these."""
+    grads = [p.grad for p in params]
     try:
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = cast(Tensor, grad).resolve_neg()
+        value = accumulate()
+        with torch.no_grad():
+            for p, grad in zip(params, grads, strict=True):
+                cast(Tensor, grad).copy_(cast(Tensor, p.grad))
+    finally:
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+    return value
+
+
+def check_accumulation(
+    name: str, tensors: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None]
+) -> None:
+    """Raises what `accumulate` would of these arguments."""
+    try:
+        check_devices(name, tensors, {**strengths.tensors, "scale": factor[1]})
         modes, grads = _grads_of(tensors)
         _ops.check_accumulation(tensors, grads, modes)
     except Exception as error:
         raise_explained(name, tensors, error)
 
 
-def check_writable(name: str, tensors: list[Tensor]) -> None:
-    """Raises what `shrink` would of these tensors."""
+def check_writable(
+    name: str, tensors: list[Tensor], strengths: Strengths, step: tuple[tuple[float, ...], Tensor | None]
+) -> None:
+    """Raises what `shrink` would of these arguments."""
     try:
+        check_devices(name, tensors, {**strengths.tensors, "step": step[1]})
         _ops.check_writable(tensors)
     except Exception as error:
         raise_explained(name, tensors, error)

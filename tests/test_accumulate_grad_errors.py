@@ -138,6 +138,8 @@ SCALE = "scale must be a float or a 0-dim"
 WRONG = (
     ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
     ({"scale": float("-inf")}, ValueError, "scale must be finite, got -inf"),
+    ({"scale": 10**400}, ValueError, "scale must be finite, got inf"),
+    ({"l1": torch.tensor([1.0]).to_sparse()}, TypeError, "l1 must be dense (torch.strided), got torch.sparse_coo"),
     ({"scale": True}, TypeError, f"{SCALE} tensor, got bool"),
     ({"scale": "2"}, TypeError, f"{SCALE} tensor, got str"),
     ({"scale": None}, TypeError, f"{SCALE} tensor, got NoneType"),

@@ -297,3 +297,21 @@ def test_penalty_once_per_step_of_several_micro_batches(device):
             if calls == 4 or i == 3:
                 accumulate_grad_(net.parameters(), **BOTH, scale=1 / calls)
         torch.testing.assert_close([p.grad for p in net.parameters()], expected)
+
+
+def test_a_negated_gradient(device):
+    """Hard case 15: the right sign, in the memory that is there."""
+    p = torch.nn.Parameter(draw(5, device=device))
+    memory = torch.full((5,), -2.0, device=device)
+    p.grad = grad = torch._neg_view(memory)
+    accumulate_grad_([p], l1=1.0)
+    assert p.grad is grad
+    assert_same_bits([grad.resolve_neg(), -memory], [2 + p.detach().sign()] * 2)
+
+
+def test_a_gradient_from_inference_mode_serves_the_next_backward(device):
+    p = torch.nn.Parameter(draw(5, device=device))
+    with torch.inference_mode():
+        accumulate_grad_([p], l1=1.0)
+    p.sum().backward()
+    assert_same_bits([p.grad], [1 + p.detach().sign()])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import assert_same_bits, assert_value, loop_gradients
 from samples import DTYPES, draw, draw_list, leaves, mixed_list
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, vjp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -191,7 +192,7 @@ def test_func_vjp_and_jacobians(device):
 def test_forward_mode_says_that_it_is_missing(transform, device):
     """Hard case 31: works, or one clear error; never a wrong number."""
     w = draw(5, torch.float64, device)
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"forward.mode AD|jvp"):
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"forward-mode|jvp"):
         transform(lambda x: fused_penalty(x, l2=0.5))(w)
 
 
@@ -284,3 +285,18 @@ def test_function_and_dispatch_modes_see_the_operators(device):
             value = fused_penalty(params, l1=0.5, l2=0.25)
         assert "fused_reg.penalty.default" in seen
         torch.testing.assert_close(value.as_subclass(torch.Tensor), expected, check_dtype=False)
+
+
+def test_a_tangent_is_an_error(device):
+    """It would silently be lost: where no autograd function is, and where gradients are off."""
+    w = draw(3, device=device)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(w, torch.ones_like(w))
+        with pytest.raises(NotImplementedError, match=r"value_and_grad: params\[1\] must not have a tangent: forward"):
+            value_and_grad([w, dual])
+        with torch.no_grad(), pytest.raises(NotImplementedError, match=r"fused_penalty: params\[0\] must not have"):
+            fused_penalty(dual)
+        strength = forward_ad.make_dual(torch.tensor(0.5), torch.tensor(1.0))
+        with pytest.raises(NotImplementedError, match="fused_penalty: l1 must not have a tangent"):
+            fused_penalty(w, l1=strength)
+        assert_value(fused_penalty(w, l1=0.5), [w], l1=0.5)
