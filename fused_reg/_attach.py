@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import compress
-from types import TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.optim import Optimizer
 
 from fused_reg._parts import Part
 from fused_reg._strengths import KINDS, identity, is_absent, tensor_of
 from fused_reg._table import Entry, Table
 
+# The code around a step that calls its hooks.
+_HOOKED_STEP = next(
+    constant for constant in Optimizer.profile_hook_step.__code__.co_consts if isinstance(constant, CodeType)
+)
+
 #: The gradient before the step, or the proximal step after it.
 Mode = Literal["grad", "prox"]
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside_of_graphs(function: Callable[..., Any], *args: Any) -> Any:
-    """As a decorator this would cost every step that is not compiled microseconds."""
-    return function(*args)
 
 
 class Attachments:
@@ -37,12 +36,6 @@ class Attachments:
     def __iter__(self) -> Iterator[Attachment]:
         """Those that are active."""
         return (a for ref in self._refs if (a := ref()) is not None and a.is_active)
-
-    def first(self) -> Attachment | None:
-        for ref in self._refs:
-            if (attachment := ref()) is not None and attachment.is_active:
-                return attachment
-        return None
 
     def add(self, table: Table, optimizer: Optimizer, mode: Mode) -> Attachment:
         if any(a.optimizer is optimizer for a in self):
@@ -63,14 +56,20 @@ class Attachment:
         self._all = all_of_them
         self._optimizer = weakref.ref(optimizer)
         self._mode = mode
-        self._layout: list[tuple[int, int, bool]] = []  # of the optimizer's groups, when `_follow` last looked
+        self._seen: tuple[Any, ...] = ()  # what `_follow` found when it last looked
+        self._depth = 0  # a step that calls the step of its base class calls the hooks again
         self._parts: list[tuple[float, Part]] = []  # with the sign of the gradient
         self._group_of: list[int] = []  # the optimizer's, for each entry
         self._groups: list[int] = []
         self._value: Tensor | None = None
         self._warned = False
         self._follow(optimizer)
-        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        # A compiled step calls them as they are. A decorator would make the package's import take twice as long.
+        outside_of_graphs: Any = torch.compiler.disable
+        self._hooks = [
+            optimizer.register_step_pre_hook(outside_of_graphs(self._before)),
+            optimizer.register_step_post_hook(outside_of_graphs(self._after)),
+        ]
 
     @property
     def value(self) -> Tensor | None:
@@ -112,11 +111,10 @@ class Attachment:
         return {id(entry.param) for _, part in self._parts for entry in part.entries}
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if is_compiling():  # a compiled step calls the hooks as they are
-            return _outside_of_graphs(self._prepare, optimizer, args, kwargs)
-        return self._prepare(optimizer, args, kwargs)
-
-    def _prepare(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._depth > 0 and _is_within_a_step(optimizer):
+            self._depth += 1
+            return None
+        self._depth = 1  # whatever a step that raised has left
         if self._mode == "prox":
             self._follow(optimizer)
             return None
@@ -145,21 +143,18 @@ class Attachment:
             self._value = part.accumulate_grad_(scale)
             return self._value
         for _, part in self._parts:
-            part.check_accumulation()
+            part.check_accumulation(scale)
         values = [part.accumulate_grad_(sign * scale) for sign, part in self._parts]
         self._value = sum(values[1:], values[0])
         return sign * values[0] + sum(sign * value for (sign, _), value in zip(more, values[1:], strict=True))
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_compiling():
-            _outside_of_graphs(self._finish, optimizer)
-        else:
-            self._finish(optimizer)
-
-    def _finish(self, optimizer: Optimizer) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
         if self._mode == "prox":
             self._parts[0][1].prox_(self._steps(optimizer))
-        if self._all.first() is self and not self._is_captured():  # several optimizers count once
+        if next(iter(self._all)) is self and not self._is_captured():  # several optimizers count once
             self._table.go_to(self._table.step + 1)
 
     def _is_captured(self) -> bool:
@@ -181,12 +176,15 @@ class Attachment:
         return [rates[i] for i in self._group_of]
 
     def _follow(self, optimizer: Optimizer) -> None:
-        """Finds the regularizer's parameters among the optimizer's, which may have got more since."""
-        layout = [
-            (len(group["params"]), id(group["params"][0]) if group["params"] else 0, group.get("maximize", False))
-            for group in optimizer.param_groups
-        ]
-        if layout == self._layout:
+        """Finds the regularizer's parameters among the optimizer's, which may have changed since, as strengths may."""
+        seen = (
+            self._table.version,
+            [
+                (group.get("maximize", False), group.get("weight_decay"), *map(id, group["params"]))
+                for group in optimizer.param_groups
+            ],
+        )
+        if seen == self._seen:
             return
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         entries = [e for e in self._table.entries if id(e.param) in group_of]
@@ -208,10 +206,11 @@ class Attachment:
             for i in {group_of[id(e.param)] for e in entries}:
                 if not isinstance(rate := optimizer.param_groups[i].get("lr"), float | int | Tensor):
                     raise ValueError(f'attach: mode "prox" must find a learning rate in each group, got lr={rate!r}')
-        self._parts = self._split(entries, [layout[group_of[id(e.param)]][2] for e in entries])
+        maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
+        self._parts = self._split(entries, [maximized[group_of[id(e.param)]] for e in entries])
         self._group_of = [group_of[id(e.param)] for e in entries]
         self._groups = sorted(set(self._group_of))
-        self._layout = layout
+        self._seen = seen
         self._warn_of_weight_decay(optimizer, entries)
 
     def _split(self, entries: list[Entry], maximized: list[bool]) -> list[tuple[float, Part]]:
@@ -234,3 +233,13 @@ class Attachment:
                     UserWarning,
                     stacklevel=6,
                 )
+
+
+def _is_within_a_step(optimizer: Optimizer) -> bool:
+    """Whether the step whose hook this is was called by another step of the same optimizer."""
+    frame: FrameType | None = sys._getframe(1)
+    steps = 0
+    while frame is not None and steps < 2:
+        steps += frame.f_code is _HOOKED_STEP and frame.f_locals["self"] is optimizer
+        frame = frame.f_back
+    return steps == 2

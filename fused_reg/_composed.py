@@ -41,7 +41,7 @@ def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
         elif len(floats) <= 1:
             column = torch.full((), sum(floats), dtype=torch.float64, device=device)
         else:
-            column = _on(device, torch.tensor(floats, dtype=torch.float64))
+            column = _on(device, torch.tensor(floats, dtype=torch.float64, device="cpu"))
         columns.append(column.expand(count))
     return torch.stack(columns, dim=1)
 

@@ -39,31 +39,40 @@ class _Call:
 
     def penalty(self) -> Tensor:
         l1, l2, l2_norm = (column.get() for column in self._columns)
-        return fused_penalty(self._params, l1, l2, l2_norm=l2_norm, group=self._group)
+        return self._run(lambda: fused_penalty(self._params, l1, l2, l2_norm=l2_norm, group=self._group))
 
     def accumulate_grad_(self, scale: float | Tensor) -> Tensor:
         name = "accumulate_grad_"
         return self._run(accumulate, name, self._params, self._strengths(), as_scale(name, scale))
 
+    def check_accumulation(self, scale: float | Tensor) -> None:
+        """Raises what `accumulate_grad_` would, before anything is written."""
+        name = "accumulate_grad_"
+        self._run(check_accumulation, name, self._params, self._strengths(), as_scale(name, scale))
+
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
+        self._run(shrink, *self._shrinkage(step))
+
+    def check_writable(self, step: float | Tensor | list[float | Tensor]) -> None:
+        """Raises what `prox_` would, before anything is written."""
+        self._run(check_writable, *self._shrinkage(step))
+
+    def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
         if isinstance(step, list):
             step = Column(step[i] for i in self._places).get()
-        self._run(shrink, "prox_", self._params, self._strengths(), as_step("prox_", step, len(self._params)))
-
-    def check_accumulation(self) -> None:
-        """Raises what `accumulate_grad_` would of the parameters, before anything is written."""
-        self._run(check_accumulation, "accumulate_grad_", self._params)
-
-    def check_writable(self) -> None:
-        self._run(check_writable, "prox_", self._params)
+        return "prox_", self._params, self._strengths(), as_step("prox_", step, len(self._params))
 
     def _run(self, function: Callable[..., _T], *args: Any) -> _T:
         """``function(*args)``, whose errors have ``params['fc.weight']`` for ``params[3]`` of this call's list."""
         try:
             return function(*args)
         except (TypeError, ValueError) as error:
-            named = re.sub(r"params\[(\d+)\]", lambda match: f"params[{self._names[int(match[1])]!r}]", str(error))
-            raise type(error)(named) from error
+            raise named(error, self._names) from error
+
+
+def named(error: Exception, names: Sequence[str]) -> Exception:
+    """The error with ``params['fc.weight']`` for ``params[3]``, where these are the names of a call's parameters."""
+    return type(error)(re.sub(r"params\[(\d+)\]", lambda match: f"params[{names[int(match[1])]!r}]", str(error)))
 
 
 class Part:
@@ -94,7 +103,7 @@ class Part:
         calls = self._current_calls()
         if len(calls) == 1:
             return calls[0].accumulate_grad_(scale)
-        self.check_accumulation()
+        self.check_accumulation(scale)
         return self._total([call.accumulate_grad_(scale) for call in calls])
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
@@ -102,20 +111,20 @@ class Part:
         calls = self._current_calls()
         if len(calls) > 1:
             for call in calls:
-                call.check_writable()
+                call.check_writable(step)
         for call in calls:
             call.prox_(step)
 
-    def check_accumulation(self) -> None:
+    def check_accumulation(self, scale: float | Tensor) -> None:
         """Of several calls the first must not write if a later one will fail."""
         for call in self._current_calls():
-            call.check_accumulation()
+            call.check_accumulation(scale)
 
     def _total(self, values: list[Tensor]) -> Tensor:
         if len(values) == 1:
             return values[0]
         if not values:
-            return torch.zeros((), device=self._device)
+            return torch.zeros((), dtype=torch.float32, device=self._device)
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fused_reg import _ops
+from fused_reg._arguments import explained
 from fused_reg._composed import group_count
+from fused_reg._parts import named
 from fused_reg._strengths import KINDS, Cell, Held, identity, tensor_of
 from fused_reg._table import Entry, Table
 
@@ -69,11 +71,11 @@ class Report:
 
 
 def _cells(row: Row) -> list[str]:
-    strengths = [f"{row[kind]:g}" if row["level"] == "group" else "" for kind in ("l1", "l2", "l2_norm")]
+    strengths = [f"{row[kind]:g}" if row["level"] == "group" else "" for kind in KINDS]
     return [
         ("  " if row["level"] == "parameter" else "") + row["name"],
         f"{row['elements']:,}",
-        *(strengths if row["level"] == "group" else [""] * 3),
+        *strengths,
         f"{row['value']:.6g}",
         f"{row['norm']:.6g}",
         f"{row['zeros']:,} ({100 * row['zero_share']:.1f} %)",
@@ -140,7 +142,11 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     rows: dict[int, Row] = {}
     for device in dict.fromkeys(e.param.device for e in entries):
         here = [e for e in entries if e.param.device == device]
-        rows.update(zip(map(id, here), _rows_on(device, here), strict=True))
+        try:
+            own = _rows_on(device, here)
+        except Exception as error:
+            raise named(explained("report", [e.param for e in here], error), [e.name for e in here]) from error
+        rows.update(zip(map(id, here), own, strict=True))
     return rows
 
 
@@ -203,7 +209,7 @@ def _norms(params: list[Tensor], device: torch.device) -> Tensor:
     full = [i for i, p in enumerate(params) if p.numel() > 0]  # an empty one is no group
     if len(full) == len(params):
         return norms
-    return norms.new_zeros(len(params)).index_copy_(0, torch.tensor(full, device=device), norms)
+    return norms.new_zeros(len(params)).index_copy_(0, torch.tensor(full, dtype=torch.long, device=device), norms)
 
 
 def _slices(params: list[Tensor], counts: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
@@ -211,7 +217,7 @@ def _slices(params: list[Tensor], counts: Sequence[int], device: torch.device) -
     sums = torch.zeros(2, len(counts), dtype=torch.float64, device=device)
     if sum(counts):
         norms = _ops.group_norms(params, True)
-        lengths = torch.tensor(counts, device=device)
+        lengths = torch.tensor(counts, dtype=torch.long, device=device)
         owner = torch.repeat_interleave(torch.arange(len(counts), device=device), lengths, output_size=len(norms))
         sums.index_add_(1, owner, torch.stack([norms, (norms == 0).double()]))
     return sums.unbind()

@@ -86,6 +86,8 @@ class Choice:
 
 def check_matches(function: str, argument: str, pattern: str, candidates: Iterable[Any]) -> None:
     """A pattern that matches nothing is a slip of the pen: the penalty would silently be absent."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{function}: {argument} must be a pattern of names, got {type(pattern).__name__}")
     if not any(c.matches(pattern) for c in candidates):
         raise ValueError(f"{function}: {argument} must match the name of a parameter, got {pattern!r}")
 

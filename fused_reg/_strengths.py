@@ -33,7 +33,8 @@ class Cell:
 
     def move(self, device: torch.device) -> None:
         if self.value.device != device:
-            self.value = self.value.to(device)
+            with torch.inference_mode(False):
+                self.value = self.value.to(device)
 
 
 #: A number, a tensor of the user's, or a cell.
@@ -120,6 +121,7 @@ def number(strength: Held) -> float:
 class Column:
     """One term's strengths for a list of parameters, in the fastest form that the functions take."""
 
+    @torch.inference_mode(False)  # what is kept serves later calls, whatever the mode of the first
     def __init__(self, strengths: Iterable[Held]) -> None:
         strengths = list(strengths)
         distinct = list({identity(s): s for s in strengths}.values())
@@ -128,7 +130,7 @@ class Column:
         if len(distinct) == 1:
             self._fixed = distinct[0] if isinstance(distinct[0], float) else tensors[0]
         elif not tensors:
-            self._fixed = torch.tensor([number(s) for s in strengths], dtype=torch.float64)  # on the CPU: read there
+            self._fixed = torch.tensor([number(s) for s in strengths], dtype=torch.float64, device="cpu")
         else:
             # Gathered at each call, on the device, from the 0-dim tensors as they are then.
             self._device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)

@@ -198,4 +198,4 @@ def _set_in_place(strength: Held, value: float, schedule: Callable[[int], float]
 
 @torch.no_grad()
 def _fill(tensor: Tensor, value: float) -> None:
-    tensor.fill_(value)
+    tensor.view(1).fill_(value)  # AOTAutograd of torch 2.13 loses what is written to a float64 scalar itself

@@ -94,6 +94,8 @@ class Regularizer(Adjustable):
         exclude: str | Iterable[str] | None = None,
         rules: Iterable[tuple[str, Mapping[str, Any]]] | None = None,
     ) -> None:
+        if rules is not None and not isinstance(rules, Iterable):
+            raise TypeError(f"Regularizer: rules must be pairs (pattern, dict(l1=...)), got {type(rules).__name__}")
         rules = None if rules is None else list(rules)
         choice = Choice(
             as_penalty("Regularizer: ", l1=l1, l2=l2, l2_norm=l2_norm, group=group),

@@ -124,13 +124,14 @@ def test_grad_scaler_and_prox(fused, rates, device):
 
 
 @pytest.mark.parametrize("mode", ["grad", "prox"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.filterwarnings("ignore")  # torch warns of itself while it traces
-def test_a_compiled_step(mode):
+def test_a_compiled_step(mode, backend):
     def run(compiled):
         net = make()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         Regularizer(net, l1=lambda step: 0.01 * (1 + step), l2=0.01).attach(optimizer, mode)
-        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        step = torch.compile(lambda: optimizer.step(), backend=backend) if compiled else optimizer.step
         for _ in range(4):
             optimizer.zero_grad()
             loss_of(net).backward()

@@ -129,3 +129,10 @@ def test_works_without_a_cuda_device(package):
     )
     done = import_in(package, statement)
     assert (done.stdout.strip(), done.stderr) == ("1.5", "")
+
+
+def test_the_import_leaves_the_compiler_alone():
+    """torch._dynamo takes as long to import as torch."""
+    code = "import sys, fused_reg; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,11 +1,13 @@
 """What a `Regularizer` does beyond one fused call: several at once, names in errors, steps, wrong arguments."""
 
+import re
+
 import pytest
 import torch
 from oracle import assert_same_bits
 from torch import nn
 
-from fused_reg import Regularizer, regularized
+from fused_reg import Regularizer, fused_penalty, regularized
 
 GROUPS = [("rows", {"l2_norm": 1.0, "group": "row"}), ("whole", {"l2_norm": 1.0})]
 
@@ -134,3 +136,93 @@ def test_a_report_has_norms_whose_squares_overflow():
     for name in ("0", "group 0", "total"):
         assert rows[name]["norm"] == rows[name]["value"] == pytest.approx(regularizer().item(), rel=1e-15)
     assert rows["1"]["norm"] == 0
+
+
+def test_strengths_are_checked_before_the_first_of_several_calls_writes():
+    a, b = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    elsewhere = torch.tensor(0.1, device="meta")
+    rules = [("a", {"l2_norm": 0.1}), ("b", {"l2_norm": elsewhere, "group": "row"})]
+    regularizer = Regularizer([("a", a), ("b", b)], rules=rules)
+    for call in (regularizer.accumulate_grad_, lambda: regularizer.prox_(1.0)):
+        with pytest.raises(ValueError, match="l2_norm must be on the CPU or on the parameters' device"):
+            call()
+        assert a.grad is None
+        assert (a == 1).all()
+
+
+class SuperStep(torch.optim.SGD):
+    """torch calls the hooks around this step and around that of its base class."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_a_step_that_calls_its_base_class_counts_once(mode):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # now the base class calls hooks, too
+    w = nn.Parameter(torch.ones(1))
+    optimizer = SuperStep([w], lr=1.0)
+    regularizer = Regularizer([w], l1=0.125)
+    regularizer.attach(optimizer, mode)
+    for step in (1, 2, 3):
+        w.grad = torch.zeros(1)
+        optimizer.step()
+        assert (w.item(), regularizer.step) == (1 - 0.125 * step, step)
+        with pytest.raises(ZeroDivisionError):  # leaves the hooks half-way
+            optimizer.step(lambda: 1 / 0)
+
+
+def test_a_learned_strength_set_after_attaching_is_an_error():
+    w = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    regularizer = Regularizer([w], l1=0.1)
+    regularizer.attach(optimizer)
+    regularizer.set_strength(l1=torch.tensor(0.2, requires_grad=True))
+    with pytest.raises(ValueError, match="attach: l1 of '0' must be a constant"):
+        optimizer.step()
+    assert w.grad is None
+
+
+def test_weight_decay_that_comes_later_warns():
+    w = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    Regularizer([w], l2=0.1).attach(optimizer)
+    optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    with pytest.warns(UserWarning, match="L2 counts twice"):
+        optimizer.step()
+
+
+def test_a_parameter_that_an_optimizer_exchanges_is_followed():
+    first, old, new = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    optimizer = torch.optim.SGD([first, old], lr=0.125)
+    Regularizer([first, old, new], l1=1.0).attach(optimizer, "prox")
+    optimizer.step()
+    optimizer.param_groups[0]["params"][1] = new
+    optimizer.step()
+    assert (first.item(), old.item(), new.item()) == (0.75, 0.875, 0.875)
+
+
+def test_a_first_call_under_inference_mode_leaves_nothing_behind():
+    regularizer = Regularizer(nn.Linear(3, 2), l2=0.5, rules=[("bias", {"l2": 0.25})])
+    with torch.inference_mode():
+        value = regularizer()
+    assert regularizer().item() == value.item()
+    regularizer().backward()
+
+
+def test_the_default_device_does_not_matter():
+    regularizer = Regularizer(nn.Linear(2, 2), l1=0.5, rules=[("bias", {"l1": 0.25})])
+    with torch.device("meta"):
+        value = regularizer()
+        assert fused_penalty([]).device.type == "cpu"
+    assert value.item() == regularizer().item() > 0
+
+
+def test_errors_of_the_penalty_and_of_a_report_name_the_parameter():
+    net = nn.Linear(2, 2)
+    regularizer = Regularizer(net, l1=0.1)
+    net.weight.data = net.weight.data.to(torch.float8_e4m3fn)
+    for call, name in ((regularizer, "fused_penalty"), (regularizer.report, "report")):
+        with pytest.raises(TypeError, match=re.escape(f"{name}: params['weight'] must be float32, float64, bf")):
+            call()

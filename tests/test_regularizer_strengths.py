@@ -193,3 +193,16 @@ def test_state_dict_of_split_strengths():
     assert other.state_dict() == regularizer.state_dict()
     other.advance()
     assert strengths_of(other) == {"0": (2, 0, 0), "1": (0.25, 0, 0), "2": (2, 0, 0)}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_strengths_change_in_compiled_code(backend):
+    """Also float64 scalars, whose writes AOTAutograd loses."""
+    w = nn.Parameter(torch.ones(3))
+    regularizer = Regularizer([w], l1=lambda step: 1.0 + step, l2=torch.tensor(1.0, dtype=torch.float64))
+    advance = torch.compile(regularizer.advance, backend=backend)
+    set_strength = torch.compile(lambda value: regularizer.set_strength(l2=value), backend=backend)
+    for step in (1, 2, 3):
+        advance()
+        set_strength(step / 2)
+        assert regularizer().item() == 3 * (1 + step) + 3 * step / 2

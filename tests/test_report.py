@@ -107,3 +107,8 @@ def test_nothing_trained():
     report = Regularizer([nn.Parameter(torch.ones(2), requires_grad=False)], l1=1.0).report()
     assert [(row["name"], row["elements"], row["value"]) for row in report.rows] == [("total", 0, 0)]
     assert str(report)
+
+
+def test_only_empty_parameters():
+    (row, _, total) = Regularizer([nn.Parameter(torch.zeros(0, 3))], l1=0.1).report().rows
+    assert (row["elements"], row["value"], row["norm"], total["zero_share"]) == (0, 0, 0, 0)
