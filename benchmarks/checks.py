@@ -164,13 +164,13 @@ def largest_relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return (torch.stack(errors).max() / torch.stack(sizes).max()).item()
 
 
-def demand_value(role: Role, dtype: torch.dtype, error: float) -> None:
+def demand_value(role: Role, dtype: torch.dtype, error: float, name: str = "value error") -> None:
     """Of a value: that it meets the contract, or is the job at all.
 
     Raises:
         WrongResultError: it does not.
     """
-    _demand("value error", error, OUR_VALUE_ERROR if role == "ours" else _PEER_VALUE_ERRORS[dtype])
+    _demand(name, error, OUR_VALUE_ERROR if role == "ours" else _PEER_VALUE_ERRORS[dtype])
 
 
 def demand_elements(role: Role, dtype: torch.dtype, error: float, name: str = "gradient error") -> None:
