@@ -139,7 +139,8 @@ inline void check_writable(at::TensorList params) {
 // What accumulate_grad_ does with a parameter.
 enum GradMode : int64_t { kSkipGrad, kWriteGrad, kAddGrad };
 
-// Gradients that accumulate_grad_ may add to: one for each parameter whose mode says so. Returns the places of these.
+// Gradients that accumulate_grad_ may write: one for each parameter whose mode asks for it. Returns the places of
+// these.
 inline std::vector<size_t> check_accumulation(at::TensorList params, at::TensorList grads, at::IntArrayRef modes) {
   TORCH_CHECK_VALUE(modes.size() == params.size(), "modes must belong to the parameters (", params.size(), "), got ",
                     modes.size());
@@ -150,7 +151,7 @@ inline std::vector<size_t> check_accumulation(at::TensorList params, at::TensorL
     if (params[t].numel() > 0) {
       regions.emplace_back(params[t], t, "");
     }
-    if (modes[t] != kAddGrad) {
+    if (modes[t] == kSkipGrad) {
       continue;
     }
     places.push_back(t);

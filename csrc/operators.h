@@ -1,8 +1,9 @@
 // What the operators of ops.cpp do, for every backend that has a ListPass:
 //
 //   ListPass(params, selection, strengths)   checks; the list, not yet read
-//   fresh_grad(t), write_grad(t, grad), add_grad(t, grad)   which gradients the next pass shall give, and where
-//   run_...                                                 one pass over the list
+//   empty_grad(param)                        memory for its gradient
+//   write_grad(t, grad), add_grad(t, grad)   which gradients the next pass shall give, and where
+//   run_...                                  one pass over the list
 //
 // (cpu/list_pass.h says more.)
 #pragma once
@@ -51,7 +52,7 @@ struct Operators {
     for (const auto t : c10::irange(params.size())) {
       if (needs_grad[t]) {
         places.push_back(t);
-        grads.push_back(pass.fresh_grad(t));
+        grads.push_back(ListPass::empty_grad(pass.dense(t)));
         pass.write_grad(t, grads.back());
       }
     }
@@ -69,7 +70,7 @@ struct Operators {
     Tensors grads;
     grads.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
-      grads.push_back(pass.fresh_grad(t));
+      grads.push_back(ListPass::empty_grad(pass.dense(t)));
       pass.write_grad(t, grads.back());
     }
     if (pass.has_norms()) {
@@ -93,9 +94,8 @@ struct Operators {
     pass.run_gradient({0, upstream}, std::nullopt, {}, /*keep_if_one=*/true);
   }
 
-  static std::tuple<Value, Tensors> accumulate_grad_(at::TensorList params, at::TensorList grads, at::IntArrayRef modes,
-                                                     double scale, const OptionalTensor& scale_tensor,
-                                                     FUSED_REG_STRENGTHS) {
+  static Value accumulate_grad_(at::TensorList params, at::TensorList grads, at::IntArrayRef modes, double scale,
+                                const OptionalTensor& scale_tensor, FUSED_REG_STRENGTHS) {
     const at::NoGradGuard no_grad;
     check_params(params);
     check_number("scale", {scale, scale_tensor}, params[0].device());
@@ -117,29 +117,29 @@ struct Operators {
       }
     }
     ListPass pass(read, all_of(params.size()), FUSED_REG_STRENGTH_ARGS);
-    Tensors fresh;
-    size_t given = 0;
-    for (const auto t : c10::irange(params.size())) {
-      if (modes[t] == kAddGrad) {
-        pass.add_grad(t, written[given++]);
-      } else if (modes[t] == kWriteGrad) {
-        const c10::InferenceMode normal(false);  // it serves the next backward, whatever the mode now
-        fresh.push_back(pass.fresh_grad(t));
-        pass.write_grad(t, fresh.back());
+    for (const auto i : c10::irange(places.size())) {
+      if (modes[places[i]] == kAddGrad) {
+        pass.add_grad(places[i], written[i]);
+      } else {
+        pass.write_grad(places[i], written[i]);
       }
     }
     at::Tensor value = run_penalty_and_grad(pass, params, rows, {scale, scale_tensor});
     for (const auto i : c10::irange(places.size())) {
       copy_back(written[i], grads[i]);
     }
-    for (size_t t = 0, i = 0; t < params.size(); ++t) {
-      if (modes[t] == kWriteGrad) {
-        const c10::InferenceMode normal(false);
-        fresh[i] = laid_out_as(params[t], std::move(fresh[i]));
-        ++i;
-      }
+    return value.to(value_dtype(params));
+  }
+
+  static Tensors empty_grads(at::TensorList params) {
+    const c10::InferenceMode normal(false);  // they serve the next backward, whatever the mode now
+    check_params(params);
+    Tensors grads;
+    grads.reserve(params.size());
+    for (const at::Tensor& p : params) {
+      grads.push_back(ListPass::empty_grad(p));
     }
-    return {value.to(value_dtype(params)), std::move(fresh)};
+    return grads;
   }
 
   static void prox_(at::TensorList params, Floats step, const OptionalTensor& step_tensor, FUSED_REG_STRENGTHS) {
@@ -203,7 +203,7 @@ struct Operators {
 // The functions of one backend, under the names of ops.cpp.
 #define FUSED_REG_OPERATORS(apply)                                                                         \
   apply(penalty) apply(penalty_and_norms) apply(penalty_and_grad) apply(penalty_grad) apply(rescale_grad_) \
-      apply(accumulate_grad_) apply(prox_) apply(group_norms) apply(term_sums) apply(zero_counts)
+      apply(accumulate_grad_) apply(empty_grads) apply(prox_) apply(group_norms) apply(term_sums) apply(zero_counts)
 
 template <class Functions>
 void register_operators(torch::Library& m) {

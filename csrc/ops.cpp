@@ -39,11 +39,15 @@ TORCH_LIBRARY(fused_reg, m) {
   m.def("rescale_grad_(Tensor upstream, Tensor[] params, Tensor(a!)[] grads, bool[] needs_grad, " STRENGTHS ") -> ()",
         tags);
 
-  // The penalty; and scale * its gradient, by mode: 0 not wanted, 1 returned, 2 added to the next one of grads.
+  // The penalty; and scale * its gradient in grads, which has one for each parameter whose mode is not 0 (not wanted):
+  // 1 written over what is there, 2 added to it.
   m.def(
       "accumulate_grad_(Tensor[] params, Tensor(a!)[] grads, int[] modes, float scale, Tensor? scale_tensor, " STRENGTHS
-      ") -> (Tensor, Tensor[])",
+      ") -> Tensor",
       tags);
+
+  // Memory for the gradient of every parameter, of its shape and dtype, and of its strides where these are dense.
+  m.def("empty_grads(Tensor[] params) -> Tensor[]", tags);
 
   // The proximal operator of step * penalty, in place. A step is given as a strength is.
   m.def("prox_(Tensor(a!)[] params, float[] step, Tensor? step_tensor, " STRENGTHS ") -> ()", tags);

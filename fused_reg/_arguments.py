@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fused_reg import _ops
@@ -114,29 +115,29 @@ def as_strengths(
     l2: Strength | None,
     l2_norm: Strength | None,
     group: Group,
-    count: int,
+    params: Sequence[Tensor],
 ) -> Strengths:
-    """The strengths, checked, for a list of ``count`` parameters."""
+    """The strengths, checked, for these parameters."""
     if group not in ("tensor", "row"):
         raise ValueError(f'{function}: group must be "tensor" or "row", got {group!r}')
     if l1 is None and l2 is None and l2_norm is None:
         return SUM_OF_SQUARES
-    l1_floats, l1_tensor = _as_strength(function, "l1", l1, count)
-    l2_floats, l2_tensor = _as_strength(function, "l2", l2, count)
-    norm_floats, norm_tensor = _as_strength(function, "l2_norm", l2_norm, count)
+    l1_floats, l1_tensor = _as_strength(function, "l1", l1, params)
+    l2_floats, l2_tensor = _as_strength(function, "l2", l2, params)
+    norm_floats, norm_tensor = _as_strength(function, "l2_norm", l2_norm, params)
     return Strengths(l1_floats, l2_floats, norm_floats, l1_tensor, l2_tensor, norm_tensor, group == "row")
 
 
-def as_step(function: str, step: Strength, count: int) -> tuple[tuple[float, ...], Tensor | None]:
+def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> tuple[tuple[float, ...], Tensor | None]:
     """The step of a proximal operator, checked: like a strength, one or one per parameter."""
     if step is None:
         raise TypeError(
             f"{function}: step must be a float, a 0-dim tensor or a sequence with one per parameter, got None"
         )
-    return _as_strength(function, "step", step, count)
+    return _as_strength(function, "step", step, params)
 
 
-def as_scale(function: str, scale: float | Tensor) -> tuple[float, Tensor | None]:
+def as_scale(function: str, scale: float | Tensor, params: Sequence[Tensor]) -> tuple[float, Tensor | None]:
     """A factor of gradients, checked: a finite float, or a 0-dim tensor."""
     if isinstance(scale, Tensor):
         if scale.ndim != 0 or not scale.is_floating_point():
@@ -151,9 +152,9 @@ def as_scale(function: str, scale: float | Tensor) -> tuple[float, Tensor | None
         factor = float(scale)
     except OverflowError:
         factor = math.inf
-    if not math.isfinite(factor):
+    if not -math.inf < factor < math.inf:
         raise ValueError(f"{function}: scale must be finite, got {factor}")
-    return factor, None
+    return (1.0, _in_graph(factor, params)) if is_compiling() else (factor, None)
 
 
 def check_devices(function: str, params: list[Tensor], numbers: Mapping[str, Tensor | None]) -> None:
@@ -168,29 +169,37 @@ def check_devices(function: str, params: list[Tensor], numbers: Mapping[str, Ten
 
 
 def _as_strength(
-    function: str, name: str, strength: Strength | None, count: int
+    function: str, name: str, strength: Strength | None, params: Sequence[Tensor]
 ) -> tuple[tuple[float, ...], Tensor | None]:
     if strength is None:
         return (), None
     if isinstance(strength, Tensor):
-        return (), _tensor_strength(function, name, strength, count)
+        return (), _tensor_strength(function, name, strength, len(params))
     if is_number(strength):
         value = as_number(f"{function}: {name}", strength)
-        return ((value,) if value else ()), None
+        if value == 0:
+            return (), None
+        return ((), _in_graph(value, params)) if is_compiling() else ((value,), None)
     if not _is_sequence(strength):
         raise TypeError(
             f"{function}: {name} must be a float, a 0-dim tensor or a sequence with one per parameter, "
             f"got {type(strength).__name__}"
         )
     items: list[Any] = list(strength)
-    if len(items) != count:
-        raise ValueError(f"{function}: {name} must have one strength per parameter ({count}), got {len(items)}")
+    if len(items) != len(params):
+        raise ValueError(f"{function}: {name} must have one strength per parameter ({len(params)}), got {len(items)}")
     checked = [_item_strength(function, f"{name}[{i}]", item) for i, item in enumerate(items)]
     tensors = [item for item in checked if isinstance(item, Tensor)]
     if not tensors:
         return tuple(item for item in checked if not isinstance(item, Tensor)), None
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
     return (), torch.stack([_as_float64(item, device) for item in checked])
+
+
+def _in_graph(number: float, params: Sequence[Tensor]) -> Tensor:
+    """A number as a tensor: in compiled code a float is a constant, and every other one would compile it again."""
+    one = torch.ones((), dtype=torch.float64, device=params[0].device if params else "cpu")
+    return one * number  # the compiler makes an input of a float only where it meets a tensor in arithmetic
 
 
 def _as_float64(item: float | Tensor, device: torch.device) -> Tensor:

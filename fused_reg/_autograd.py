@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from fused_reg import _ops
 from fused_reg._arguments import Strengths
@@ -33,7 +34,7 @@ def penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
         return _ops.penalty(params, *strengths)
     if strengths.requires_grad:
         return composed_penalty(params, strengths)
-    return (_apply_group_penalty if strengths.has_norms else _apply_penalty)(strengths, *params)
+    return (_apply_group_penalty if strengths.has_norms or is_compiling() else _apply_penalty)(strengths, *params)
 
 
 class _Penalty(Function):
@@ -77,7 +78,10 @@ class _GroupPenalty(Function):
         ctx.needs_grad = ctx.needs_input_grad[1:]
         if not any(ctx.needs_grad):
             return _ops.penalty(params, *strengths)
-        value, norms = _ops.penalty_and_norms(params, *strengths)
+        if strengths.has_norms:
+            value, norms = _ops.penalty_and_norms(params, *strengths)
+        else:
+            value, norms = _ops.penalty(params, *strengths), None
         ctx.l1, ctx.l2, ctx.l2_norm, *tensors, ctx.rows = strengths
         ends = tuple(accumulate(group_count(p, strengths.rows) for p in params))
         ctx.first_groups = tuple(compress((0, *ends), ctx.needs_grad))

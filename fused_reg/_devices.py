@@ -49,24 +49,32 @@ def value_and_grad(
     return _total(values, params), tuple(grads)
 
 
+def empty_grads(params: list[Tensor]) -> list[Tensor]:
+    """The operator of this name, device by device."""
+    grads = list(params)
+    for device in {p.device for p in params}:
+        places = [i for i, p in enumerate(params) if p.device == device]
+        for i, grad in zip(places, _ops.empty_grads([params[i] for i in places]), strict=True):
+            grads[i] = grad
+    return grads
+
+
 def accumulate_grad_(
     params: list[Tensor], grads: list[Tensor], modes: list[int], scale: float, scale_tensor: Tensor | None, *rest: Any
-) -> tuple[Tensor, list[Tensor]]:
+) -> Tensor:
     """The operator of this name, device by device. Nothing is written unless all of it can be."""
     _ops.check_accumulation(params, grads, modes)
     given = iter(grads)
-    grad_at = {i: next(given) for i, mode in enumerate(modes) if mode == 2}
+    grad_at = {i: next(given) for i, mode in enumerate(modes) if mode != 0}
     values: list[Tensor] = []
-    fresh_at: dict[int, Tensor] = {}
     for part in _parts(params, Strengths(*rest)):
         own_modes = [modes[i] for i in part.places]
         own_grads = [grad_at[i] for i in part.places if i in grad_at]
         device = part.params[0].device
         own_scale = scale_tensor if scale_tensor is None or scale_tensor.is_cpu else scale_tensor.to(device)
-        value, fresh = _ops.accumulate_grad_(part.params, own_grads, [*own_modes, 0], scale, own_scale, *part.strengths)
-        values.append(value)
-        fresh_at.update(zip((i for i in part.places if modes[i] == 1), fresh, strict=True))
-    return _total(values, params), [fresh_at[i] for i in sorted(fresh_at)]
+        arguments = part.params, own_grads, [*own_modes, 0], scale, own_scale, *part.strengths
+        values.append(_ops.accumulate_grad_(*arguments))
+    return _total(values, params)
 
 
 def prox_(params: list[Tensor], step: tuple[float, ...], step_tensor: Tensor | None, *rest: Any) -> None:

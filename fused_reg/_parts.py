@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fused_reg._arguments import Group, Strengths, as_scale, as_step, as_strengths
 from fused_reg._strengths import Column, is_absent
@@ -28,11 +29,12 @@ class _Call:
         self._names = [entry.name for entry in own]
         self._group: Group = group
         self._columns = [Column(strengths) for strengths in zip(*(entry.strengths for entry in own), strict=True)]
-        self._fixed = self._as_strengths() if all(column.is_fixed for column in self._columns) else None
+        is_fixed = all(column.is_fixed for column in self._columns) and not is_compiling()
+        self._fixed = self._as_strengths() if is_fixed else None
 
     def _as_strengths(self) -> Strengths:
         l1, l2, l2_norm = (column.get() for column in self._columns)
-        return as_strengths("Regularizer", l1, l2, l2_norm, self._group, len(self._params))
+        return as_strengths("Regularizer", l1, l2, l2_norm, self._group, self._params)
 
     def _strengths(self) -> Strengths:
         return self._fixed or self._as_strengths()
@@ -43,12 +45,12 @@ class _Call:
 
     def accumulate_grad_(self, scale: float | Tensor) -> Tensor:
         name = "accumulate_grad_"
-        return self._run(accumulate, name, self._params, self._strengths(), as_scale(name, scale))
+        return self._run(accumulate, name, self._params, self._strengths(), as_scale(name, scale, self._params))
 
     def check_accumulation(self, scale: float | Tensor) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
         name = "accumulate_grad_"
-        self._run(check_accumulation, name, self._params, self._strengths(), as_scale(name, scale))
+        self._run(check_accumulation, name, self._params, self._strengths(), as_scale(name, scale, self._params))
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
         self._run(shrink, *self._shrinkage(step))
@@ -60,7 +62,7 @@ class _Call:
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
         if isinstance(step, list):
             step = Column(step[i] for i in self._places).get()
-        return "prox_", self._params, self._strengths(), as_step("prox_", step, len(self._params))
+        return "prox_", self._params, self._strengths(), as_step("prox_", step, self._params)
 
     def _run(self, function: Callable[..., _T], *args: Any) -> _T:
         """``function(*args)``, whose errors have ``params['fc.weight']`` for ``params[3]`` of this call's list."""
@@ -87,6 +89,7 @@ class Part:
         self._trained: list[bool] = []
         self._device = torch.device("meta")
         self._calls: list[_Call] = []
+        self._current_calls()  # now, not inside a graph that is being compiled
 
     def _current_calls(self) -> list[_Call]:
         trained = [p.requires_grad for p in self._params]

@@ -121,9 +121,11 @@ def number(strength: Held) -> float:
 class Column:
     """One term's strengths for a list of parameters, in the fastest form that the functions take."""
 
-    @torch.inference_mode(False)  # what is kept serves later calls, whatever the mode of the first
     def __init__(self, strengths: Iterable[Held]) -> None:
-        strengths = list(strengths)
+        with torch.inference_mode(False):  # what is kept serves later calls, whatever the mode of the first
+            self._prepare(list(strengths))
+
+    def _prepare(self, strengths: list[Held]) -> None:
         distinct = list({identity(s): s for s in strengths}.values())
         self._fixed: float | Tensor | None = None
         tensors = [t for t in map(tensor_of, distinct) if t is not None]

@@ -118,9 +118,10 @@ class Table:
         self._replace(entries, kind, lambda old: fresh.get(identity(old), strength))
 
     def _replace(self, entries: Sequence[Entry], kind: str, new: Callable[[Held], Held]) -> None:
-        for entry in entries:
-            setattr(entry, kind, new(getattr(entry, kind)))
-        self.version += 1
+        changes = [(entry, new(old)) for entry in entries if new(old := getattr(entry, kind)) is not old]
+        for entry, strength in changes:
+            setattr(entry, kind, strength)
+        self.version += bool(changes)
 
     def state(self) -> list[dict[str, Any]]:
         """The strength groups in plain numbers and names."""

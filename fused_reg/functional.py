@@ -70,7 +70,7 @@ def fused_penalty(
     (group lasso).
     """
     tensors = as_list("fused_penalty", params)
-    strengths = as_strengths("fused_penalty", l1, l2, l2_norm, group, len(tensors))
+    strengths = as_strengths("fused_penalty", l1, l2, l2_norm, group, tensors)
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     try:
@@ -121,7 +121,7 @@ def value_and_grad(
     Source: as :func:`fused_penalty`; the subgradient of the absolute value at 0 is 0, as in torch.
     """
     tensors = as_list("value_and_grad", params)
-    strengths = as_strengths("value_and_grad", l1, l2, l2_norm, group, len(tensors))
+    strengths = as_strengths("value_and_grad", l1, l2, l2_norm, group, tensors)
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu"), ()
     try:

@@ -21,7 +21,7 @@ from fused_reg._arguments import (
     raise_explained,
 )
 
-# What _ops.accumulate_grad_ does with a parameter: nothing, return its gradient, add to the one it has.
+# What _ops.accumulate_grad_ does with the gradient of a parameter: nothing, write it, add to it.
 _SKIP, _WRITE, _ADD = 0, 1, 2
 
 
@@ -74,8 +74,8 @@ def accumulate_grad_(
     """
     name = "accumulate_grad_"
     tensors = as_list(name, params)
-    strengths = as_strengths(name, l1, l2, l2_norm, group, len(tensors))
-    return accumulate(name, tensors, strengths, as_scale(name, scale))
+    strengths = as_strengths(name, l1, l2, l2_norm, group, tensors)
+    return accumulate(name, tensors, strengths, as_scale(name, scale, tensors))
 
 
 def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None]) -> Tensor:
@@ -84,24 +84,31 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
         return torch.zeros((), dtype=torch.float32, device="cpu")
     try:
         modes, grads = _grads_of(tensors)
-        arguments = tensors, grads, modes, *factor, *strengths
+        missing = [p for p, mode in zip(tensors, modes, strict=True) if mode == _WRITE] if _WRITE in modes else []
         try:
-            value, fresh = _ops.accumulate_grad_(*arguments)
+            fresh = _ops.empty_grads(missing) if missing else []
+            own = _merged(modes, grads, fresh) if missing else grads
+            value = _ops.accumulate_grad_(tensors, own, modes, *factor, *strengths)
         except Exception as error:
             if not _devices.is_mixed(tensors, error):
                 raise
-            value, fresh = _devices.accumulate_grad_(*arguments)
+            fresh = _devices.empty_grads(missing)
+            own = _merged(modes, grads, fresh)
+            value = _devices.accumulate_grad_(tensors, own, modes, *factor, *strengths)
     except Exception as error:
         negated = [p for p in tensors if isinstance(p, Tensor) and p.is_leaf and p.grad is not None and p.grad.is_neg()]
         if negated:  # the dispatcher writes to no such view
             return _through_copies(negated, lambda: accumulate(name, tensors, strengths, factor))
         raise_explained(name, tensors, error)
-    if fresh:
-        grad = iter(fresh)
-        for p, mode in zip(tensors, modes, strict=True):
-            if mode == _WRITE:
-                _set_grad(p, next(grad))
+    for p, grad in zip(missing, fresh, strict=True):
+        _set_grad(p, grad)
     return value
+
+
+def _merged(modes: list[int], grads: list[Tensor], fresh: list[Tensor]) -> list[Tensor]:
+    """The gradients to add to and those to write, in the order of the parameters."""
+    by_mode = {_ADD: iter(grads), _WRITE: iter(fresh)}
+    return [next(by_mode[mode]) for mode in modes if mode != _SKIP]
 
 
 def _through_copies(params: list[Tensor], accumulate: Callable[[], Tensor]) -> Tensor:
@@ -127,7 +134,7 @@ def check_accumulation(
     try:
         check_devices(name, tensors, {**strengths.tensors, "scale": factor[1]})
         modes, grads = _grads_of(tensors)
-        _ops.check_accumulation(tensors, grads, modes)
+        _ops.check_accumulation(tensors, grads, [mode if mode == _ADD else _SKIP for mode in modes])
     except Exception as error:
         raise_explained(name, tensors, error)
 
@@ -153,7 +160,7 @@ def _set_grad(p: Tensor, grad: Tensor) -> None:
 
 
 def _grads_of(params: list[Tensor]) -> tuple[list[int], list[Tensor]]:
-    """What to do with each parameter, and the gradients to add to."""
+    """What to do with the gradient of each parameter, and those to add to."""
     modes, grads = [], []
     for i, p in enumerate(params):
         if not p.requires_grad:
@@ -217,8 +224,8 @@ def prox_(
     """
     name = "prox_"
     tensors = as_list(name, params)
-    strengths = as_strengths(name, l1, l2, l2_norm, group, len(tensors))
-    shrink(name, tensors, strengths, as_step(name, step, len(tensors)))
+    strengths = as_strengths(name, l1, l2, l2_norm, group, tensors)
+    shrink(name, tensors, strengths, as_step(name, step, tensors))
 
 
 def shrink(

@@ -11,8 +11,7 @@ from samples import FULL_DTYPES, draw, draw_list, leaves, mixed_list
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from fused_reg import _ops, fused_penalty, reference, value_and_grad
-from fused_reg._arguments import Strengths
+from fused_reg import fused_penalty, reference, value_and_grad
 
 BOTH = {"l1": 0.1, "l2": 1 / 3}
 
@@ -258,33 +257,6 @@ def test_checkpoint(use_reentrant, device):
     loss = checkpoint(lambda *p: fused_penalty(p, **BOTH) * 0.37, *params, use_reentrant=use_reentrant)
     loss.backward()
     assert_same_bits([p.grad for p in params], loop_gradients(params, 0.37, **BOTH))
-
-
-def test_opcheck(device):
-    """Schemas and fake kernels of the operators."""
-    tests = ("test_schema", "test_faketensor")
-    params = [draw((3, 5), dtype, device).t() for dtype in (torch.float32, torch.float64, torch.bfloat16)]
-    grads = value_and_grad(params, l1=0.1)[1]
-    strengths = Strengths((0.1,), (0.1, 0.2, 0.3), l2_tensor=torch.tensor(0.5))  # wherever the parameters are
-    norms = strengths._replace(l2_norm=(0.3,), rows=True)
-    group_norms = _ops.group_norms(params, True)
-    upstream = torch.tensor(0.37, device=device)
-    operators = torch.ops.fused_reg
-    calls = {
-        operators.penalty: (params, *strengths),
-        operators.penalty_and_grad: (params, [True, False, True], *strengths),
-        operators.penalty_and_norms: (params, *norms),
-        operators.penalty_grad: (upstream, params, [True] * 3, group_norms, (0, 5, 10), *norms),
-        operators.rescale_grad_: (upstream, params, list(grads), [True] * 3, *strengths),
-        operators.accumulate_grad_: (params, list(grads[1:]), [1, 2, 2], 0.5, None, *norms),
-        operators.prox_: (params, (0.1,), None, *norms),
-        operators.group_norms: (params, True),
-        operators.term_sums: (params,),
-        operators.zero_counts: (params,),
-    }
-    for operator, arguments in calls.items():
-        results = torch.library.opcheck(operator.default, arguments, test_utils=tests)
-        assert set(results.values()) == {"SUCCESS"}, operator
 
 
 def test_graph_dies_without_the_garbage_collector(device):

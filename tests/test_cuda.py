@@ -281,10 +281,9 @@ def _norms_and_in_place(params, strengths, factor):
     for all_strengths in (strengths, strengths._replace(l2_norm=(0.3,)), strengths._replace(l2_norm=(0.3,), rows=True)):
         grads, written = [p.clone() for p in params], [p.clone() for p in params]
         modes = [1 + i % 2 for i in range(len(params))]
-        added = [g for g, mode in zip(grads, modes, strict=True) if mode == 2]
-        value, fresh = _ops.accumulate_grad_(params, added, modes, 1.0, factor, *all_strengths)
+        value = _ops.accumulate_grad_(params, grads, modes, 1.0, factor, *all_strengths)
         _ops.prox_(written, (0.5,), None, *all_strengths)
-        out += [value, *fresh, *added, *written]
+        out += [value, *grads, *written]
     return [*out, _ops.group_norms(params, False), _ops.group_norms(params, True)]
 
 

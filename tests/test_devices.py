@@ -194,28 +194,27 @@ def test_parts_come_together():
 
 
 def test_gradients_accumulate_in_parts(monkeypatch):
-    """Each part gets its own gradients, modes and strengths; the fresh ones come back in the order of the list."""
+    """Each part gets its own gradients, modes and strengths."""
     devices = ("cpu", "meta", "cpu", "meta")
     params = [torch.empty(i + 1, device=device) for i, device in enumerate(devices)]
-    grads = [torch.empty(2, device="meta"), torch.empty(3)]
+    grads = _devices.empty_grads(params)
+    assert [(g.numel(), g.device.type) for g in grads] == [(1, "cpu"), (2, "meta"), (3, "cpu"), (4, "meta")]
     checked, calls = [], []
 
     def operator(part, own_grads, modes, scale, scale_tensor, *strengths):
         calls.append((part[0].device.type, own_grads, modes, scale, scale_tensor, Strengths(*strengths).l1))
-        value = torch.tensor(1.0 if part[0].is_cpu else 1 / 3, dtype=torch.float64)
-        return value, [p + 0 for p, mode in zip(part, modes, strict=True) if mode == 1]
+        return torch.tensor(1.0 if part[0].is_cpu else 1 / 3, dtype=torch.float64)
 
     monkeypatch.setattr(_ops, "accumulate_grad_", operator)
     monkeypatch.setattr(_ops, "check_accumulation", lambda *lists: checked.append((lists, len(calls))))
     strengths = Strengths((0.1, 0.2, 0.3, 0.4))
-    value, fresh = _devices.accumulate_grad_(params, grads, [1, 2, 2, 1], 0.5, None, *strengths)
+    value = _devices.accumulate_grad_(params, grads, [1, 2, 2, 1], 0.5, None, *strengths)
     assert checked == [((params, grads, [1, 2, 2, 1]), 0)]  # the whole list, before anything is written
     assert calls == [
-        ("cpu", [grads[1]], [1, 2, 0], 0.5, None, (0.1, 0.3, 0.1)),
-        ("meta", [grads[0]], [2, 1, 0], 0.5, None, (0.2, 0.4, 0.2)),
+        ("cpu", [grads[0], grads[2]], [1, 2, 0], 0.5, None, (0.1, 0.3, 0.1)),
+        ("meta", [grads[1], grads[3]], [2, 1, 0], 0.5, None, (0.2, 0.4, 0.2)),
     ]
     assert_same_bits([value], [torch.tensor(4 / 3)])
-    assert [(f.numel(), f.device.type) for f in fresh] == [(1, "cpu"), (4, "meta")]
 
 
 def test_proximal_steps_in_parts(monkeypatch):

@@ -50,10 +50,12 @@ class ListPass {
   // Parameter t as one run of memory: itself, or a copy.
   const at::Tensor& dense(size_t t) const { return dense_[t]; }
 
-  // Memory for the gradient of parameter t, not yet written, with the strides of dense(t).
-  at::Tensor fresh_grad(size_t t) const { return empty_grad_like(dense_[t]); }
+  // Memory for the gradient of a parameter, not yet written, with its strides where it is dense.
+  static at::Tensor empty_grad(const at::Tensor& param) {
+    return param.is_non_overlapping_and_dense() ? empty_grad_like(param) : at::empty_like(param);
+  }
 
-  // The next pass with gradients shall write that of parameter t, or add to it. The layout is fresh_grad's.
+  // The next pass with gradients shall write that of parameter t, or add to it. The layout is that of dense(t).
   void write_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/false); }
   void add_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/true); }
 

@@ -69,12 +69,15 @@ class ListPass {
   // Parameter t as one run of memory: itself, or a copy.
   const at::Tensor& dense(size_t t) const { return dense_[t]; }
 
-  // Memory for the gradient of parameter t, not yet written, with the strides of dense(t).
-  at::Tensor fresh_grad(size_t t) const {
-    return at::detail::empty_strided_cuda(dense_[t].sizes(), dense_[t].strides(), dense_[t].scalar_type(), device_);
+  // Memory for the gradient of a parameter, not yet written, with its strides where it is dense.
+  static at::Tensor empty_grad(const at::Tensor& param) {
+    if (!param.is_non_overlapping_and_dense()) {
+      return at::empty_like(param);
+    }
+    return at::detail::empty_strided_cuda(param.sizes(), param.strides(), param.scalar_type(), param.device());
   }
 
-  // The next pass with gradients shall write that of parameter t, or add to it. The layout is fresh_grad's.
+  // The next pass with gradients shall write that of parameter t, or add to it. The layout is that of dense(t).
   void write_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/false); }
   void add_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/true); }
 

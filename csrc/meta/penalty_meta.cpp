@@ -27,7 +27,9 @@ struct Meta {
     check(params);
     c10::SymInt groups = 0;
     for (const at::Tensor& p : params) {
-      groups += groups_of(p, rows);
+      if (p.sym_numel() != 0) {
+        groups += rows && p.dim() > 0 ? p.sym_size(0) : 1;
+      }
     }
     return at::empty_symint({groups}, params[0].options().dtype(at::kDouble));
   }
@@ -61,16 +63,19 @@ struct Meta {
   static void rescale_grad_(const at::Tensor&, at::TensorList, at::TensorList, const c10::List<bool>&,
                             FUSED_REG_STRENGTHS) {}
 
-  static std::tuple<at::Tensor, Tensors> accumulate_grad_(at::TensorList params, at::TensorList, at::IntArrayRef modes,
-                                                          double, const OptionalTensor&, FUSED_REG_STRENGTHS) {
+  static at::Tensor accumulate_grad_(at::TensorList params, at::TensorList, at::IntArrayRef, double,
+                                     const OptionalTensor&, FUSED_REG_STRENGTHS) {
     check(params);
-    Tensors fresh;
-    for (const auto t : c10::irange(params.size())) {
-      if (modes[t] == kWriteGrad) {
-        fresh.push_back(at::empty_like(params[t]));
-      }
+    return at::empty({}, params[0].options().dtype(value_dtype(params)));
+  }
+
+  static Tensors empty_grads(at::TensorList params) {
+    check(params);
+    Tensors grads;
+    for (const at::Tensor& p : params) {
+      grads.push_back(at::empty_like(p));
     }
-    return {at::empty({}, params[0].options().dtype(value_dtype(params))), std::move(fresh)};
+    return grads;
   }
 
   static void prox_(at::TensorList params, Floats, const OptionalTensor&, FUSED_REG_STRENGTHS) { check(params); }

@@ -1,0 +1,239 @@
+"""torch.compile: every public function in one graph, the same numbers, no second compilation for a new strength."""
+
+import pytest
+import torch
+from oracle import assert_same_bits
+from samples import draw
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fused_reg
+from fused_reg import Regularizer, accumulate_grad_, fused_penalty, prox_, value_and_grad
+from fused_reg._arguments import Strengths
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
+
+X, Y = draw((8, 7)), draw((8, 3), seed=1)
+STRENGTHS = (
+    {},
+    {"l1": 0.1},
+    {"l1": 0.1, "l2": 0.2},
+    {"l1": torch.tensor(0.1), "l2": 0.2},
+    {"l2": [0.1, 0.2, 0.3, 0.4]},
+    {"l1": 0.1, "l2_norm": 0.3},
+    {"l2_norm": torch.tensor(0.3), "group": "row"},
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def make(device) -> nn.Module:
+    net = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).to(device)
+    for i, p in enumerate(net.parameters()):
+        p.data.copy_(draw(p.shape, device=device, seed=i))
+    return net
+
+
+def loss_of(net) -> torch.Tensor:
+    device = next(net.parameters()).device
+    return nn.functional.mse_loss(net(X.to(device)), Y.to(device))
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+@pytest.mark.parametrize("strengths", STRENGTHS, ids=str)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_penalty_in_the_loss(strengths, backend, device):
+    net = make(device)
+
+    def objective():
+        return loss_of(net) + fused_penalty(net.parameters(), **strengths)
+
+    results = []
+    for function in (objective, compiled(objective, backend)):
+        net.zero_grad()
+        value = function()
+        value.backward()
+        results.append([value.detach(), *(p.grad for p in net.parameters())])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("strengths", STRENGTHS, ids=str)
+def test_functions_outside_of_autograd(strengths, device):
+    """The same bits as without a compiler."""
+    results = []
+    for wrap in (lambda f: f, compiled):
+        net = make(device)
+        params = list(net.parameters())
+        params[0].grad = draw(params[0].shape, device=device, seed=9)
+        value, grads = wrap(lambda ps=params: value_and_grad(ps, **strengths))()
+        added = wrap(lambda ps=params: accumulate_grad_(ps, **strengths, scale=0.5))()
+        after = [p.grad.clone() for p in params]
+        wrap(lambda ps=params: prox_(ps, **strengths, step=0.25))()
+        results.append([value, *grads, added, *after, *(p.detach() for p in params)])
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("group", ["tensor", "row"])
+def test_regularizer(group, device):
+    """As penalty of the loss, as gradient and as proximal step, with a schedule."""
+    results = []
+    for wrap in (lambda f: f, compiled):
+        net = make(device)
+        regularizer = Regularizer(net, l1=lambda step: 0.1 * (1 + step), l2=0.2, l2_norm=0.1, group=group)
+
+        def step(net=net, regularizer=regularizer):
+            (loss_of(net) + regularizer()).backward()
+            regularizer.accumulate_grad_(0.5)
+            regularizer.prox_(0.1)
+
+        run = wrap(step) if wrap is not compiled else torch.compile(step, backend="aot_eager")
+        for _ in range(3):
+            net.zero_grad()
+            run()
+            regularizer.advance()
+        results.append([p.detach() for p in net.parameters()])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_new_strength_compiles_nothing(device):
+    """Floats, tensors and schedules; a strength that is a constant of the graph would fail after eight."""
+    params = [p.detach() for p in make(device).parameters()]
+    regularizer = Regularizer([nn.Parameter(p) for p in params], l1=lambda step: 0.1 * (1 + step))
+    cases = {
+        "float": (lambda l1: fused_penalty(params, l1, 0.5), lambda i: 0.1 * i),
+        "tensor": (lambda l1: fused_penalty(params, l1, 0.5), lambda i: torch.tensor(0.1 * i)),
+        "scale": (lambda scale: accumulate_grad_(params, 0.1, scale=scale), lambda i: 0.1 * i),
+        "step": (lambda step: prox_(params, 1e-3, step=step), lambda i: 1e-3 * i),
+        "schedule": (lambda _: regularizer(), lambda i: None),
+    }
+    for name, (function, argument) in cases.items():
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        run = torch.compile(function, backend=counter, fullgraph=True)
+        for i in range(1, 12):
+            before = [p.clone() for p in params]
+            actual = run(argument(i))
+            for p, old in zip(params, before, strict=True):
+                p.copy_(old)
+            expected = function(argument(i))
+            regularizer.advance()
+            if expected is not None:
+                assert_same_bits([actual.detach()], [expected.detach()])
+        assert counter.frame_count <= 2, name  # the second: what was a constant of the graph became an input of it
+
+
+def test_dynamic_shapes(device):
+    """Lists of tensors whose sizes change."""
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(fused_penalty, backend=counter, fullgraph=True, dynamic=True)
+    for n in (3, 5, 8, 13, 21):
+        w = draw((n, 4), device=device).requires_grad_()
+        value = run([w], 0.1, 0.2)
+        value.backward()
+        expected, (grad,) = value_and_grad([w], 0.1, 0.2)
+        assert_same_bits([value.detach(), w.grad], [expected, grad])
+    assert counter.frame_count == 1
+
+
+def test_inductor_trains(device):
+    """A whole training step: model, loss, penalty and backward in one graph, the optimizer's step behind it."""
+    results = []
+    for wrap in (lambda f: f, torch.compile):
+        net = make(device)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        regularizer = Regularizer(net, l1=1e-2, l2=1e-2)
+        attachment = Regularizer(net, l2=1e-2).attach(optimizer)
+        objective = wrap(lambda net=net, r=regularizer: loss_of(net) + r() + fused_penalty(net.parameters(), l2=1e-3))
+        for _ in range(3):
+            optimizer.zero_grad()
+            objective().backward()
+            optimizer.step()
+        assert attachment.value > 0
+        results.append([p.detach() for p in net.parameters()])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+class Penalized(nn.Module):
+    """A module that has a penalty in its forward."""
+
+    def __init__(self, device) -> None:
+        super().__init__()
+        self.net = make(device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x).square().mean() + fused_reg.fused_penalty(self.net.parameters(), l1=0.1, l2=0.2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict, device):
+    module = Penalized(device)
+    x = X.to(device)
+    program = torch.export.export(module, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+LISTS = {
+    "mixed": [((3, 5), torch.float32), ((5, 3), torch.float64), ((4,), torch.bfloat16)],
+    "with empty": [((0, 2), torch.float32), ((), torch.float16), ((7, 1), torch.float32)],
+    "large": [((300, 130), torch.float32)],
+}
+FORMS = {
+    "floats": Strengths((0.1,), (0.2,)),
+    "per parameter": Strengths(l1_tensor=torch.tensor([0.1, 0.2, 0.3]), l2=(0.3, 0.2, 0.1)),
+    "tensor": Strengths(l2_tensor=torch.tensor(0.5)),
+    "norms": Strengths((0.1,), l2_norm=(0.3,)),
+    "rows": Strengths(l2_norm_tensor=torch.tensor(0.3), rows=True),
+}
+
+
+def calls(params, strengths, device):
+    """Every operator with arguments for these."""
+    count = len(params)
+    upstream, scale = torch.tensor(0.37, device=device), torch.tensor(0.5, dtype=torch.float64)
+    grads = [draw(p.shape, p.dtype, device, seed=i) for i, p in enumerate(params)]
+    selected, needs_grad = params[:1] + params[2:], [i != 1 for i in range(count)]
+    modes = [(1, 2, 0)[i % 3] for i in range(count)]
+    written = [g for g, mode in zip(grads, modes, strict=True) if mode != 0]
+    yield "penalty", (params, *strengths)
+    yield "penalty_and_grad", (params, needs_grad, *strengths)
+    yield "accumulate_grad_", (params, written, modes, 0.5, None, *strengths)
+    yield "accumulate_grad_", (params, written, modes, 1.0, scale, *strengths)
+    yield "prox_", (grads, (0.1,), None, *strengths)
+    yield "prox_", (grads, (), scale, *strengths)
+    if strengths.has_norms:
+        norms = torch.ops.fused_reg.group_norms(params, strengths.rows)
+        sizes = [p.numel() and (p.shape[0] if strengths.rows and p.ndim else 1) for p in params]
+        firsts = [sum(sizes[:i]) for i in range(count) if needs_grad[i]]
+        yield "penalty_and_norms", (params, *strengths)
+        yield "penalty_grad", (upstream, selected, needs_grad, norms, firsts, *strengths)
+    else:
+        yield "penalty_grad", (upstream, selected, needs_grad, None, (), *strengths)
+        given = [torch.empty_like(p).fill_(1) for p in selected]
+        yield "rescale_grad_", (upstream, selected, given, needs_grad, *strengths)
+    for rows in (False, True):
+        yield "group_norms", (params, rows)
+    yield "term_sums", (params,)
+    yield "zero_counts", (params,)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sample", LISTS)
+def test_opcheck(sample, form, device):
+    """Schemas, fake kernels, autograd keys, and functionalization of what mutates."""
+    params = [draw(shape, dtype, device, seed=i) for i, (shape, dtype) in enumerate(LISTS[sample])]
+    params[0] = params[0].t() if params[0].ndim == 2 else params[0]
+    strengths = FORMS[form]
+    if len(params) != 3 and form == "per parameter":
+        strengths = Strengths(l1_tensor=torch.tensor([0.1] * len(params)), l2=(0.3,) * len(params))
+    for name, arguments in calls(params, strengths, device):
+        results = torch.library.opcheck(getattr(torch.ops.fused_reg, name).default, arguments)
+        assert set(results.values()) == {"SUCCESS"}, (name, results)
