@@ -22,9 +22,8 @@ namespace {
 struct PlainTensor {
   at::Tensor tensor;
 
-  static bool is_plain(pybind11::handle x) { return THPVariable_CheckExact(x.ptr()); }
   bool load(pybind11::handle x) {
-    if (!is_plain(x)) {
+    if (!THPVariable_CheckExact(x.ptr())) {
       return false;
     }
     tensor = THPVariable_Unpack(x.ptr());
@@ -37,34 +36,38 @@ struct PlainOptionalTensor {
   OptionalTensor tensor;
 
   bool load(pybind11::handle x) {
-    if (x.is_none()) {
-      return true;
+    PlainTensor given;
+    if (x.is_none() || !given.load(x)) {
+      return x.is_none();
     }
-    if (!PlainTensor::is_plain(x)) {
-      return false;
-    }
-    tensor = THPVariable_Unpack(x.ptr());
+    tensor = std::move(given.tensor);
     return true;
   }
   operator const OptionalTensor&() const { return tensor; }
 };
 
+// add(item) for those of a list or tuple, until it refuses one.
+template <class Add>
+bool load_items(pybind11::handle xs, const Add& add) {
+  if (!PyList_Check(xs.ptr()) && !PyTuple_Check(xs.ptr())) {
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(xs.ptr()); ++i) {
+    if (!add(PySequence_Fast_GET_ITEM(xs.ptr(), i))) {
+      return false;
+    }
+  }
+  return true;
+}
+
 struct PlainTensorList {
   std::vector<at::Tensor> tensors;
 
   bool load(pybind11::handle xs) {
-    if ((!PyList_Check(xs.ptr()) && !PyTuple_Check(xs.ptr())) || at::impl::torch_function_mode_enabled()) {
-      return false;
-    }
-    tensors.reserve(PySequence_Fast_GET_SIZE(xs.ptr()));
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(xs.ptr()); ++i) {
-      PyObject* const x = PySequence_Fast_GET_ITEM(xs.ptr(), i);
-      if (!PlainTensor::is_plain(x)) {
-        return false;
-      }
-      tensors.push_back(THPVariable_Unpack(x));
-    }
-    return true;
+    return !at::impl::torch_function_mode_enabled() && load_items(xs, [&](PyObject* x) {
+      PlainTensor item;
+      return item.load(x) && (tensors.push_back(std::move(item.tensor)), true);
+    });
   }
   operator at::TensorList() const { return tensors; }
 };
@@ -74,18 +77,7 @@ struct BoolList {
   c10::List<bool> bools;
 
   bool load(pybind11::handle xs) {
-    if (!PyList_Check(xs.ptr()) && !PyTuple_Check(xs.ptr())) {
-      return false;
-    }
-    bools.reserve(PySequence_Fast_GET_SIZE(xs.ptr()));
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(xs.ptr()); ++i) {
-      PyObject* const x = PySequence_Fast_GET_ITEM(xs.ptr(), i);
-      if (!PyBool_Check(x)) {
-        return false;
-      }
-      bools.push_back(x == Py_True);
-    }
-    return true;
+    return load_items(xs, [&](PyObject* x) { return PyBool_Check(x) && (bools.push_back(x == Py_True), true); });
   }
   operator const c10::List<bool>&() const { return bools; }
 };

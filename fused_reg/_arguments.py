@@ -148,10 +148,7 @@ def as_scale(function: str, scale: float | Tensor, params: Sequence[Tensor]) -> 
         return 1.0, scale
     if not is_number(scale):
         raise TypeError(f"{function}: scale must be a float or a 0-dim tensor, got {type(scale).__name__}")
-    try:
-        factor = float(scale)
-    except OverflowError:
-        factor = math.inf
+    factor = _as_float(scale)
     if not -math.inf < factor < math.inf:
         raise ValueError(f"{function}: scale must be finite, got {factor}")
     return (1.0, _in_graph(factor, params)) if is_compiling() else (factor, None)
@@ -240,13 +237,17 @@ def _kind_of(tensor: Tensor) -> str:
 
 def as_number(name: str, strength: Any) -> float:
     """A strength that is a number, checked; ``name`` begins the message of an error."""
-    try:
-        value = float(strength)
-    except OverflowError:
-        value = math.inf
+    value = _as_float(strength)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {strength}")
     return value
+
+
+def _as_float(x: Any) -> float:
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf
 
 
 def is_number(x: Any) -> TypeGuard[float]:

@@ -19,9 +19,7 @@ from fused_reg._strengths import KINDS, identity, is_absent, tensor_of
 from fused_reg._table import Entry, Table
 
 # The code around a step that calls its hooks.
-_HOOKED_STEP = next(
-    constant for constant in Optimizer.profile_hook_step.__code__.co_consts if isinstance(constant, CodeType)
-)
+_HOOKED_STEP = next((c for c in Optimizer.profile_hook_step.__code__.co_consts if isinstance(c, CodeType)), None)
 
 #: The gradient before the step, or the proximal step after it.
 Mode = Literal["grad", "prox"]
@@ -240,6 +238,6 @@ def _is_within_a_step(optimizer: Optimizer) -> bool:
     frame: FrameType | None = sys._getframe(1)
     steps = 0
     while frame is not None and steps < 2:
-        steps += frame.f_code is _HOOKED_STEP and frame.f_locals["self"] is optimizer
+        steps += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return steps == 2

@@ -2,8 +2,9 @@
 
 Two ways lead to the same numbers:
 
-- `penalty` is the fast one, for constant strengths: one launch in the forward computes value and gradients (with
-  ``l2_norm``: value and norms), and the backward hands them over (with ``l2_norm``: one launch computes them).
+- `penalty` is the fast one, for constant strengths: one launch in the forward computes value and gradients, and the
+  backward hands them over. With ``l2_norm``, and in compiled code, the forward computes the value (and the norms), and
+  one launch in the backward the gradients.
 - `composed_penalty` is the general one (`_composed`), for strengths that require grad and for ``torch.func``. The fast
   one falls back on it for higher derivatives.
 """
@@ -34,7 +35,7 @@ def penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
         return _ops.penalty(params, *strengths)
     if strengths.requires_grad:
         return composed_penalty(params, strengths)
-    return (_apply_group_penalty if strengths.has_norms or is_compiling() else _apply_penalty)(strengths, *params)
+    return (_apply_two_launches if strengths.has_norms or is_compiling() else _apply_penalty)(strengths, *params)
 
 
 class _Penalty(Function):
@@ -70,8 +71,9 @@ class _Penalty(Function):
         return None, *scattered(grads, ctx.needs_grad)
 
 
-class _GroupPenalty(Function):
-    """The same with ``l2_norm``: the gradient needs the norms, so the backward computes it, in a launch of its own."""
+class _TwoLaunchPenalty(Function):
+    """The same with the gradient in a launch of its own, in the backward: with ``l2_norm`` it needs the norms first,
+    and compiled code would keep the gradients from the forward on."""
 
     @staticmethod
     def forward(ctx: Any, strengths: Strengths, *params: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ class _GroupPenalty(Function):
 # Function.apply in Python looks for functorch's wrappers in every argument, 0.15 us each. `penalty` has
 # excluded functorch, so this is the C++ method beneath.
 _apply_penalty: Callable[..., Tensor] = super(Function, _Penalty).apply
-_apply_group_penalty: Callable[..., Tensor] = super(Function, _GroupPenalty).apply
+_apply_two_launches: Callable[..., Tensor] = super(Function, _TwoLaunchPenalty).apply
 
 
 def _is_one_on_cpu(upstream: Tensor) -> bool:

@@ -18,9 +18,12 @@ X, Y = draw((32, 7)), draw((32, 5), seed=1)
 
 
 def make(device="cpu", bias=True) -> nn.Module:
-    net = nn.Linear(7, 5, bias=bias).to(device)
+    return filled(nn.Linear(7, 5, bias=bias).to(device))
+
+
+def filled(net: nn.Module) -> nn.Module:
     for i, p in enumerate(net.parameters()):
-        p.data.copy_(draw(p.shape, device=device, seed=i))
+        p.data.copy_(draw(p.shape, device=p.device, seed=i))
     return net
 
 
