@@ -75,6 +75,9 @@ def strength_at(
     return floats, tensor
 
 
+_FORWARD_MODE = (
+    "forward-mode differentiation is not supported; use backward, torch.func.grad or jacrev (twice for a Hessian)"
+)
 _PARAMETER_CONTAINERS = (torch.nn.ParameterList, torch.nn.ParameterDict)
 
 SUM_OF_SQUARES = Strengths(l2=(1.0,))
@@ -103,10 +106,7 @@ def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
 
 def _check_no_tangent(name: str, tensor: Any) -> None:
     if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-        raise NotImplementedError(
-            f"{name} must not have a tangent: forward-mode differentiation is not supported; use backward, "
-            "torch.func.grad or jacrev"
-        )
+        raise NotImplementedError(f"{name} must not have a tangent: {_FORWARD_MODE}")
 
 
 def as_strengths(
@@ -287,6 +287,10 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
                 f"{function}: params[{i}].grad must be dense (torch.strided), got {p.grad.layout}; "
                 "build the embedding with sparse=False, or use p.grad = p.grad.to_dense()"
             )
+    if "forward mode AD" in str(error):  # of torch, where the tangent is hidden below another transform
+        return NotImplementedError(f"{function}: {_FORWARD_MODE}")
+    if "Batching rule not implemented" in str(error):
+        return NotImplementedError(f"{function}: torch.func.vmap is not supported, but for fused_penalty")
     if isinstance(error, NotImplementedError):  # of the dispatcher, if no kernels are registered for a device
         has_cuda = bool(_ops.library.build_info()["cuda_architectures"])
         for i, p in enumerate(params):
