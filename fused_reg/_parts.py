@@ -31,6 +31,7 @@ class _Call:
         self._columns = [Column(strengths) for strengths in zip(*(entry.strengths for entry in own), strict=True)]
         is_fixed = all(column.is_fixed for column in self._columns) and not is_compiling()
         self._fixed = self._as_strengths() if is_fixed else None
+        self._steps: Column | None = None  # the last ones of `prox_`
 
     def _as_strengths(self) -> Strengths:
         l1, l2, l2_norm = (column.get() for column in self._columns)
@@ -61,7 +62,8 @@ class _Call:
 
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
         if isinstance(step, list):
-            step = Column(step[i] for i in self._places).get()
+            self._steps = Column((step[i] for i in self._places), like=self._steps)
+            step = self._steps.get()
         return "prox_", self._params, self._strengths(), as_step("prox_", step, self._params)
 
     def _run(self, function: Callable[..., _T], *args: Any) -> _T:

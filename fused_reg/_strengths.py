@@ -119,15 +119,20 @@ def number(strength: Held) -> float:
 
 
 class Column:
-    """One term's strengths for a list of parameters, in the fastest form that the functions take."""
+    """One term's strengths for a list of parameters, in the fastest form that the functions take.
 
-    def __init__(self, strengths: Iterable[Held]) -> None:
+    Where the same of them are equal as in ``like``, nothing is copied to the GPU: it would be waited for, and a CUDA
+    graph takes no such copy.
+    """
+
+    def __init__(self, strengths: Iterable[Held], like: Column | None = None) -> None:
         with torch.inference_mode(False):  # what is kept serves later calls, whatever the mode of the first
-            self._prepare(list(strengths))
+            self._prepare(list(strengths), like)
 
-    def _prepare(self, strengths: list[Held]) -> None:
+    def _prepare(self, strengths: list[Held], like: Column | None) -> None:
         distinct = list({identity(s): s for s in strengths}.values())
         self._fixed: float | Tensor | None = None
+        self._places: list[int] = []  # of each strength among the distinct ones
         tensors = [t for t in map(tensor_of, distinct) if t is not None]
         if len(distinct) == 1:
             self._fixed = distinct[0] if isinstance(distinct[0], float) else tensors[0]
@@ -138,7 +143,11 @@ class Column:
             self._device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
             self._distinct = [self._as_tensor(s) for s in distinct]
             places = {identity(s): i for i, s in enumerate(distinct)}
-            self._index = torch.tensor([places[identity(s)] for s in strengths], device=self._device)
+            self._places = [places[identity(s)] for s in strengths]
+            if like is not None and like._places == self._places and like._device == self._device:
+                self._index: Tensor = like._index
+            else:
+                self._index = torch.tensor(self._places, device=self._device)
 
     def _as_tensor(self, strength: Held) -> Tensor:
         tensor = tensor_of(strength)

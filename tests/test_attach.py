@@ -140,6 +140,24 @@ def test_prox_takes_each_groups_own_learning_rate(tensor_lr, device):
     assert_same_bits([params[1]], [before[1]])  # no optimizer holds it
 
 
+def test_prox_copies_no_index_twice(device, monkeypatch):
+    """Several learning rates, some in tensors: a copy to a GPU is waited for, and a CUDA graph takes none."""
+    params = [nn.Parameter(draw(9, device=device, seed=seed)) for seed in range(3)]
+    expected = [p.detach().clone() for p in params]
+    rates = [torch.tensor(0.5, device=device), 0.25, 0.25]
+    optimizer = torch.optim.SGD([{"params": p, "lr": lr} for p, lr in zip(params, rates, strict=True)])
+    Regularizer(params, l1=0.1).attach(optimizer, mode="prox")
+    optimizer.step()
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a tensor was made of numbers"))
+    optimizer.step()
+    monkeypatch.undo()
+    optimizer.param_groups[2]["lr"] = 0.125
+    optimizer.step()
+    for third in (0.25, 0.25, 0.125):
+        reference.prox_(expected, l1=0.1, step=[0.5, 0.25, third])
+    torch.testing.assert_close([p.detach() for p in params], expected)
+
+
 def test_prox_follows_the_scheduler():
     """The step of each proximal operator is the learning rate that the optimizer's step had."""
     w = nn.Parameter(torch.tensor([8.0]))

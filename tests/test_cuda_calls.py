@@ -10,7 +10,7 @@ from samples import draw, draw_list, leaves, many, mixed_list, one_each
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from fused_reg import fused_penalty, value_and_grad
+from fused_reg import Regularizer, fused_penalty, value_and_grad
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]
 
@@ -198,6 +198,26 @@ def test_nothing_waits_for_create_graph(strengths, cuda):
     with waiting_is_an_error():
         grads = torch.autograd.grad(fused_penalty(params, **strengths), wanted, create_graph=True)
         torch.autograd.grad(grads, wanted, vectors)
+
+
+@SYNC_MODE
+@pytest.mark.parametrize("rates", [(0.5, 0.5), (0.5, 0.25)])
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_nothing_waits_for_an_attached_step(mode, rates, cuda):
+    """Nor for its schedule, for strengths that differ, and for learning rates in tensors."""
+    params = leaves(draw_list(torch.float32, cuda))
+    rates = [torch.tensor(rate, device=cuda) for rate in rates]
+    groups = [{"params": params[i::2], "lr": rate} for i, rate in enumerate(rates)]
+    optimizer = torch.optim.Adam(groups, capturable=True)
+    rules = [("*[02468]", {"l1": lambda step: 0.1 / (1 + step)}), ("*", {"l2": 0.1, "l2_norm": 0.2, "group": "row"})]
+    attachment = Regularizer([(str(i), p) for i, p in enumerate(params)], rules=rules).attach(optimizer, mode)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    with waiting_is_an_error():
+        for _ in range(3):
+            optimizer.step()
+    assert attachment.value > 0
 
 
 @SYNC_MODE
