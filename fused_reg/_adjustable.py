@@ -30,7 +30,7 @@ class Adjustable:
         """The next step of the schedules. An attached optimizer does it after each of its steps.
 
         It fills the strengths' tensors in place, so that compiled code and CUDA graphs see it. After the replay of a
-        graph that holds an optimizer's step, call it yourself.
+        graph that holds an optimizer's step, call it yourself; within a graph it would repeat one step's numbers.
 
         Raises:
             ValueError: a schedule gives a number that is negative, infinite or NaN. No strength has changed then. As
@@ -44,9 +44,9 @@ class Adjustable:
         """Changes strengths; what is not given stays as it is.
 
         A number is written into the tensor that holds the strength now, if one does (and ends its schedule), so that
-        compiled code and CUDA graphs see it. A strength that is a Python number is a constant to these: begin with a
-        0-dim tensor where that matters. Of a tensor that is shared with parameters which ``where`` does not name, those
-        that it names get their own.
+        compiled code and CUDA graphs see it. A strength that is a Python number is a constant to these, and one on the
+        CPU to CUDA graphs: begin with a 0-dim tensor on the parameters' device where that matters. Of a tensor that is
+        shared with parameters which ``where`` does not name, those that it names get their own.
 
         Args:
             l1: a finite float >= 0, a 0-dim tensor, or a schedule.
