@@ -142,14 +142,33 @@ struct Operators {
     return grads;
   }
 
-  static void prox_(at::TensorList params, Floats step, const OptionalTensor& step_tensor, FUSED_REG_STRENGTHS) {
+  static at::Tensor soft_norms(at::TensorList params, Floats step, const OptionalTensor& step_tensor,
+                               FUSED_REG_STRENGTHS) {
+    check_params(params);
+    check_number_device("step", step_tensor, params[0].device());
+    const Selection all = all_of(params.size());
+    ListPass pass(params, all, FUSED_REG_STRENGTH_ARGS);
+    TORCH_CHECK_VALUE(pass.has_norms(), "l2_norm must be given");
+    return pass.run_soft_norms({"step", step, step_tensor}, all);
+  }
+
+  static void prox_(at::TensorList params, Floats step, const OptionalTensor& step_tensor, const OptionalTensor& norms,
+                    at::IntArrayRef first_groups, FUSED_REG_STRENGTHS) {
     const at::NoGradGuard no_grad;
     check_params(params);
     check_number_device("step", step_tensor, params[0].device());
     check_writable(params);
     const Selection all = all_of(params.size());
     ListPass pass(params, all, FUSED_REG_STRENGTH_ARGS);
-    pass.run_prox({"step", step, step_tensor}, all);
+    const StrengthArg steps{"step", step, step_tensor};
+    if (!pass.has_norms()) {
+      pass.run_prox(steps, all, std::nullopt, {});
+    } else if (norms.has_value()) {
+      check_norms(norms, first_groups, params, rows);
+      pass.run_prox(steps, all, norms, first_groups);
+    } else {
+      pass.run_prox(steps, all, pass.run_soft_norms(steps, all), own_first_groups(params, rows));
+    }
     for (const auto t : c10::irange(params.size())) {
       copy_back(pass.dense(t), params[t]);
     }
@@ -189,21 +208,27 @@ struct Operators {
       return pass.run_penalty(scale);
     }
     auto [value, norms] = pass.run_group_penalty();
+    pass.run_gradient(scale, norms, own_first_groups(params, rows), /*keep_if_one=*/false);
+    return value;
+  }
+
+  // Where the norms of each parameter begin in those that a pass over the same list gives.
+  static std::vector<int64_t> own_first_groups(at::TensorList params, bool rows) {
     std::vector<int64_t> first_groups;
     int64_t groups = 0;
     for (const at::Tensor& p : params) {
       first_groups.push_back(groups);
       groups += groups_of(p, rows);
     }
-    pass.run_gradient(scale, norms, first_groups, /*keep_if_one=*/false);
-    return value;
+    return first_groups;
   }
 };
 
 // The functions of one backend, under the names of ops.cpp.
-#define FUSED_REG_OPERATORS(apply)                                                                         \
-  apply(penalty) apply(penalty_and_norms) apply(penalty_and_grad) apply(penalty_grad) apply(rescale_grad_) \
-      apply(accumulate_grad_) apply(empty_grads) apply(prox_) apply(group_norms) apply(term_sums) apply(zero_counts)
+#define FUSED_REG_OPERATORS(apply)                                                                                  \
+  apply(penalty) apply(penalty_and_norms) apply(penalty_and_grad) apply(penalty_grad) apply(rescale_grad_)          \
+      apply(accumulate_grad_) apply(empty_grads) apply(prox_) apply(soft_norms) apply(group_norms) apply(term_sums) \
+          apply(zero_counts)
 
 template <class Functions>
 void register_operators(torch::Library& m) {

@@ -49,10 +49,16 @@ TORCH_LIBRARY(fused_reg, m) {
   // Memory for the gradient of every parameter, of its shape and dtype, and of its strides where these are dense.
   m.def("empty_grads(Tensor[] params) -> Tensor[]", tags);
 
-  // The proximal operator of step * penalty, in place. A step is given as a strength is.
-  m.def("prox_(Tensor(a!)[] params, float[] step, Tensor? step_tensor, " STRENGTHS ") -> ()", tags);
+  // The proximal operator of step * penalty, in place. A step is given as a strength is. With l2_norm it takes norms
+  // that soft_norms gave, and where those of each parameter begin, or finds them itself.
+  m.def("prox_(Tensor(a!)[] params, float[] step, Tensor? step_tensor, Tensor? norms, int[] first_groups, " STRENGTHS
+        ") -> ()",
+        tags);
 
-  // The errors that the two above would raise, for lists that they are given in parts.
+  // The norm of every group after the soft threshold step * l1, as penalty_and_norms gives those before it.
+  m.def("soft_norms(Tensor[] params, float[] step, Tensor? step_tensor, " STRENGTHS ") -> Tensor", tags);
+
+  // The errors that accumulate_grad_ and prox_ would raise, for lists that they are given in parts.
   m.def("check_accumulation(Tensor[] params, Tensor[] grads, int[] modes) -> ()",
         [](at::TensorList params, at::TensorList grads, at::IntArrayRef modes) {
           fused_reg::check_dtypes(params);

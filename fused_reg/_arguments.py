@@ -7,6 +7,7 @@ call that failed is looked at again, here, for the reason.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeGuard
@@ -305,6 +306,11 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
     if isinstance(error, TypeError | ValueError) and str(error).startswith(("params", "strengths ", "scale ", "step ")):
         return type(error)(f"{function}: {error}")
     return error
+
+
+def relabelled(error: Exception, labels: Sequence[object]) -> Exception:
+    """The error with ``params[label]`` for ``params[3]``, where these are the labels of a call's parameters."""
+    return type(error)(re.sub(r"params\[(\d+)\]", lambda match: f"params[{labels[int(match[1])]}]", str(error)))
 
 
 def _described(p: object) -> str:

@@ -11,9 +11,10 @@ Two ways lead to the same numbers:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate, compress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,15 +28,23 @@ from fused_reg._composed import composed_penalty, gradient, group_count, rows_of
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
-    """The differentiable penalty of a list that is not empty."""
+#: The penalty of a list, the norm of every group, and where those of each parameter begin.
+Measure: TypeAlias = Callable[[Sequence[Tensor], Strengths], tuple[Tensor, Tensor, Sequence[int]]]
+
+
+def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | None = None) -> Tensor:
+    """The differentiable penalty of a list that is not empty; ``measure``: by other norms than the list's own."""
+    if measure is not None:
+        return _apply_two_launches(strengths, measure, *params)
     if _transforms_active():
         return composed_penalty(params, strengths)
     if not torch.is_grad_enabled():
         return _ops.penalty(params, *strengths)
     if strengths.requires_grad:
         return composed_penalty(params, strengths)
-    return (_apply_two_launches if strengths.has_norms or is_compiling() else _apply_penalty)(strengths, *params)
+    if strengths.has_norms or is_compiling():
+        return _apply_two_launches(strengths, None, *params)
+    return _apply_penalty(strengths, *params)
 
 
 class _Penalty(Function):
@@ -57,6 +66,7 @@ class _Penalty(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         l1_tensor, l2_tensor, *params = ctx.saved_tensors  # raises if one was changed in place
+        _check_memory(params)
         # The buffers are handed over once; a second backward (retain_graph=True) gets its own.
         grads, ctx.grads = ctx.grads, None
         if grads is None or torch.is_grad_enabled() or not _is_one_on_cpu(upstream):
@@ -76,36 +86,54 @@ class _TwoLaunchPenalty(Function):
     and compiled code would keep the gradients from the forward on."""
 
     @staticmethod
-    def forward(ctx: Any, strengths: Strengths, *params: Tensor) -> Tensor:
-        ctx.needs_grad = ctx.needs_input_grad[1:]
-        if not any(ctx.needs_grad):
-            return _ops.penalty(params, *strengths)
-        if strengths.has_norms:
+    def forward(ctx: Any, strengths: Strengths, measure: Measure | None, *params: Tensor) -> Tensor:
+        ctx.needs_grad = ctx.needs_input_grad[2:]
+        ctx.has_own_norms = measure is None
+        norms: Tensor | None = None
+        first_groups: Sequence[int] = ()
+        if measure is not None:
+            value, norms, first_groups = measure(params, strengths)
+        elif strengths.has_norms and any(ctx.needs_grad):
             value, norms = _ops.penalty_and_norms(params, *strengths)
+            first_groups = (0, *accumulate(group_count(p, strengths.rows) for p in params))
         else:
-            value, norms = _ops.penalty(params, *strengths), None
+            value = _ops.penalty(params, *strengths)
         ctx.l1, ctx.l2, ctx.l2_norm, *tensors, ctx.rows = strengths
-        ends = tuple(accumulate(group_count(p, strengths.rows) for p in params))
-        ctx.first_groups = tuple(compress((0, *ends), ctx.needs_grad))
+        ctx.first_groups = tuple(compress(first_groups, ctx.needs_grad))
         ctx.save_for_backward(*tensors, norms, *compress(params, ctx.needs_grad))
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         l1_tensor, l2_tensor, l2_norm_tensor, norms, *params = ctx.saved_tensors
+        _check_memory(params)
         strengths = Strengths(ctx.l1, ctx.l2, ctx.l2_norm, l1_tensor, l2_tensor, l2_norm_tensor, ctx.rows)
         if torch.is_grad_enabled():  # create_graph=True
+            if not ctx.has_own_norms:
+                raise NotImplementedError("a higher derivative of norms that are cut over processes is not supported")
             table = rows_of(table_of(strengths, len(ctx.needs_grad), upstream.device), ctx.needs_grad)
             grads = gradient(upstream, table, ctx.rows, params)
         else:
             grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, norms, ctx.first_groups, *strengths)
-        return None, *scattered(grads, ctx.needs_grad)
+        return None, None, *scattered(grads, ctx.needs_grad)
 
 
 # Function.apply in Python looks for functorch's wrappers in every argument, 0.15 us each. `penalty` has
 # excluded functorch, so this is the C++ method beneath.
 _apply_penalty: Callable[..., Tensor] = super(Function, _Penalty).apply
 _apply_two_launches: Callable[..., Tensor] = super(Function, _TwoLaunchPenalty).apply
+
+
+def _check_memory(params: Sequence[Tensor]) -> None:
+    """`fully_shard` frees the parameters that it has gathered when the loss's backward is done with them. What comes
+    later reaches no shard."""
+    if "torch.distributed.fsdp" not in sys.modules or is_compiling():
+        return
+    if any(p.numel() > 0 and p.untyped_storage().size() == 0 for p in params):
+        raise RuntimeError(
+            "fused_penalty: a parameter's memory was freed between forward and backward, as fully_shard does in the "
+            "loss's backward; take the penalty's backward with the loss's or before it, or take the penalty after it"
+        )
 
 
 def _is_one_on_cpu(upstream: Tensor) -> bool:

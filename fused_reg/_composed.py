@@ -62,7 +62,7 @@ def gradient(upstream: Tensor, table: Tensor, rows: bool | None, params: Sequenc
     grads: Sequence[Tensor] = _apply(_Gradient, upstream, table[:, :2], *params)
     if rows is None:
         return grads
-    norms = _split(_apply(_GroupNorms, rows, *params), rows, params)
+    norms = _split(group_norms(params, rows), rows, params)
     weights = (upstream.double() * table[:, 2]).unbind()
     return [g + _directed(p, n, weight) for g, p, n, weight in zip(grads, params, norms, weights, strict=True)]
 
@@ -102,7 +102,7 @@ class _Composed(Function):
         if needs_table:
             sums = _apply(_TermSums, *params)
             if ctx.rows is not None:
-                norms = _split(_apply(_GroupNorms, ctx.rows, *params), ctx.rows, params)
+                norms = _split(group_norms(params, ctx.rows), ctx.rows, params)
                 sums = torch.cat((sums, torch.stack([n.sum() for n in norms])[:, None]), dim=1)
             table_grad = upstream.to(table.dtype) * sums
             params = list(compress(params, needs_params))
@@ -118,7 +118,7 @@ class _Composed(Function):
 
 
 class _GroupNorms(Function):
-    """[groups] float64: the norm of every group of every parameter, in turn."""
+    """`group_norms`."""
 
     @staticmethod
     def forward(rows: bool, *params: Tensor) -> Tensor:
@@ -138,6 +138,11 @@ class _GroupNorms(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         return torch.stack([_apply(_GroupNorms, *row) for row in _rows(info, in_dims, inputs)]), 0
+
+
+def group_norms(params: Sequence[Tensor], rows: bool) -> Tensor:
+    """[groups] float64: the norm of every group of every parameter, in turn; differentiable to any order."""
+    return cast(Tensor, _apply(_GroupNorms, rows, *params))
 
 
 def group_count(p: Tensor, rows: bool) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_reg import _ops
 from fused_reg._arguments import Strengths, strength_at
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 class Part(NamedTuple):
@@ -30,7 +32,7 @@ def penalty(
     one_device: Callable[[list[Tensor], Strengths], Tensor], params: list[Tensor], strengths: Strengths
 ) -> Tensor:
     """The penalty on the first parameter's device, from the penalty of each device."""
-    return _total([one_device(part.params, part.strengths) for part in _parts(params, strengths)], params)
+    return total([one_device(part.params, part.strengths) for part in _parts(params, strengths)], params)
 
 
 def value_and_grad(
@@ -46,7 +48,7 @@ def value_and_grad(
         values.append(value)
         for place, grad in zip(part.places, part_grads, strict=False):  # without that of the empty tensor
             grads[place] = grad
-    return _total(values, params), tuple(grads)
+    return total(values, params), tuple(grads)
 
 
 def empty_grads(params: list[Tensor]) -> list[Tensor]:
@@ -74,27 +76,35 @@ def accumulate_grad_(
         own_scale = scale_tensor if scale_tensor is None or scale_tensor.is_cpu else scale_tensor.to(device)
         arguments = part.params, own_grads, [*own_modes, 0], scale, own_scale, *part.strengths
         values.append(_ops.accumulate_grad_(*arguments))
-    return _total(values, params)
+    return total(values, params)
 
 
-def prox_(params: list[Tensor], step: tuple[float, ...], step_tensor: Tensor | None, *rest: Any) -> None:
+def prox_(params: list[Tensor], step: tuple[tuple[float, ...], Tensor | None], strengths: Strengths) -> None:
     """The operator of this name, device by device. Nothing is written unless all of it can be."""
     _ops.check_writable(params)
-    for part in _parts(params, Strengths(*rest)):
+    for part in _parts(params, strengths):
         places = [*part.places, part.places[0]]
-        _ops.prox_(part.params, *strength_at((step, step_tensor), places, part.params[0].device), *part.strengths)
+        own_step = strength_at(step, places, part.params[0].device)
+        _ops.prox_(part.params, *own_step, None, (), *part.strengths)
 
 
 def _parts(params: list[Tensor], strengths: Strengths) -> Iterator[Part]:
-    """The list cut by device. An empty float64 tensor ends each part: so its value is float64, not rounded yet."""
-    places: dict[torch.device, list[int]] = {}
-    for i, p in enumerate(params):
-        places.setdefault(p.device, []).append(i)
-    for device, own in places.items():
+    return (part for _, part in parts(params, strengths, [p.device for p in params]))
+
+
+def parts(params: list[Tensor], strengths: Strengths, keys: Sequence[_Key]) -> Iterator[tuple[_Key, Part]]:
+    """The list cut by keys, each of which is of one device. An empty float64 tensor ends each part: so its value is
+    float64, not rounded yet."""
+    places: dict[_Key, list[int]] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(key, []).append(i)
+    for key, own in places.items():
+        device = params[own[0]].device
         exact = torch.empty(0, dtype=torch.float64, device=device)
-        yield Part(own, [*(params[i] for i in own), exact], strengths.at([*own, own[0]], device))
+        yield key, Part(own, [*(params[i] for i in own), exact], strengths.at([*own, own[0]], device))
 
 
-def _total(values: list[Tensor], params: list[Tensor]) -> Tensor:
-    total = torch.stack([value.to(params[0].device) for value in values]).sum()
-    return total if any(p.dtype == torch.float64 for p in params) else total.float()
+def total(values: list[Tensor], params: list[Tensor]) -> Tensor:
+    """The penalty of a list from the float64 penalties of its parts."""
+    value = torch.stack([value.to(params[0].device) for value in values]).sum()
+    return value if any(p.dtype == torch.float64 for p in params) else value.float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fused_reg._arguments import Group, Strengths, as_scale, as_step, as_strengths
+from fused_reg._arguments import Group, Strengths, as_scale, as_step, as_strengths, relabelled
 from fused_reg._strengths import Column, is_absent
 from fused_reg._table import Entry, Table
 from fused_reg.functional import fused_penalty
@@ -76,7 +75,7 @@ class _Call:
 
 def named(error: Exception, names: Sequence[str]) -> Exception:
     """The error with ``params['fc.weight']`` for ``params[3]``, where these are the names of a call's parameters."""
-    return type(error)(re.sub(r"params\[(\d+)\]", lambda match: f"params[{names[int(match[1])]!r}]", str(error)))
+    return relabelled(error, list(map(repr, names)))
 
 
 class Part:

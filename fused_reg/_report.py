@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_reg import _ops
-from fused_reg._arguments import explained
+from fused_reg._arguments import Strengths, explained
 from fused_reg._composed import group_count
 from fused_reg._parts import named
 from fused_reg._strengths import KINDS, Cell, Held, identity, tensor_of
 from fused_reg._table import Entry, Table
+from fused_reg.distributed import Bucket, buckets, shards_of
 
 Row = dict[str, Any]
 
@@ -138,45 +140,48 @@ def _sum(level: str, name: str, rows: Sequence[Row]) -> Row:
 
 @torch.no_grad()
 def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
-    """A row for each entry: on each device four launches, a few sums, and one transfer."""
-    rows: dict[int, Row] = {}
-    for device in dict.fromkeys(e.param.device for e in entries):
-        here = [e for e in entries if e.param.device == device]
+    """A row for each entry: some launches for each device and kind of group, and one transfer from each device."""
+    measured: dict[torch.device, list[tuple[list[Entry], Tensor]]] = {}
+    for kind in ("tensor", "row"):
+        own = [e for e in entries if e.group == kind]
+        params = [e.param for e in own]
         try:
-            own = _rows_on(device, here)
+            for bucket in buckets(params, shards_of(params), Strengths(l2_norm=(1.0,), rows=kind == "row")):
+                found = measured.setdefault(bucket.shards[0].device, [])
+                found.append(([own[i] for i in bucket.places], _columns(bucket)))
         except Exception as error:
-            raise named(explained("report", [e.param for e in here], error), [e.name for e in here]) from error
-        rows.update(zip(map(id, here), own, strict=True))
-    return rows
+            raise named(explained("report", params, error), [e.name for e in own]) from error
+    return {id(e): row for device, parts in measured.items() for e, row in _rows_on(device, parts)}
 
 
-def _rows_on(device: torch.device, entries: Sequence[Entry]) -> list[Row]:
-    params = [e.param for e in entries]
-    counts = [group_count(e.param, True) if e.group == "row" else 0 for e in entries]
+def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) -> Iterator[tuple[Entry, Row]]:
+    entries = [e for own, _ in parts for e in own]
     tensors = {identity(s): t for e in entries for s in e.strengths if (t := tensor_of(s)) is not None}
-    columns = [
-        *_ops.term_sums(params).unbind(1),
-        _norms(params, device),
-        _ops.zero_counts(params),
-        *_slices([p for p, e in zip(params, entries, strict=True) if e.group == "row"], counts, device),
-        *(t.reshape(1) for t in tensors.values()),
-    ]
+    columns = [x.reshape(-1) for _, x in parts] + [t.reshape(1) for t in tensors.values()]
     numbers = iter(torch.cat([column.to(device, torch.float64) for column in columns]).tolist())  # the transfer
-    table = [[next(numbers) for _ in entries] for _ in range(6)]
+    measured = [list(islice(numbers, 6)) for _ in entries]
     values = dict(zip(tensors, numbers, strict=True))
 
     def number(strength: Held) -> float:
         return strength if isinstance(strength, float) else values[identity(strength)]
 
-    return [
-        _row(entry, slices, *map(number, entry.strengths), *column)
-        for entry, slices, column in zip(entries, counts, zip(*table, strict=True), strict=True)
-    ]
+    for entry, row in zip(entries, measured, strict=True):
+        yield entry, _row(entry, *map(number, entry.strengths), *row)
+
+
+def _columns(bucket: Bucket) -> Tensor:
+    """[parameters, 6] float64, the numbers that `_row` takes of each."""
+    shards = bucket.shards[:-1]
+    absolute, squares = _ops.term_sums(shards).unbind(1)
+    zeros = _ops.zero_counts(shards)
+    norms = bucket.norms_of_tensors()
+    absolute, squares, zeros = bucket.over_all(torch.stack([absolute, squares, zeros.double()]))
+    row_norms, zero_rows = bucket.over_rest(bucket.sums_of_rows()) if bucket.strengths.rows else (norms, norms)
+    return torch.stack([absolute, squares, norms, zeros, row_norms, zero_rows], dim=1)
 
 
 def _row(
     entry: Entry,
-    slices: int,
     l1: float,
     l2: float,
     l2_norm: float,
@@ -199,25 +204,6 @@ def _row(
         "zero_share": zeros / max(entry.param.numel(), 1),
     }
     if entry.group == "row":
-        row |= {"slices": slices, "zero_slices": int(zero_slices)}
+        slices = group_count(entry.param, True)
+        row |= {"slices": slices, "zero_slices": min(int(zero_slices), slices)}
     return row
-
-
-def _norms(params: list[Tensor], device: torch.device) -> Tensor:
-    """The norm of each parameter, also where its square is no double."""
-    norms = _ops.group_norms(params, False)
-    full = [i for i, p in enumerate(params) if p.numel() > 0]  # an empty one is no group
-    if len(full) == len(params):
-        return norms
-    return norms.new_zeros(len(params)).index_copy_(0, torch.tensor(full, dtype=torch.long, device=device), norms)
-
-
-def _slices(params: list[Tensor], counts: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
-    """For each parameter of the list: the sum of the norms of its rows, and how many of these are 0."""
-    sums = torch.zeros(2, len(counts), dtype=torch.float64, device=device)
-    if sum(counts):
-        norms = _ops.group_norms(params, True)
-        lengths = torch.tensor(counts, dtype=torch.long, device=device)
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=device), lengths, output_size=len(norms))
-        sums.index_add_(1, owner, torch.stack([norms, (norms == 0).double()]))
-    return sums.unbind()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fused_reg import _autograd, _devices, _ops
+from fused_reg import _autograd, _devices, _ops, distributed
 from fused_reg._arguments import Group, Strength, Strengths, as_list, as_strengths, raise_explained
 
 
@@ -74,6 +74,8 @@ def fused_penalty(
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     try:
+        if distributed.is_sharded(tensors):
+            return distributed.penalty(tensors, strengths)
         return _autograd.penalty(tensors, strengths)
     except Exception as error:
         if _devices.is_mixed(tensors, error):
@@ -125,6 +127,8 @@ def value_and_grad(
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu"), ()
     try:
+        if distributed.is_sharded(tensors):
+            return distributed.value_and_grad(tensors, strengths)
         return _value_and_grad(tensors, strengths)
     except Exception as error:
         if _devices.is_mixed(tensors, error):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from fused_reg import _devices, _ops
+from fused_reg import _devices, _ops, distributed
 from fused_reg._arguments import (
     Group,
     Strength,
@@ -82,6 +83,9 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
     """`accumulate_grad_` for arguments that have been checked, in the name of a function."""
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
+    if distributed.is_sharded(tensors):
+        shards = _checked_shards(name, tensors, strengths, factor)
+        return distributed.accumulate_grad_(partial(accumulate, name), tensors, shards, strengths, factor)
     try:
         modes, grads = _grads_of(tensors)
         missing = [p for p, mode in zip(tensors, modes, strict=True) if mode == _WRITE] if _WRITE in modes else []
@@ -131,12 +135,20 @@ def check_accumulation(
     name: str, tensors: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None]
 ) -> None:
     """Raises what `accumulate` would of these arguments."""
+    _checked_shards(name, tensors, strengths, factor)
+
+
+def _checked_shards(
+    name: str, tensors: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None]
+) -> list[Tensor]:
     try:
-        check_devices(name, tensors, {**strengths.tensors, "scale": factor[1]})
-        modes, grads = _grads_of(tensors)
-        _ops.check_accumulation(tensors, grads, [mode if mode == _ADD else _SKIP for mode in modes])
+        shards = distributed.with_grads(tensors) if distributed.is_sharded(tensors) else tensors
+        check_devices(name, shards, {**strengths.tensors, "scale": factor[1]})
+        modes, grads = _grads_of(shards)
+        _ops.check_accumulation(shards, grads, [mode if mode == _ADD else _SKIP for mode in modes])
     except Exception as error:
         raise_explained(name, tensors, error)
+    return shards
 
 
 def check_writable(
@@ -144,8 +156,12 @@ def check_writable(
 ) -> None:
     """Raises what `shrink` would of these arguments."""
     try:
-        check_devices(name, tensors, {**strengths.tensors, "step": step[1]})
-        _ops.check_writable(tensors)
+        shards = tensors
+        if distributed.is_sharded(tensors):
+            distributed.check_distinct(tensors)
+            shards = distributed.shards_of(tensors)
+        check_devices(name, shards, {**strengths.tensors, "step": step[1]})
+        _ops.check_writable(shards)
     except Exception as error:
         raise_explained(name, tensors, error)
 
@@ -234,14 +250,16 @@ def shrink(
     """`prox_` for arguments that have been checked, in the name of a function."""
     if not tensors:
         return
+    if distributed.is_sharded(tensors):
+        check_writable(name, tensors, strengths, step)
+        return distributed.prox_(partial(shrink, name), tensors, strengths, step)
     try:
-        arguments = tensors, *step, *strengths
         try:
-            _ops.prox_(*arguments)
+            _ops.prox_(tensors, *step, None, (), *strengths)
         except Exception as error:
             if not _devices.is_mixed(tensors, error):
                 raise
-            _devices.prox_(*arguments)
+            _devices.prox_(tensors, step, strengths)
     except Exception as error:
         if any(isinstance(p, Tensor) and p.is_neg() for p in tensors):
             # The dispatcher writes to no negated view. The operator is odd: it may take the memory behind as it is.

@@ -199,13 +199,14 @@ def calls(params, strengths, device):
     yield "penalty_and_grad", (params, needs_grad, *strengths)
     yield "accumulate_grad_", (params, written, modes, 0.5, None, *strengths)
     yield "accumulate_grad_", (params, written, modes, 1.0, scale, *strengths)
-    yield "prox_", (grads, (0.1,), None, *strengths)
-    yield "prox_", (grads, (), scale, *strengths)
+    yield "prox_", (grads, (0.1,), None, None, (), *strengths)
+    yield "prox_", (grads, (), scale, None, (), *strengths)
     if strengths.has_norms:
         norms = torch.ops.fused_reg.group_norms(params, strengths.rows)
         sizes = [p.numel() and (p.shape[0] if strengths.rows and p.ndim else 1) for p in params]
         firsts = [sum(sizes[:i]) for i in range(count) if needs_grad[i]]
         yield "penalty_and_norms", (params, *strengths)
+        yield "soft_norms", (params, (0.1,), None, *strengths)
         yield "penalty_grad", (upstream, selected, needs_grad, norms, firsts, *strengths)
     else:
         yield "penalty_grad", (upstream, selected, needs_grad, None, (), *strengths)

@@ -223,9 +223,12 @@ def test_proximal_steps_in_parts(monkeypatch):
     monkeypatch.setattr(_ops, "prox_", lambda part, *rest: calls.append(([p.numel() for p in part], *rest)))
     monkeypatch.setattr(_ops, "check_writable", lambda whole: checked.append((whole, len(calls))))
     strengths = Strengths(l2_norm=(0.5,), rows=True)
-    _devices.prox_(params, (0.1, 0.2, 0.3), None, *strengths)
+    _devices.prox_(params, ((0.1, 0.2, 0.3), None), strengths)
     assert checked == [(params, 0)]
-    assert calls == [([1, 3, 0], (0.1, 0.3, 0.1), None, *strengths), ([2, 0], (0.2, 0.2), None, *strengths)]
+    assert calls == [
+        ([1, 3, 0], (0.1, 0.3, 0.1), None, None, (), *strengths),
+        ([2, 0], (0.2, 0.2), None, None, (), *strengths),
+    ]
 
 
 def test_strengths_of_a_part():

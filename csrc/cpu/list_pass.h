@@ -132,32 +132,31 @@ class ListPass {
     });
   }
 
-  // The proximal operator, in place, on dense().
-  void run_prox(const StrengthArg& step, const Selection& selection) {
+  // The norm of every group after the soft threshold, [groups] float64.
+  at::Tensor run_soft_norms(const StrengthArg& step, const Selection& selection) {
+    set_threshold(Pass::kSoftSquares, Strength(step, selection));
+    return norms_of(run_squares([](int64_t, const ChunkSums&) {}), [](int64_t, int64_t, auto&) {});
+  }
+
+  // The proximal operator, in place, on dense(); the norms of run_soft_norms() where there are any, those of parameter
+  // t from first_groups[t] on.
+  void run_prox(const StrengthArg& step, const Selection& selection, const OptionalTensor& norms,
+                at::IntArrayRef first_groups) {
     const Strength steps(step, selection);
+    set_threshold(Pass::kProx, steps);
     for (const auto t : c10::irange(tasks_.size())) {
       tasks_[t].param = tasks_[t].out = dense_[t].mutable_data_ptr();
+      tasks_[t].shrinkage = rounded(t, shrinkage(strengths_.l2[t], 0, steps[t], 0));
     }
-    const auto set_threshold = [&](Pass pass) {
-      for (const auto t : c10::irange(tasks_.size())) {
-        tasks_[t].pass = pass;
-        tasks_[t].threshold = rounded(t, steps[t] * strengths_.l1[t]);
-        tasks_[t].shrinkage = rounded(t, shrinkage(strengths_.l2[t], 0, steps[t], 0));
-        tasks_[t].l2_scale = 1;
-      }
-    };
     if (!has_norms_) {
-      set_threshold(Pass::kProx);
       return run([&](int64_t, const ChunkTask& task) { kernel_(task); });
     }
-    set_threshold(Pass::kSoftSquares);
-    const at::Tensor norms = norms_of(run_squares([](int64_t, const ChunkSums&) {}), [](int64_t, int64_t, auto&) {});
-    const double* const all = norms.const_data_ptr<double>();
-    set_threshold(Pass::kProx);
+    const double* const all = norms->const_data_ptr<double>();
     run([&](int64_t c, ChunkTask& task) {
       const Chunk chunk = plan_.chunk(c);
       const int64_t t = chunk.tensor;
-      task.shrinkage = rounded(t, shrinkage(strengths_.l2[t], strengths_.l2_norm[t], steps[t], all[chunk.group]));
+      const double norm = all[first_groups[t] + chunk.group - plan_.first_group(t)];
+      task.shrinkage = rounded(t, shrinkage(strengths_.l2[t], strengths_.l2_norm[t], steps[t], norm));
       kernel_(task);
     });
   }
@@ -280,6 +279,14 @@ class ListPass {
     tasks_[t].out = grad.mutable_data_ptr();
     adds_.resize(tasks_.size());
     adds_[t] = add;
+  }
+
+  void set_threshold(Pass pass, const Strength& steps) {
+    for (const auto t : c10::irange(tasks_.size())) {
+      tasks_[t].pass = pass;
+      tasks_[t].threshold = rounded(t, steps[t] * strengths_.l1[t]);
+      tasks_[t].l2_scale = 1;
+    }
   }
 
   void set_passes(double factor, Pass write, Pass add) {

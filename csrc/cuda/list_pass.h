@@ -129,8 +129,25 @@ class ListPass {
     run(has_norms_ || adds_ ? Kernel::kNormGradient : Kernel::kGradient);
   }
 
-  // The proximal operator, in place, on dense(). One launch, or with norms two.
-  void run_prox(const StrengthArg& step, const Selection& selection) {
+  // The norm of every group after the soft threshold, [groups] float64. One launch.
+  at::Tensor run_soft_norms(const StrengthArg& step, const Selection& selection) {
+    strengths_[kColumnStep] = StrengthRefs(step, selection, device_);
+    at::Tensor norms = fresh({plan_.groups()}, at::kDouble);
+    if (call_.chunks == 0) {
+      return norms;
+    }
+    set_groups(norms, own_first_groups());
+    const at::Tensor scratch = scratch_behind(0);
+    call_.ticket = ticket_for(launch_);
+    call_.sums = Sums::kSoftSquares;
+    run(Kernel::kSums);
+    return norms;
+  }
+
+  // The proximal operator, in place, on dense(); the norms of run_soft_norms() where there are any, those of parameter
+  // t from first_groups[t] on. One launch.
+  void run_prox(const StrengthArg& step, const Selection& selection, const OptionalTensor& norms,
+                at::IntArrayRef first_groups) {
     strengths_[kColumnStep] = StrengthRefs(step, selection, device_);
     for (const auto t : c10::irange(entries_.size())) {
       entries_[t].param = entries_[t].out = dense_[t].mutable_data_ptr();
@@ -138,14 +155,8 @@ class ListPass {
     if (call_.chunks == 0) {
       return;
     }
-    at::Tensor norms, scratch;
     if (has_norms_) {
-      norms = fresh({plan_.groups()}, at::kDouble);
-      set_groups(norms, own_first_groups());
-      scratch = scratch_behind(0);
-      call_.ticket = ticket_for(launch_);
-      call_.sums = Sums::kSoftSquares;
-      run(Kernel::kSums);
+      set_groups(*norms, first_groups);
     }
     run(Kernel::kProx);
   }

@@ -78,7 +78,14 @@ struct Meta {
     return grads;
   }
 
-  static void prox_(at::TensorList params, Floats, const OptionalTensor&, FUSED_REG_STRENGTHS) { check(params); }
+  static void prox_(at::TensorList params, Floats, const OptionalTensor&, const OptionalTensor&, at::IntArrayRef,
+                    FUSED_REG_STRENGTHS) {
+    check(params);
+  }
+
+  static at::Tensor soft_norms(at::TensorList params, Floats, const OptionalTensor&, FUSED_REG_STRENGTHS) {
+    return group_norms(params, rows);
+  }
 
   static at::Tensor term_sums(at::TensorList params) {
     check(params);

@@ -249,8 +249,8 @@ void expect_accumulation(const Tensors& list, const Strengths3& s, const std::st
 void expect_prox(const Tensors& list, const Strengths3& s, const std::string& what) {
   const Arg step = Arg::any(list.size(), false);
   const Tensors there = copies(list), here = copies(list);
-  OnCuda::prox_(there, step.floats, step.tensor, STRENGTH_ARGS(s));
-  OnCpu::prox_(here, step.floats, step.tensor, STRENGTH_ARGS(s));
+  OnCuda::prox_(there, step.floats, step.tensor, std::nullopt, {}, STRENGTH_ARGS(s));
+  OnCpu::prox_(here, step.floats, step.tensor, std::nullopt, {}, STRENGTH_ARGS(s));
   expect_same_list(there, here, what + ": prox_");
 }
 
@@ -297,14 +297,14 @@ void expect_few_launches() {
     const Strengths3 norms{{{0.1}, {}}, {{0.2}, {}}, {{0.3}, {}}, rows};
     EXPECT(launches_of([&] { OnCuda::penalty_and_norms(list, STRENGTH_ARGS(norms)); }) == 1);
     EXPECT(launches_of([&] { OnCuda::penalty_and_grad(list, bools({1, 1, 1}), STRENGTH_ARGS(norms)); }) == 2);
-    EXPECT(launches_of([&] { OnCuda::prox_(list, 0.1, std::nullopt, STRENGTH_ARGS(norms)); }) == 2);
+    EXPECT(launches_of([&] { OnCuda::prox_(list, 0.1, std::nullopt, std::nullopt, {}, STRENGTH_ARGS(norms)); }) == 2);
   }
   Tensors grads = copies(list);
   EXPECT(launches_of([&] { OnCuda::penalty(list, STRENGTH_ARGS(terms)); }) == 1);
   EXPECT(launches_of([&] { OnCuda::penalty_and_grad(list, bools({1, 1, 1}), STRENGTH_ARGS(terms)); }) == 1);
   EXPECT(launches_of(
              [&] { OnCuda::accumulate_grad_(list, grads, {2, 2, 2}, 0.5, std::nullopt, STRENGTH_ARGS(terms)); }) == 1);
-  EXPECT(launches_of([&] { OnCuda::prox_(list, 0.1, std::nullopt, STRENGTH_ARGS(terms)); }) == 1);
+  EXPECT(launches_of([&] { OnCuda::prox_(list, 0.1, std::nullopt, std::nullopt, {}, STRENGTH_ARGS(terms)); }) == 1);
   OnCuda::term_sums(list);  // uploads its table
   EXPECT(launches_of([&] { OnCuda::term_sums(list); }) == 2);
 }
