@@ -32,7 +32,8 @@ def fused_penalty(
 
     Args:
         params: an iterable of tensors of any shape (``model.parameters()``, a list, ``dict.values()``), or one tensor;
-            float32, float64, bfloat16 or float16, also mixed. It is read once.
+            float32, float64, bfloat16 or float16, also mixed. It is read once. With DTensors (``fully_shard``, tensor
+            parallel) the penalty is that of the whole, and every process that has a shard must call.
         l1: the strength of the sum of absolute values (lasso): a finite float >= 0, a 0-dim tensor, or a sequence or
             1-D tensor with one per parameter. A tensor that requires grad gets its gradient; the values of tensors are
             not checked.
