@@ -30,8 +30,8 @@ TORCH_LIBRARY(fused_reg, m) {
   // strengths belong to the whole list. With l2_norm: the norms that penalty_and_norms gave for the whole list, and
   // where those of each parameter begin.
   m.def(
-      "penalty_grad(Tensor upstream, Tensor[] params, bool[] needs_grad, Tensor? norms, int[] first_groups, " STRENGTHS
-      ") -> Tensor[]",
+      "penalty_grad(Tensor upstream, Tensor[] params, bool[] needs_grad, Tensor? norms, SymInt[] "
+      "first_groups, " STRENGTHS ") -> Tensor[]",
       tags);
 
   // The same without l2_norm, written over gradients that penalty_and_grad has computed for an upstream gradient of 1.
@@ -51,7 +51,7 @@ TORCH_LIBRARY(fused_reg, m) {
 
   // The proximal operator of step * penalty, in place. A step is given as a strength is. With l2_norm it takes norms
   // that soft_norms gave, and where those of each parameter begin, or finds them itself.
-  m.def("prox_(Tensor(a!)[] params, float[] step, Tensor? step_tensor, Tensor? norms, int[] first_groups, " STRENGTHS
+  m.def("prox_(Tensor(a!)[] params, float[] step, Tensor? step_tensor, Tensor? norms, SymInt[] first_groups, " STRENGTHS
         ") -> ()",
         tags);
 

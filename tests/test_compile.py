@@ -122,16 +122,17 @@ def test_a_new_strength_compiles_nothing(device):
         assert counter.frame_count <= 2, name  # the second: what was a constant of the graph became an input of it
 
 
-def test_dynamic_shapes(device):
-    """Lists of tensors whose sizes change."""
+@pytest.mark.parametrize("kind", [{}, {"l2_norm": 0.3}, {"l2_norm": 0.3, "group": "row"}], ids=str)
+def test_dynamic_shapes(kind, device):
+    """Lists of tensors whose sizes change, and with them where the norms of each begin."""
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(fused_penalty, backend=counter, fullgraph=True, dynamic=True)
     for n in (3, 5, 8, 13, 21):
-        w = draw((n, 4), device=device).requires_grad_()
-        value = run([w], 0.1, 0.2)
+        params = [draw((n, 4), device=device, seed=i).requires_grad_() for i in range(3)]
+        value = run(params, 0.1, 0.2, **kind)
         value.backward()
-        expected, (grad,) = value_and_grad([w], 0.1, 0.2)
-        assert_same_bits([value.detach(), w.grad], [expected, grad])
+        expected, grads = value_and_grad(params, 0.1, 0.2, **kind)
+        assert_same_bits([value.detach(), *(p.grad for p in params)], [expected, *grads])
     assert counter.frame_count == 1
 
 

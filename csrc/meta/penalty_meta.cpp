@@ -51,7 +51,7 @@ struct Meta {
   }
 
   static Tensors penalty_grad(const at::Tensor&, at::TensorList params, const c10::List<bool>&, const OptionalTensor&,
-                              at::IntArrayRef, FUSED_REG_STRENGTHS) {
+                              c10::SymIntArrayRef, FUSED_REG_STRENGTHS) {
     check(params);
     Tensors grads;
     for (const at::Tensor& p : params) {
@@ -78,7 +78,7 @@ struct Meta {
     return grads;
   }
 
-  static void prox_(at::TensorList params, Floats, const OptionalTensor&, const OptionalTensor&, at::IntArrayRef,
+  static void prox_(at::TensorList params, Floats, const OptionalTensor&, const OptionalTensor&, c10::SymIntArrayRef,
                     FUSED_REG_STRENGTHS) {
     check(params);
   }
