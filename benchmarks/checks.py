@@ -125,6 +125,14 @@ class Oracle:
         demand_elements("peer", dtype, gradient_error)  # ours has the bits
         return Errors(value_error, gradient_error)
 
+    def check_composed(self, role: Role, value: Tensor, grads: Sequence[Tensor], base: Sequence[Tensor]) -> Errors:
+        """Of a penalty in a loss with more in it, whose gradients are `base` to the rounding.
+
+        Raises:
+            WrongResultError: as `check`; the bits of the gradients are not looked at.
+        """
+        return Errors(self.check(role, value).value, self.check("peer", value, grads, base).gradient)
+
     def _gradient_error(self, grads: Sequence[Tensor], base: Sequence[Tensor] | None) -> float:
         def exact(piece: Tensor) -> Tensor:
             return reference.value_and_grad(piece.double(), self.strengths.l1, self.strengths.l2)[1][0]

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, DEVICE_CASES
 from benchmarks.cuda_figures import cuda_figures
 from benchmarks.limits import LIMITS
 from benchmarks.optimizers import ATTACHED, FUSED_SGD, LOOP_IN_LOSS, NO_PENALTY, WEIGHT_DECAY
 from benchmarks.peers import ACCUMULATE, COMPILED_LOOP, LOOP, OURS, limited
-from benchmarks.rows import Figure, Mode
+from benchmarks.rows import COMPILED_MODES, Figure, Mode
 from benchmarks.run import Results
-from benchmarks.table import LIMITED_TITLES
+from benchmarks.table import LIMITED_TITLES, MODE_TITLES
 
 # Forward and backward with `.grad` None: at least so many times as fast.
 _SPEEDUPS = {
     LOOP: {"resnet50": 7.0, "gpt2": 7.0, "mlp": 3.0, "net": 3.0, "small_tensors": 8.0},
     COMPILED_LOOP: {"resnet50": 1.7, "gpt2": 1.7, "mlp": 2.0, "net": 2.0},
 }
+
+# A training step that is compiled as a whole: not slower than with the loop in it, which is compiled too.
+_COMPILED_STEP_SPEEDUP = 1.0
 
 # Where memory is the limit: at most so many times the limit's time.
 _LIMITED_CASES = ("resnet50", "vit_b16", "gpt2", "one_tensor")
@@ -45,7 +48,8 @@ def with_figures(results: Results) -> Results:
     """The results with every target, measured or not."""
     if results.machine.gpu:
         return replace(results, figures=list(cuda_figures(results)))
-    figures = [*_speedups(results), *_limits(results), *_in_place(results), *_steps(results), *_memory(results)]
+    measured = (_speedups, _compiled_steps, _limits, _in_place, _steps, _memory)
+    figures = [figure for part in measured for figure in part(results)]
     return replace(results, figures=figures)
 
 
@@ -55,6 +59,14 @@ def _speedups(results: Results) -> Iterator[Figure]:
             row = results.find(case, "fresh", peer.name)
             claim = f"{CASES[case].title}, forward + backward: times as fast as {peer.name}"
             yield Figure(claim, row.ratio_to_ours if row else None, target, at_least=True)
+
+
+def _compiled_steps(results: Results) -> Iterator[Figure]:
+    for case in DEVICE_CASES["cpu"]:
+        for mode in COMPILED_MODES:
+            row = results.find(case, mode, COMPILED_LOOP.name)
+            claim = f"{CASES[case].title}, {MODE_TITLES[mode]}: times as fast as with the loop"
+            yield Figure(claim, row.ratio_to_ours if row else None, _COMPILED_STEP_SPEEDUP, at_least=True)
 
 
 def _limits(results: Results) -> Iterator[Figure]:

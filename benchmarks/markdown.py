@@ -12,11 +12,12 @@ from benchmarks.cuda_markdown import cuda_parts, markdown_table
 from benchmarks.limits import LIMITS
 from benchmarks.optimizers import ATTACHED, ATTACHED_PROX, LOOP_IN_LOSS, NO_PENALTY, WEIGHT_DECAY
 from benchmarks.peers import ACCUMULATE, COMPILED_LOOP, FOREACH_ADD, FOREACH_NORM, LOOP, OURS, limited
-from benchmarks.rows import MemoryRow, Mode, Row
+from benchmarks.rows import COMPILED_MODES, MemoryRow, Mode, Row
 from benchmarks.run import Results
 from benchmarks.table import LIMITED_TITLES, MODE_TITLES, caption, notable_errors, number
 
 _PEERS = (OURS.name, COMPILED_LOOP.name, LOOP.name, FOREACH_NORM.name)
+_COMPILED = (OURS.name, COMPILED_LOOP.name, NO_PENALTY)
 _ADDING = (ACCUMULATE.name, *_PEERS, FOREACH_ADD.name)
 
 # The columns of a step, and their heads.
@@ -49,6 +50,7 @@ def _cpu_parts(results: Results) -> list[list[str]]:
     return [
         _composed(results, "fresh", _PEERS),
         _composed(results, "present", _ADDING),
+        *(_composed(results, mode, _COMPILED) for mode in COMPILED_MODES),
         _limits(results),
         _by_family(results, ("prox",), "proximal step, ms"),
         _by_family(results, ("norm_value", "norm_fresh"), "sum of norms, ms"),

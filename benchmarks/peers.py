@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fused_reg
-from benchmarks.rows import Mode, Role, UnavailableError
+from benchmarks.rows import COMPILED_MODES, Mode, Role, UnavailableError
 from fused_reg import reference
 
 Penalty = Callable[[Sequence[Tensor], float, float], Tensor]
@@ -79,7 +79,9 @@ OURS = Peer("fused_reg", fused_reg.fused_penalty, role="ours")
 ACCUMULATE = Peer(
     "fused_reg.accumulate_grad_", fused_reg.accumulate_grad_, role="ours", modes=("present",), has_backward=False
 )
-COMPILED_LOOP = Peer("torch.compile", reference.loop, compiled=True)
+COMPILED_LOOP = Peer(
+    "torch.compile", reference.loop, modes=("value", "fresh", "present", *COMPILED_MODES), compiled=True
+)
 COMBO_LOOP = Peer(
     "torch.compile, combo kernels",
     reference.loop,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +47,11 @@ class Problem:
     def oracle_of(self, peer: Peer) -> Oracle:
         return self.oracle if peer.has_l1 else self._oracle_without_l1
 
-    def compiled(self, peer: Peer) -> Compiled:
-        if peer.name not in self._compiled:
-            self._compiled[peer.name] = Compiled(peer.penalty, peer.options, self.budget)
-        return self._compiled[peer.name]
+    def compiled(self, name: str, function: Callable[..., Any], options: Iterable[tuple[str, Any]] = ()) -> Compiled:
+        """The function compiled, once for all modes under this name."""
+        if name not in self._compiled:
+            self._compiled[name] = Compiled(function, options, self.budget)
+        return self._compiled[name]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def clear(params: Sequence[Tensor]) -> None:
 
 
 def _composed(problem: Problem, mode: Mode, peer: Peer) -> _Work:
-    compiled = problem.compiled(peer) if peer.compiled else None
+    compiled = problem.compiled(peer.name, peer.penalty, peer.options) if peer.compiled else None
     penalty = compiled.function if compiled else peer.penalty
     once: Callable[[], Tensor] = partial(compute, penalty, problem.params, problem.strengths, mode)
     if not peer.has_backward:
@@ -137,7 +139,7 @@ def _replayed(work_of: Callable[[Problem, Mode, Peer], _Work], problem: Problem,
             clear(problem.params)
         return work.run()
 
-    _set_gradients(problem.params, mode)
+    set_gradients(problem.params, mode)
     captured = capture(run)
     if mode == "fresh":
         clear(problem.params)
@@ -159,7 +161,7 @@ def _contender(
     params, mode, peer = work.problem.params, work.mode, work.peer
 
     def verify() -> Errors:
-        base = _set_gradients(params, mode)
+        base = set_gradients(params, mode)
         value, grads = run()
         errors = work.problem.oracle_of(peer).check(peer.role, value, grads, base, in_one_pass=not peer.has_backward)
         if mode == "fresh":
@@ -178,7 +180,7 @@ def _contender(
     )
 
 
-def _set_gradients(params: Sequence[Tensor], mode: Mode) -> list[Tensor] | None:
+def set_gradients(params: Sequence[Tensor], mode: Mode) -> list[Tensor] | None:
     """What the mode finds in `.grad`: a copy of the gradients returned, in the same memory every time; or nothing."""
     if mode != "present":
         clear(params)

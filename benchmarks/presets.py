@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from benchmarks.cases import DEVICE_CASES
 from benchmarks.peers import COMBO_LOOP, COOPERATIVE_LOOP
 from benchmarks.race import Effort
-from benchmarks.rows import MODES, Mode
+from benchmarks.rows import COMPILED_MODES, MODES, Mode
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Preset:
 _MINUTES = "takes minutes to compile: --compile-all"
 _NOT_COMPILED: dict[tuple[str, Mode], str] = {("small_tensors", mode): _MINUTES for mode in MODES}
 _NOT_QUICK = "is not in --quick"
+_ON_CPU = "has its compiled training step measured on a CPU only: --compile-all"
+
+_NOT_COMPILED_ON_CUDA = _NOT_COMPILED | {
+    (case, mode): _ON_CPU for case in DEVICE_CASES["cuda"] for mode in COMPILED_MODES
+}
 
 # A bfloat16 parameter moves by less than its rounding: a step of it cannot be checked.
 _NOT_STEPPED_ON_CUDA = ("small_tensors", "vit_b16", "one_tensor", "tinyllama_bf16")
@@ -37,20 +42,20 @@ PRESETS = {
     ("cpu", True): Preset(
         ("net", "mlp", "small_tensors", "resnet50"),
         Effort(rounds=15, seconds=1.0),
-        _NOT_COMPILED | {("resnet50", "value"): _NOT_QUICK},
+        _NOT_COMPILED | {("resnet50", mode): _NOT_QUICK for mode in ("value", *COMPILED_MODES)},
         not_stepped=("small_tensors",),
     ),
     ("cuda", False): Preset(
         DEVICE_CASES["cuda"],
         Effort(rounds=50, seconds=3.0),
-        _NOT_COMPILED,
+        _NOT_COMPILED_ON_CUDA,
         not_stepped=_NOT_STEPPED_ON_CUDA,
         compile_seconds=200.0,
     ),
     ("cuda", True): Preset(
         ("small_tensors", "resnet50", "one_tensor", "tinyllama_bf16"),
         Effort(rounds=20, seconds=1.0),
-        _NOT_COMPILED | {(case, "value"): _NOT_QUICK for case in DEVICE_CASES["cuda"]},
+        _NOT_COMPILED_ON_CUDA | {(case, "value"): _NOT_QUICK for case in DEVICE_CASES["cuda"]},
         not_stepped=_NOT_STEPPED_ON_CUDA,
         not_raced={COMBO_LOOP.name: _NOT_QUICK, COOPERATIVE_LOOP.name: _NOT_QUICK},
         compile_seconds=70.0,

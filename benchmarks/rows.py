@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 #: ours; peer: another way to the same result; limit: what the machine can do, or the step without a penalty.
 Role = Literal["ours", "peer", "limit"]
 
 #: value: no gradient wanted. value_and_grad: outside of autograd, into fresh memory. fresh, present: forward and
 #: backward with `.grad` None, whose freeing is timed too, and with a `.grad` to add to. norm_value, norm_fresh: value
-#: and fresh of a sum of norms. prox: the proximal step, in place. step: an optimizer's step.
-Mode = Literal["value", "value_and_grad", "fresh", "present", "norm_value", "norm_fresh", "prox", "step"]
-MODES: tuple[Mode, ...] = ("value", "value_and_grad", "fresh", "present", "norm_value", "norm_fresh", "prox", "step")
+#: and fresh of a sum of norms. prox: the proximal step, in place. step: an optimizer's step. compiled_fresh,
+#: compiled_present: fresh and present of a task's loss with a penalty, all of it compiled.
+Mode = Literal[
+    "value",
+    "value_and_grad",
+    "fresh",
+    "present",
+    "norm_value",
+    "norm_fresh",
+    "prox",
+    "step",
+    "compiled_fresh",
+    "compiled_present",
+]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+#: The modes in which everything is compiled, by torch.compile.
+COMPILED_MODES: tuple[Mode, ...] = ("compiled_fresh", "compiled_present")
 
 #: The family of the calls that a CUDA graph replays.
 CUDA_GRAPH = "CUDA graph"
@@ -27,6 +42,8 @@ PASSES: dict[Mode, int] = {
     "norm_value": 1,
     "norm_fresh": 3,  # the norms must be known before the first gradient
     "prox": 2,
+    "compiled_fresh": 2,
+    "compiled_present": 3,
 }
 
 

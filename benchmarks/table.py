@@ -25,6 +25,8 @@ MODE_TITLES = {
     "norm_fresh": "sum of norms, forward + backward",
     "prox": "proximal step",
     "step": "optimizer step",
+    "compiled_fresh": "compiled training step, .grad None",
+    "compiled_present": "compiled training step, .grad present",
 }
 
 #: Of what the limits of the machine bound.

@@ -13,15 +13,16 @@ import torch
 from benchmarks import machine
 from benchmarks.cases import CASES, Case
 from benchmarks.checks import Errors, Strengths, WrongResultError
+from benchmarks.compiled_steps import compiled_step_candidates
 from benchmarks.compiling import CompileBudget
 from benchmarks.devices import Device
 from benchmarks.norms import norm_candidates
 from benchmarks.optimizers import step_candidates
-from benchmarks.peers import PEERS, Peer, peers_of
+from benchmarks.peers import COMPILED_LOOP, PEERS, Peer, peers_of
 from benchmarks.penalties import Problem, clear, penalty_candidates
 from benchmarks.proximal import prox_candidates
 from benchmarks.race import Candidate, Contender, Effort, Timing, race
-from benchmarks.rows import Absent, Circumstances, Costs, Mode, Record, Row, UnavailableError
+from benchmarks.rows import COMPILED_MODES, Absent, Circumstances, Costs, Mode, Record, Row, UnavailableError
 
 #: An elastic net.
 STRENGTHS = Strengths(l1=1e-4, l2=1e-3)
@@ -77,6 +78,8 @@ class Measurement:
             WrongResultError: an implementation does not compute the penalty, or ours breaks the contract.
         """
         problem = self._problem_of(case)
+        if mode in COMPILED_MODES and (case.name, mode) in self._plan.not_compiled:
+            return [Absent(case.name, mode, COMPILED_LOOP.name, self._plan.not_compiled[case.name, mode])]
         peers = [peer for peer in map(PEERS.__getitem__, self._plan.peers) if mode in peer.modes]
         skipped = {peer.name: reason for peer in peers if (reason := self._plan.reason_to_skip(peer, case, mode))}
         peers = [peer for peer in peers if peer.name not in skipped]
@@ -144,6 +147,8 @@ def reason_of(error: Exception) -> str:
 
 
 def _candidates(problem: Problem, mode: Mode, peers: Sequence[Peer]) -> list[Candidate]:
+    if mode in COMPILED_MODES:
+        return compiled_step_candidates(problem, mode, [peer.name for peer in peers])
     if mode == "step":
         return step_candidates(problem.params)
     if mode == "prox":
