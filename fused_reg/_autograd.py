@@ -4,7 +4,7 @@ Two ways lead to the same numbers:
 
 - `penalty` is the fast one, for constant strengths: one launch in the forward computes value and gradients, and the
   backward hands them over. With ``l2_norm``, and in compiled code, the forward computes the value (and the norms), and
-  one launch in the backward the gradients.
+  one launch in the backward the gradients. In compiled code a short list is merged with the model (`_merged`).
 - `composed_penalty` is the general one (`_composed`), for strengths that require grad and for ``torch.func``. The fast
   one falls back on it for higher derivatives.
 """
@@ -24,6 +24,7 @@ from torch.compiler import is_compiling
 from fused_reg import _ops
 from fused_reg._arguments import Strengths
 from fused_reg._composed import composed_penalty, gradient, group_count, rows_of, scattered, table_of
+from fused_reg._merged import is_short, short_penalty
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -42,6 +43,8 @@ def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | N
         return _ops.penalty(params, *strengths)
     if strengths.requires_grad:
         return composed_penalty(params, strengths)
+    if is_short(params, strengths):
+        return short_penalty(params, strengths)
     if strengths.has_norms or is_compiling():
         return _apply_two_launches(strengths, None, *params)
     return _apply_penalty(strengths, *params)

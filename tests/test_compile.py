@@ -6,10 +6,10 @@ from oracle import assert_same_bits
 from samples import draw
 from test_attach import X, filled, loss_of
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
 import fused_reg
-from fused_reg import Regularizer, accumulate_grad_, fused_penalty, prox_, value_and_grad
+from fused_reg import Regularizer, _merged, accumulate_grad_, fused_penalty, prox_, value_and_grad
 from fused_reg._arguments import Strengths
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
@@ -30,6 +30,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.fixture(params=["short", "operators"])
+def form(request, monkeypatch):
+    """The penalty of a short list, on the CPU, as plain operations, and through the operators as that of a long one."""
+    if request.param == "operators":
+        monkeypatch.setattr(_merged, "MOST_TENSORS", 0)
+
+
 def make(device) -> nn.Module:
     return filled(nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 5)).to(device))
 
@@ -38,6 +45,7 @@ def compiled(function, backend="aot_eager", **options):
     return torch.compile(function, backend=backend, fullgraph=True, **options)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("strengths", STRENGTHS, ids=str)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_penalty_in_the_loss(strengths, backend, device):
@@ -72,6 +80,7 @@ def test_functions_outside_of_autograd(strengths, device):
     assert_same_bits(*results)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("group", ["tensor", "row"])
 def test_regularizer(group, device):
     """As penalty of the loss, as gradient and as proximal step, with a schedule."""
@@ -95,6 +104,7 @@ def test_regularizer(group, device):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("form")
 def test_a_new_strength_compiles_nothing(device):
     """Floats, tensors and schedules; a strength that is a constant of the graph would fail after eight."""
     params = [p.detach() for p in make(device).parameters()]
@@ -122,6 +132,7 @@ def test_a_new_strength_compiles_nothing(device):
         assert counter.frame_count <= 2, name  # the second: what was a constant of the graph became an input of it
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("kind", [{}, {"l2_norm": 0.3}, {"l2_norm": 0.3, "group": "row"}], ids=str)
 def test_dynamic_shapes(kind, device):
     """Lists of tensors whose sizes change, and with them where the norms of each begin."""
@@ -136,6 +147,50 @@ def test_dynamic_shapes(kind, device):
     assert counter.frame_count == 1
 
 
+SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, 1e-30, -3e38]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("upstream", [1.0, -0.37])
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("most_summed", [0, 1 << 20])
+def test_a_merged_list_has_the_same_bits(most_summed, special, upstream, backend, device, monkeypatch):
+    """Its gradients; and its value, which is summed in another order but in float64, too, or by the operator."""
+    monkeypatch.setattr(_merged, "_MOST_SUMMED", most_summed)
+    kinds = (
+        {"l1": 0.1, "l2": torch.tensor(0.2)},
+        {"l1": torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)},
+        {"l2": [0.1, 0.2, 0.3]},
+        {"l1": 0.0},
+    )
+    lists = [[draw(shape, device=device, seed=9) for shape in [(37, 50), (301,), (len(SPECIAL), 3)]] for _ in kinds]
+    for params in lists:
+        params[0] = params[0].t()
+        if special:
+            params[2].copy_(torch.tensor(SPECIAL, device=device)[:, None])
+        for p in params[1:]:
+            p.requires_grad_()
+
+    def penalties(lists):
+        return [fused_penalty(params, **strengths) for params, strengths in zip(lists, kinds, strict=True)]
+
+    results = []
+    for function in (penalties, compiled(penalties, backend)):
+        values = function(lists)
+        trained = [p for params in lists for p in params[1:]]
+        results.append([*values, *torch.autograd.grad([upstream * value for value in values], trained)])
+    assert_same_bits(*results)
+
+
+def test_a_long_list_keeps_the_operator(device):
+    """So that it compiles in seconds."""
+    params = [draw((3,), device=device, seed=i).requires_grad_() for i in range(_merged.MOST_TENSORS + 1)]
+    counter = EagerAndRecordGraphs()
+    torch.compile(fused_penalty, backend=counter, fullgraph=True)(params, 0.1, 0.2)
+    assert "fused_reg.penalty" in str([str(m.code) for g in counter.graphs for m in g.modules() if hasattr(m, "code")])
+
+
+@pytest.mark.usefixtures("form")
 def test_inductor_trains(device):
     """A whole training step: model, loss, penalty and backward in one graph, the optimizer's step behind it."""
     results = []
@@ -166,6 +221,7 @@ class Penalized(nn.Module):
         return self.net(x).square().mean() + fused_reg.fused_penalty(self.net.parameters(), l1=0.1, l2=0.2)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict, device):
     module = Penalized(device)
@@ -213,6 +269,10 @@ def calls(params, strengths, device):
         yield "penalty_grad", (upstream, selected, needs_grad, None, (), *strengths)
         given = [torch.empty_like(p).fill_(1) for p in selected]
         yield "rescale_grad_", (upstream, selected, given, needs_grad, *strengths)
+        l1 = _merged._tensor(strengths.l1, strengths.l1_tensor)
+        l2 = _merged._tensor(strengths.l2, strengths.l2_tensor)
+        if all(p.dtype == torch.float32 for p in params) and (l1 is not None or l2 is not None):
+            yield "merged_penalty", (params, l1, l2)
     for rows in (False, True):
         yield "group_norms", (params, rows)
     yield "term_sums", (params,)
