@@ -18,7 +18,7 @@ class Adjustable:
 
     @property
     def step(self) -> int:
-        """How many steps have been counted: the number that schedules get. Set it to go on from a checkpoint that
+        """How many steps have been counted, the number that schedules get. Set it to go on from a checkpoint that
         knows the step alone; the schedules' strengths follow."""
         return self._table.step
 

@@ -44,7 +44,7 @@ class Attachments:
 
 
 class Attachment:
-    """What :meth:`Regularizer.attach` returns; :meth:`remove` detaches, as does leaving a ``with`` block.
+    """What :meth:`.Regularizer.attach` returns; :meth:`remove` detaches, as does leaving a ``with`` block.
 
     The optimizer's hooks keep it alive. It keeps no optimizer alive.
     """
@@ -71,7 +71,7 @@ class Attachment:
 
     @property
     def value(self) -> Tensor | None:
-        """The penalty of the parameters that the optimizer holds: 0-dim, on their device, without a graph or a
+        """The penalty of the parameters that the optimizer holds, 0-dim, on their device, without a graph or a
         synchronization. With mode "grad" that of the last step, before it changed them (None before the first step;
         with a closure: of its last evaluation). With mode "prox" the penalty now: each look is a pass over the
         parameters, because the proximal step itself needs no value."""

@@ -46,7 +46,7 @@ def fused_penalty(
             dimension 0 (a neuron's weights, an output channel); a 0-dim tensor is one row.
 
     Returns:
-        A 0-dim tensor on the first parameter's device: float64 if any parameter is float64, else float32. Parameters
+        A 0-dim tensor on the first parameter's device, float64 if any parameter is float64, else float32. Parameters
         that do not require grad count in the value.
 
     Raises:

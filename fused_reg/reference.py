@@ -75,7 +75,7 @@ def fused_penalty(
         group: likewise.
 
     Returns:
-        A differentiable 0-dim tensor: float64 if any parameter is float64, else float32.
+        A differentiable 0-dim tensor, float64 if any parameter is float64, else float32.
 
     Example:
         >>> import torch

@@ -179,7 +179,7 @@ class Regularizer(Adjustable):
             mode: ``"grad"`` or ``"prox"``.
 
         Returns:
-            An :class:`Attachment`: ``remove()`` detaches (as leaving ``with regularizer.attach(optimizer):`` does),
+            An :class:`.Attachment`; ``remove()`` detaches (as leaving ``with regularizer.attach(optimizer):`` does),
             ``value`` is the last value. A copied or unpickled optimizer is not attached, nor is a copied regularizer.
 
         Raises:
@@ -214,7 +214,7 @@ class Regularizer(Adjustable):
         """The penalty, norm and exact zeros of every parameter and strength group, in a few launches and one transfer.
 
         Returns:
-            A report: ``print`` it for a table; ``rows`` are plain dictionaries, ``scalars()`` tags for TensorBoard.
+            A :class:`.Report`; ``print`` it for a table. Its ``rows`` are dictionaries, its ``scalars()`` for loggers.
 
         Example:
             >>> import torch
