@@ -13,9 +13,9 @@ WERROR ?= 0
 PIP := $(VENV)/bin/python -m pip
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h)
-PY := fused_reg tests benchmarks examples setup.py build_config.py scripts
+PY := fused_reg tests benchmarks examples docs/conf.py setup.py build_config.py scripts
 
-.PHONY: build lint format types pytest ctest cuda-compile cuda-on-host test bench bench-full clean
+.PHONY: build lint format types pytest ctest cuda-compile cuda-on-host docs docs-links test bench bench-full clean
 
 $(VENV)/.environment: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,7 +56,15 @@ cuda-compile: build
 cuda-on-host: build
 	$(RUN) python -m scripts.check_cuda_on_host
 
-test: lint types ctest cuda-compile cuda-on-host pytest
+# The pages, in build/docs. A warning is an error: a link within them that leads nowhere, a name that is not documented.
+docs: build
+	$(RUN) sphinx-build --fail-on-warning --keep-going --quiet --fresh-env -b html -d build/doctrees docs build/docs
+
+# The links that lead out, which need a network.
+docs-links: build
+	$(RUN) sphinx-build --quiet -b linkcheck -d build/doctrees docs build/docs-links
+
+test: lint types ctest cuda-compile cuda-on-host docs pytest
 
 bench: build
 	$(RUN) python -m benchmarks --quick

@@ -1,0 +1,82 @@
+"""What Sphinx needs to know: ``make docs`` builds these pages, and warnings are errors."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.inspect import stringify_signature
+
+import fused_reg
+
+project = "fused_reg"
+author = "the fused_reg authors"
+copyright = f"2026, {author}"
+release = fused_reg.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # formulas without a network
+]
+nitpicky = True
+# What annotations name and no page here describes. The specification names the types of the package.
+nitpick_ignore_regex = [
+    ("py:class", r"torch\..*|Tensor|Module|Optimizer|Iterable|Iterator|Mapping|Sequence|Any|M|Strength|Group")
+]
+default_role = "py:obj"
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+add_module_names = False
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 80
+
+html_theme = "furo"
+html_title = f"fused_reg {release}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_theme_options = {theme: {"code-font-size": "0.76rem"} for theme in ("light_css_variables", "dark_css_variables")}
+html_show_sourcelink = False
+
+# What README.md links to, and is a page here.
+PAGES = {"benchmarks/results/cpu.md": "docs/tables.md"}
+
+
+def prepare_links(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
+    """Local links of an included text as ``:relative-docs: .`` takes them: to a page, or to a file to load."""
+    for file, page in PAGES.items():
+        content[0] = content[0].replace(f"]({file})", f"]({page})")
+    content[0] = re.sub(r"\]\((?!docs/)([\w/.-]+\.md)\)", r"](path:./\1)", content[0])
+    content[0] = re.sub(r"\]\((?![a-z]+:|#|\.)", "](./", content[0])
+
+
+def as_written(
+    app: Sphinx, what: str, name: str, item: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str, str] | None:
+    """Annotations as they stand in the source: the names of types, not what they are aliases of."""
+    if not inspect.isroutine(item) or not signature:
+        return None
+    written = inspect.signature(item)
+    parameters = [p for p in written.parameters.values() if p.name != "self"]
+    arguments, _, result = stringify_signature(written.replace(parameters=parameters)).partition(" -> ")
+    return arguments, result
+
+
+def link_pictures(app: Sphinx, page: nodes.document) -> None:
+    """A picture leads to itself in full size, as Sphinx makes those that have a width."""
+    for picture in page.findall(nodes.image):
+        picture["width"] = "100%"
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("doctree-read", link_pictures)
+    app.connect("include-read", prepare_links)
+    app.connect("autodoc-process-signature", as_written)
