@@ -2,7 +2,7 @@
 signatures, computed in float64, and the loop that people write by hand.
 
 Tests and benchmarks compare with it. The package itself takes it only as what the compiler shall merge with a model
-(`_merged`), and there the tests compare with the kernels.
+(``_merged.py``), and there the tests compare with the kernels.
 """
 
 from __future__ import annotations
