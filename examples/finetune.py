@@ -39,7 +39,7 @@ from huggingface_trainer import RegularizerCallback
 from stopwatch import Stopwatch, times
 
 WEIGHTS_L2, EMBEDDINGS_L2, HEAD_L1, HEAD_L2 = 1e-3, 1e-4, 2e-3, 1e-2  # set in advance, not tuned
-WARM_UP = 20  # steps
+WARM_UP = 30  # steps
 
 NAMES = {"none": "none", "loop": "loop in the loss", "fused": "regularizer() in the loss", "attach": "attached"}
 COLOURS = {"loop": "#E69F00", "fused": "#009E73", "attach": "#0072B2"}  # of Okabe and Ito
@@ -113,9 +113,9 @@ class Sizes(NamedTuple):
     """How much of everything is done."""
 
     pretraining_steps: int = 200
-    steps: int = 80
+    steps: int = 100
     first_rounds: int = 5  # of the stopwatch; not counted
-    rounds: int = 100
+    rounds: int = 80
 
 
 @dataclass
@@ -198,8 +198,15 @@ class Study:
         rounds = self.sizes.first_rounds + self.sizes.rounds
         trainer, _ = self.fine_tuning(rounds * len(NAMES), seed=0)
         regularizer = Regularizer(trainer.model, **PENALTY)
-        in_loss = {"loop": lambda: loop_penalty(trainer.model, trainer.state.global_step), "fused": regularizer}
-        stopwatch = Stopwatch(trainer, in_loss, regularizer, self.advance)
+
+        def loop() -> Tensor:
+            return loop_penalty(trainer.model, trainer.state.global_step)
+
+        def fused() -> Tensor:
+            regularizer.advance()  # which an attached one does by itself
+            return regularizer()
+
+        stopwatch = Stopwatch(trainer, {"loop": loop, "fused": fused}, regularizer, self.advance)
         trainer.add_callback(stopwatch)
         trainer.train()
         return stopwatch.rounds[self.sizes.first_rounds :]
@@ -222,7 +229,7 @@ def draw_losses(loop: Run, attached: Run) -> Figure:
     for axes, series in ((top, "losses"), (middle, "penalties")):
         axes.plot(steps, getattr(loop, series), color=COLOURS["loop"], linewidth=5, label=NAMES["loop"])
         axes.plot(steps, getattr(attached, series), color=COLOURS["attach"], linewidth=1.2, label=NAMES["attach"])
-        axes.legend()
+        axes.legend(loc="upper right" if axes is top else "lower right")
     top.set(ylabel="task loss (cross entropy)", ylim=(0, None), title="One fine-tuning, its penalty computed two ways")
     middle.set(ylabel="penalty", ylim=(0, None))
     lines = (("head, l2", HEAD_L2, "-"), ("head, l1", HEAD_L1, "--"), ("attention and MLP, l2", WEIGHTS_L2, "-."))

@@ -1,0 +1,130 @@
+"""``examples/finetune.py``: the short form runs, and the penalty is the same whichever way it is computed."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+WITHOUT = """
+import runpy, sys
+sys.modules[sys.argv[1]] = None
+sys.path[:0] = sys.argv[2:]
+sys.argv = [sys.argv[3] + "/finetune.py"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+EXTRAS = ("accelerate", "matplotlib", "rich", "sklearn", "transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of their imports
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_back(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def finetune():
+    for package in EXTRAS:
+        pytest.importorskip(package, reason=f"examples/finetune.py needs {package} (pip install fused_reg[examples])")
+    return importlib.import_module("finetune")
+
+
+def test_trains_alike_with_the_loop_and_attached(finetune, tmp_path, capsys):
+    results = finetune.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    assert results["largest_differences"]["task_loss"] == results["largest_differences"]["weight"] == 0
+    assert results["largest_differences"]["penalty"] < 1e-6
+    assert results["accuracy"]["attach"] == results["accuracy"]["loop"]
+    runs = results["seed_0"]
+    assert runs["attach"]["losses"] != runs["none"]["losses"]
+    assert runs["attach"]["losses"][0] == runs["none"]["losses"][0]
+    penalties = runs["attach"]["penalties"]  # the strengths are warming up, and the weights move little
+    assert penalties == pytest.approx([penalties[0] * (i + 1) for i in range(len(penalties))], rel=0.1)
+    assert results["milliseconds"]["none"]["step"] > 0
+    assert results["milliseconds"].keys() == finetune.NAMES.keys()
+
+    assert json.loads((tmp_path / "finetune.json").read_text()) == results
+    for picture in ("finetune-losses.png", "finetune-time.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr()
+    assert "largest differences of attached from loop: task loss 0.0e+00, weight 0.0e+00" in printed.out
+    assert "timing" in printed.err
+    assert "timing" not in printed.out
+
+
+def test_strengths_are_by_layer(finetune):
+    model = finetune.network(seed=0)
+    regularizer = finetune.Regularizer(model, **finetune.PENALTY)
+    names = [name for name, _ in regularizer.named_parameters()]
+    assert names == [name for name, p in model.named_parameters() if p.ndim > 1]
+    assert not any("norm" in name or name.endswith("bias") for name in names)
+    regularizer.step = finetune.WARM_UP
+    strengths = {row["name"]: (row.get("l1"), row.get("l2")) for row in regularizer.report().rows}
+    assert strengths["classifier.weight"] == (finetune.HEAD_L1, finetune.HEAD_L2)
+    assert strengths["vit.embeddings.cls_token"] == (0, finetune.EMBEDDINGS_L2)
+    assert strengths["vit.layers.0.mlp.fc1.weight"] == (0, finetune.WEIGHTS_L2)
+
+
+@pytest.mark.parametrize("step", [0, 7, 29, 30, 1000])
+def test_loop_is_the_same_penalty(finetune, step):
+    """With the same bits of the gradient, at every step of the schedule."""
+    model = finetune.network(seed=1)
+    params = [p for p in model.parameters() if p.ndim > 1]
+    regularizer = finetune.Regularizer(model, **finetune.PENALTY)
+    regularizer.step = step
+    ours, loop = regularizer(), finetune.loop_penalty(model, step)
+    torch.testing.assert_close(ours, loop, rtol=1e-6, atol=0)
+    for a, b in zip(torch.autograd.grad(ours, params), torch.autograd.grad(loop, params), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_computes_in_bfloat16(finetune, tmp_path):
+    study = finetune.Study(finetune.Sizes(1, 1, 0, 1), lambda: None, tmp_path)
+    trainer, _ = study.fine_tuning(1, seed=0)
+    seen = []
+    trainer.model.vit.layers[0].mlp.fc1.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    trainer.train()
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_times_are_paired_by_rounds(finetune):
+    """A machine that becomes slower from round to round, and penalties that add 1 and 2 ms."""
+    rounds = [{"none": t, "loop": t + 0.002, "attach": t + 0.001} for t in (0.01, 0.02, 0.03, 0.04, 0.05)]
+    table = finetune.times(rounds)
+    assert table["loop"]["step"] == pytest.approx(32)
+    assert [table["loop"][what] for what in ("added", "added_low", "added_high")] == pytest.approx([2, 2, 2])
+    assert table["attach"]["added"] == pytest.approx(1)
+    assert table["attach"]["ratio"] == pytest.approx(31 / 30)
+    assert table["none"]["added"] == 0
+
+
+def test_folder_that_cannot_be_written(finetune, tmp_path, monkeypatch):
+    """Said before the training."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(finetune, "Study", None)
+    with pytest.raises(SystemExit, match=r"cannot write to .*file"):
+        finetune.main(["--quick", "--out", str(tmp_path / "file" / "out")])
+
+
+@pytest.mark.parametrize("package", EXTRAS)
+def test_missing_extra(package):
+    """One sentence that names the command, and no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, package, str(ROOT), str(ROOT / "examples")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"finetune.py: needs {package}")
+    assert done.stderr.endswith("; run pip install 'fused_reg[examples]'\n")
+    assert done.stderr.count("\n") == 1
