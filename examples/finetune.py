@@ -38,7 +38,7 @@ with common.extras(), warnings.catch_warnings():
 from huggingface_trainer import RegularizerCallback
 from stopwatch import Stopwatch, times
 
-WEIGHTS_L2, EMBEDDINGS_L2, HEAD_L1, HEAD_L2 = 1e-3, 1e-4, 2e-3, 1e-2  # set in advance, not tuned
+WEIGHTS_L2, EMBEDDINGS_L2, HEAD_L1, HEAD_L2 = 1e-3, 1e-4, 2e-3, 1e-2  # round numbers, not tuned
 WARM_UP = 30  # steps
 
 NAMES = {"none": "none", "loop": "loop in the loss", "fused": "regularizer() in the loss", "attach": "attached"}
