@@ -39,7 +39,7 @@ class Method:
 
     name: str
     strengths: dict[str, float]
-    colour: str  # of Okabe and Ito, who are told apart by everyone
+    colour: str  # of the palette of Okabe and Ito, for the colour-blind, too
     mode: Literal["grad", "prox"] = "grad"
 
 
