@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeGuard
@@ -141,6 +142,7 @@ def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> tuple[tu
 def as_scale(function: str, scale: float | Tensor, params: Sequence[Tensor]) -> tuple[float, Tensor | None]:
     """A factor of gradients, checked: a finite float, or a 0-dim tensor."""
     if isinstance(scale, Tensor):
+        _check_plain(f"{function}: scale", scale)
         if scale.ndim != 0 or not scale.is_floating_point():
             raise ValueError(
                 f"{function}: scale must be a float or a 0-dim floating point tensor, got {scale.dtype} of shape "
@@ -196,7 +198,8 @@ def _as_strength(
 
 def _in_graph(number: float, params: Sequence[Tensor]) -> Tensor:
     """A number as a tensor: in compiled code a float is a constant, and every other one would compile it again."""
-    one = torch.ones((), dtype=torch.float64, device=params[0].device if params else "cpu")
+    device = params[0].device if params and isinstance(params[0], Tensor) else "cpu"
+    one = torch.ones((), dtype=torch.float64, device=device)
     return one * number  # the compiler makes an input of a float only where it meets a tensor in arithmetic
 
 
@@ -217,6 +220,7 @@ def _item_strength(function: str, name: str, item: Any) -> float | Tensor:
 
 
 def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> Tensor:
+    _check_plain(f"{function}: {name}", strength)
     # Its value is not looked at: it may change between calls, and on a GPU a look would wait for the device.
     if strength.layout is not torch.strided or strength.is_nested:
         raise TypeError(f"{function}: {name} must be dense (torch.strided), got {_kind_of(strength)}")
@@ -230,6 +234,18 @@ def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> 
             f"got shape {tuple(strength.shape)}"
         )
     return strength
+
+
+def is_dtensor(p: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(p, module.DTensor)
+
+
+def _check_plain(name: str, tensor: Tensor) -> None:
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name} must be a plain tensor, the same on every process, got a DTensor; use `.full_tensor()`"
+        )
 
 
 def _kind_of(tensor: Tensor) -> str:

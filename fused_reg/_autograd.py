@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 from fused_reg import _ops
 from fused_reg._arguments import Strengths
 from fused_reg._composed import composed_penalty, gradient, group_count, rows_of, scattered, table_of
-from fused_reg._merged import is_short, short_penalty
+from fused_reg._merged import is_short, short_penalty, specified_penalty
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -38,7 +38,7 @@ def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | N
     if measure is not None:
         return _apply_two_launches(strengths, measure, *params)
     if _transforms_active():
-        return composed_penalty(params, strengths)
+        return (specified_penalty if is_compiling() else composed_penalty)(params, strengths)
     if not torch.is_grad_enabled():
         return _ops.penalty(params, *strengths)
     if strengths.requires_grad:

@@ -32,23 +32,24 @@ def is_short(params: Sequence[Tensor], strengths: Strengths) -> bool:
         is_compiling()
         and not strengths.has_norms
         and bool(strengths.l1 or strengths.l2 or strengths.l1_tensor is not None or strengths.l2_tensor is not None)
+        and 0.0 not in strengths.l1 + strengths.l2  # a parameter without a term would have no gradient
         and len(params) <= MOST_TENSORS
         # On a GPU the compiler contracts products and sums, and the gradients would have other bits.
-        and all(p.is_cpu and p.dtype is torch.float32 for p in params)
+        and all(p.is_cpu and p.dtype is torch.float32 and p.layout is torch.strided for p in params)
     )
 
 
 def short_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The differentiable penalty of a list that `is_short`."""
-    return _merged_penalty(
-        params, _tensor(strengths.l1, strengths.l1_tensor), _tensor(strengths.l2, strengths.l2_tensor)
-    )
+    return _merged_penalty(params, strengths.l1, strengths.l2, strengths.l1_tensor, strengths.l2_tensor)
 
 
-def _tensor(floats: tuple[float, ...], tensor: Tensor | None) -> Tensor | None:
-    if tensor is not None or not floats:
-        return tensor
-    return torch.tensor(floats if len(floats) > 1 else floats[0], dtype=torch.float64, device="cpu")
+def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
+    """The penalty of any list as it is specified, for ``torch.func`` in compiled code, where no autograd function may
+    stand. Its gradient is computed in float64."""
+    columns = zip(strengths[:3], strengths[3:6], strict=True)
+    l1, l2, l2_norm = (_column(strength, len(params), torch.float64) for strength in columns)
+    return reference.fused_penalty(params, l1, l2, l2_norm=l2_norm, group="row" if strengths.rows else "tensor")
 
 
 class _ValueFrom(Function):
@@ -63,19 +64,56 @@ class _ValueFrom(Function):
         return None, upstream
 
 
-torch.library.define("fused_reg::merged_penalty", "(Tensor[] params, Tensor? l1, Tensor? l2) -> Tensor")
+torch.library.define(
+    "fused_reg::merged_penalty",
+    "(Tensor[] params, float[] l1, float[] l2, Tensor? l1_tensor, Tensor? l2_tensor) -> Tensor",
+)
 
 
 @torch.library.impl("fused_reg::merged_penalty", "CompositeImplicitAutograd")
-def _decomposition(params: Sequence[Tensor], l1: Tensor | None, l2: Tensor | None) -> Tensor:
+def _decomposition(
+    params: Sequence[Tensor],
+    l1: Sequence[float],
+    l2: Sequence[float],
+    l1_tensor: Tensor | None,
+    l2_tensor: Tensor | None,
+) -> Tensor:
     """The exact value, and the gradient of the loop in float32."""
     constants = [p.detach() for p in params]
-    if sum(p.numel() for p in params) > _MOST_SUMMED:
-        value = _ops.penalty(constants, (), (), (), l1, l2, None, False)
+    sizes = [p.numel() for p in params]
+    if all(type(size) is int for size in sizes) and sum(sizes) > _MOST_SUMMED:  # a dynamic size would be fixed by this
+        value = _ops.penalty(constants, l1, l2, (), l1_tensor, l2_tensor, None, False)
     else:
-        value = reference.fused_penalty(constants, l1, l2)
-    loop = reference.loop(params, l1 if l1 is None else l1.float(), l2 if l2 is None else l2.float())
-    return _ValueFrom.apply(value, loop)  # type: ignore[no-any-return,no-untyped-call]
+        value = reference.fused_penalty(*_by_term(constants, (l1, l1_tensor), (l2, l2_tensor)))
+    return _ValueFrom.apply(value, reference.loop(*_by_term(params, (l1, l1_tensor), (l2, l2_tensor), torch.float32)))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _by_term(
+    params: Sequence[Tensor],
+    l1: tuple[Sequence[float], Tensor | None],
+    l2: tuple[Sequence[float], Tensor | None],
+    dtype: torch.dtype = torch.float64,
+) -> tuple[list[Tensor], list[float | Tensor], list[float | Tensor]]:
+    """The list once for each term, with the other's strengths 0."""
+    columns = [_column(strength, len(params), dtype) for strength in (l1, l2)]
+    none = [0.0] * len(params)
+    lists = [_where_present(params, column) for column in columns]
+    return lists[0] + lists[1], columns[0] + none, none + columns[1]
+
+
+def _column(strength: tuple[Sequence[float], Tensor | None], count: int, dtype: torch.dtype) -> list[float | Tensor]:
+    """One for each parameter."""
+    floats, tensor = strength
+    if tensor is None:
+        return [*floats] * count if len(floats) == 1 else [*floats] or [0.0] * count
+    tensor = tensor.to(dtype)
+    return [tensor] * count if tensor.ndim == 0 else [*tensor.unbind()]
+
+
+def _where_present(params: Sequence[Tensor], strengths: Sequence[float | Tensor]) -> list[Tensor]:
+    """The parameters, zero where a strength turns out to be 0: that drops the term, of infinite weights too."""
+    pairs = zip(params, strengths, strict=True)
+    return [torch.where(s == 0, 0.0, p) if isinstance(s, Tensor) else p for p, s in pairs]
 
 
 _merged_penalty: Callable[..., Tensor] = torch.ops.fused_reg.merged_penalty.default

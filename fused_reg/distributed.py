@@ -12,7 +12,7 @@ one before it where a parameter is also cut between its groups (its rows along o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, compress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from fused_reg import _autograd, _devices, _ops
-from fused_reg._arguments import Strengths, relabelled, strength_at
+from fused_reg._arguments import Strengths, is_dtensor, relabelled, strength_at
 from fused_reg._collectives import gathered, hypot, processes, shared, total
 from fused_reg._composed import composed_penalty, group_count, group_norms, table_of
 
@@ -38,12 +38,7 @@ _Step: TypeAlias = "tuple[tuple[float, ...], Tensor | None]"
 
 def is_sharded(params: Sequence[Any]) -> bool:
     """Whether there is a DTensor among them. Cheap where there is none."""
-    return not _PLAIN.issuperset(map(type, params)) and any(map(_is_dtensor, params))
-
-
-def _is_dtensor(p: Any) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(p, module.DTensor)
+    return not _PLAIN.issuperset(map(type, params)) and any(map(is_dtensor, params))
 
 
 # The functions, for a list that is_sharded.
@@ -52,7 +47,7 @@ def _is_dtensor(p: Any) -> bool:
 def penalty(params: list[Tensor], strengths: Strengths) -> Tensor:
     """The differentiable penalty."""
     shards = list(params)
-    places = [i for i, p in enumerate(params) if _is_dtensor(p)]
+    places = [i for i, p in enumerate(params) if is_dtensor(p)]
     for i, shard in zip(places, _apply(_Shards, *(params[i] for i in places)), strict=True):
         shards[i] = shard
     value = _devices.total([bucket.penalty() for bucket in buckets(params, shards, strengths)], params)
@@ -86,7 +81,7 @@ def accumulate_grad_(
     for p, shard in zip(params, shards, strict=True):
         if shard is not p and p.grad is None and shard.grad is not None:
             p.grad = _laid_out_as(p, shard.grad)
-    increment_version([p.grad for p in params if p.grad is not None and _is_dtensor(p.grad)])
+    increment_version([p.grad for p in params if p.grad is not None and is_dtensor(p.grad)])
     return value
 
 
@@ -97,7 +92,23 @@ def prox_(
     """The proximal step, with a function that takes it for the shards of a bucket."""
     for bucket in buckets(params, shards_of(params), strengths):
         bucket.prox_(on_shards, step)
-    increment_version([p for p in params if _is_dtensor(p)])
+    increment_version([p for p in params if is_dtensor(p)])
+
+
+def check_not_replaced(module: torch.nn.Module, params: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises where a module has other parameters by now: DTensors in the place of these, or cut in more dimensions.
+    (Between its forward and its backward ``fully_shard`` shows those that it has gathered, which are cut in fewer.)"""
+    own = dict(module.named_parameters(remove_duplicate=False)) if "torch.distributed.tensor" in sys.modules else {}
+    for name, p in params:
+        if _cuts(own.get(name)) > _cuts(p):
+            raise RuntimeError(
+                f"Regularizer: {name!r} has been replaced by a DTensor; build the Regularizer after fully_shard and "
+                "parallelize_module, as the optimizer"
+            )
+
+
+def _cuts(p: Any) -> int:
+    return p.device_mesh.ndim if is_dtensor(p) else 0
 
 
 # Shards.
@@ -106,7 +117,7 @@ def prox_(
 def shards_of(params: list[Tensor]) -> list[Tensor]:
     """What this process holds of each: of a DTensor its shard, outside of autograd."""
     with torch.no_grad():
-        return [p.to_local() if _is_dtensor(p) else p for p in params]  # type: ignore[attr-defined]
+        return [p.to_local() if is_dtensor(p) else p for p in params]  # type: ignore[attr-defined]
 
 
 def check_distinct(params: list[Tensor]) -> None:
@@ -114,7 +125,7 @@ def check_distinct(params: list[Tensor]) -> None:
     other processes would wait for the rest."""
     seen: dict[int, int] = {}
     for i, p in enumerate(params):
-        if _is_dtensor(p) and seen.setdefault(id(p), i) != i:
+        if is_dtensor(p) and seen.setdefault(id(p), i) != i:
             raise ValueError(f"params[{i}] must not share memory with params[{seen[id(p)]}]")
 
 
@@ -122,7 +133,7 @@ def check_distinct(params: list[Tensor]) -> None:
 def with_grads(params: list[Tensor]) -> list[Tensor]:
     """The same, with the shards of ``.grad`` in theirs."""
     check_distinct(params)
-    return [_with_grad(i, p) if _is_dtensor(p) else p for i, p in enumerate(params)]
+    return [_with_grad(i, p) if is_dtensor(p) else p for i, p in enumerate(params)]
 
 
 def _with_grad(i: int, p: Any) -> Tensor:
@@ -130,7 +141,7 @@ def _with_grad(i: int, p: Any) -> Tensor:
     if p.requires_grad and not p.is_leaf:
         raise ValueError(f"params[{i}] must be a leaf, as a parameter is, got the result of {p.grad_fn}")
     if p.requires_grad and p.grad is not None:
-        if not _is_dtensor(p.grad):
+        if not is_dtensor(p.grad):
             raise ValueError(f"params[{i}].grad must be a DTensor as its parameter is, got {type(p.grad).__name__}")
         if p.grad.placements != p.placements:  # tensor parallel layers leave sums that are pending
             p.grad = p.grad.redistribute(p.device_mesh, p.placements)
@@ -162,7 +173,7 @@ def _layout_of(p: Any) -> _Layout:
 
 def _laid_out_as(p: Tensor, shard: Tensor) -> Tensor:
     """The DTensor that is cut as a parameter and has this shard; for no DTensor the shard."""
-    return _layout_of(p).of(shard) if _is_dtensor(p) else shard
+    return _layout_of(p).of(shard) if is_dtensor(p) else shard
 
 
 class _Shards(Function):
@@ -190,7 +201,7 @@ class _Plain(Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Tensor:
-        return upstream.full_tensor() if _is_dtensor(upstream) else upstream  # type: ignore[no-any-return]
+        return upstream.full_tensor() if is_dtensor(upstream) else upstream  # type: ignore[no-any-return]
 
 
 def _apply(function: type[Function], *args: Any) -> Any:
@@ -209,7 +220,7 @@ def buckets(params: list[Tensor], shards: list[Tensor], strengths: Strengths) ->
 
 def _cut_of(i: int, p: Any, strengths: Strengths) -> tuple[Any, Any]:
     """The processes over which groups of ``l2_norm`` of a parameter are cut, and those over which the rest is."""
-    if not _is_dtensor(p):
+    if not is_dtensor(p):
         return None, None
     mesh = p.device_mesh
     if mesh.get_coordinate() is None:

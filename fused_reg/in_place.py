@@ -85,7 +85,10 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
         return torch.zeros((), dtype=torch.float32, device="cpu")
     if distributed.is_sharded(tensors):
         shards = _checked_shards(name, tensors, strengths, factor)
-        return distributed.accumulate_grad_(partial(accumulate, name), tensors, shards, strengths, factor)
+        try:
+            return distributed.accumulate_grad_(partial(accumulate, name), tensors, shards, strengths, factor)
+        except Exception as error:
+            raise_explained(name, tensors, error)
     try:
         modes, grads = _grads_of(tensors)
         missing = [p for p, mode in zip(tensors, modes, strict=True) if mode == _WRITE] if _WRITE in modes else []
@@ -252,7 +255,10 @@ def shrink(
         return
     if distributed.is_sharded(tensors):
         check_writable(name, tensors, strengths, step)
-        return distributed.prox_(partial(shrink, name), tensors, strengths, step)
+        try:
+            return distributed.prox_(partial(shrink, name), tensors, strengths, step)
+        except Exception as error:
+            raise_explained(name, tensors, error)
     try:
         try:
             _ops.prox_(tensors, *step, None, (), *strengths)

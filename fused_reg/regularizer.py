@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from fused_reg import distributed
 from fused_reg._adjustable import Adjustable
 from fused_reg._arguments import Group, is_number
 from fused_reg._attach import Attachment, Attachments, Mode
@@ -117,9 +120,19 @@ class Regularizer(Adjustable):
         self._table = Table(choice.of(candidates_of(params)))
         self._whole = Part(self._table, self._table.entries)
         self._attachments = Attachments()
+        self._unchecked = weakref.ref(params) if isinstance(params, Module) else None
+
+    def _check_params(self) -> None:
+        """At the first call: what cuts a module's parameters replaces them, and these would have no part in it."""
+        if is_compiling() or self._unchecked is None:
+            return
+        module, self._unchecked = self._unchecked(), None
+        if module is not None:
+            distributed.check_not_replaced(module, self.named_parameters())
 
     def __call__(self) -> Tensor:
         """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
+        self._check_params()
         return self._whole.penalty()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -135,6 +148,7 @@ class Regularizer(Adjustable):
         Returns:
             The penalty, not scaled, without a graph.
         """
+        self._check_params()
         return self._whole.accumulate_grad_(scale)
 
     def prox_(self, step: float | Tensor) -> None:
@@ -146,6 +160,7 @@ class Regularizer(Adjustable):
         if not is_number(step) and not (isinstance(step, Tensor) and step.ndim == 0):
             got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
             raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
+        self._check_params()
         self._whole.prox_(step)
 
     def attach(self, optimizer: Optimizer, mode: Mode = "grad") -> Attachment:
@@ -225,6 +240,7 @@ class Regularizer(Adjustable):
               w             3                         6     5  1 (33.3 %)
             total           3                         6     5  1 (33.3 %)
         """
+        self._check_params()
         return report_of(self._table)
 
     def get_config(self) -> dict[str, Any]:
@@ -253,3 +269,4 @@ class Regularizer(Adjustable):
         self._config, self._table = state["config"], state["table"]
         self._whole = Part(self._table, self._table.entries)
         self._attachments = Attachments()
+        self._unchecked = None

@@ -1,5 +1,7 @@
 """torch.compile: every public function in one graph, the same numbers, no second compilation for a new strength."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracle import assert_same_bits
@@ -64,11 +66,12 @@ def test_penalty_in_the_loss(strengths, backend, device):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("strengths", STRENGTHS, ids=str)
-def test_functions_outside_of_autograd(strengths, device):
+def test_functions_outside_of_autograd(strengths, backend, device):
     """The same bits as without a compiler."""
     results = []
-    for wrap in (lambda f: f, compiled):
+    for wrap in (lambda f: f, partial(compiled, backend=backend)):
         net = make(device)
         params = list(net.parameters())
         params[0].grad = draw(params[0].shape, device=device, seed=9)
@@ -161,7 +164,9 @@ def test_a_merged_list_has_the_same_bits(most_summed, special, upstream, backend
         {"l1": 0.1, "l2": torch.tensor(0.2)},
         {"l1": torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)},
         {"l2": [0.1, 0.2, 0.3]},
+        {"l1": [0.1, 0.2, 0.0], "l2": [0.1, 0.0, 0.0]},
         {"l1": 0.0},
+        {},
     )
     lists = [[draw(shape, device=device, seed=9) for shape in [(37, 50), (301,), (len(SPECIAL), 3)]] for _ in kinds]
     for params in lists:
@@ -180,6 +185,70 @@ def test_a_merged_list_has_the_same_bits(most_summed, special, upstream, backend
         trained = [p for params in lists for p in params[1:]]
         results.append([*values, *torch.autograd.grad([upstream * value for value in values], trained)])
     assert_same_bits(*results)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_strength_of_zero_drops_its_term(backend, device):
+    """Of weights that are not finite, too, where the compiler cannot know it."""
+    kinds = (
+        {"l1": 0.1, "l2": torch.tensor([0.1, 0.2, 0.0])},
+        {"l1": torch.tensor(0.0), "l2": [0.2, 0.1, 0.0]},
+        {"l1": 0.1, "l2": torch.tensor(0.0)},
+    )
+    params = [draw((37, 50), device=device, seed=1), draw((301,), device=device, seed=2)]
+    params = [p.requires_grad_() for p in (*params, torch.tensor([-torch.inf, 1.0, torch.nan], device=device))]
+
+    def penalties():
+        return [fused_penalty(params, **strengths) for strengths in kinds]
+
+    results = [
+        [(value, *torch.autograd.grad(value, params, retain_graph=True)) for value in function()]
+        for function in (penalties, compiled(penalties, backend))
+    ]
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    assert results[1][1][0].isfinite()
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("form_of_strength", ["one", "per parameter", "norms"])
+def test_strengths_that_require_grad(form_of_strength, device):
+    results = []
+    for wrap in (lambda f: f, compiled):
+        params = list(make(device).parameters())
+        strength = torch.full((len(params),) if form_of_strength == "per parameter" else (), 0.1, requires_grad=True)
+        kind = {"l2_norm" if form_of_strength == "norms" else "l1": strength}
+        value = wrap(lambda ps=params, kind=kind: fused_penalty(ps, l2=0.2, **kind))()
+        value.backward()
+        results.append([value.detach(), strength.grad, *(p.grad for p in params)])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [{"l1": 0.1, "l2": 0.2}, {"l2_norm": 0.3}], ids=str)
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+def test_transforms_inside(transform, kind, device):
+    p = draw((4, 3), device=device)
+    expected = transform(lambda q: fused_penalty([q], **kind))(p)
+    actual = compiled(lambda p: transform(lambda q: fused_penalty([q], **kind))(p))(p)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_penalty_of_activations_is_exported_for_every_batch():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.layer(x).sum() + fused_penalty([self.layer(x)], l1=0.1)
+
+    net, batch = Net(), torch.export.Dim("batch")
+    exported = torch.export.export(net, (torch.ones(5, 3),), dynamic_shapes={"x": {0: batch}}).module()
+    for size in (2, 7):
+        x = draw((size, 3), seed=size)
+        torch.testing.assert_close(exported(x), net(x))
 
 
 def test_a_long_list_keeps_the_operator(device):
@@ -219,6 +288,45 @@ class Penalized(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x).square().mean() + fused_reg.fused_penalty(self.net.parameters(), l1=0.1, l2=0.2)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="torch takes no backward in a graph"
+)
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_backward_inside(backend, device):
+    """Model, loss, penalty and backward in one graph."""
+    results = []
+    for wrap in (lambda f: f, partial(compiled, backend=backend)):
+        net = make(device)
+
+        def step(net=net):
+            loss = loss_of(net) + fused_penalty(net.parameters(), 0.1, 0.2)
+            loss.backward()
+            return loss.detach()
+
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            results.append([wrap(step)(), *(p.grad for p in net.parameters())])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_attached_to_a_compiled_optimizer(mode, device):
+    results = []
+    for wrap in (lambda f: f, torch.compile):
+        net = make(device)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        Regularizer(net, l1=lambda step: 1e-2 * (1 + step)).attach(optimizer, mode)
+        step = wrap(optimizer.step)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(net).backward()
+            step()
+        results.append([p.detach() for p in net.parameters()])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("form")
@@ -269,10 +377,9 @@ def calls(params, strengths, device):
         yield "penalty_grad", (upstream, selected, needs_grad, None, (), *strengths)
         given = [torch.empty_like(p).fill_(1) for p in selected]
         yield "rescale_grad_", (upstream, selected, given, needs_grad, *strengths)
-        l1 = _merged._tensor(strengths.l1, strengths.l1_tensor)
-        l2 = _merged._tensor(strengths.l2, strengths.l2_tensor)
-        if all(p.dtype == torch.float32 for p in params) and (l1 is not None or l2 is not None):
-            yield "merged_penalty", (params, l1, l2)
+        if all(p.dtype == torch.float32 for p in params):
+            l1, l2, _, l1_tensor, l2_tensor, *_ = strengths
+            yield "merged_penalty", (params, l1, l2, l1_tensor, l2_tensor)
     for rows in (False, True):
         yield "group_norms", (params, rows)
     yield "term_sums", (params,)

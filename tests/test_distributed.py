@@ -309,7 +309,7 @@ def test_composes(check, world):
 
 def check_errors() -> None:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Partial, Shard, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     first = nn.Parameter(torch.ones(3))
@@ -333,6 +333,14 @@ def check_errors() -> None:
     if dist.get_rank() > 0:
         with pytest.raises(ValueError, match=r"params\[1\] must be on a mesh with this process"):
             fused_penalty([first, elsewhere])
+        with pytest.raises(ValueError, match=r"accumulate_grad_: params\[1\] must be on a mesh with this process"):
+            accumulate_grad_([first, elsewhere])
+        with pytest.raises(ValueError, match=r"prox_: params\[1\] must be on a mesh with this process"):
+            prox_([first, elsewhere], step=0.1)
+    strength = DTensor.from_local(torch.tensor(0.1), mesh, [Replicate()])
+    fails([first, second], TypeError, "l1 must be a plain tensor, .* got a DTensor; use `.full_tensor", l1=strength)
+    with pytest.raises(TypeError, match=r"accumulate_grad_: scale must be a plain tensor"):
+        accumulate_grad_([first, second], l1=0.1, scale=strength)
     with pytest.raises(ValueError, match=r"params\[1\] must not share memory with params\[0\]"):
         accumulate_grad_([second, second])
     with pytest.raises(ValueError, match=r"params\[1\] must not share memory with params\[0\]"):

@@ -212,6 +212,35 @@ def test_training_with_tensor_parallel(world, shards):
     ranks(world).run(check_tensor_parallel, shards)
 
 
+def check_parameters_replaced() -> None:
+    """By tensor parallel, by fully_shard, and by fully_shard after tensor parallel."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    calls = (
+        lambda r: r(),
+        lambda r: r.accumulate_grad_(),
+        lambda r: r.prox_(0.1),
+        lambda r: r.report(),
+    )
+    for call in calls:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("dp", "tp"))
+        net = Net(True, 12)
+        before, between = Regularizer(net, l1=0.1), Regularizer(tensor_parallel(net, mesh["tp"]), l1=0.1)
+        sharded(net, mesh["dp"])
+        after = Regularizer(net, l1=0.1)
+        for stale in (before, between):
+            with pytest.raises(RuntimeError, match=r"Regularizer: '.*' has been replaced by a DTensor; build the"):
+                call(stale)
+        loss = loss_of(net, own_rows())  # the root shows what it has gathered
+        call(after)
+        loss.backward()
+        call(Regularizer(net, l1=0.1))
+
+
+def test_parameters_replaced_behind_a_regularizer():
+    ranks(2).run(check_parameters_replaced)
+
+
 def check_accumulation() -> None:
     """The penalty once for each step, whatever the micro-batches; the gradients reduced each time, or once."""
     for penalize in ("composed", "accumulate", "grad"):
