@@ -1,0 +1,64 @@
+"""``examples/path.py`` finds scikit-learn's coefficients, and its zeros."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NEEDS = "examples/path.py needs it (pip install fused_reg[examples])"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    for package in ("matplotlib", "rich", "sklearn"):
+        pytest.importorskip(package, reason=NEEDS)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    return importlib.import_module("path")
+
+
+def test_path_is_that_of_scikit_learn(example, tmp_path, capsys):
+    results = example.main(["--quick", "--strengths", "8", "--seeds", "1", "--out", str(tmp_path)])
+    for title in ("Lasso", "elastic net"):
+        whole, (sample,) = results["all patients"][title], results["bootstrap"][title]
+        for run in (whole, sample):
+            assert run["largest_difference"] < 1e-6  # of coefficients up to 30
+            assert run["same_zeros"] == 8
+            assert max(run["violation"], run["sklearn_violation"]) < 1e-8
+        assert whole["steps"] < whole["steps_cold"]
+    assert (tmp_path / "path-coefficients.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "path.json").read_text()) == results
+    assert "microseconds of a proximal step" in capsys.readouterr().out
+
+
+def test_path_begins_where_every_coefficient_is_zero(example):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, dtype=torch.float64, generator=generator)
+    problem = example.Problem(x, x @ torch.tensor([3.0, 0.0, -1.0, 0.5], dtype=torch.float64))
+    alphas = problem.alphas(0.5, 5)
+    w, _ = example.path(problem, alphas, 0.5)
+    assert not w[:, 0].any()
+    assert w[:, 1].any()
+    assert example.violation(problem, w, alphas, 0.5) < 1e-10
+    assert example.violation(problem, w + 1e-3, alphas, 0.5) > 1e-4
+
+
+def test_a_folder_that_cannot_be_written_is_said_first(example, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"cannot write to .*file/out: Not a directory"):
+        example.main(["--out", str(tmp_path / "file" / "out")])
+
+
+def test_a_missing_package_is_one_sentence():
+    code = "import sys, runpy; sys.modules['sklearn'] = None; sys.argv = ['path.py']; runpy.run_path('path.py')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("path.py: needs sklearn")
+    assert done.stderr.endswith("; run pip install 'fused_reg[examples]'\n")
