@@ -19,9 +19,8 @@ def extras() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"{Path(sys.argv[0]).name}: needs {error.name}; run pip install 'fused_reg[examples]'"
-        ) from None
+        package = (error.name or "a package").partition(".")[0]
+        raise SystemExit(f"{Path(sys.argv[0]).name}: needs {package}; run pip install 'fused_reg[examples]'") from None
 
 
 def parser(description: str, name: str, seeds: int = 5) -> argparse.ArgumentParser:

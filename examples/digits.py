@@ -12,11 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from sklearn.datasets import load_digits
+from common import extras
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fused_reg import fused_penalty
+
+with extras():
+    from sklearn.datasets import load_digits
 
 L2 = 1e-3
 
