@@ -192,9 +192,10 @@ def test_a_folder_that_cannot_be_written(tune, tmp_path, monkeypatch):
         tune.main(["--quick", "--out", str(tmp_path / "file" / "out")])
 
 
-@pytest.mark.parametrize("package", ["optuna", "sklearn.datasets"])
-def test_a_missing_package(tune, package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
+@pytest.mark.parametrize("module", ["optuna", "sklearn.datasets"])
+def test_a_missing_package(tune, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "tune")
+    package, _, _ = module.partition(".")
     with pytest.raises(SystemExit, match=rf"needs {package}; run pip install 'fused_reg\[examples\]'"):
         importlib.import_module("tune")
