@@ -46,9 +46,10 @@ def is_sharded(params: Sequence[Any]) -> bool:
 
 def penalty(params: list[Tensor], strengths: Strengths) -> Tensor:
     """The differentiable penalty."""
-    shards = list(params)
-    places = [i for i, p in enumerate(params) if is_dtensor(p)]
-    for i, shard in zip(places, _apply(_Shards, *(params[i] for i in places)), strict=True):
+    shards = shards_of(params)
+    places = [i for i, p in enumerate(params) if is_dtensor(p) and p.requires_grad]
+    trained = _apply(_Shards, *(params[i] for i in places)) if places else ()
+    for i, shard in zip(places, trained, strict=True):
         shards[i] = shard
     value = _devices.total([bucket.penalty() for bucket in buckets(params, shards, strengths)], params)
     return _apply(_Plain, value)  # type: ignore[no-any-return]

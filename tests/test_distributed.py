@@ -277,6 +277,13 @@ def check_modes() -> None:
     value.backward()
     assert_same_bits([value], [expected])
     assert [p.grad is None for p in some] == [i > 0 for i in range(len(some))]
+    with torch.inference_mode():
+        frozen = [p.detach() for p in layouts()[0][1:]]
+    value = fused_penalty([some[0], *frozen], 0.1)
+    some[0].grad = None
+    value.backward()
+    assert_same_bits([value], [expected])
+    assert some[0].grad is not None
     value = fused_penalty(some, l2=0.1)
     with torch.no_grad():
         some[0].mul_(2)
