@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from benchmarks.cases import DEVICE_CASES
+from benchmarks.cases import CASES, DEVICE_CASES
 from benchmarks.peers import COMBO_LOOP, COOPERATIVE_LOOP
 from benchmarks.race import Effort
 from benchmarks.rows import COMPILED_MODES, MODES, Mode
@@ -29,9 +29,7 @@ _NOT_COMPILED: dict[tuple[str, Mode], str] = {("small_tensors", mode): _MINUTES 
 _NOT_QUICK = "is not in --quick"
 _ON_CPU = "has its compiled training step measured on a CPU only: --compile-all"
 
-_NOT_COMPILED_ON_CUDA = _NOT_COMPILED | {
-    (case, mode): _ON_CPU for case in DEVICE_CASES["cuda"] for mode in COMPILED_MODES
-}
+_NOT_COMPILED_ON_CUDA = _NOT_COMPILED | {(case, mode): _ON_CPU for case in CASES for mode in COMPILED_MODES}
 
 # A bfloat16 parameter moves by less than its rounding: a step of it cannot be checked.
 _NOT_STEPPED_ON_CUDA = ("small_tensors", "vit_b16", "one_tensor", "tinyllama_bf16")

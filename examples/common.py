@@ -19,7 +19,7 @@ def extras() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or "a package").partition(".")[0]
+        package = (error.name or "a package").partition(".")[0].replace("sklearn", "scikit-learn")
         raise SystemExit(f"{Path(sys.argv[0]).name}: needs {package}; run pip install 'fused_reg[examples]'") from None
 
 

@@ -35,6 +35,7 @@ with common.extras():
     from rich.progress import Progress
     from scipy.stats import t as student
     from sklearn.datasets import load_digits
+    from sqlalchemy.exc import SQLAlchemyError
 
 LOW, HIGH = 1e-5, 1e-1  # of both strengths
 CHECK = 25  # steps from one look at the validation set to the next
@@ -317,7 +318,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)  # a network this small only waits for a second thread
     seeds, budget = (min(options.seeds, 2), Budget(3, 50)) if options.quick else (options.seeds, Budget(5, 100))
 
-    storage = optuna.storages.RDBStorage(f"sqlite:///{out / 'tune.db'}")
+    file = out / "tune.db"
+    try:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
+    except (SQLAlchemyError, optuna.exceptions.OptunaError):
+        raise SystemExit(f"tune.py: {file} is not a study; remove it to search anew") from None
     try:
         studies = search_all(seeds, budget, storage)
     except KeyboardInterrupt:
@@ -329,7 +334,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = {"seeds": seeds, "trials": budget.trials, "steps": budget.steps, "cpu_seconds": seconds}
     common.save_results(out, "tune", settings | {"results": results})
 
-    print(f"digits, {budget.trials} trials for each search, {seeds} seeds (mean ± sd), {seconds:.0f} s of one core\n")
+    print(
+        f"digits, {budget.trials} trials for each search, {seeds} seeds (mean ± sd), {seconds:.0f} s of one core in this run\n"
+    )
     print_table(results)
     print(f"\npictures, numbers and studies: {out}")
     return results

@@ -125,6 +125,6 @@ def test_missing_extra(package):
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith(f"finetune.py: needs {package}")
+    assert done.stderr.startswith(f"finetune.py: needs {package.replace('sklearn', 'scikit-learn')}")
     assert done.stderr.endswith("; run pip install 'fused_reg[examples]'\n")
     assert done.stderr.count("\n") == 1

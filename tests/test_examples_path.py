@@ -60,5 +60,5 @@ def test_a_missing_package_is_one_sentence():
         [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("path.py: needs sklearn")
+    assert done.stderr.startswith("path.py: needs scikit-learn")
     assert done.stderr.endswith("; run pip install 'fused_reg[examples]'\n")

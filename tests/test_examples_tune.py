@@ -192,10 +192,21 @@ def test_a_folder_that_cannot_be_written(tune, tmp_path, monkeypatch):
         tune.main(["--quick", "--out", str(tmp_path / "file" / "out")])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_that_is_no_study(tune, tmp_path):
+    (tmp_path / "tune.db").write_text("garbage" * 100)
+    with pytest.raises(SystemExit, match=r"tune.db is not a study; remove it to search anew"):
+        tune.main(["--quick", "--out", str(tmp_path)])
+    assert (tmp_path / "tune.db").read_text().startswith("garbage")
+
+
 @pytest.mark.parametrize("module", ["optuna", "sklearn.datasets"])
 def test_a_missing_package(tune, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "tune")
     package, _, _ = module.partition(".")
-    with pytest.raises(SystemExit, match=rf"needs {package}; run pip install 'fused_reg\[examples\]'"):
+    with pytest.raises(
+        SystemExit,
+        match=rf"needs {package.replace('sklearn', 'scikit-learn')}; run pip install 'fused_reg\[examples\]'",
+    ):
         importlib.import_module("tune")

@@ -104,5 +104,8 @@ def test_a_missing_package(weights, module, monkeypatch):
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.delitem(sys.modules, "weights")
     package, _, _ = module.partition(".")
-    with pytest.raises(SystemExit, match=rf"needs {package}; run pip install 'fused_reg\[examples\]'"):
+    with pytest.raises(
+        SystemExit,
+        match=rf"needs {package.replace('sklearn', 'scikit-learn')}; run pip install 'fused_reg\[examples\]'",
+    ):
         importlib.import_module("weights")
