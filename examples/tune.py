@@ -334,9 +334,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = {"seeds": seeds, "trials": budget.trials, "steps": budget.steps, "cpu_seconds": seconds}
     common.save_results(out, "tune", settings | {"results": results})
 
-    print(
-        f"digits, {budget.trials} trials for each search, {seeds} seeds (mean ± sd), {seconds:.0f} s of one core in this run\n"
-    )
+    print(f"digits, {budget.trials} trials for each search, {seeds} seeds (mean ± sd)")
+    print(f"{seconds:.0f} s of one core in this run\n")
     print_table(results)
     print(f"\npictures, numbers and studies: {out}")
     return results
