@@ -43,9 +43,9 @@ def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | N
         return _ops.penalty(params, *strengths)
     if strengths.requires_grad:
         return composed_penalty(params, strengths)
-    if is_short(params, strengths):
-        return short_penalty(params, strengths)
     if strengths.has_norms or is_compiling():
+        if is_short(params, strengths):
+            return short_penalty(params, strengths)
         return _apply_two_launches(strengths, None, *params)
     return _apply_penalty(strengths, *params)
 

@@ -123,12 +123,13 @@ class Regularizer(Adjustable):
         self._unchecked = weakref.ref(params) if isinstance(params, Module) else None
 
     def _check_params(self) -> None:
-        """At the first call: what cuts a module's parameters replaces them, and these would have no part in it."""
+        """Until a call has passed: what cuts a module replaces its parameters, and these would have no part in it."""
         if is_compiling() or self._unchecked is None:
             return
-        module, self._unchecked = self._unchecked(), None
+        module = self._unchecked()
         if module is not None:
             distributed.check_not_replaced(module, self.named_parameters())
+        self._unchecked = None
 
     def __call__(self) -> Tensor:
         """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""

@@ -1,26 +1,69 @@
 """The examples run, in a short form, and show what they say."""
 
-import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from loaded_examples import EXAMPLES, PACKAGES, loaded
 
-ROOT = Path(__file__).parents[1]
+ROOT = EXAMPLES.parent
+
+# Runs an example of which a module is missing.
+WITHOUT = """
+import runpy, sys
+sys.modules[sys.argv[1]] = None
+sys.path[:0] = sys.argv[2:4]
+sys.argv = [sys.argv[4]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    return importlib.import_module
+@pytest.mark.parametrize(
+    ("example", "module"),
+    [
+        *(("finetune", package) for package in PACKAGES["finetune"]),
+        ("digits", "sklearn"),
+        ("path", "sklearn"),
+        ("prune", "matplotlib"),
+        ("tune", "optuna"),
+        ("tune", "sklearn.datasets"),
+        ("weights", "sklearn.datasets"),
+        ("weights", "tensorboard"),
+    ],
+)
+def test_a_missing_package(example, module):
+    """One sentence that names the command, and no traceback."""
+    script = EXAMPLES / f"{example}.py"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, module, str(ROOT), str(EXAMPLES), str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    package = module.partition(".")[0].replace("sklearn", "scikit-learn")
+    assert done.stderr == f"{example}.py: needs {package}; run pip install 'fused_reg[examples]'\n"
 
 
-def test_digits_trains_alike_three_ways(load, capsys):
-    pytest.importorskip("sklearn", reason="examples/digits.py needs scikit-learn (pip install fused_reg[examples])")
-    digits = load("digits")
-    loop, ours, weight_decay = digits.main(["--epochs", "3"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of transformers' imports
+@pytest.mark.parametrize(
+    ("example", "training"),
+    [("finetune", "Study"), ("path", "compare"), ("prune", "train"), ("tune", "fit"), ("weights", "train")],
+)
+def test_a_folder_that_cannot_be_written(example, training, tmp_path, monkeypatch):
+    """Said before the training."""
+    (tmp_path / "file").touch()
+    with loaded(example) as module:
+        monkeypatch.setattr(module, training, None)
+        with pytest.raises(SystemExit, match=r"cannot write to .*file/out: Not a directory"):
+            module.main(["--quick", "--out", str(tmp_path / "file" / "out")])
+
+
+def test_digits_trains_alike_three_ways(capsys):
+    with loaded("digits") as digits:
+        loop, ours, weight_decay = digits.main(["--epochs", "3"])
     assert digits.largest_difference(ours, loop) == 0
     assert 0 < digits.largest_difference(weight_decay, loop) < 1e-5
     assert ours.losses[-1][0] < 0.5

@@ -1,40 +1,18 @@
 """``examples/finetune.py``: the short form runs, and the penalty is the same whichever way it is computed."""
 
-import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-WITHOUT = """
-import runpy, sys
-sys.modules[sys.argv[1]] = None
-sys.path[:0] = sys.argv[2:]
-sys.argv = [sys.argv[3] + "/finetune.py"]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-EXTRAS = ("accelerate", "matplotlib", "rich", "sklearn", "transformers")
+from loaded_examples import loaded
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of their imports
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_back(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def finetune():
-    for package in EXTRAS:
-        pytest.importorskip(package, reason=f"examples/finetune.py needs {package} (pip install fused_reg[examples])")
-    return importlib.import_module("finetune")
+    with loaded("finetune") as module:
+        yield module
 
 
 def test_trains_alike_with_the_loop_and_attached(finetune, tmp_path, capsys):
@@ -104,27 +82,3 @@ def test_times_are_paired_by_rounds(finetune):
     assert table["attach"]["added"] == pytest.approx(1)
     assert table["attach"]["ratio"] == pytest.approx(31 / 30)
     assert table["none"]["added"] == 0
-
-
-def test_folder_that_cannot_be_written(finetune, tmp_path, monkeypatch):
-    """Said before the training."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(finetune, "Study", None)
-    with pytest.raises(SystemExit, match=r"cannot write to .*file"):
-        finetune.main(["--quick", "--out", str(tmp_path / "file" / "out")])
-
-
-@pytest.mark.parametrize("package", EXTRAS)
-def test_missing_extra(package):
-    """One sentence that names the command, and no traceback."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, package, str(ROOT), str(ROOT / "examples")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"finetune.py: needs {package.replace('sklearn', 'scikit-learn')}")
-    assert done.stderr.endswith("; run pip install 'fused_reg[examples]'\n")
-    assert done.stderr.count("\n") == 1

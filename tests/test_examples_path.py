@@ -1,25 +1,16 @@
 """``examples/path.py`` finds scikit-learn's coefficients, and its zeros."""
 
-import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-NEEDS = "examples/path.py needs it (pip install fused_reg[examples])"
+from loaded_examples import loaded
 
 
 @pytest.fixture
-def example(monkeypatch):
-    for package in ("matplotlib", "rich", "sklearn"):
-        pytest.importorskip(package, reason=NEEDS)
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    return importlib.import_module("path")
+def example():
+    with loaded("path") as module:
+        yield module
 
 
 def test_path_is_that_of_scikit_learn(example, tmp_path, capsys):
@@ -46,19 +37,3 @@ def test_path_begins_where_every_coefficient_is_zero(example):
     assert w[:, 1].any()
     assert example.violation(problem, w, alphas, 0.5) < 1e-10
     assert example.violation(problem, w + 1e-3, alphas, 0.5) > 1e-4
-
-
-def test_a_folder_that_cannot_be_written_is_said_first(example, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=r"cannot write to .*file/out: Not a directory"):
-        example.main(["--out", str(tmp_path / "file" / "out")])
-
-
-def test_a_missing_package_is_one_sentence():
-    code = "import sys, runpy; sys.modules['sklearn'] = None; sys.argv = ['path.py']; runpy.run_path('path.py')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("path.py: needs scikit-learn")
-    assert done.stderr.endswith("; run pip install 'fused_reg[examples]'\n")

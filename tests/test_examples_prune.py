@@ -1,25 +1,16 @@
 """``examples/prune.py`` makes channels exactly zero, and cuts them out of the network without changing its outputs."""
 
-import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-NEEDS = "examples/prune.py needs it (pip install fused_reg[examples])"
+from loaded_examples import loaded
 
 
 @pytest.fixture
-def example(monkeypatch):
-    for package in ("matplotlib", "rich", "sklearn"):
-        pytest.importorskip(package, reason=NEEDS)
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    return importlib.import_module("prune")
+def example():
+    with loaded("prune") as module:
+        yield module
 
 
 def test_a_pruned_network_gives_the_same_outputs(example, tmp_path, capsys):
@@ -78,19 +69,3 @@ def test_strongest_are_those_with_the_largest_norms(example):
             layer.weight.copy_(torch.tensor([2.0, 1.0, 3.0])[:, None, None, None].expand_as(layer.weight))
     kept = example.strongest(model, [1, 2, 3])
     assert [mask.tolist() for mask in kept] == [[False, False, True], [True, False, True], [True, True, True]]
-
-
-def test_a_folder_that_cannot_be_written_is_said_first(example, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=r"cannot write to .*file/out: Not a directory"):
-        example.main(["--out", str(tmp_path / "file" / "out")])
-
-
-def test_a_missing_package_is_one_sentence():
-    code = "import sys, runpy; sys.modules['matplotlib'] = None; sys.argv = ['prune.py']; runpy.run_path('prune.py')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("prune.py: needs matplotlib")
-    assert done.stderr.endswith("; run pip install 'fused_reg[examples]'\n")

@@ -1,19 +1,16 @@
 """examples/tune.py: three searches with one budget, on data that the verdict is not from."""
 
-import importlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from loaded_examples import EXAMPLES, loaded, need
 
-ROOT = Path(__file__).parents[1]
-for package in ("matplotlib", "optuna", "rich", "sklearn"):
-    pytest.importorskip(package, reason=f"examples/tune.py needs {package} (pip install fused_reg[examples])")
+need("tune")
 
 import optuna  # noqa: E402
 import torch  # noqa: E402
@@ -23,11 +20,8 @@ BUDGET = (4, 25)  # of the studies here: 16 trials of 25 steps, of which Optuna'
 
 @pytest.fixture(scope="module")
 def tune():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        threads = torch.get_num_threads()
-        yield importlib.import_module("tune")
-        torch.set_num_threads(threads)
+    with loaded("tune") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +157,7 @@ def test_a_killed_process_leaves_its_study(tune, tmp_path):
         for _ in tune.finish(tune.open_study("Optuna", 0, budget, storage), "Optuna", 0, budget):
             pass
     """
-    path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(EXAMPLES.parent), str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], check=False, timeout=300, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -185,28 +179,9 @@ def test_interrupting_the_example_says_how_to_go_on(tune, tmp_path, monkeypatch)
         tune.main(["--quick", "--out", str(tmp_path)])
 
 
-def test_a_folder_that_cannot_be_written(tune, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(tune, "fit", None)
-    with pytest.raises(SystemExit, match=r"cannot write to .*file/out: Not a directory"):
-        tune.main(["--quick", "--out", str(tmp_path / "file" / "out")])
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_that_is_no_study(tune, tmp_path):
     (tmp_path / "tune.db").write_text("garbage" * 100)
     with pytest.raises(SystemExit, match=r"tune.db is not a study; remove it to search anew"):
         tune.main(["--quick", "--out", str(tmp_path)])
     assert (tmp_path / "tune.db").read_text().startswith("garbage")
-
-
-@pytest.mark.parametrize("module", ["optuna", "sklearn.datasets"])
-def test_a_missing_package(tune, module, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "tune")
-    package, _, _ = module.partition(".")
-    with pytest.raises(
-        SystemExit,
-        match=rf"needs {package.replace('sklearn', 'scikit-learn')}; run pip install 'fused_reg\[examples\]'",
-    ):
-        importlib.import_module("tune")

@@ -1,26 +1,15 @@
 """examples/weights.py: what each penalty does to the weights."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-for package in ("matplotlib", "rich", "sklearn", "tensorboard"):
-    pytest.importorskip(package, reason=f"examples/weights.py needs {package} (pip install fused_reg[examples])")
+from loaded_examples import loaded
 
 
 @pytest.fixture(scope="module")
 def weights():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
-        import torch
-
-        threads = torch.get_num_threads()
-        yield importlib.import_module("weights")
-        torch.set_num_threads(threads)
+    with loaded("weights") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -88,24 +77,3 @@ def test_tensorboard_has_the_reports(runs, out):
 def test_the_same_seed_is_the_same_training(weights, runs):
     again = weights.train(weights.METHODS[1], seed=1, epochs=len(runs["L1"][1].history))
     assert again.after.equal(runs["L1"][1].after)
-
-
-def test_a_folder_that_cannot_be_written(weights, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(weights, "train", None)  # not before it is said
-    with pytest.raises(SystemExit, match=r"cannot write to .*file/out: Not a directory"):
-        weights.main(["--quick", "--out", str(tmp_path / "file" / "out")])
-
-
-@pytest.mark.parametrize("module", ["sklearn.datasets", "tensorboard"])
-def test_a_missing_package(weights, module, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    for loaded in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
-        monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.delitem(sys.modules, "weights")
-    package, _, _ = module.partition(".")
-    with pytest.raises(
-        SystemExit,
-        match=rf"needs {package.replace('sklearn', 'scikit-learn')}; run pip install 'fused_reg\[examples\]'",
-    ):
-        importlib.import_module("weights")

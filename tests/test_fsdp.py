@@ -228,7 +228,7 @@ def check_parameters_replaced() -> None:
         before, between = Regularizer(net, l1=0.1), Regularizer(tensor_parallel(net, mesh["tp"]), l1=0.1)
         sharded(net, mesh["dp"])
         after = Regularizer(net, l1=0.1)
-        for stale in (before, between):
+        for stale in (before, between, between):
             with pytest.raises(RuntimeError, match=r"Regularizer: '.*' has been replaced by a DTensor; build the"):
                 call(stale)
         loss = loss_of(net, own_rows())  # the root shows what it has gathered
