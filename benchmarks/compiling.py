@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class Compiled:
         options: Iterable[tuple[str, Any]] = (),
         budget: CompileBudget | None = None,
     ) -> None:
-        self.function = torch.compile(function, fullgraph=True, dynamic=False, options=dict(options) or None)
+        own = _with_own_code(function)
+        self.function = torch.compile(own, fullgraph=True, dynamic=False, options=dict(options) or None)
         self._budget = budget or CompileBudget()
         self._seconds: dict[bool, float] = {}
         self._failures: dict[bool, Exception] = {}
@@ -77,6 +79,14 @@ class Compiled:
                 self._failures[wants_grad] = error
                 raise
         return self._seconds[wants_grad]
+
+
+def _with_own_code(function: Callable[..., Any]) -> FunctionType:
+    """A copy. Dynamo finds what it compiled by the code, and would try that of every other closure of the same."""
+    code = function.__code__.replace()
+    copy = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 @contextmanager
