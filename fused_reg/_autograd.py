@@ -4,7 +4,7 @@ Two ways lead to the same numbers:
 
 - `penalty` is the fast one, for constant strengths: one launch in the forward computes value and gradients, and the
   backward hands them over. With ``l2_norm``, and in compiled code, the forward computes the value (and the norms), and
-  one launch in the backward the gradients. In compiled code a short list is merged with the model (`_merged`).
+  one launch in the backward the gradients. In compiled code a list is merged with the model (`_merged`).
 - `composed_penalty` is the general one (`_composed`), for strengths that require grad and for ``torch.func``. The fast
   one falls back on it for higher derivatives.
 """
@@ -19,12 +19,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.compiler import is_compiling
 
 from fused_reg import _ops
-from fused_reg._arguments import Strengths
+from fused_reg._arguments import PLAIN_TYPES, Strengths
 from fused_reg._composed import composed_penalty, gradient, group_count, rows_of, scattered, table_of
-from fused_reg._merged import is_short, short_penalty, specified_penalty
+from fused_reg._merged import can_merge, merged_penalty, specified_penalty
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -38,16 +37,27 @@ def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | N
     if measure is not None:
         return _apply_two_launches(strengths, measure, *params)
     if _transforms_active():
-        return (specified_penalty if is_compiling() else composed_penalty)(params, strengths)
+        return composed_penalty(params, strengths)
     if not torch.is_grad_enabled():
         return _ops.penalty(params, *strengths)
     if strengths.requires_grad:
         return composed_penalty(params, strengths)
-    if strengths.has_norms or is_compiling():
-        if is_short(params, strengths):
-            return short_penalty(params, strengths)
+    if strengths.has_norms:
         return _apply_two_launches(strengths, None, *params)
     return _apply_penalty(strengths, *params)
+
+
+def traced_penalty(params: Sequence[Tensor], strengths: Strengths, *, are_positive: bool) -> Tensor:
+    """The same, to be traced by a compiler; ``are_positive``: no tensor of strengths has a 0."""
+    if _transforms_active():
+        return specified_penalty(params, strengths)
+    if not torch.is_grad_enabled():
+        return _ops.penalty(params, *strengths)
+    if strengths.requires_grad:
+        return composed_penalty(params, strengths)
+    if can_merge(params, strengths):
+        return merged_penalty(params, strengths, are_positive)
+    return _apply_two_launches(strengths, None, *params)
 
 
 class _Penalty(Function):
@@ -130,9 +140,10 @@ _apply_two_launches: Callable[..., Tensor] = super(Function, _TwoLaunchPenalty).
 def _check_memory(params: Sequence[Tensor]) -> None:
     """`fully_shard` frees the parameters that it has gathered when the loss's backward is done with them. What comes
     later reaches no shard."""
-    if "torch.distributed.fsdp" not in sys.modules or is_compiling():
+    if "torch.distributed.fsdp" not in sys.modules:
         return
-    if any(p.numel() > 0 and p.untyped_storage().size() == 0 for p in params):
+    # Not of a tensor that a compiler traces with: it has none.
+    if any(type(p) in PLAIN_TYPES and p.numel() > 0 and p.untyped_storage().size() == 0 for p in params):
         raise RuntimeError(
             "fused_penalty: a parameter's memory was freed between forward and backward, as fully_shard does in the "
             "loss's backward; take the penalty's backward with the loss's or before it, or take the penalty after it"

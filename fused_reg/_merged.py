@@ -1,47 +1,60 @@
-"""The penalty of a short list in compiled code: an operator that the compiler takes apart, into plain operations, and
-merges with the model's own.
+"""The penalty in compiled code as plain operations, which the compiler merges with the model's own.
 
-Any other operator is a border that nothing is merged across: a gradient that it returns is read again, to be added to
-the model's, and on a few small tensors the calls are what a step costs. The operations are those of the specification
+An operator is a border that nothing is merged across: a gradient that it returns is read again, to be added to the
+model's, and on a few small tensors the calls are what a step costs. The operations are those of the specification
 (`reference`); the gradient has the bits of the kernels', and the value is summed in float64 too, in another order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.compiler import is_compiling
 
 from fused_reg import _ops, reference
 from fused_reg._arguments import Strengths
 
-#: Longer lists take minutes to compile, and win by one call.
-MOST_TENSORS = 16
+#: Of longer lists the compiler takes minutes.
+MOST_TENSORS = 512
+
+# Of lists with more elements, unless they are a few tensors, the operator's gradients are faster: they are in memory
+# that is kept from step to step, and the model's in memory that is used for one after the other.
+_MOST_ELEMENTS = 1 << 26
+_FEW_TENSORS = 16
 
 # In larger ones a call is nothing, and the operator sums faster.
-_MOST_SUMMED = 1 << 20
+_MOST_SUMMED = 1 << 17
 
 
-def is_short(params: Sequence[Tensor], strengths: Strengths) -> bool:
-    """Whether this is compiled code, and the list one for `short_penalty`."""
+def can_merge(params: Sequence[Tensor], strengths: Strengths) -> bool:
+    """Whether a list in compiled code is one for `merged_penalty`."""
     return (
-        is_compiling()
-        and not strengths.has_norms
+        not strengths.has_norms
         and bool(strengths.l1 or strengths.l2 or strengths.l1_tensor is not None or strengths.l2_tensor is not None)
         and 0.0 not in strengths.l1 + strengths.l2  # a parameter without a term would have no gradient
         and len(params) <= MOST_TENSORS
+        and (len(params) <= _FEW_TENSORS or _count(params) <= _MOST_ELEMENTS)
         # On a GPU the compiler contracts products and sums, and the gradients would have other bits.
         and all(p.is_cpu and p.dtype is torch.float32 and p.layout is torch.strided for p in params)
     )
 
 
-def short_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
-    """The differentiable penalty of a list that `is_short`."""
-    return _merged_penalty(params, strengths.l1, strengths.l2, strengths.l1_tensor, strengths.l2_tensor)
+def merged_penalty(params: Sequence[Tensor], strengths: Strengths, are_positive: bool) -> Tensor:
+    """The differentiable penalty of a list that `can_merge`: the exact value, and the gradient of the loop in float32.
+
+    ``are_positive``: no tensor of strengths has a 0."""
+    l1, l2, _, l1_tensor, l2_tensor, *_ = strengths
+    constants = [p.detach() for p in params]
+    if _count(params) > _MOST_SUMMED:
+        value = _ops.penalty(constants, l1, l2, (), l1_tensor, l2_tensor, None, False)
+    else:
+        value = reference.fused_penalty(*_by_term(constants, (l1, l1_tensor), (l2, l2_tensor), are_positive))
+    views = [p.view_as(p) for p in params]
+    terms = _by_term(views, (l1, l1_tensor), (l2, l2_tensor), are_positive, torch.float32)
+    return _ValueFrom.apply(value, reference.loop(*terms))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
@@ -64,41 +77,23 @@ class _ValueFrom(Function):
         return None, upstream
 
 
-torch.library.define(
-    "fused_reg::merged_penalty",
-    "(Tensor[] params, float[] l1, float[] l2, Tensor? l1_tensor, Tensor? l2_tensor) -> Tensor",
-)
-
-
-@torch.library.impl("fused_reg::merged_penalty", "CompositeImplicitAutograd")
-def _decomposition(
-    params: Sequence[Tensor],
-    l1: Sequence[float],
-    l2: Sequence[float],
-    l1_tensor: Tensor | None,
-    l2_tensor: Tensor | None,
-) -> Tensor:
-    """The exact value, and the gradient of the loop in float32."""
-    constants = [p.detach() for p in params]
-    sizes = [p.numel() for p in params]
-    if all(type(size) is int for size in sizes) and sum(sizes) > _MOST_SUMMED:  # a dynamic size would be fixed by this
-        value = _ops.penalty(constants, l1, l2, (), l1_tensor, l2_tensor, None, False)
-    else:
-        value = reference.fused_penalty(*_by_term(constants, (l1, l1_tensor), (l2, l2_tensor)))
-    return _ValueFrom.apply(value, reference.loop(*_by_term(params, (l1, l1_tensor), (l2, l2_tensor), torch.float32)))  # type: ignore[no-any-return,no-untyped-call]
+def _count(params: Sequence[Tensor]) -> int:
+    """Of elements, without those whose number is dynamic: it would be fixed by a comparison."""
+    return sum(size for p in params if type(size := p.numel()) is int)
 
 
 def _by_term(
     params: Sequence[Tensor],
     l1: tuple[Sequence[float], Tensor | None],
     l2: tuple[Sequence[float], Tensor | None],
+    are_positive: bool,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[list[Tensor], list[float | Tensor], list[float | Tensor]]:
     """The list once for each term, with the other's strengths 0."""
     columns = [_column(strength, len(params), dtype) for strength in (l1, l2)]
     none = [0.0] * len(params)
-    lists = [_where_present(params, column) for column in columns]
-    return lists[0] + lists[1], columns[0] + none, none + columns[1]
+    lists = [params if are_positive else _where_present(params, column) for column in columns]
+    return [*lists[0], *lists[1]], columns[0] + none, none + columns[1]
 
 
 def _column(strength: tuple[Sequence[float], Tensor | None], count: int, dtype: torch.dtype) -> list[float | Tensor]:
@@ -114,6 +109,3 @@ def _where_present(params: Sequence[Tensor], strengths: Sequence[float | Tensor]
     """The parameters, zero where a strength turns out to be 0: that drops the term, of infinite weights too."""
     pairs = zip(params, strengths, strict=True)
     return [torch.where(s == 0, 0.0, p) if isinstance(s, Tensor) else p for p, s in pairs]
-
-
-_merged_penalty: Callable[..., Tensor] = torch.ops.fused_reg.merged_penalty.default

@@ -8,41 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg import _autograd, _devices, distributed
-from fused_reg._arguments import Strength, Strengths, as_list, in_graph, raise_explained
-
-_INFINITY = float("inf")
+from fused_reg._arguments import Strengths, as_list, is_dtensor, raise_explained
 
 
 def penalty(params: list[Tensor], strengths: Strengths) -> Tensor:
     """The penalty of a list that is not empty."""
     if is_compiling():
-        return _penalty_in_graph(params, *strengths, False)
+        return penalty_in_graph(params, *strengths, False)
     return _of_any_list(_autograd.penalty, params, strengths)
-
-
-def is_plain(params: object, l1: Strength | None, l2: Strength | None) -> TypeGuard[list[Tensor]]:
-    """Whether there is nothing to convert: a list, and numbers that are not 0."""
-    return (
-        type(params) is list
-        and len(params) > 0
-        and (l1 is not None or l2 is not None)
-        and (l1 is None or (type(l1) is float and 0.0 < l1 < _INFINITY))
-        and (l2 is None or (type(l2) is float and 0.0 < l2 < _INFINITY))
-    )
-
-
-def plain_penalty(params: list[Tensor], l1: Any, l2: Any) -> Tensor:
-    """The penalty of a call that `is_plain`, in compiled code."""
-    l1_tensor = None if l1 is None else in_graph(l1, params)
-    l2_tensor = None if l2 is None else in_graph(l2, params)
-    return _penalty_in_graph(params, (), (), (), l1_tensor, l2_tensor, None, False, True)
 
 
 def _of_any_list(
@@ -69,7 +49,9 @@ torch.library.define(
 def _decomposition(params: list[Tensor], *arguments: Any) -> Tensor:
     *strengths, are_positive = arguments
     traced_penalty = partial(_autograd.traced_penalty, are_positive=are_positive)
+    # Of a DTensor, what was made like it is one, too.
+    strengths = [s.to_local() if is_dtensor(s) else s for s in strengths]
     return _of_any_list(traced_penalty, as_list("fused_penalty", params), Strengths(*strengths))
 
 
-_penalty_in_graph: Callable[..., Tensor] = torch.ops.fused_reg.penalty_in_graph.default
+penalty_in_graph: Callable[..., Tensor] = torch.ops.fused_reg.penalty_in_graph.default

@@ -23,14 +23,12 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from fused_reg import _autograd, _devices, _ops
-from fused_reg._arguments import Strengths, is_dtensor, relabelled, strength_at
+from fused_reg._arguments import PLAIN_TYPES, Strengths, is_dtensor, relabelled, strength_at
 from fused_reg._collectives import gathered, hypot, processes, shared, total
 from fused_reg._composed import composed_penalty, group_count, group_norms, table_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 _Scale: TypeAlias = "tuple[float, Tensor | None]"
 _Step: TypeAlias = "tuple[tuple[float, ...], Tensor | None]"
@@ -38,7 +36,7 @@ _Step: TypeAlias = "tuple[tuple[float, ...], Tensor | None]"
 
 def is_sharded(params: Sequence[Any]) -> bool:
     """Whether there is a DTensor among them. Cheap where there is none."""
-    return not _PLAIN.issuperset(map(type, params)) and any(map(is_dtensor, params))
+    return not PLAIN_TYPES.issuperset(map(type, params)) and any(map(is_dtensor, params))
 
 
 # The functions, for a list that is_sharded.
