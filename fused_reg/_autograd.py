@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from fused_reg import _ops
 from fused_reg._arguments import PLAIN_TYPES, Strengths
@@ -42,7 +43,7 @@ def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | N
         return _ops.penalty(params, *strengths)
     if strengths.requires_grad:
         return composed_penalty(params, strengths)
-    if strengths.has_norms:
+    if strengths.has_norms or is_compiling():  # compiling: of a bucket of shards
         return _apply_two_launches(strengths, None, *params)
     return _apply_penalty(strengths, *params)
 
@@ -140,9 +141,9 @@ _apply_two_launches: Callable[..., Tensor] = super(Function, _TwoLaunchPenalty).
 def _check_memory(params: Sequence[Tensor]) -> None:
     """`fully_shard` frees the parameters that it has gathered when the loss's backward is done with them. What comes
     later reaches no shard."""
-    if "torch.distributed.fsdp" not in sys.modules:
+    if "torch.distributed.fsdp" not in sys.modules or is_compiling():
         return
-    # Not of a tensor that a compiler traces with: it has none.
+    # Not of a tensor that a compiler traces with: it has no memory.
     if any(type(p) in PLAIN_TYPES and p.numel() > 0 and p.untyped_storage().size() == 0 for p in params):
         raise RuntimeError(
             "fused_penalty: a parameter's memory was freed between forward and backward, as fully_shard does in the "

@@ -4,13 +4,14 @@ require grad, and under ``torch.func``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from fused_reg import _ops
 from fused_reg._arguments import Strengths
@@ -19,9 +20,20 @@ from fused_reg._arguments import Strengths
 def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The penalty as a function of a table of strengths and the parameters: differentiable to any order in both."""
     rows = strengths.rows if strengths.has_norms else None
-    table = table_of(strengths, len(params), params[0].device)
+    composed = _operator if is_compiling() else _composed_penalty
+    return composed(params, table_of(strengths, len(params), params[0].device), rows)
+
+
+def _composed_penalty(params: Sequence[Tensor], table: Tensor, rows: bool | None) -> Tensor:
     params = [p.clone() if p.is_inference() else p for p in params]  # autograd cannot save an inference tensor
     return cast(Tensor, _apply(_Composed, rows, table, *params))
+
+
+# In compiled code Dynamo would trace the functions, and it cannot where one is applied in another's backward. What an
+# operator is composed of is traced below it.
+torch.library.define("fused_reg::composed_penalty", "(Tensor[] params, Tensor table, bool? rows) -> Tensor")
+torch.library.impl("fused_reg::composed_penalty", "CompositeImplicitAutograd", _composed_penalty)
+_operator: Callable[..., Tensor] = torch.ops.fused_reg.composed_penalty.default
 
 
 def _apply(function: type[Function], *args: Any) -> Any:

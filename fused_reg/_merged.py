@@ -52,7 +52,7 @@ def merged_penalty(params: Sequence[Tensor], strengths: Strengths, are_positive:
         value = _ops.penalty(constants, l1, l2, (), l1_tensor, l2_tensor, None, False)
     else:
         value = reference.fused_penalty(*_by_term(constants, (l1, l1_tensor), (l2, l2_tensor), are_positive))
-    views = [p.view_as(p) for p in params]
+    views = [p.view_as(p) for p in params]  # so that the gradients of both terms are one before the model's is added
     terms = _by_term(views, (l1, l1_tensor), (l2, l2_tensor), are_positive, torch.float32)
     return _ValueFrom.apply(value, reference.loop(*terms))  # type: ignore[no-any-return,no-untyped-call]
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg import _autograd, _devices, distributed
-from fused_reg._arguments import Strengths, as_list, is_dtensor, raise_explained
+from fused_reg._arguments import Strengths, as_list, raise_explained
 
 
 def penalty(params: list[Tensor], strengths: Strengths) -> Tensor:
     """The penalty of a list that is not empty."""
-    if is_compiling():
+    if is_compiling() and not distributed.is_sharded(params):  # Dynamo sees to collectives
         return penalty_in_graph(params, *strengths, False)
     return _of_any_list(_autograd.penalty, params, strengths)
 
@@ -49,8 +49,6 @@ torch.library.define(
 def _decomposition(params: list[Tensor], *arguments: Any) -> Tensor:
     *strengths, are_positive = arguments
     traced_penalty = partial(_autograd.traced_penalty, are_positive=are_positive)
-    # Of a DTensor, what was made like it is one, too.
-    strengths = [s.to_local() if is_dtensor(s) else s for s in strengths]
     return _of_any_list(traced_penalty, as_list("fused_penalty", params), Strengths(*strengths))
 
 

@@ -308,8 +308,24 @@ def check_loss_is_a_dtensor() -> None:
     assert_near([w.grad], [expected.grad], rtol=1e-6)
 
 
+def check_compiled_code() -> None:
+    trained = torch.tensor(0.1, requires_grad=True)
+    for strengths in ({"l1": 0.1, "l2": 0.3}, {"l1": torch.tensor(0.1), "l2_norm": 0.3}, {"l2": trained}):
+        torch._dynamo.reset()
+        sharded, full = ([nn.Parameter(p) for p in params] for params in layouts())
+
+        def penalty(params, strengths=strengths):
+            return fused_penalty(params, **strengths)
+
+        value, expected = torch.compile(penalty, backend="aot_eager", fullgraph=True)(sharded), penalty(full)
+        (3 * value).backward()
+        (3 * expected).backward()
+        assert_same_bits([value], [expected])
+        assert_gradients_agree(sharded, full)
+
+
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("check", [check_modes, check_loss_is_a_dtensor])
+@pytest.mark.parametrize("check", [check_modes, check_loss_is_a_dtensor, check_compiled_code])
 def test_composes(check, world):
     ranks(world).run(check)
 
