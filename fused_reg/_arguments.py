@@ -82,7 +82,7 @@ _FORWARD_MODE = (
 )
 _PARAMETER_CONTAINERS = (torch.nn.ParameterList, torch.nn.ParameterDict)
 
-#: Not of subclasses, like those that a compiler traces with, or DTensor.
+#: Of tensors that are no subclass: neither what a compiler traces with nor DTensors.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 SUM_OF_SQUARES = Strengths(l2=(1.0,))

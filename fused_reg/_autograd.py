@@ -4,7 +4,7 @@ Two ways lead to the same numbers:
 
 - `penalty` is the fast one, for constant strengths: one launch in the forward computes value and gradients, and the
   backward hands them over. With ``l2_norm``, and in compiled code, the forward computes the value (and the norms), and
-  one launch in the backward the gradients. In compiled code a list is merged with the model (`_merged`).
+  one launch in the backward the gradients. In compiled code many lists are merged with the model (`_merged`).
 - `composed_penalty` is the general one (`_composed`), for strengths that require grad and for ``torch.func``. The fast
   one falls back on it for higher derivatives.
 """
@@ -43,13 +43,14 @@ def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | N
         return _ops.penalty(params, *strengths)
     if strengths.requires_grad:
         return composed_penalty(params, strengths)
-    if strengths.has_norms or is_compiling():  # compiling: of a bucket of shards
+    if strengths.has_norms or is_compiling():  # compiled code comes here with shards only
         return _apply_two_launches(strengths, None, *params)
     return _apply_penalty(strengths, *params)
 
 
 def traced_penalty(params: Sequence[Tensor], strengths: Strengths, *, are_positive: bool) -> Tensor:
-    """The same, to be traced by a compiler; ``are_positive``: no tensor of strengths has a 0."""
+    """The same for a compiler's tracer, which takes plain operations apart and merges them; ``are_positive``: no tensor
+    of strengths has a 0."""
     if _transforms_active():
         return specified_penalty(params, strengths)
     if not torch.is_grad_enabled():

@@ -78,7 +78,7 @@ class _ValueFrom(Function):
 
 
 def _count(params: Sequence[Tensor]) -> int:
-    """Of elements, without those whose number is dynamic: it would be fixed by a comparison."""
+    """The number of elements, without those of dynamic sizes: a comparison would fix these."""
     return sum(size for p in params if type(size := p.numel()) is int)
 
 

@@ -6,23 +6,25 @@ each run of what it compiled, and of an operator it sees the arguments alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg import _autograd, _devices, distributed
-from fused_reg._arguments import Strengths, as_list, raise_explained
+from fused_reg._arguments import PLAIN_TYPES, Strengths, as_list, raise_explained
 
 
 def penalty(params: list[Tensor], strengths: Strengths) -> Tensor:
     """The penalty of a list that is not empty."""
-    if is_compiling() and not distributed.is_sharded(params):  # Dynamo sees to collectives
-        return penalty_in_graph(params, *strengths, False)
-    return _of_any_list(_autograd.penalty, params, strengths)
+    # DTensors are left to Dynamo, which turns their collective into one that can be traced.
+    if not is_compiling() or distributed.is_sharded(params):
+        return _of_any_list(_autograd.penalty, params, strengths)
+    if not all(isinstance(p, Tensor) for p in params):  # the operator would say so in other words
+        raise_explained("fused_penalty", params, TypeError("fused_penalty: params must be tensors"))
+    return penalty_in_graph(params, *strengths, False)
 
 
 def _of_any_list(
@@ -38,18 +40,37 @@ def _of_any_list(
         raise_explained("fused_penalty", params, error)
 
 
-torch.library.define(
-    "fused_reg::penalty_in_graph",
-    "(Tensor[] params, float[] l1, float[] l2, float[] l2_norm, Tensor? l1_tensor, Tensor? l2_tensor, "
-    "Tensor? l2_norm_tensor, bool rows, bool are_positive) -> Tensor",
-)
+def _decomposition(
+    params: list[Tensor],
+    l1: Sequence[float],
+    l2: Sequence[float],
+    l2_norm: Sequence[float],
+    l1_tensor: Tensor | None,
+    l2_tensor: Tensor | None,
+    l2_norm_tensor: Tensor | None,
+    rows: bool,
+    are_positive: bool,
+) -> Tensor:
+    params = as_list("fused_penalty", params)
+    strengths = Strengths(tuple(l1), tuple(l2), tuple(l2_norm), l1_tensor, l2_tensor, l2_norm_tensor, rows)
+    is_run = PLAIN_TYPES.issuperset(map(type, params)) and torch._C._len_torch_dispatch_stack() == 0
+    if is_run and not torch._C._are_functorch_transforms_active():  # by an exported program, or the backend "eager"
+        return _of_any_list(_autograd.penalty, params, strengths)
+    return _of_any_list(partial(_autograd.traced_penalty, are_positive=are_positive), params, strengths)
 
 
-@torch.library.impl("fused_reg::penalty_in_graph", "CompositeImplicitAutograd")
-def _decomposition(params: list[Tensor], *arguments: Any) -> Tensor:
-    *strengths, are_positive = arguments
-    traced_penalty = partial(_autograd.traced_penalty, are_positive=are_positive)
-    return _of_any_list(traced_penalty, as_list("fused_penalty", params), Strengths(*strengths))
+# The caches of torch know an operator by its name, not by what it decomposes into. When that changes, add a revision:
+# programs that were exported with an older one go on.
+_REVISIONS = ("r1",)
 
+for _revision in _REVISIONS:
+    _name = f"fused_reg::penalty_in_graph.{_revision}"
+    torch.library.define(
+        _name,
+        "(Tensor[] params, float[] l1, float[] l2, float[] l2_norm, Tensor? l1_tensor, Tensor? l2_tensor, "
+        "Tensor? l2_norm_tensor, bool rows, bool are_positive) -> Tensor",
+    )
+    for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+        torch.library.impl(_name, _key, _decomposition)
 
-penalty_in_graph: Callable[..., Tensor] = torch.ops.fused_reg.penalty_in_graph.default
+penalty_in_graph: Callable[..., Tensor] = getattr(torch.ops.fused_reg.penalty_in_graph, _REVISIONS[-1])

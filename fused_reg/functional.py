@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ def fused_penalty(
     (group lasso).
     """
     if is_compiling() and l2_norm is None and group == "tensor":
-        params = list(params) if hasattr(params, "__next__") else params
+        params = list(params) if hasattr(params, "__next__") else params  # an iterator is read once
         value = _plain_penalty(params, l1, l2)
         if value is not None:
             return value
@@ -84,20 +83,24 @@ def fused_penalty(
     return penalty(tensors, strengths) if tensors else torch.zeros((), dtype=torch.float32, device="cpu")
 
 
-def _plain_penalty(params: Any, l1: Any, l2: Any) -> Tensor | None:
+def _plain_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None, l2: Strength | None) -> Tensor | None:
     """In compiled code the penalty of a list of plain tensors by positive numbers; None of any other.
 
-    There is nothing to convert, and Dynamo, which looks at every global in each run, finds few."""
-    if (
-        not (type(params) is list and params and all(type(p) is Tensor or type(p) is Parameter for p in params))
-        or (l1 is None and l2 is None)
-        or not (l1 is None or (type(l1) is float and 0.0 < l1 < 1e300))
-        or not (l2 is None or (type(l2) is float and 0.0 < l2 < 1e300))
-    ):
+    There is nothing to convert, and Dynamo, which looks at every global in each run, finds few: hence a number for the
+    largest strength, and no call of what does the same for any list."""
+    is_plain = (
+        type(params) is list
+        and params
+        and all(type(p) is Tensor or type(p) is Parameter for p in params)
+        and not (l1 is None and l2 is None)
+        and (l1 is None or (type(l1) is float and 0.0 < l1 < 1e300))
+        and (l2 is None or (type(l2) is float and 0.0 < l2 < 1e300))
+    )
+    if not is_plain:
         return None
-    one = params[0].new_ones(()).double()
-    l1_tensor = None if l1 is None else one * l1  # as in `_arguments._in_graph`
-    l2_tensor = None if l2 is None else one * l2
+    one = params[0].new_ones(()).double()  # type: ignore[index]
+    l1_tensor = None if l1 is None else one * l1  # type: ignore[operator]
+    l2_tensor = None if l2 is None else one * l2  # type: ignore[operator]
     return penalty_in_graph(params, (), (), (), l1_tensor, l2_tensor, None, False, True)
 
 

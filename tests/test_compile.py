@@ -235,6 +235,46 @@ def test_transforms_inside(transform, kind, device):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize(
+    "kind", [{"l1": 0.1, "l2": 0.2}, {"l1": [0.1]}, {"l2": torch.tensor(0.2)}, {"l2_norm": 0.3}], ids=str
+)
+def test_vmap_inside(kind, device):
+    batch = draw((3, 4, 2), device=device)
+    expected = torch.stack([fused_penalty([w], **kind) for w in batch])
+    actual = compiled(lambda: torch.func.vmap(lambda w: fused_penalty([w], **kind))(batch))()
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("make_params", "message"),
+    [
+        (lambda net: net.named_parameters(), r"params\[0\] must be a tensor, got a \(name, tensor\) pair"),
+        (lambda net: [net.weight, None], r"params\[1\] must be a tensor, got NoneType"),
+        (lambda net: {"a": net.weight}, r"params\[0\] must be a tensor, got str"),
+    ],
+)
+def test_params_that_are_no_tensors(make_params, message, device):
+    net = nn.Linear(2, 3, device=device)
+    with pytest.raises(TypeError, match=message):
+        torch.compile(lambda: fused_penalty(make_params(net), 0.1), backend="aot_eager")()
+
+
+def test_an_exported_penalty_of_a_long_list_has_its_gradient(device):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([filled(nn.Linear(3, 3)) for _ in range(20)]).to(device)
+
+        def forward(self, x):
+            return x.sum() + fused_penalty(self.parameters(), l1=0.1, l2_norm=0.2)
+
+    net, x = Net(), torch.ones(2, 3, device=device)
+    exported = torch.export.export(net, (x,)).module()
+    for module in (net, exported):
+        module(x).backward()
+    assert_same_bits([p.grad for p in exported.parameters()], [p.grad for p in net.parameters()])
+
+
 def test_a_penalty_of_activations_is_exported_for_every_batch():
     class Net(nn.Module):
         def __init__(self):
@@ -394,7 +434,8 @@ def test_opcheck(sample, form, device):
     if len(params) != 3 and form == "per parameter":
         strengths = Strengths(l1_tensor=torch.tensor([0.1] * len(params)), l2=(0.3,) * len(params))
     for name, arguments in calls(params, strengths, device):
-        results = torch.library.opcheck(getattr(torch.ops.fused_reg, name).default, arguments)
+        packet = getattr(torch.ops.fused_reg, name)
+        results = torch.library.opcheck(getattr(packet, packet.overloads()[-1]), arguments)
         assert set(results.values()) == {"SUCCESS"}, (name, results)
     # What is in fresh memory differs from call to call.
     torch.library.opcheck(torch.ops.fused_reg.empty_grads.default, (params,), test_utils="test_faketensor")
