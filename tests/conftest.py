@@ -1,4 +1,4 @@
-"""Devices, the ``--slow`` option and seeds."""
+"""Devices, seeds, and what only some runs have: ``--long``, ``--slow``."""
 
 import os
 
@@ -6,11 +6,17 @@ import pytest
 
 # Before torch starts OpenMP: threads that wait give up their core, which is 4 times faster where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each worker; tests of threads set their own number
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 pytest.register_assert_rewrite("oracle")
 
+EXTRA = {
+    "long": "repeats a promise in more combinations, trains, or compiles",
+    "slow": "takes minutes or gigabytes",
+}
 REQUIRE_CUDA = os.environ.get("FUSED_REG_REQUIRE_CUDA") == "1"
 
 
@@ -21,15 +27,24 @@ def cuda_is_built() -> bool:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run tests of minutes or gigabytes")
+    for name, what in EXTRA.items():
+        parser.addoption(f"--{name}", action="store_true", help=f"also run what {what}")
+
+
+def left_out(config) -> dict[str, str]:
+    return {name: what for name, what in EXTRA.items() if not config.getoption(f"--{name}")}
+
+
+def pytest_report_header(config):
+    return [f"without what {what}: --{name} runs it" for name, what in left_out(config).items()]
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
+    kept, others = [], []
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="takes minutes or gigabytes: run with --slow"))
+        (others if any(map(item.get_closest_marker, left_out(config))) else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=others)
 
 
 def pytest_generate_tests(metafunc):

@@ -7,6 +7,7 @@ torch's own generator draws other numbers with other instruction sets.
 import math
 
 import numpy as np
+import pytest
 import torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -39,6 +40,11 @@ STRENGTHS = {
 }
 
 UPSTREAMS = (1.0, 0.0, -0.0, -2.0, 0.37, 1 / 3, -1e-30, 65536.0, math.inf, -math.inf, math.nan)
+
+
+def first_quick(*values) -> list:
+    """Values of a parameter: all but the first only repeat what it proves, and are for ``--long``."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.long) for value in values[1:])]
 
 
 def draw(shape, dtype=torch.float32, device="cpu", seed=0) -> torch.Tensor:

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from oracle import assert_same_bits
-from samples import draw
+from samples import draw, first_quick
 from test_attach import X, filled, loss_of
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
@@ -49,7 +49,7 @@ def compiled(function, backend="aot_eager", **options):
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("strengths", STRENGTHS, ids=str)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", first_quick("aot_eager", "eager"))
 def test_penalty_in_the_loss(strengths, backend, device):
     net = make(device)
 
@@ -66,7 +66,7 @@ def test_penalty_in_the_loss(strengths, backend, device):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", first_quick("aot_eager", "inductor"))
 @pytest.mark.parametrize("strengths", STRENGTHS, ids=str)
 def test_functions_outside_of_autograd(strengths, backend, device):
     """The same bits as without a compiler."""
@@ -153,9 +153,8 @@ def test_dynamic_shapes(kind, device):
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, 1e-30, -3e38]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("upstream", [1.0, -0.37])
-@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("backend", first_quick("aot_eager", "inductor"))
+@pytest.mark.parametrize(("special", "upstream"), [(False, 1.0), (True, -0.37)])
 @pytest.mark.parametrize("most_summed", [0, 1 << 20])
 def test_a_merged_list_has_the_same_bits(most_summed, special, upstream, backend, device, monkeypatch):
     """Its gradients; and its value, which is summed in another order but in float64, too, or by the operator."""
@@ -188,7 +187,7 @@ def test_a_merged_list_has_the_same_bits(most_summed, special, upstream, backend
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", first_quick("aot_eager", "inductor"))
 def test_a_strength_of_zero_drops_its_term(backend, device):
     """Of weights that are not finite, too, where the compiler cannot know it."""
     kinds = (
@@ -334,7 +333,7 @@ class Penalized(nn.Module):
     not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="torch takes no backward in a graph"
 )
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", first_quick("aot_eager", "inductor"))
 def test_backward_inside(backend, device):
     """Model, loss, penalty and backward in one graph."""
     results = []

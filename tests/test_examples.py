@@ -7,6 +7,8 @@ import sys
 import pytest
 from loaded_examples import EXAMPLES, PACKAGES, loaded
 
+pytestmark = pytest.mark.long
+
 ROOT = EXAMPLES.parent
 
 # Runs an example of which a module is missing.

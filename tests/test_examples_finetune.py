@@ -6,7 +6,10 @@ import pytest
 import torch
 from loaded_examples import loaded
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of their imports
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # of their imports
+]
 
 
 @pytest.fixture

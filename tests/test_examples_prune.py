@@ -6,6 +6,8 @@ import pytest
 import torch
 from loaded_examples import loaded
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def example():

@@ -15,6 +15,8 @@ need("tune")
 import optuna  # noqa: E402
 import torch  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 BUDGET = (4, 25)  # of the studies here: 16 trials of 25 steps, of which Optuna's sampler guides the last 6
 
 

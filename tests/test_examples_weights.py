@@ -5,6 +5,8 @@ import json
 import pytest
 from loaded_examples import loaded
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def weights():

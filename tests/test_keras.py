@@ -20,6 +20,8 @@ from samples import draw
 
 from fused_reg import fused_penalty, prox_, value_and_grad
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def keras():
