@@ -13,7 +13,7 @@ WERROR ?= 0
 PIP := $(VENV)/bin/python -m pip
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h)
-PY := fused_reg tests benchmarks examples docs/conf.py setup.py build_config.py scripts
+PY := fused_reg tests benchmarks examples docs/conf.py setup.py build_backend.py build_config.py cuda_toolkit.py scripts
 
 .PHONY: build lint format types pytest ctest cuda-compile cuda-on-host docs docs-links test bench bench-full clean
 
@@ -22,7 +22,7 @@ $(VENV)/.environment: pyproject.toml
 	$(PIP) install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" ninja pybind11 numpy
 	touch $@
 
-$(VENV)/.build: $(VENV)/.environment setup.py build_config.py $(wildcard csrc/sources.txt csrc/*/sources.txt) $(filter csrc/%,$(CPP))
+$(VENV)/.build: $(VENV)/.environment setup.py build_backend.py build_config.py cuda_toolkit.py $(wildcard csrc/sources.txt csrc/*/sources.txt) $(filter csrc/%,$(CPP))
 	FUSED_REG_WERROR=$(WERROR) $(PIP) install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
 	touch $@
 
