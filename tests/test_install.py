@@ -29,6 +29,17 @@ def test_readme_names_the_lines():
     assert "python -m fused_reg" in lines
 
 
+def test_every_tool_has_its_tested_version():
+    """After a change of the extras: `make constraints`. torch, and what it alone brings, is TORCH."""
+    extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    tools = {name.lower() for name in re.findall(r'"([\w-]+)', extras)} - {"fused_reg"}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    assert tools <= {line.partition("==")[0] for line in lines}
+    for line in lines:
+        assert re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; .+)?", line)
+        assert not re.match(r"torch=|triton=|nvidia-|cuda-", line)
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     """A clone, and beside it a new environment that has what this one has, save fused_reg."""
