@@ -3,30 +3,48 @@
 #   make bench    the environment, the build, and the microbenchmarks (quick form)
 #   make test     the environment, the build, and everything that CI runs
 #
-# PYTHON chooses the interpreter, TORCH what pip installs as torch (TORCH=torch for the newest build); WERROR=1 makes
-# compiler warnings errors.
+# PYTHON chooses the interpreter, TORCH what pip installs as torch (TORCH=torch for the newest), CONSTRAINTS the versions of
+# the tools (CONSTRAINTS= for the newest); WERROR=1 makes compiler warnings errors.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
 WERROR ?= 0
 
-PIP := $(VENV)/bin/python -m pip
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check $(addprefix --constraint=,$(CONSTRAINTS))
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h)
-PY := fused_reg tests benchmarks examples docs/conf.py setup.py build_config.py scripts
+SETUP := pyproject.toml setup.py build_backend.py build_config.py cuda_toolkit.py
+PY := fused_reg tests benchmarks examples docs/conf.py $(filter %.py,$(SETUP)) scripts
 
-.PHONY: build lint format types pytest ctest cuda-compile cuda-on-host docs docs-links test bench bench-full clean
+.PHONY: build lint format types pytest ctest cuda-compile cuda-on-host docs docs-links test bench bench-full constraints clean
 
-$(VENV)/.environment: pyproject.toml
+$(VENV)/.environment:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" ninja pybind11 numpy
+	$(PIP) --quiet "$(TORCH)" "setuptools>=77" ninja
 	touch $@
 
-$(VENV)/.build: $(VENV)/.environment setup.py build_config.py $(wildcard csrc/sources.txt csrc/*/sources.txt) $(filter csrc/%,$(CPP))
-	FUSED_REG_WERROR=$(WERROR) $(PIP) install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+# The compiled part, once: the tools below come beside it. Without a GPU, CUDA kernels would only take their time here.
+$(VENV)/.build: $(VENV)/.environment $(SETUP) $(wildcard csrc/sources.txt csrc/*/sources.txt) $(filter csrc/%,$(CPP))
+	@echo "compiling the extension, which takes a minute or two: $(VENV)/build.log"
+	@if [ -z "$$FORCE_CUDA$$FUSED_REG_CUDA" ] && $(VENV)/bin/python -W ignore -c \
+		"import torch; raise SystemExit(not torch.version.cuda or torch.cuda.is_available())"; then \
+		echo "no GPU is here, so the CUDA kernels are left out: FUSED_REG_CUDA=1 builds them"; \
+		export FUSED_REG_CUDA=0; \
+	fi; \
+	FUSED_REG_WERROR=$(WERROR) $(PIP) --verbose --no-build-isolation --no-deps --editable . >$(VENV)/build.log 2>&1 \
+		|| { cat $(VENV)/build.log; exit 1; }
+	@sed -n 's/^ *fused_reg: /fused_reg: /p' $(VENV)/build.log | sort -u
+	@touch $@
+
+$(VENV)/.bench: EXTRAS := bench
+$(VENV)/.dev: EXTRAS := dev
+$(VENV)/.all: EXTRAS := dev,examples,integrations
+$(VENV)/.bench $(VENV)/.dev $(VENV)/.all: $(VENV)/.build $(CONSTRAINTS)
+	$(PIP) --quiet "fused_reg[$(EXTRAS)]"
 	touch $@
 
-build: $(VENV)/.build
+build: $(VENV)/.dev
 
 lint: build
 	$(RUN) ruff check $(PY)
@@ -66,11 +84,19 @@ docs-links: build
 
 test: lint types ctest cuda-compile cuda-on-host docs pytest
 
-bench: build
+bench: $(VENV)/.bench
 	$(RUN) python -m benchmarks --quick
 
-bench-full: build
+bench-full: $(VENV)/.bench
 	$(RUN) python -m benchmarks
+
+# The newest versions of the tools, as the tested ones: constraints.txt. torch, and what it alone brings, is TORCH.
+constraints: $(VENV)/.environment
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	{ head -1 constraints.txt; $(VENV)/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
+		--system-certs --no-annotate --no-header --quiet \
+		| grep -v -E '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)=='; } >$(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
 
 clean:
 	rm -rf build dist *.egg-info fused_reg/*.so $(VENV)

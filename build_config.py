@@ -1,13 +1,18 @@
 """What setup.py decides, and the flags that every build shares."""
 
+import importlib.util
+import os
 import re
+import shlex
+import shutil
 import subprocess
-from collections.abc import Mapping
+import sysconfig
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 CSRC = Path("csrc")
-# Machine code for X.Y runs on every X.Z with Z >= Y; a newer X takes the PTX of the last one.
-ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+STANDARD = "-std=c++20"
+COMPILERS = ("c++", "g++", "clang++")
 
 
 def cxx_flags(werror: bool) -> list[str]:
@@ -28,59 +33,65 @@ def sources(folder: str = "") -> list[str]:
     return (CSRC / folder / "sources.txt").read_text().split()
 
 
-def ask_nvcc(cuda_home: str | None, option: str) -> str:
-    """What nvcc answers to the option; empty without nvcc."""
-    nvcc = Path(cuda_home or "", "bin", "nvcc")
-    if not cuda_home or not nvcc.exists():
-        return ""
-    return subprocess.run([nvcc, option], capture_output=True, text=True, check=True).stdout
+def check_setuptools() -> None:
+    """An older one does not understand pyproject.toml."""
+    check_installed("setuptools", "77", "`pip install --upgrade setuptools`")
 
 
-def nvcc_version(answer: str) -> str | None:
-    """``"13.0"`` of the answer to ``--version``."""
-    found = re.search(r"release (\d+\.\d+)", answer)
-    return found.group(1) if found else None
+def check_torch() -> None:
+    cure = "install it with `pip install torch`, then fused_reg with `pip install --no-build-isolation`"
+    check_installed("torch", "2.10", cure)
 
 
-def default_architectures(answer: str) -> str:
-    """TORCH_CUDA_ARCH_LIST for GPUs that are not here, from the answer to ``--list-gpu-arch``."""
-    known = set(re.findall(r"compute_(\d+)\b", answer))
-    return ";".join(arch for arch in ARCHITECTURES if arch.replace(".", "") in known) + "+PTX"
+def check_installed(name: str, least: str, cure: str) -> None:
+    """Raises SystemExit where the build needs a module, or a later version of it."""
+    version = importlib.import_module(name).__version__ if importlib.util.find_spec(name) else None
+    if version is None or _numbers(version) < _numbers(least):
+        found = f"{version} is installed" if version else "none is installed"
+        raise SystemExit(f"fused_reg: building needs {name} {least} or later, and {found}; {cure}")
 
 
-def use_cuda(torch_cuda: str | None, nvcc: str | None, environ: Mapping[str, str]) -> bool:
-    """Whether to build for CUDA: where torch has it and nvcc is there, whether or not there is a GPU.
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
 
-    Args:
-        torch_cuda: the CUDA version of torch; None for a torch without CUDA.
-        nvcc: the version of nvcc; None without nvcc.
-        environ: ``FUSED_REG_CUDA=0`` leaves CUDA out; ``FORCE_CUDA=1`` makes what is missing an error.
+
+def path_with_ninja(path: str) -> str:
+    """The PATH, with the folder of pip's ninja where it has none: an environment need not be active to be built in."""
+    if shutil.which("ninja", path=path) or not importlib.util.find_spec("ninja"):
+        return path
+    folder = importlib.import_module("ninja").BIN_DIR
+    return os.pathsep.join([path, folder]) if folder else path
+
+
+def compiler(environ: Mapping[str, str]) -> str:
+    """The C++ compiler to build with, which can: ``CXX``, else the first that there is.
 
     Raises:
-        SystemExit: CUDA is asked for and cannot be had, or nvcc does not fit torch.
+        SystemExit: it, ninja, or the headers of Python are missing.
     """
-    force = environ.get("FORCE_CUDA") == "1"
-    if environ.get("FUSED_REG_CUDA") == "0":
-        if force:
-            raise SystemExit("fused_reg: FORCE_CUDA=1 asks for CUDA and FUSED_REG_CUDA=0 leaves it out; unset one")
-        return False
-    if torch_cuda is None:
-        if force:
-            raise SystemExit(
-                "fused_reg: FORCE_CUDA=1 needs a torch with CUDA, and the installed one is built without it; "
-                "install one as https://pytorch.org says, or unset FORCE_CUDA"
-            )
-        return False
-    major = torch_cuda.split(".")[0]
-    toolkit = f"install the CUDA {major} toolkit and set CUDA_HOME to its folder"
-    if nvcc is None:
-        if force:
-            raise SystemExit(f"fused_reg: FORCE_CUDA=1 needs nvcc, and none is found; {toolkit}")
-        print(f"fused_reg: building for the CPU only, because no nvcc is found; for CUDA {toolkit}")
-        return False
-    if nvcc.split(".")[0] != major:
+    path = environ.get("PATH")
+    if not shutil.which("ninja", path=path):
+        raise SystemExit("fused_reg: building needs ninja, and none is found; `pip install ninja`")
+    chosen = environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name, path=path)), None)
+    mend = "install one (Debian: `apt install g++`), or set CXX to it"
+    if chosen is None:
+        raise SystemExit(f"fused_reg: building needs a C++ compiler, and there is no c++, g++ or clang++; {mend}")
+    program = shlex.split(chosen)[0]
+    if not shutil.which(program, path=path):
         raise SystemExit(
-            f"fused_reg: nvcc is of CUDA {nvcc}, and torch is built with CUDA {torch_cuda}; "
-            f"{toolkit}, or set FUSED_REG_CUDA=0 to build for the CPU only"
+            f"fused_reg: building needs a C++ compiler, and there is no {program}, which CXX names; {mend}"
         )
-    return True
+    includes = [f"-I{sysconfig.get_path(name)}" for name in ("include", "platinclude")]
+    if not _compiles(chosen, "#include <Python.h>", includes):
+        if not _compiles(chosen, "", []):
+            raise SystemExit(f"fused_reg: building needs C++20, which {chosen} cannot compile; install GCC 10 or later")
+        raise SystemExit(
+            "fused_reg: building needs the headers of Python, and there is no Python.h; "
+            "install them (Debian: `apt install python3-dev`)"
+        )
+    return chosen
+
+
+def _compiles(compiler: str, code: str, flags: Sequence[str]) -> bool:
+    command = [*shlex.split(compiler), STANDARD, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=code, capture_output=True, text=True).returncode == 0

@@ -1,14 +1,10 @@
 """L1/L2 weight penalties for PyTorch: value and gradient of a whole list of parameters in one pass."""
 
-from importlib.metadata import version as _version
+from pathlib import Path as _Path
 
-from fused_reg import reference
-from fused_reg._marks import regularized
-from fused_reg.functional import fused_penalty, value_and_grad
-from fused_reg.in_place import accumulate_grad_, prox_
-from fused_reg.regularizer import Regularizer
+from fused_reg._library import take_installed as _take_installed
 
-__version__ = _version("fused_reg")
+__version__ = "0.1.0"
 
 __all__ = [
     "Regularizer",
@@ -19,3 +15,10 @@ __all__ = [
     "regularized",
     "value_and_grad",
 ]
+
+if not _take_installed(_Path(__file__).parent):
+    from fused_reg import reference
+    from fused_reg._marks import regularized
+    from fused_reg.functional import fused_penalty, value_and_grad
+    from fused_reg.in_place import accumulate_grad_, prox_
+    from fused_reg.regularizer import Regularizer

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,28 +12,17 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fused_reg import _library
+
 _MEND = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """``(2, 13)`` of ``"2.13.0+cpu"``: the part within which torch keeps its C++ interface."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-
-
-def _library() -> Path:
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_C{suffix}")
-        if path.exists():
-            return path
-    raise ImportError(f"fused_reg: the compiled part is missing; build it with `{_MEND}` in its source")
-
-
 def _load() -> ModuleType:
-    path = _library()
-    # The version is read from the file's bytes, because another torch's library may crash while it loads.
-    mark = re.search(rb"fused_reg built with torch ([\w.]+)", path.read_bytes())
-    built = mark.group(1).decode() if mark else "an unknown version"
-    if _release(built) != _release(torch.__version__):
+    path = _library.find(Path(__file__).parent)
+    if path is None:
+        raise ImportError(f"fused_reg: the compiled part is missing; build it with `{_MEND}` in its source")
+    built = _library.built_with(path)
+    if not _library.fits(path):
         raise ImportError(
             f"fused_reg: built with torch {built}, but torch {torch.__version__} is running; "
             f"build it again with `{_MEND}` in its source"

@@ -24,6 +24,7 @@ import torch
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 import build_config
+from cuda_toolkit import Toolkit, candidates, find_toolkit
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 MAX_REGISTERS = 128  # a thread, of 65,536 a multiprocessor: 512 threads are resident
@@ -82,26 +83,12 @@ def table(kernels: list[Kernel]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, else of the PATH, else of the usual folder."""
-    if home := os.environ.get("CUDA_HOME"):
-        candidates = [Path(home, "bin", "nvcc")]
-    else:
-        candidates = [Path(shutil.which("nvcc") or "nvcc"), Path("/usr/local/cuda/bin/nvcc")]
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def run(command: list[str | Path]) -> str:
     """The output of both kinds; the script ends where the command fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}\nfailed with status {done.returncode}")
     return done.stdout
-
-
-def toolkit_include(nvcc: Path) -> str:
-    """Where nvcc finds cuda_runtime.h; nvcc may be a link or a script elsewhere."""
-    return re.search(r'INCLUDES="-I([^"]+)"', run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]))[1]
 
 
 def compile_kernels(nvcc: Path, source: Path, architecture: int, folder: Path) -> str:
@@ -112,19 +99,21 @@ def compile_kernels(nvcc: Path, source: Path, architecture: int, folder: Path) -
     return run([nvcc, *flags, target, *report, "-c", source, "-o", output])
 
 
-def compile_torch_side(nvcc: Path, source: Path, folder: Path) -> str:
+def compile_torch_side(toolkit: Toolkit, source: Path, folder: Path) -> str:
     # A torch without CUDA has the headers, and not the one that the first macro leaves out.
     macros = [] if torch.version.cuda else ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
-    includes = [*(f"-I{path}" for path in include_paths()), "-isystem", toolkit_include(nvcc)]
+    includes = [f"-I{path}" for path in (*include_paths(), *toolkit.include_dirs())]
+    includes += ["-isystem", str(toolkit.home / "include")]
     flags = [*build_config.cxx_flags(werror=True), "-std=c++20", "-fPIC", *macros, *includes]
     return run([os.environ.get("CXX", "g++"), *flags, "-c", source, "-o", folder / f"{source.stem}.o"])
 
 
-def compile_all(nvcc: Path) -> list[Kernel]:
+def compile_all(toolkit: Toolkit) -> list[Kernel]:
+    nvcc = toolkit.nvcc
     sources = [build_config.CSRC / name for name in build_config.sources("cuda")]
     known = run([nvcc, "--list-gpu-arch"]).split()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        jobs = [pool.submit(compile_torch_side, nvcc, s, Path(name)) for s in sources if s.suffix == ".cpp"]
+        jobs = [pool.submit(compile_torch_side, toolkit, s, Path(name)) for s in sources if s.suffix == ".cpp"]
         jobs += [
             pool.submit(compile_kernels, nvcc, s, architecture, Path(name))
             for s in sources
@@ -143,14 +132,16 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help=f"write {RECORD}")
     update = parser.parse_args().update
 
-    nvcc = find_nvcc()
-    if nvcc is None:
+    toolkit = find_toolkit(None, os.environ)
+    if isinstance(toolkit, str):
+        lacks = toolkit if any(nvcc.is_file() for nvcc in candidates(os.environ)) else "no nvcc"
         required = os.environ.get("FUSED_REG_REQUIRE_NVCC") == "1"
-        print("CUDA compile check:", "failed, FUSED_REG_REQUIRE_NVCC=1 and no nvcc" if required else "skipped, no nvcc")
+        print(
+            "CUDA compile check:", f"failed, FUSED_REG_REQUIRE_NVCC=1 and {lacks}" if required else f"skipped, {lacks}"
+        )
         return int(required)
-    kernels = compile_all(nvcc)
-    version = build_config.nvcc_version(run([nvcc, "--version"]))
-    head = f"Registers per thread, by nvcc {version} (`python -m scripts.check_cuda_compile --update`).\n\n"
+    kernels = compile_all(toolkit)
+    head = f"Registers per thread, by nvcc {toolkit.version} (`python -m scripts.check_cuda_compile --update`).\n\n"
     new = (head + table(kernels)).splitlines(keepends=True)
     if update:
         RECORD.write_text("".join(new))

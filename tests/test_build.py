@@ -1,105 +1,15 @@
-"""What setup.py decides: whether CUDA is built, for which GPUs, and what it says when it cannot be."""
+"""What a build needs, and what it says where that is missing: with --no-build-isolation nothing brings it."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import build_config
 
 ROOT = Path(build_config.__file__).parent
-NVCC = """nvcc: NVIDIA (R) Cuda compiler driver
-Copyright (c) 2005-2025 NVIDIA Corporation
-Cuda compilation tools, release 13.0, V13.0.88
-Build cuda_13.0.r13.0/compiler.36424714_0
-"""
-TOOLKIT = "install the CUDA 13 toolkit and set CUDA_HOME to its folder"
-CONTRADICTION = "FORCE_CUDA=1 asks for CUDA and FUSED_REG_CUDA=0 leaves it out; unset one"
-NO_TORCH = (
-    "FORCE_CUDA=1 needs a torch with CUDA, and the installed one is built without it; "
-    "install one as https://pytorch.org says, or unset FORCE_CUDA"
-)
-NO_NVCC = f"FORCE_CUDA=1 needs nvcc, and none is found; {TOOLKIT}"
-MISMATCH = (
-    "nvcc is of CUDA 12.8, and torch is built with CUDA 13.0; "
-    f"{TOOLKIT}, or set FUSED_REG_CUDA=0 to build for the CPU only"
-)
-DEFAULT, FORCE, LEAVE_OUT = {}, {"FORCE_CUDA": "1"}, {"FUSED_REG_CUDA": "0"}
-
-
-@pytest.mark.parametrize(
-    ("torch_cuda", "nvcc", "default", "forced"),
-    [
-        (None, None, False, NO_TORCH),
-        (None, "13.0", False, NO_TORCH),
-        ("13.0", None, False, NO_NVCC),
-        ("13.0", "13.0", True, True),
-        ("13.0", "13.2", True, True),
-        ("13.0", "12.8", MISMATCH, MISMATCH),
-    ],
-)
-def test_whether_cuda_is_built(torch_cuda, nvcc, default, forced):
-    expectations = [
-        (DEFAULT, default),
-        ({"FORCE_CUDA": "0", "FUSED_REG_CUDA": "1"}, default),
-        (FORCE, forced),
-        (LEAVE_OUT, False),
-        ({**FORCE, **LEAVE_OUT}, CONTRADICTION),
-    ]
-    for environ, expected in expectations:
-        if isinstance(expected, str):
-            with pytest.raises(SystemExit) as error:
-                build_config.use_cuda(torch_cuda, nvcc, environ)
-            assert str(error.value) == f"fused_reg: {expected}"
-        else:
-            assert build_config.use_cuda(torch_cuda, nvcc, environ) is expected, environ
-
-
-def test_versions_are_numbers():
-    """CUDA 9 is not CUDA 90, and no part of 13."""
-    for torch_cuda, nvcc in [("13.0", "1.3"), ("9.0", "90.0")]:
-        with pytest.raises(SystemExit, match=re.escape(f"nvcc is of CUDA {nvcc}")):
-            build_config.use_cuda(torch_cuda, nvcc, DEFAULT)
-
-
-def test_says_how_to_get_cuda(capsys):
-    """Only where torch has CUDA and the user did not leave it out."""
-    build_config.use_cuda(None, None, DEFAULT)
-    build_config.use_cuda("13.0", None, LEAVE_OUT)
-    build_config.use_cuda("13.0", "13.0", DEFAULT)
-    assert capsys.readouterr().out == ""
-    build_config.use_cuda("13.0", None, DEFAULT)
-    sentence = f"fused_reg: building for the CPU only, because no nvcc is found; for CUDA {TOOLKIT}\n"
-    assert capsys.readouterr().out == sentence
-
-
-@pytest.mark.parametrize(
-    ("known", "expected"),
-    [
-        ("75 80 86 87 88 89 90 100 110 103 120 121", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
-        ("50 52 53 60 61 62 70 72 75 80 86 87 89 90", "7.5;8.0;8.6;8.9;9.0+PTX"),
-        ("80 90 100 120 130", "8.0;9.0;10.0;12.0+PTX"),
-    ],
-)
-def test_default_architectures(known, expected):
-    """A toolkit is asked only for what it knows, and the newest comes as PTX too, for GPUs that are newer still."""
-    answer = "".join(f"compute_{number}\n" for number in known.split())
-    assert build_config.default_architectures(answer) == expected
-
-
-def test_nvcc_is_asked(tmp_path):
-    assert build_config.ask_nvcc(None, "--version") == ""
-    assert build_config.ask_nvcc(str(tmp_path), "--version") == ""
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo '{NVCC}'\n")
-    nvcc.chmod(0o755)
-    assert build_config.nvcc_version(build_config.ask_nvcc(str(tmp_path), "--version")) == "13.0"
-    assert build_config.nvcc_version("") is None
 
 
 def test_flags():
@@ -113,24 +23,147 @@ def test_flags():
 
 
 @pytest.mark.parametrize(
-    ("environ", "sentence"),
+    ("installed", "least", "enough"),
     [
-        pytest.param(
-            FORCE, NO_TORCH, marks=pytest.mark.skipif(torch.version.cuda is not None, reason="torch with CUDA")
-        ),
-        ({**FORCE, **LEAVE_OUT}, CONTRADICTION),
+        ("77", "77", True),
+        ("77.0.3", "77", True),
+        ("84.2.1", "77", True),
+        ("76.1.0", "77", False),
+        ("65.5.0", "77", False),
+        ("2.10.0", "2.10", True),
+        ("2.13.0+cu130", "2.10", True),
+        ("3.0.0", "2.10", True),
+        ("2.10.0a0+git1234567", "2.10", True),
+        ("2.9.1+cu128", "2.10", False),
+        ("1.13", "2.10", False),
     ],
 )
-def test_setup_says_one_sentence(environ, sentence):
-    """The decision is setup.py's own: no traceback."""
+def test_versions_are_numbers(installed, least, enough, tmp_path, monkeypatch):
+    """2.9 comes before 2.10."""
+    (tmp_path / "a_need.py").write_text(f"__version__ = {installed!r}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "a_need", raising=False)
+    if enough:
+        build_config.check_installed("a_need", least, "mend it")
+    else:
+        with pytest.raises(SystemExit) as error:
+            build_config.check_installed("a_need", least, "mend it")
+        expected = f"fused_reg: building needs a_need {least} or later, and {installed} is installed; mend it"
+        assert str(error.value) == expected
+
+
+BACKEND = "import build_backend; build_backend.get_requires_for_build_wheel()"
+SETUPTOOLS = "`pip install --upgrade setuptools`"
+TORCH = "install it with `pip install torch`, then fused_reg with `pip install --no-build-isolation`"
+
+
+@pytest.mark.parametrize("start", [["setup.py", "egg_info"], ["-c", BACKEND]], ids=["setup.py", "pip"])
+@pytest.mark.parametrize(
+    ("modules", "sentence"),
+    [
+        ({}, f"setuptools 77 or later, and none is installed; {SETUPTOOLS}"),
+        ({"setuptools": "65.5.0"}, f"setuptools 77 or later, and 65.5.0 is installed; {SETUPTOOLS}"),
+        ({"setuptools": "80.0"}, f"torch 2.10 or later, and none is installed; {TORCH}"),
+        ({"setuptools": "80.0", "torch": "2.9.1"}, f"torch 2.10 or later, and 2.9.1 is installed; {TORCH}"),
+    ],
+)
+def test_setup_says_one_sentence(modules, sentence, start, tmp_path):
+    """Before setuptools reads pyproject.toml, which an old one does not understand."""
+    for name, version in modules.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    if "setuptools" in modules:
+        backend = "def get_requires_for_build_wheel():\n    exec(open('setup.py').read(), {'__file__': 'setup.py'})\n"
+        (tmp_path / "setuptools" / "build_meta.py").write_text(backend)
     done = subprocess.run(
-        [sys.executable, "setup.py", "--version"],
+        [sys.executable, "-S", *start],
         cwd=ROOT,
-        env={**os.environ, **environ},
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
     )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == f"fused_reg: {sentence}"
+    assert (done.returncode, done.stderr) == (1, f"fused_reg: building needs {sentence}\n")
+
+
+def add_tool(folder: Path, name: str, script: str = "") -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+NO_HEADERS = 'read code; [ -z "$code" ]'  # compiles nothing else
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """Makes a PATH of the tools that are given with their scripts."""
+
+    def make(tools: dict[str, str]) -> str:
+        for name, script in tools.items():
+            add_tool(tmp_path, name, script)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        return str(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("names", "cxx", "expected"),
+    [
+        ("c++ g++", {}, "c++"),
+        ("g++", {"CXX": ""}, "g++"),
+        ("clang++", {}, "clang++"),
+        ("c++ mine", {"CXX": "mine -v"}, "mine -v"),
+    ],
+)
+def test_compiler(names, cxx, expected, path):
+    folder = path(dict.fromkeys(["ninja", *names.split()], ""))
+    assert build_config.compiler({"PATH": folder, **cxx}) == expected
+
+
+MEND = "install one (Debian: `apt install g++`), or set CXX to it"
+
+
+@pytest.mark.parametrize(
+    ("tools", "cxx", "sentence"),
+    [
+        ({"c++": ""}, {}, "ninja, and none is found; `pip install ninja`"),
+        ({"ninja": ""}, {}, f"a C++ compiler, and there is no c++, g++ or clang++; {MEND}"),
+        (
+            {"ninja": "", "c++": ""},
+            {"CXX": "mine -v"},
+            f"a C++ compiler, and there is no mine, which CXX names; {MEND}",
+        ),
+        ({"ninja": "", "c++": "exit 1"}, {}, "C++20, which c++ cannot compile; install GCC 10 or later"),
+        (
+            {"ninja": "", "c++": NO_HEADERS},
+            {},
+            "the headers of Python, and there is no Python.h; install them (Debian: `apt install python3-dev`)",
+        ),
+    ],
+)
+def test_tool_is_missing(tools, cxx, sentence, path):
+    folder = path(tools)
+    with pytest.raises(SystemExit) as error:
+        build_config.compiler({"PATH": folder, **cxx})
+    assert str(error.value) == f"fused_reg: building needs {sentence}"
+
+
+def test_this_machine_can_build():
+    """The real compiler and the real headers."""
+    assert build_config.compiler(os.environ)
+
+
+def test_ninja_of_an_environment_that_is_not_active(tmp_path, monkeypatch):
+    """pip runs without its environment's folder on the PATH."""
+    add_tool(tmp_path / "bin", "ninja")
+    package = tmp_path / "modules" / "ninja"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"BIN_DIR = {str(tmp_path / 'bin')!r}\n")
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.delitem(sys.modules, "ninja", raising=False)
+    assert build_config.path_with_ninja("/x:/y") == f"/x:/y:{tmp_path / 'bin'}"
+    assert build_config.path_with_ninja(str(tmp_path / "bin")) == str(tmp_path / "bin")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert build_config.path_with_ninja("/x:/y") == "/x:/y"

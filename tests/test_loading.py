@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fused_reg
-from fused_reg import _ops
+from fused_reg import _library, _ops
 
 COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
 MEND = re.escape(f"`{COMMAND}` in its source")
@@ -85,7 +85,7 @@ def test_built_with_another_torch(package):
 )
 def test_which_versions_fit(built, running, fits):
     """Hard case 37: torch keeps its C++ interface within a minor release; `2.1` is not `2.13`."""
-    assert (_ops._release(built) == _ops._release(running)) == fits
+    assert (_library.release(built) == _library.release(running)) == fits
 
 
 def test_no_mark(package):
@@ -115,10 +115,11 @@ def test_library_of_another_kind(package):
     assert_import_error(package, pattern)
 
 
-def test_library_is_missing(package):
+def test_library_is_missing(monkeypatch):
     """Hard case 37."""
-    library_of(package).unlink()
-    assert_import_error(package, f"the compiled part is missing; build it with {MEND}")
+    monkeypatch.setattr(_library, "find", lambda folder: None)
+    with pytest.raises(ImportError, match=f"^fused_reg: the compiled part is missing; build it with {MEND}$"):
+        _ops._load()
 
 
 def test_works_without_a_cuda_device(package):
