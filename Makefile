@@ -1,7 +1,9 @@
 # On a machine with Python 3.10 or later, pip, a C++ compiler and make:
 #
-#   make bench    the environment, the build, and the microbenchmarks (quick form)
-#   make test     the environment, the build, and everything that CI runs
+#   make bench       the environment, the build, and the microbenchmarks (quick form)
+#   make test        the environment, the build, and tests that prove every promise once: minutes
+#   make test-rest   what they leave out: more combinations, sanitizers, CUDA for every architecture, examples, trainers
+#   make test-all    both, as CI runs them
 #
 # PYTHON chooses the interpreter, TORCH what pip installs as torch (TORCH=torch for the newest), CONSTRAINTS the versions of
 # the tools (CONSTRAINTS= for the newest); WERROR=1 makes compiler warnings errors.
@@ -11,13 +13,15 @@ CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
 WERROR ?= 0
 
+WORKERS := --numprocesses 2 --dist loadfile
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check $(addprefix --constraint=,$(CONSTRAINTS))
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h)
 SETUP := pyproject.toml setup.py build_backend.py build_config.py cuda_toolkit.py
 PY := fused_reg tests benchmarks examples docs/conf.py $(filter %.py,$(SETUP)) scripts
 
-.PHONY: build lint format types pytest ctest cuda-compile cuda-on-host docs docs-links test bench bench-full constraints clean
+.PHONY: build lint format types docs docs-links pytest pytest-long ctest ctest-long cuda-compile cuda-on-host cuda-build \
+	test test-rest test-all bench bench-full constraints clean
 
 $(VENV)/.environment:
 	$(PYTHON) -m venv $(VENV)
@@ -60,7 +64,10 @@ types: build
 	$(RUN) mypy
 
 pytest: build
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest $(WORKERS)
+
+pytest-long: $(VENV)/.all
+	$(RUN) python -m pytest $(WORKERS) --long -m long
 
 ctest: build
 	$(RUN) cmake -S . -B build/cmake -G Ninja -DFUSED_REG_WERROR=$(WERROR) -DPython3_EXECUTABLE="$(abspath $(VENV))/bin/python"
@@ -74,6 +81,10 @@ cuda-compile: build
 cuda-on-host: build
 	$(RUN) python -m scripts.check_cuda_on_host
 
+# A whole build and import, with the CUDA torch of the registry.
+cuda-build:
+	$(PYTHON) -m scripts.check_cuda_build
+
 # The pages, in build/docs. A warning is an error: a link within them that leads nowhere, a name that is not documented.
 docs: build
 	$(RUN) sphinx-build --fail-on-warning --keep-going --quiet --fresh-env -b html -d build/doctrees docs build/docs
@@ -82,7 +93,11 @@ docs: build
 docs-links: build
 	$(RUN) sphinx-build --quiet -b linkcheck -d build/doctrees docs build/docs-links
 
-test: lint types ctest cuda-compile cuda-on-host docs pytest
+test: lint types docs ctest pytest
+
+test-rest: ctest-long cuda-compile cuda-on-host cuda-build pytest-long
+
+test-all: test test-rest
 
 bench: $(VENV)/.bench
 	$(RUN) python -m benchmarks --quick
