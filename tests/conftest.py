@@ -1,6 +1,8 @@
 """Devices, seeds, and what only some runs have: ``--long``, ``--slow``."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,11 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each worker; tests of threads set their own number
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor's cache does not ask for which instruction set it has compiled.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / f"fused_reg_inductor_{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"),
+)
 
 import torch
 
