@@ -101,6 +101,25 @@ def test_aliasing_gradients(device):
     assert_same_bits([flat], [torch.cat(loop_gradients([w, x], **BOTH)) + 0.0])
 
 
+def test_interleaved_parameters_and_gradients(device):
+    """Hard case 50: columns of one matrix, with gradients that are columns of another, or of the same."""
+    memory = draw((9, 40), device=device)
+    params = leaves(memory[:, :20].unbind(1))
+    for p, grad in zip(params, memory[:, 20:].unbind(1), strict=True):
+        p.grad = grad
+    gradients = loop_gradients(params, **BOTH)
+    expected = [p.grad + g.to(device) for p, g in zip(params, gradients, strict=True)]
+    accumulate_grad_(params, **BOTH)
+    assert_same_bits([p.grad for p in params], expected)
+    for grad, text in (
+        (memory[:, 27], "params[7].grad must not share memory with params[3].grad"),
+        (memory[:, 5], "params[3].grad must not share memory with params[5]"),
+    ):
+        params[3].grad = grad
+        with refuses(ValueError, text):
+            accumulate_grad_(params, **BOTH)
+
+
 def test_sparse_gradient(device):
     """Hard case 19: an error that says what to do; and then it works."""
     embedding = torch.nn.Embedding(6, 3, sparse=True).to(device)
