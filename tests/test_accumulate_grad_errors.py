@@ -9,7 +9,7 @@ from oracle import assert_same_bits, bits, loop_gradients
 from samples import LAYOUTS, draw, draw_list, leaves
 from test_accumulate_grad import expected_grads, with_grads
 
-from fused_reg import accumulate_grad_
+from fused_reg import _ops, accumulate_grad_
 
 BOTH = {"l1": 0.1, "l2": 1 / 3}
 OVERLAPPING = [name for name in LAYOUTS if name.startswith(("expanded", "overlapping"))]
@@ -118,6 +118,15 @@ def test_interleaved_parameters_and_gradients(device):
         params[3].grad = grad
         with refuses(ValueError, text):
             accumulate_grad_(params, **BOTH)
+
+
+def test_modes_are_known(device):
+    """Of the operator, which Python gives them."""
+    w, grad = draw(5, device=device), torch.zeros(5, device=device)
+    for mode in (-1, 3):
+        with pytest.raises(ValueError, match=rf"^modes\[0\] must be 0, 1 or 2, got {mode}$"):
+            _ops.accumulate_grad_([w], [grad], [mode], 1.0, None, (0.1,), (), (), None, None, None, False)
+    assert not grad.any()
 
 
 def test_sparse_gradient(device):
