@@ -175,10 +175,16 @@ FUSED_REG_INLINE double shrinkage(double l2, double l2_norm, double step, double
   return block / (1 + 2 * (step * l2));
 }
 
-// A zero is +0, also one that comes from shrinkage.
+// A zero is +0, also one that comes from shrinkage; and in half types, of which these are the bits, one that comes from
+// the last rounding.
 template <class V>
 FUSED_REG_INLINE V prox(V w, V threshold, V shrinkage) {
   return soft(w, threshold) * shrinkage + V{};
+}
+
+template <class Bits16>
+FUSED_REG_INLINE Bits16 with_positive_zero(Bits16 half) {
+  return half == 0x8000 ? Bits16{} : half;
 }
 
 }  // namespace fused_reg

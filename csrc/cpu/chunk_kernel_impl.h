@@ -106,6 +106,9 @@ struct Kernel {
   FUSED_REG_INLINE void write(const Storage* param, Storage* out) const {
     if constexpr (pass == Pass::kProx) {
       E::map(param, out, [&](Factor w) __attribute__((always_inline)) { return prox(w, threshold, shrinkage); });
+      if constexpr (sizeof(Storage) == sizeof(uint16_t)) {
+        store(out, with_positive_zero(load<Bits16>(out)));
+      }
     } else if constexpr (kWork.reads_out) {
       E::update(param, out,
                 [&](Factor w, Factor old) __attribute__((always_inline)) { return old + full_gradient(w); });

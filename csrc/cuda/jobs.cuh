@@ -195,6 +195,9 @@ class ProxJob {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       out[i] = E::narrow(prox<Scalar>(E::widen(w[i]), threshold_, shrinkage_));
+      if constexpr (sizeof(Storage) == sizeof(uint16_t)) {
+        out[i] = with_positive_zero(out[i]);
+      }
     }
   }
 

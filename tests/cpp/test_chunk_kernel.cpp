@@ -203,6 +203,24 @@ void expect_rescue(const Variant& variant) {
   }
 }
 
+// What rounds to a zero of a half type, or is one, is +0 after the proximal operator.
+void expect_positive_zeros(const Variant& variant) {
+  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
+    const std::vector<uint16_t> param = {0x8000, 0, 0x8001, 1, 0x8003, 0x8400};
+    std::vector<uint16_t> out(param.size(), 1);
+    ChunkTask task{};
+    task.dtype = dtype;
+    task.pass = Pass::kProx;
+    task.size = static_cast<int64_t>(param.size());
+    task.param = param.data();
+    task.out = out.data();
+    task.shrinkage = 0.4f;
+    variant.kernel(task);
+    EXPECT((out == std::vector<uint16_t>{0, 0, 0, 0, 0x8001, static_cast<uint16_t>(out[5])}), variant.name, out[2]);
+    EXPECT(out[5] > 0x8000, variant.name);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -210,6 +228,7 @@ int main() {
   for (const Variant& variant : all) {
     std::printf("%s\n", variant.name.c_str());
     expect_rescue(variant);
+    expect_positive_zeros(variant);
   }
   std::mt19937_64 random(0);
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {

@@ -1,5 +1,6 @@
 // penalty.h on scalars: each term, its gradient against a difference quotient, norms
 // and proximal operators, and the special values.
+#include <cstdint>
 #include <limits>
 #include <vector>
 
@@ -125,6 +126,15 @@ void expect_soft() {
   EXPECT(soft(5.0, kInf) == 0 && soft(-5.0, kInf) == 0);
 }
 
+void expect_zeros_are_positive() {
+  EXPECT(!std::signbit(prox(-1e-300, 0.0, 1e-300)) && !std::signbit(prox(-0.0, 0.0, 1.0)));
+  EXPECT(!std::signbit(prox(-0.5, 0.5, 1.0)) && !std::signbit(prox(-2.0, 0.5, 0.0)));
+  const uint16_t bits[] = {0x8000, 0, 1, 0x8001, 0x7c00, 0xfe00}, expected[] = {0, 0, 1, 0x8001, 0x7c00, 0xfe00};
+  for (int i = 0; i < 6; ++i) {
+    EXPECT(with_positive_zero(bits[i]) == expected[i], i);
+  }
+}
+
 void expect_shrinkage() {
   EXPECT(shrinkage(0, 0, 0.5, 0) == 1 && shrinkage(0, 0, 0.5, 3) == 1);
   EXPECT(shrinkage(1, 0, 0.5, 3) == 0.5);
@@ -147,6 +157,7 @@ int main() {
   expect_norm_gradient_at_extremes<double>({1, 0.37, 2.3e-308, 1e-300, 1e-290, 1e300, 1.7e308}, {0.3, 1e-300, 1e307});
   expect_squares_without_overflow();
   expect_soft();
+  expect_zeros_are_positive();
   expect_shrinkage();
   return fused_reg::testing::report();
 }
