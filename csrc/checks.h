@@ -6,6 +6,7 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,23 +21,26 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 inline std::string name_of(at::ScalarType dtype) { return "torch." + std::string(c10::getDtypeNames(dtype).first); }
 
-inline bool is_supported(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
-}
-
-// Of a tensor that is supported.
-inline Dtype dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
+// None for a dtype that is not supported.
+inline std::optional<Dtype> dtype_of(at::ScalarType dtype) {
+  switch (dtype) {
     case at::kFloat:
       return Dtype::kFloat32;
     case at::kDouble:
       return Dtype::kFloat64;
     case at::kBFloat16:
       return Dtype::kBFloat16;
-    default:
+    case at::kHalf:
       return Dtype::kFloat16;
+    default:
+      return std::nullopt;
   }
 }
+
+inline bool is_supported(at::ScalarType dtype) { return dtype_of(dtype).has_value(); }
+
+// Of a tensor that is supported.
+inline Dtype dtype_of(const at::Tensor& t) { return dtype_of(t.scalar_type()).value(); }
 
 inline void check_dtypes(at::TensorList params) {
   TORCH_CHECK_VALUE(!params.empty(), "params must not be empty");
@@ -151,6 +155,8 @@ inline std::vector<size_t> check_accumulation(at::TensorList params, at::TensorL
     if (params[t].numel() > 0) {
       regions.emplace_back(params[t], t, "");
     }
+    TORCH_CHECK_VALUE(modes[t] >= kSkipGrad && modes[t] <= kAddGrad, "modes[", t, "] must be 0, 1 or 2, got ",
+                      modes[t]);
     if (modes[t] == kSkipGrad) {
       continue;
     }

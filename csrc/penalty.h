@@ -53,27 +53,40 @@ struct TwoRoundings {
   }
 };
 
-// A strength as scale and factor, so that  strength * sum of term(w) = factor * sum of term(scale * w).
-// The scale is a power of two and rounds nothing. With it, sums of float64 elements neither overflow nor
-// vanish where the penalty itself fits. Sums of narrower elements cannot, and are taken without it.
-struct ScaledStrength {
-  double scale;
-  double factor;
+// The sums of a chunk's terms. Those of float64 elements may be too large or too small for a double where the penalty
+// or the norm is not: they are first taken with exponent 0, and where digits may have been lost, once more of the
+// elements divided by a power of two, which rounds nothing. Sums of narrower elements always fit, with exponent 0.
+struct ChunkSums {
+  double l1 = 0;  // sum of |w / 2^exponent|
+  double l2 = 0;  // sum of (w / 2^exponent)^2
+  int exponent = 0;
 };
 
-FUSED_REG_INLINE ScaledStrength scaled_strength(double strength, Terms term, bool is_float64) {
-  if (!is_float64 || strength == 0 || strength - strength != 0) {  // 0, infinite or NaN: nothing to scale
-    return {1, strength};
+constexpr int kRescueExponent = 600;
+
+// What the float64 elements must be taken again with, after their sums with exponent 0 (an absent one is 0); 0: these
+// are good.
+FUSED_REG_INLINE int rescue_exponent(const ChunkSums& sums, bool has_l2) {
+  if (sums.l1 > 0x1p1000 || sums.l2 > 0x1p1000) {
+    return kRescueExponent;
   }
-  const int degree = term == kL1 ? 1 : 2;
-  const int exponent = std::ilogb(strength) >> (degree - 1);
-  return {std::ldexp(1.0, exponent), std::ldexp(strength, -degree * exponent)};
+  return has_l2 && sums.l2 < 0x1p-900 ? -kRescueExponent : 0;
 }
 
-// The penalty of elements whose scaled terms have these sums.
-FUSED_REG_INLINE double penalty_of_sums(Terms terms, double l1_factor, double l1_sum, double l2_factor, double l2_sum) {
-  const double l1 = terms & kL1 ? l1_factor * l1_sum : 0;
-  return terms & kL2 ? l1 + l2_factor * l2_sum : l1;
+// strength * 2^exponent * sum, without an overflow on the way.
+FUSED_REG_INLINE double scaled_product(double strength, double sum, int exponent) {
+  if (exponent == 0) {
+    return strength * sum;
+  }
+  int own = 0;
+  const double fraction = std::frexp(strength, &own);
+  return std::ldexp(fraction * sum, own + exponent);
+}
+
+// The penalty of elements whose terms have these sums.
+FUSED_REG_INLINE double penalty_of_sums(double l1, double l2, const ChunkSums& sums) {
+  const double l1_penalty = l1 == 0 ? 0 : scaled_product(l1, sums.l1, sums.exponent);
+  return l1_penalty + (l2 == 0 ? 0 : scaled_product(l2, sums.l2, 2 * sums.exponent));
 }
 
 // What a term's gradient is multiplied by: the upstream gradient times the strength, each rounded to the
@@ -99,45 +112,23 @@ FUSED_REG_INLINE V gradient(V w, V c1, V c2) {
   }
 }
 
-// A sum of squares of float64 elements, which may be too large or too small for a double: 4^exponent * sum. The
-// elements are first taken with exponent 0; if their sum then lies where squares may have been lost, they are taken
-// again, divided by 2^exponent. Squares of narrower elements always fit, with exponent 0.
+// The sum of squares of a group: 4^exponent * sum.
 struct Squares {
   double sum;
   int exponent;
 };
-
-constexpr int kRescueExponent = 600;
-
-// What the elements must be taken again with, after their sum with exponent 0; 0: it is good.
-FUSED_REG_INLINE int rescue_exponent(double sum) {
-  if (sum > 0x1p1000) {
-    return kRescueExponent;
-  }
-  return sum < 0x1p-900 ? -kRescueExponent : 0;
-}
 
 // NaN has one form.
 FUSED_REG_INLINE double norm_of(const Squares& squares) {
   return squares.sum == squares.sum ? std::ldexp(std::sqrt(squares.sum), squares.exponent) : static_cast<double>(NAN);
 }
 
-// strength * the sum of squares, and strength * its root, without an overflow on the way.
-FUSED_REG_INLINE double l2_penalty(double strength, const Squares& squares) {
-  int exponent = 0;
-  const double fraction = std::frexp(strength, &exponent);
-  return squares.exponent == 0 ? strength * squares.sum
-                               : std::ldexp(fraction * squares.sum, exponent + 2 * squares.exponent);
-}
-
-FUSED_REG_INLINE double norm_penalty(double strength, const Squares& squares) {
-  int exponent = 0;
-  const double fraction = std::frexp(strength, &exponent);
-  return std::ldexp(fraction * std::sqrt(squares.sum), exponent + squares.exponent);
+FUSED_REG_INLINE double norm_penalty(double l2_norm, const Squares& squares) {
+  return l2_norm == 0 ? 0 : scaled_product(l2_norm, std::sqrt(squares.sum), squares.exponent);
 }
 
 // The gradient of l2_norm * ||w_g|| as (w * scale) * factor: the scale, a power of two, keeps w / ||w_g|| from
-// overflow where the norm is tiny, and the factor from underflow where it is large.
+// overflow where the norm is tiny, and the factor from underflow where the norm is large or l2_norm small.
 template <class S>
 struct NormGradient {
   S scale;
@@ -146,7 +137,7 @@ struct NormGradient {
 
 template <class S>
 FUSED_REG_INLINE NormGradient<S> norm_gradient(double upstream, double strength, double norm) {
-  constexpr int kLargest = sizeof(S) == 4 ? 120 : 1000;
+  constexpr int kLargest = sizeof(S) == 4 ? 127 : 1023;
   const double weight = upstream * strength;
   if (norm == 0) {
     return {1, static_cast<S>(weight * 0)};
@@ -154,8 +145,13 @@ FUSED_REG_INLINE NormGradient<S> norm_gradient(double upstream, double strength,
   if (!(norm - norm == 0)) {  // infinite or NaN
     return {1, static_cast<S>(weight / norm)};
   }
-  int exponent = -std::ilogb(norm);
-  exponent = exponent > kLargest ? kLargest : exponent < -kLargest / 2 ? -kLargest / 2 : exponent;
+  const int of_norm = std::ilogb(norm);
+  int exponent = -of_norm > kLargest ? kLargest : -of_norm < -kLargest / 2 ? -kLargest / 2 : -of_norm;
+  if (weight != 0 && weight - weight == 0) {
+    constexpr int kSmallest = sizeof(S) == 4 ? -149 : -1074;          // subnormal
+    const int highest = std::ilogb(weight) - of_norm + kLargest - 3;  // so that the factor is normal
+    exponent = exponent < highest ? exponent : highest < kSmallest ? kSmallest : highest;
+  }
   const double scaled_norm = std::ldexp(norm, exponent);
   return {static_cast<S>(std::ldexp(1.0, exponent)), static_cast<S>(weight / scaled_norm)};
 }
@@ -179,10 +175,16 @@ FUSED_REG_INLINE double shrinkage(double l2, double l2_norm, double step, double
   return block / (1 + 2 * (step * l2));
 }
 
-// A zero is +0, also one that comes from shrinkage.
+// A zero is +0, also one that comes from shrinkage; and in half types, of which these are the bits, one that comes from
+// the last rounding.
 template <class V>
 FUSED_REG_INLINE V prox(V w, V threshold, V shrinkage) {
   return soft(w, threshold) * shrinkage + V{};
+}
+
+template <class Bits16>
+FUSED_REG_INLINE Bits16 with_positive_zero(Bits16 half) {
+  return half == 0x8000 ? Bits16{} : half;
 }
 
 }  // namespace fused_reg

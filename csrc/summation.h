@@ -41,10 +41,15 @@ struct BlockSums {
   double lanes[kFoldedLanes];
 };
 
-struct ChunkSums {
-  double l1 = 0;  // sum of |l1_scale * w|
-  double l2 = 0;  // sum of (l2_scale * w)^2
+// The sums of a tensor's terms.
+struct TermSums {
+  double l1;  // sum of |w|
+  double l2;  // sum of w^2
 };
+
+FUSED_REG_INLINE TermSums unscaled(const ChunkSums& sums) {
+  return {std::ldexp(sums.l1, sums.exponent), std::ldexp(sums.l2, 2 * sums.exponent)};
+}
 
 // A sum whose error does not grow with its length: the error of every addition is kept and added at the end (Knuth's
 // TwoSum; Ogita, Rump and Oishi 2005, "Accurate sum and dot product").
@@ -117,16 +122,16 @@ double column_sum(int64_t count, const Value& value) {
 }
 
 // The sum of squares of a group, from those of its chunks.
-inline Squares sum_of(const Squares* chunks, int64_t count) {
+inline Squares squares_of(const ChunkSums* chunks, int64_t count) {
   if (count == 1) {
-    return chunks[0];
+    return {chunks[0].l2, chunks[0].exponent};
   }
   int exponent = chunks[0].exponent;
   for (int64_t c = 1; c < count; ++c) {
     exponent = chunks[c].exponent > exponent ? chunks[c].exponent : exponent;
   }
   return {column_sum<kTensorColumns>(
-              count, [&](int64_t c) { return std::ldexp(chunks[c].sum, 2 * (chunks[c].exponent - exponent)); }),
+              count, [&](int64_t c) { return std::ldexp(chunks[c].l2, 2 * (chunks[c].exponent - exponent)); }),
           exponent};
 }
 

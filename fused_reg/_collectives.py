@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from fused_reg._composed import exponent_of
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -57,10 +59,13 @@ def shared(x: Tensor, group: Any) -> Tensor:
 
 def hypot(norms: Tensor) -> Tensor:
     """``(norms ** 2).sum(0).sqrt()`` without overflow."""
-    largest = norms.amax(0)
-    exponents = torch.where(largest.isfinite(), largest.frexp().exponent, 0)
-    scaled = torch.ldexp(norms, -exponents)
-    return torch.ldexp(scaled.square().sum(0).sqrt(), exponents)
+    scale = scale_of(norms)
+    return (norms * scale).square().sum(0).sqrt() / scale
+
+
+def scale_of(norms: Tensor) -> Tensor:
+    """A power of two that takes the largest of each column near 1."""
+    return torch.exp2(-exponent_of(norms.amax(0)).clamp(-1000, 1000).double())
 
 
 class _Total(Function):

@@ -81,13 +81,23 @@ def gradient(upstream: Tensor, table: Tensor, rows: bool | None, params: Sequenc
 
 
 def _directed(p: Tensor, norms: Tensor, weight: Tensor) -> Tensor:
-    """``weight * p / norm`` of each group of a parameter, and 0 where the norm is."""
+    """``weight * p / norm`` of each group of a parameter, and 0 where the norm is. As in the kernels, a power of two
+    keeps ``1 / norm`` from overflow and ``weight / norm`` from underflow."""
     if p.numel() == 0:
         return torch.zeros_like(p)
     is_zero = norms == 0
-    factor = torch.where(is_zero, 0, weight / torch.where(is_zero, 1, norms))
+    norms = torch.where(is_zero, 1, norms)
+    of_norm, of_weight = exponent_of(norms), exponent_of(weight)
+    scale = torch.exp2((-of_norm).clamp(-511, 1023).minimum(of_weight - of_norm + 1020).double())
+    factor = torch.where(is_zero, 0, weight / (norms * scale))
     shape = [-1, *[1] * (p.ndim - 1)] if p.ndim > 0 else []
-    return (p.double() * factor.reshape(shape)).to(p.dtype)
+    return (p.double() * scale.reshape(shape) * factor.reshape(shape)).to(p.dtype)
+
+
+def exponent_of(x: Tensor) -> Tensor:
+    """``floor(log2(x))`` of each; 0 of infinity and NaN."""
+    x = x.detach()
+    return torch.where(x.isfinite(), x.frexp().exponent - 1, 0)
 
 
 class _Composed(Function):
@@ -209,14 +219,15 @@ class _Gradient(Function):
 
         upstream_grad = table_grad = None
         if needs_upstream or needs_table:
-            # The gradient is linear in each strength: its derivative there is the gradient for strength 1.
-            one = torch.ones_like(upstream)
+            # The gradient is linear in each strength: its derivative there is the gradient for strength 1, which a
+            # narrower type than float64 may not hold.
+            one, wide = torch.ones_like(upstream), [p.double() for p in params]
             columns = [
-                _dots(cotangents, _apply(_Gradient, one, unit.expand_as(table), *params))
+                _dots(cotangents, _apply(_Gradient, one, unit.expand_as(table), *wide))
                 for unit in torch.eye(2, dtype=table.dtype, device=table.device)
             ]
             slopes = torch.stack(columns, dim=1)  # [len(params), 2]
-            upstream_grad = (table * slopes).sum().to(upstream.dtype)
+            upstream_grad = torch.where(table == 0, 0, table * slopes).sum().to(upstream.dtype)
             table_grad = upstream.to(table.dtype) * slopes
 
         params_grad: tuple[Tensor | None, ...] = (None,) * len(params)

@@ -15,6 +15,7 @@ from fused_reg import _ops
 from fused_reg._arguments import Strengths, explained
 from fused_reg._composed import group_count
 from fused_reg._parts import named
+from fused_reg._penalty import penalty
 from fused_reg._strengths import KINDS, Cell, Held, identity, tensor_of
 from fused_reg._table import Entry, Table
 from fused_reg.distributed import Bucket, buckets, shards_of
@@ -180,6 +181,16 @@ def _columns(bucket: Bucket) -> Tensor:
     return torch.stack([absolute, squares, norms, zeros, row_norms, zero_rows], dim=1)
 
 
+def _value(entry: Entry, terms: Sequence[tuple[float, float]], norm: float) -> float:
+    """The penalty of a parameter, from each strength and its sum. Sums of float64 elements may overflow or lose digits
+    where the penalty does not: then the penalty itself is taken."""
+    present = [(strength, term) for strength, term in terms if strength != 0]
+    if entry.param.dtype is not torch.float64 or norm == 0 or all(2.0**-1000 < x < math.inf for _, x in present):
+        return sum(strength * term for strength, term in present)
+    l1, l2, l2_norm = (() if strength == 0 else (strength,) for strength, _ in terms)
+    return penalty([entry.param], Strengths(l1, l2, l2_norm, rows=entry.group == "row")).item()
+
+
 def _row(
     entry: Entry,
     l1: float,
@@ -198,7 +209,7 @@ def _row(
         "name": entry.name,
         "elements": entry.param.numel(),
         **{"l1": l1, "l2": l2, "l2_norm": l2_norm, "group": entry.group},
-        "value": sum(strength * term for strength, term in terms if strength != 0),
+        "value": _value(entry, terms, norm),
         "norm": norm,
         "zeros": int(zeros),
         "zero_share": zeros / max(entry.param.numel(), 1),

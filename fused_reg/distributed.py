@@ -24,7 +24,7 @@ from torch.autograd.graph import increment_version
 
 from fused_reg import _autograd, _devices, _ops
 from fused_reg._arguments import PLAIN_TYPES, Strengths, is_dtensor, relabelled, strength_at
-from fused_reg._collectives import gathered, hypot, processes, shared, total
+from fused_reg._collectives import gathered, hypot, processes, scale_of, shared, total
 from fused_reg._composed import composed_penalty, group_count, group_norms, table_of
 
 if TYPE_CHECKING:
@@ -319,10 +319,12 @@ class Bucket(NamedTuple):
         if self.sharing_groups is None:
             return total(composed_penalty(self.shards, strengths), self.sharing_rest)
         pieces = _shared(strengths, self.sharing_groups)._replace(l2_norm=(), l2_norm_tensor=None)
-        squares = self._in_slots(group_norms(self.shards, self.strengths.rows)).square()
+        own = self._in_slots(group_norms(self.shards, self.strengths.rows))
+        scale = scale_of(gathered(own.detach(), self.sharing_groups))
+        squares = (own * scale).square()
         sums = total(torch.cat((composed_penalty(self.shards, pieces)[None], squares)), self.sharing_groups)
         is_zero = sums[1:] == 0
-        norms = torch.where(is_zero, 0, torch.where(is_zero, 1, sums[1:]).sqrt())
+        norms = torch.where(is_zero, 0, torch.where(is_zero, 1, sums[1:]).sqrt()) / scale
         return total(sums[0] + (self._weights_of_slots(strengths) * norms).sum(), self.sharing_rest)
 
     def over_rest(self, x: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ def prox_(
         soft = torch.where(w.isnan(), w, soft)
         norms = _norms(soft, group)
         block = torch.where(norms <= eta * c, 0.0, 1 - eta * c / norms)
-        p.copy_(soft * block / (1 + 2 * eta * b))
+        p.copy_(soft * block / (1 + 2 * eta * b)).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 
 
 def loop(

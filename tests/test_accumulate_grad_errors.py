@@ -9,7 +9,7 @@ from oracle import assert_same_bits, bits, loop_gradients
 from samples import LAYOUTS, draw, draw_list, leaves
 from test_accumulate_grad import expected_grads, with_grads
 
-from fused_reg import accumulate_grad_
+from fused_reg import _ops, accumulate_grad_
 
 BOTH = {"l1": 0.1, "l2": 1 / 3}
 OVERLAPPING = [name for name in LAYOUTS if name.startswith(("expanded", "overlapping"))]
@@ -99,6 +99,34 @@ def test_aliasing_gradients(device):
     w.grad, x.grad = flat[:12], flat[12:]
     accumulate_grad_([v, w, x], **BOTH)
     assert_same_bits([flat], [torch.cat(loop_gradients([w, x], **BOTH)) + 0.0])
+
+
+def test_interleaved_parameters_and_gradients(device):
+    """Hard case 50: columns of one matrix, with gradients that are columns of another, or of the same."""
+    memory = draw((9, 40), device=device)
+    params = leaves(memory[:, :20].unbind(1))
+    for p, grad in zip(params, memory[:, 20:].unbind(1), strict=True):
+        p.grad = grad
+    gradients = loop_gradients(params, **BOTH)
+    expected = [p.grad + g.to(device) for p, g in zip(params, gradients, strict=True)]
+    accumulate_grad_(params, **BOTH)
+    assert_same_bits([p.grad for p in params], expected)
+    for grad, text in (
+        (memory[:, 27], "params[7].grad must not share memory with params[3].grad"),
+        (memory[:, 5], "params[3].grad must not share memory with params[5]"),
+    ):
+        params[3].grad = grad
+        with refuses(ValueError, text):
+            accumulate_grad_(params, **BOTH)
+
+
+def test_modes_are_known(device):
+    """Of the operator, which Python gives them."""
+    w, grad = draw(5, device=device), torch.zeros(5, device=device)
+    for mode in (-1, 3):
+        with pytest.raises(ValueError, match=rf"^modes\[0\] must be 0, 1 or 2, got {mode}$"):
+            _ops.accumulate_grad_([w], [grad], [mode], 1.0, None, (0.1,), (), (), None, None, None, False)
+    assert not grad.any()
 
 
 def test_sparse_gradient(device):

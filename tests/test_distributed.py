@@ -211,6 +211,26 @@ def check_trained_strengths() -> None:
         assert_near(*([p.grad for p in params] for params in lists), rtol=1e-6)
 
 
+def check_range() -> None:
+    """Hard case 51: norms of pieces whose squares leave the range of float64."""
+    for scale, group, is_trained in itertools.product((1e200, 1e-200, 1e-307), ("tensor", "row"), (False, True)):
+        found, lists = [], [[nn.Parameter(scale * p) for p in params] for params in layouts(torch.float64)]
+        for params in lists:
+            l2_norm = torch.tensor(0.3, dtype=torch.float64, requires_grad=True) if is_trained else 0.3
+            value = fused_penalty(params, l2_norm=l2_norm, group=group)
+            value.backward()
+            found.append([value.detach() / scale, *([l2_norm.grad / scale] if is_trained else [])])
+            (row,) = Regularizer(params, l2_norm=0.3, group=group).report().rows[-1:]
+            assert abs(row["value"] / value.item() - 1) < 1e-12
+        assert_near(*found, rtol=1e-13)
+        assert_near(*([p.grad for p in params] for params in lists), rtol=1e-13)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_range(world):
+    ranks(world).run(check_range)
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_strengths_that_require_grad(world):
     ranks(world).run(check_trained_strengths)

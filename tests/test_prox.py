@@ -234,6 +234,20 @@ def test_nan_stays_nan(dtype, device):
 
 
 @EVERY_DTYPE
+@pytest.mark.parametrize("function", [prox_, reference.prox_])
+@pytest.mark.parametrize(
+    "given", [{}, {"l1": 0.5}, {"l2": 0.75}, {"l2_norm": 0.5, "group": "row"}, {"l2": 1e300}], ids=str
+)
+def test_zeros_are_positive(given, function, dtype, device):
+    """Those that were there, those at the threshold, and those that the last rounding makes."""
+    values = torch.tensor([-0.0, 0.0, -0.5, -0.25, -SMALLEST[dtype], SMALLEST[dtype]], dtype=torch.float64)
+    for count in (1, 25):
+        w = values.repeat(count).to(device, dtype)[:, None].contiguous()
+        function(w, **given, step=1.0)
+        assert not (w.signbit() & (w == 0)).any()
+
+
+@EVERY_DTYPE
 @EVERY_GROUP
 def test_infinity(group, dtype, device):
     """Stays where it is; beside it, a group's threshold is nothing."""

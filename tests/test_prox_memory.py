@@ -148,6 +148,51 @@ def test_overlapping_views(device):
     prox_([memory[:32], memory[32:]], l1=0.1, step=0.1)  # neighbours
 
 
+# Views of a [60, 90] matrix that lie between one another.
+INTERLEAVED = {
+    "columns": lambda m: m.unbind(1),
+    "blocks of columns": lambda m: m.split(7, dim=1),
+    "every third row and fifth column": lambda m: [m[i::3, j::5] for i in range(3) for j in range(5)],
+    "two dimensions of six": lambda m: (
+        m.view(3, 20, 9, 10)[:, :, ::2].unbind(3) + m.view(3, 20, 9, 10)[:, :, 1::2].unbind(1)
+    ),
+    "diagonals": lambda m: [m.as_strided((59,), (91,), i) for i in range(31)],
+    "rows and columns": lambda m: [*m[:30].unbind(0), *m[30:].unbind(1)],
+}
+
+
+@pytest.mark.parametrize("views", INTERLEAVED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_interleaved_views(dtype, views, device):
+    """Hard case 50: taken as if they were tensors of their own; and one element that two of them share is found."""
+    memory = draw((60, 90), dtype, device)
+    params = list(INTERLEAVED[views](memory))
+    expected = stepped([p.clone() for p in params], **ALL, step=0.5)
+    prox_(params, **ALL, step=0.5)
+    assert_same_bits(params, expected)
+    before, last = bits(memory), len(params)
+    for i in (0, last // 2, last - 1):
+        place = params[i].storage_offset() + sum(
+            (n - 1) * s for n, s in zip(params[i].shape, params[i].stride(), strict=True)
+        )
+        one = memory.as_strided((1,), (1,), place)
+        with refuses(ValueError, f"params[{last}] must not share memory with params[{i}]"):
+            prox_([*params, one], **ALL, step=0.5)
+        with refuses(ValueError, f"params[{i + 1}] must not share memory with params[0]"):
+            prox_([one, *params], **ALL, step=0.5)
+    assert bits(memory) == before
+
+
+def test_the_first_conflict_is_named(device):
+    """Wherever the tensors lie: the first that shares memory with an earlier one, and the first such."""
+    memory = draw((6, 8), device=device)
+    for rows in (memory.unbind(0), memory.unbind(0)[::-1]):
+        with refuses(ValueError, "params[3] must not share memory with params[0]"):
+            prox_([*rows[:3], memory, memory.t(), *rows], l1=0.1, step=0.1)
+        with refuses(ValueError, "params[2] must not be the same tensor as params[1]"):
+            prox_([rows[4], rows[0], rows[0], memory], l1=0.1, step=0.1)
+
+
 def test_lists(device):
     """Hard cases 1, 2: generators are read once; an empty list is nothing to do; a tensor is one parameter."""
     prox_([], l1=0.1, step=0.1)

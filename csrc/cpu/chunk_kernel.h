@@ -28,7 +28,6 @@ struct ChunkTask {
   const void* param;  // [size] elements, any alignment
   void* out;          // [size] elements, of the passes that write; may be the parameter
   int64_t size;
-  double l1_scale, l2_scale;    // of the elements in each sum; float64 only
   double c1, c2;                // gradient_factor of each term, exact in the compute type
   NormGradient<double> norm;    // of kNorm, exact in the compute type
   double threshold, shrinkage;  // of the proximal operator, exact in the compute type

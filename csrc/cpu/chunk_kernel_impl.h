@@ -35,11 +35,28 @@ struct Lanes {
   }
 };
 
-constexpr bool sums_in(Pass pass) {
-  return pass != Pass::kGradient && pass != Pass::kAccumulate && pass != Pass::kProx;
+struct Work {
+  bool sums, writes, reads_out;
+};
+
+constexpr Work work_of(Pass pass) {
+  switch (pass) {
+    case Pass::kSums:
+    case Pass::kSoftSquares:
+    case Pass::kZeros:
+      return {true, false, false};
+    case Pass::kSumsAndGradient:
+      return {true, true, false};
+    case Pass::kSumsAndAccumulate:
+      return {true, true, true};
+    case Pass::kGradient:
+    case Pass::kProx:
+      return {false, true, false};
+    case Pass::kAccumulate:
+      return {false, true, true};
+  }
+  return {};
 }
-constexpr bool writes(Pass pass) { return pass != Pass::kSums && pass != Pass::kSoftSquares && pass != Pass::kZeros; }
-constexpr bool reads_out(Pass pass) { return pass == Pass::kSumsAndAccumulate || pass == Pass::kAccumulate; }
 
 template <Dtype dtype, int terms, Pass pass>
 struct Kernel {
@@ -47,24 +64,25 @@ struct Kernel {
   using Storage = typename E::Storage;
   using Scalar = typename E::Scalar;
   using Factor = decltype(broadcast<Scalar>(0));
+  static constexpr Work kWork = work_of(pass);
+  static constexpr bool kWide = std::is_same_v<Scalar, double>;
   // The square of soft(w) in float64 is not exact.
-  using MultiplyAdd =
-      std::conditional_t<dtype == Dtype::kFloat64 || pass == Pass::kSoftSquares, TwoRoundings, OneRounding>;
+  using MultiplyAdd = std::conditional_t<kWide || pass == Pass::kSoftSquares, TwoRoundings, OneRounding>;
 
   Factor c1, c2, norm_scale, norm_factor, threshold, shrinkage;
-  Double l1_scale, l2_scale, sum_threshold;
+  Double scale, sum_threshold;  // of the sums
   BlockSums l1[kBlocks], l2[kBlocks];
 
-  static FUSED_REG_INLINE Double scaled(Double w, Double scale) { return dtype == Dtype::kFloat64 ? w * scale : w; }
+  FUSED_REG_INLINE Double scaled(Double w) const { return kWide ? w * scale : w; }
 
   // What an element is in the sum of L2.
   FUSED_REG_INLINE Double l2_element(Double w) const {
     if constexpr (pass == Pass::kSoftSquares) {
-      return scaled(soft(w, sum_threshold), l2_scale);
+      return scaled(soft(w, sum_threshold));
     } else if constexpr (pass == Pass::kZeros) {
       return w == 0 ? Double{} + 1 : Double{};
     } else {
-      return scaled(w, l2_scale);
+      return scaled(w);
     }
   }
 
@@ -88,7 +106,10 @@ struct Kernel {
   FUSED_REG_INLINE void write(const Storage* param, Storage* out) const {
     if constexpr (pass == Pass::kProx) {
       E::map(param, out, [&](Factor w) __attribute__((always_inline)) { return prox(w, threshold, shrinkage); });
-    } else if constexpr (reads_out(pass)) {
+      if constexpr (sizeof(Storage) == sizeof(uint16_t)) {
+        store(out, with_positive_zero(load<Bits16>(out)));
+      }
+    } else if constexpr (kWork.reads_out) {
       E::update(param, out,
                 [&](Factor w, Factor old) __attribute__((always_inline)) { return old + full_gradient(w); });
     } else {
@@ -102,23 +123,23 @@ struct Kernel {
       DoublePair l1_sums[kStrip / kFloats] = {}, l2_sums[kStrip / kFloats] = {};  // kept in registers
       for (int row = 0; row < rows; ++row) {
         prefetch(param + row * kLanes + strip);
-        if constexpr (reads_out(pass)) {
+        if constexpr (kWork.reads_out) {
           prefetch(out + row * kLanes + strip);
         }
         for (int v = 0; v < kStrip / kFloats; ++v) {
           const int64_t i = row * kLanes + strip + v * kFloats;
-          if constexpr (sums_in(pass)) {
+          if constexpr (kWork.sums) {
             const DoublePair w = E::widened(param + i);
             for (int h = 0; h < 2; ++h) {
               if constexpr (terms & kL1) {
-                l1_sums[v].half[h] = add_l1_term(l1_sums[v].half[h], scaled(w.half[h], l1_scale));
+                l1_sums[v].half[h] = add_l1_term(l1_sums[v].half[h], scaled(w.half[h]));
               }
               if constexpr (terms & kL2) {
                 l2_sums[v].half[h] = add_l2_term<MultiplyAdd>(l2_sums[v].half[h], l2_element(w.half[h]));
               }
             }
           }
-          if constexpr (writes(pass)) {
+          if constexpr (kWork.writes) {
             write(param + i, out + i);
           }
         }
@@ -130,15 +151,16 @@ struct Kernel {
         }
       }
     }
-    if constexpr (sums_in(pass) && (terms & kL1)) {
+    if constexpr (kWork.sums && (terms & kL1)) {
       l1_lanes.fold_into(l1[b].lanes);
     }
-    if constexpr (sums_in(pass) && (terms & kL2)) {
+    if constexpr (kWork.sums && (terms & kL2)) {
       l2_lanes.fold_into(l2[b].lanes);
     }
   }
 
-  static ChunkSums run(const ChunkTask& task) {
+  // The sums of w * scale; float64 only.
+  static ChunkSums run(const ChunkTask& task, double scale) {
     Kernel kernel;
     kernel.c1 = broadcast<Scalar>(task.c1);
     kernel.c2 = broadcast<Scalar>(task.c2);
@@ -146,8 +168,7 @@ struct Kernel {
     kernel.norm_factor = broadcast<Scalar>(task.norm.factor);
     kernel.threshold = broadcast<Scalar>(task.threshold);
     kernel.shrinkage = broadcast<Scalar>(task.shrinkage);
-    kernel.l1_scale = broadcast<double>(task.l1_scale);
-    kernel.l2_scale = broadcast<double>(task.l2_scale);
+    kernel.scale = broadcast<double>(scale);
     kernel.sum_threshold = broadcast<double>(task.threshold);
     const auto* param = static_cast<const Storage*>(task.param);
     auto* out = static_cast<Storage*>(task.out);
@@ -167,73 +188,89 @@ struct Kernel {
       Storage padded[kBlock], padded_out[kBlock];
       std::memcpy(padded, param + i, count * sizeof(Storage));
       std::memset(padded + count, kPadding, (rows * kLanes - count) * sizeof(Storage));
-      if constexpr (reads_out(pass)) {
+      if constexpr (kWork.reads_out) {
         std::memcpy(padded_out, out + i, count * sizeof(Storage));
         std::memset(padded_out + count, 0, (rows * kLanes - count) * sizeof(Storage));
       }
       kernel.block(b++, padded, padded_out, rows);
-      if constexpr (writes(pass)) {
+      if constexpr (kWork.writes) {
         std::memcpy(out + i, padded_out, count * sizeof(Storage));
       }
     }
-    if constexpr (!sums_in(pass)) {
+    if constexpr (!kWork.sums) {
       return {};
     }
     return {(terms & kL1) ? total(kernel.l1, b) : 0, (terms & kL2) ? total(kernel.l2, b) : 0};
   }
 };
 
-template <Dtype dtype, Pass pass>
-ChunkSums run_terms(const ChunkTask& task) {
-  switch (task.terms) {
+// `norm` is kNorm or 0.
+template <Dtype dtype, Pass pass, int norm>
+ChunkSums run_with(const ChunkTask& task, double scale) {
+  switch (static_cast<Terms>(task.terms & kL1L2)) {
     case kNone:
-      return Kernel<dtype, kNone, pass>::run(task);
+      return Kernel<dtype, norm, pass>::run(task, scale);
     case kL1:
-      return Kernel<dtype, kL1, pass>::run(task);
+      return Kernel < dtype, norm | kL1, pass > ::run(task, scale);
     case kL2:
-      return Kernel<dtype, kL2, pass>::run(task);
+      return Kernel < dtype, norm | kL2, pass > ::run(task, scale);
     case kL1L2:
-      return Kernel<dtype, kL1L2, pass>::run(task);
-    default:
+      return Kernel < dtype, norm | kL1L2, pass > ::run(task, scale);
+    case kNorm:
       break;
   }
-  if constexpr (sums_in(pass)) {  // the norm comes from the sum of squares
+  return {};
+}
+
+template <Dtype dtype, Pass pass>
+ChunkSums run_terms(const ChunkTask& task, double scale) {
+  if (!(task.terms & kNorm)) {
+    return run_with<dtype, pass, 0>(task, scale);
+  }
+  if constexpr (work_of(pass).sums) {  // the norm comes from the sum of squares
     return {};
   } else {
-    switch (task.terms & kL1L2) {
-      case kNone:
-        return Kernel<dtype, kNorm, pass>::run(task);
-      case kL1:
-        return Kernel < dtype, kNorm | kL1, pass > ::run(task);
-      case kL2:
-        return Kernel < dtype, kNorm | kL2, pass > ::run(task);
-      default:
-        return Kernel < dtype, kNorm | kL1L2, pass > ::run(task);
-    }
+    return run_with<dtype, pass, kNorm>(task, scale);
   }
 }
 
 template <Dtype dtype>
-ChunkSums run_pass(const ChunkTask& task) {
+ChunkSums run_pass(const ChunkTask& task, double scale = 1) {
   switch (task.pass) {
     case Pass::kSums:
-      return run_terms<dtype, Pass::kSums>(task);
+      return run_terms<dtype, Pass::kSums>(task, scale);
     case Pass::kSumsAndGradient:
-      return run_terms<dtype, Pass::kSumsAndGradient>(task);
+      return run_terms<dtype, Pass::kSumsAndGradient>(task, scale);
     case Pass::kSumsAndAccumulate:
-      return run_terms<dtype, Pass::kSumsAndAccumulate>(task);
+      return run_terms<dtype, Pass::kSumsAndAccumulate>(task, scale);
     case Pass::kGradient:
-      return run_terms<dtype, Pass::kGradient>(task);
+      return run_terms<dtype, Pass::kGradient>(task, scale);
     case Pass::kAccumulate:
-      return run_terms<dtype, Pass::kAccumulate>(task);
+      return run_terms<dtype, Pass::kAccumulate>(task, scale);
     case Pass::kProx:
-      return Kernel<dtype, kNone, Pass::kProx>::run(task);
+      return Kernel<dtype, kNone, Pass::kProx>::run(task, scale);
     case Pass::kSoftSquares:
-      return Kernel<dtype, kL2, Pass::kSoftSquares>::run(task);
+      return Kernel<dtype, kL2, Pass::kSoftSquares>::run(task, scale);
     case Pass::kZeros:
-      break;
+      return Kernel<dtype, kL2, Pass::kZeros>::run(task, scale);
   }
-  return Kernel<dtype, kL2, Pass::kZeros>::run(task);
+  return {};
+}
+
+// Where the sums have left the range of float64, they are taken again.
+inline ChunkSums run_float64(ChunkTask task) {
+  const ChunkSums sums = run_pass<Dtype::kFloat64>(task);
+  if (!work_of(task.pass).sums || task.pass == Pass::kZeros) {
+    return sums;
+  }
+  const bool is_soft = task.pass == Pass::kSoftSquares;
+  const int exponent = rescue_exponent(sums, is_soft || (task.terms & kL2));
+  if (exponent == 0) {
+    return sums;
+  }
+  task.pass = is_soft ? Pass::kSoftSquares : Pass::kSums;
+  const ChunkSums again = run_pass<Dtype::kFloat64>(task, std::ldexp(1.0, -exponent));
+  return {again.l1, again.l2, exponent};
 }
 
 inline ChunkSums run_chunk(const ChunkTask& task) {
@@ -241,13 +278,13 @@ inline ChunkSums run_chunk(const ChunkTask& task) {
     case Dtype::kFloat32:
       return run_pass<Dtype::kFloat32>(task);
     case Dtype::kFloat64:
-      return run_pass<Dtype::kFloat64>(task);
+      return run_float64(task);
     case Dtype::kBFloat16:
       return run_pass<Dtype::kBFloat16>(task);
     case Dtype::kFloat16:
-      break;
+      return run_pass<Dtype::kFloat16>(task);
   }
-  return run_pass<Dtype::kFloat16>(task);
+  return {};
 }
 
 }  // namespace fused_reg::FUSED_REG_ISA

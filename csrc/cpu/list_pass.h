@@ -35,8 +35,6 @@ class ListPass {
       task.param = dense_[t].const_data_ptr();
       task.size = dense_[t].numel();
       tasks_.push_back(task);
-      tasks_[t].l1_scale = scaled_l1(t).scale;
-      tasks_[t].l2_scale = scaled_l2(t).scale;
       sizes.push_back(task.size);
       groups.push_back(has_norms_ ? groups_of(params[t], rows) : 1);
     }
@@ -62,10 +60,9 @@ class ListPass {
   // The penalty, 0-dim, float64 if any parameter is, else float32; and every gradient that was asked for, times scale.
   at::Tensor run_penalty(const NumberArg& scale) {
     set_passes(number(scale), Pass::kSumsAndGradient, Pass::kSumsAndAccumulate);
-    std::vector<ChunkSums> sums(plan_.chunks());
-    run([&](int64_t c, const ChunkTask& task) { sums[c] = kernel_(task); });
+    const std::vector<ChunkSums> sums = run_sums();
     const auto chunk_penalty = [&](int64_t c, size_t t) {
-      return penalty_of_sums(tasks_[t].terms, scaled_l1(t).factor, sums[c].l1, scaled_l2(t).factor, sums[c].l2);
+      return penalty_of_sums(strengths_.l1[t], strengths_.l2[t], sums[c]);
     };
     size_t t = 0;
     return value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
@@ -76,19 +73,16 @@ class ListPass {
     for (ChunkTask& task : tasks_) {
       task.pass = Pass::kSums;
       task.terms = static_cast<Terms>((task.terms & kL1) | kL2);
-      task.l2_scale = 1;
     }
-    std::vector<double> l1_sums(plan_.chunks());
-    const std::vector<Squares> squares = run_squares([&](int64_t c, const ChunkSums& sums) { l1_sums[c] = sums.l1; });
+    const std::vector<ChunkSums> sums = run_sums();
     std::vector<double> penalties(plan_.groups());
-    at::Tensor norms = norms_of(squares, [&](int64_t t, int64_t g, const Squares& group) {
-      penalties[g] = strengths_.l2_norm[t] == 0 ? 0 : norm_penalty(strengths_.l2_norm[t], group);
+    at::Tensor norms = norms_of(sums, [&](int64_t t, int64_t g, const Squares& squares) {
+      penalties[g] = norm_penalty(strengths_.l2_norm[t], squares);
     });
     const auto chunk_penalty = [&](int64_t c, size_t t) {
-      const double l1 = strengths_.l1[t] == 0 ? 0 : scaled_l1(t).factor * l1_sums[c];
-      const double l2 = strengths_.l2[t] == 0 ? 0 : l2_penalty(strengths_.l2[t], squares[c]);
       const bool is_group = plan_.chunks_per_group(t) == 1;
-      return (l1 + l2) + (is_group ? penalties[plan_.first_group(t) + c - plan_.first_chunk(t)] : 0);
+      return penalty_of_sums(strengths_.l1[t], strengths_.l2[t], sums[c]) +
+             (is_group ? penalties[plan_.first_group(t) + c - plan_.first_chunk(t)] : 0);
     };
     std::vector<int64_t> large;  // groups of several chunks
     for (const auto t : c10::irange(plan_.tensors())) {
@@ -135,7 +129,7 @@ class ListPass {
   // The norm of every group after the soft threshold, [groups] float64.
   at::Tensor run_soft_norms(const StrengthArg& step, const Selection& selection) {
     set_threshold(Pass::kSoftSquares, Strength(step, selection));
-    return norms_of(run_squares([](int64_t, const ChunkSums&) {}), [](int64_t, int64_t, auto&) {});
+    return norms_of(run_sums(), [](int64_t, int64_t, auto&) {});
   }
 
   // The proximal operator, in place, on dense(); the norms of run_soft_norms() where there are any, those of parameter
@@ -163,13 +157,12 @@ class ListPass {
 
   // [tensors, 2] float64: the sums of |w| and of w^2 (of strengths 1).
   at::Tensor run_term_sums() {
-    std::vector<ChunkSums> sums(plan_.chunks());
-    run([&](int64_t c, const ChunkTask& task) { sums[c] = kernel_(task); });
+    const std::vector<ChunkSums> sums = run_sums();
     at::Tensor out = at::empty({plan_.tensors(), 2}, at::kDouble);
     double* row = out.mutable_data_ptr<double>();
     for (const auto t : c10::irange(plan_.tensors())) {
-      *row++ = tensor_sum(t, [&](int64_t c) { return sums[c].l1; });
-      *row++ = tensor_sum(t, [&](int64_t c) { return sums[c].l2; });
+      *row++ = tensor_sum(t, [&](int64_t c) { return unscaled(sums[c]).l1; });
+      *row++ = tensor_sum(t, [&](int64_t c) { return unscaled(sums[c]).l2; });
     }
     return out;
   }
@@ -179,11 +172,10 @@ class ListPass {
     for (ChunkTask& task : tasks_) {
       task.pass = Pass::kZeros;
     }
-    std::vector<double> counts(plan_.chunks());
-    run([&](int64_t c, const ChunkTask& task) { counts[c] = kernel_(task).l2; });
+    const std::vector<ChunkSums> counts = run_sums();
     at::Tensor out = at::empty({plan_.tensors()}, at::kLong);
     for (const auto t : c10::irange(plan_.tensors())) {
-      out.mutable_data_ptr<int64_t>()[t] = static_cast<int64_t>(tensor_sum(t, [&](int64_t c) { return counts[c]; }));
+      out.mutable_data_ptr<int64_t>()[t] = static_cast<int64_t>(tensor_sum(t, [&](int64_t c) { return counts[c].l2; }));
     }
     return out;
   }
@@ -203,34 +195,25 @@ class ListPass {
     });
   }
 
-  // A pass that sums squares: those of every chunk, without overflow. other(c, sums) has what else it sums.
-  template <class Other>
-  std::vector<Squares> run_squares(const Other& other) {
-    std::vector<Squares> squares(plan_.chunks());
-    run([&](int64_t c, ChunkTask& task) {
-      const ChunkSums sums = kernel_(task);
-      other(c, sums);
-      squares[c] = {sums.l2, task.dtype == Dtype::kFloat64 ? rescue_exponent(sums.l2) : 0};
-      if (squares[c].exponent != 0) {
-        task.l2_scale = std::ldexp(1.0, -squares[c].exponent);
-        squares[c].sum = kernel_(task).l2;
-      }
-    });
-    return squares;
+  // A pass that sums: the sums of every chunk.
+  std::vector<ChunkSums> run_sums() {
+    std::vector<ChunkSums> sums(plan_.chunks());
+    run([&](int64_t c, const ChunkTask& task) { sums[c] = kernel_(task); });
+    return sums;
   }
 
   // The norm of every group, [groups] float64; each(t, g, squares) is told the sum of squares of group g of tensor t.
   template <class Each>
-  at::Tensor norms_of(const std::vector<Squares>& squares, const Each& each) const {
+  at::Tensor norms_of(const std::vector<ChunkSums>& sums, const Each& each) const {
     at::Tensor norms = at::empty({plan_.groups()}, at::kDouble);
     double* const all = norms.mutable_data_ptr<double>();
     for (const auto t : c10::irange(plan_.tensors())) {
       const int64_t count = plan_.chunks_per_group(t);
-      const Squares* of_group = squares.data() + plan_.first_chunk(t);
+      const ChunkSums* of_group = sums.data() + plan_.first_chunk(t);
       for (int64_t g = plan_.first_group(t); g < plan_.first_group(t + 1); ++g, of_group += count) {
-        const Squares group = sum_of(of_group, count);
-        all[g] = norm_of(group);
-        each(t, g, group);
+        const Squares squares = squares_of(of_group, count);
+        all[g] = norm_of(squares);
+        each(t, g, squares);
       }
     }
     return norms;
@@ -285,7 +268,6 @@ class ListPass {
     for (const auto t : c10::irange(tasks_.size())) {
       tasks_[t].pass = pass;
       tasks_[t].threshold = rounded(t, steps[t] * strengths_.l1[t]);
-      tasks_[t].l2_scale = 1;
     }
   }
 
@@ -293,7 +275,6 @@ class ListPass {
     for (const auto t : c10::irange(tasks_.size())) {
       ChunkTask& task = tasks_[t];
       task.terms = terms_of(strengths_.l1[t], strengths_.l2[t]);
-      task.l2_scale = scaled_l2(t).scale;
       task.pass = adds_.empty() || task.out == nullptr ? Pass::kSums : adds_[t] ? add : write;
       const auto factor_of = [&](double strength) -> double {
         return is_float64(t) ? gradient_factor<double>(factor, strength) : gradient_factor<float>(factor, strength);
@@ -316,9 +297,6 @@ class ListPass {
 
   bool is_float64(size_t t) const { return tasks_[t].dtype == Dtype::kFloat64; }
   double rounded(size_t t, double x) const { return is_float64(t) ? x : static_cast<float>(x); }
-
-  ScaledStrength scaled_l1(size_t t) const { return scaled_strength(strengths_.l1[t], kL1, is_float64(t)); }
-  ScaledStrength scaled_l2(size_t t) const { return scaled_strength(strengths_.l2[t], kL2, is_float64(t)); }
 
   Strengths strengths_;
   bool has_norms_;

@@ -104,7 +104,17 @@ class Cursor {
 
  private:
   static __device__ int bytes_of(Dtype dtype) {
-    return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kFloat64 ? 8 : 2;
+    switch (dtype) {
+      case Dtype::kFloat32:
+        return sizeof(Element<Dtype::kFloat32>::Storage);
+      case Dtype::kFloat64:
+        return sizeof(Element<Dtype::kFloat64>::Storage);
+      case Dtype::kBFloat16:
+        return sizeof(Element<Dtype::kBFloat16>::Storage);
+      case Dtype::kFloat16:
+        return sizeof(Element<Dtype::kFloat16>::Storage);
+    }
+    return 0;
   }
 
   template <class AnyChunk>

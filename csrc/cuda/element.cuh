@@ -67,9 +67,10 @@ inline __device__ double read(const NumberRef& number, Source source) {
       return Element<Dtype::kBFloat16>::widen(*static_cast<const uint16_t*>(number.address));
     case Source::kFloat16:
       return Element<Dtype::kFloat16>::widen(*static_cast<const uint16_t*>(number.address));
-    default:
+    case Source::kValue:
       return number.value;
   }
+  return NAN;
 }
 
 }  // namespace fused_reg::cuda

@@ -44,11 +44,6 @@ __device__ __forceinline__ Squares group_squares(const Squares* chunks, uint32_t
   return {__shfl_sync(kAll, result(warp_sum(sum)), 0), exponent};
 }
 
-// Of a group with this strength.
-__device__ __forceinline__ double group_penalty(double l2_norm, const Squares& squares) {
-  return l2_norm == 0 ? 0 : norm_penalty(l2_norm, squares);
-}
-
 // The norms of the groups of several chunks, and their penalties behind the sums of the runs: a warp a group.
 template <class View>
 __device__ __forceinline__ void sum_large_groups(const View& view) {
@@ -61,7 +56,7 @@ __device__ __forceinline__ void sum_large_groups(const View& view) {
     if (threadIdx.x % kWarp == 0) {
       call.norms[info.first + within] = norm_of(squares);
       if (call.sums == Sums::kPenalty) {
-        call.run_sums[call.runs + g] = group_penalty(view.strength(t, kColumnL2Norm), squares);
+        call.run_sums[call.runs + g] = norm_penalty(view.strength(t, kColumnL2Norm), squares);
       }
     }
   }
@@ -78,7 +73,8 @@ class Summer {
     Blocks* const place = blocks_ + (team_.warps() == 1 ? threadIdx.x / kWarp : filled_);
     run_chunk<Job>(chunk, place, team_, what, step, exponent);
     team_.sync();
-    const ChunkSums sums = total(*place, chunk.blocks(), threadIdx.x % kWarp);
+    ChunkSums sums = total(*place, chunk.blocks(), threadIdx.x % kWarp);
+    sums.exponent = exponent;
     if (team_.warps() == 1) {
       __syncwarp();
     }
@@ -95,12 +91,9 @@ class Summer {
 // The penalty of a chunk, and of its group if it is a whole one.
 template <class Table>
 __device__ __forceinline__ double penalty_of(const Cursor<Table, kAllStrengths>& cursor, const GroupChunk& chunk,
-                                             double l1_sum, const Squares& squares) {
-  const double l1 = cursor.strength(kColumnL1), l2 = cursor.strength(kColumnL2);
-  const double l1_factor = scaled_strength(l1, kL1, chunk.dtype == Dtype::kFloat64).factor;
-  const double l1_penalty = l1 == 0 ? 0 : l1_factor * l1_sum;
-  const double squares_penalty = l2 == 0 ? 0 : l2_penalty(l2, squares);
-  return (l1_penalty + squares_penalty) + (chunk.is_group ? group_penalty(cursor.strength(kColumnL2Norm), squares) : 0);
+                                             const ChunkSums& sums) {
+  return penalty_of_sums(cursor.strength(kColumnL1), cursor.strength(kColumnL2), sums) +
+         (chunk.is_group ? norm_penalty(cursor.strength(kColumnL2Norm), {sums.l2, sums.exponent}) : 0);
 }
 
 // What Call.sums asks for, of every chunk and group; and of the list, the penalty.
@@ -120,32 +113,27 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
     }
     for (; c < run_end(call, r); ++c) {
       const GroupChunk chunk = cursor.at(c);
-      double l1_sum = 0;
-      Squares squares{};
+      ChunkSums sums;
       for (bool again = false;; again = true) {
-        const ChunkSums sums = summer.sums(chunk, call.sums, cursor.strength(kColumnStep), squares.exponent);
-        squares.sum = sums.l2;
-        if (again) {
+        sums = summer.sums(chunk, call.sums, cursor.strength(kColumnStep), sums.exponent);
+        if (again || call.sums == Sums::kZeros || chunk.dtype != Dtype::kFloat64) {
           break;
         }
-        l1_sum = sums.l1;
-        if (call.norms != nullptr && chunk.dtype == Dtype::kFloat64) {
-          squares.exponent = rescue_exponent(sums.l2);
-        }
-        if (squares.exponent == 0) {
+        sums.exponent = rescue_exponent(sums, /*has_l2=*/true);
+        if (sums.exponent == 0) {
           break;
         }
       }
       if (team.is_first_thread()) {
         if (call.sums == Sums::kPenalty) {
-          run_sum.add(penalty_of(cursor, chunk, l1_sum, squares));
+          run_sum.add(penalty_of(cursor, chunk, sums));
         }
         if (call.norms == nullptr) {
-          call.chunk_sums[c] = {l1_sum, squares.sum};
+          call.chunk_sums[c] = unscaled(sums);
         } else if (chunk.is_group) {
-          call.norms[chunk.group] = norm_of(squares);
+          call.norms[chunk.group] = norm_of(Squares{sums.l2, sums.exponent});
         } else {
-          call.squares[c] = squares;
+          call.squares[c] = {sums.l2, sums.exponent};
         }
       }
     }
@@ -200,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) prox_kernel(const __grid
   }
 }
 
-// The sums of every tensor, [tensors], from those of its chunks: a warp a tensor. A ChunkSums for each, or of zeros the
+// The sums of every tensor, [tensors], from those of its chunks: a warp a tensor. TermSums for each, or of zeros the
 // second one alone, as an int64.
 static __global__ void __launch_bounds__(kThreads) tensor_sums_kernel(const DeviceTable table, void* out) {
   const int thread = threadIdx.x % kWarp;
@@ -213,11 +201,11 @@ static __global__ void __launch_bounds__(kThreads) tensor_sums_kernel(const Devi
       l1.add(call.chunk_sums[c].l1);
       l2.add(call.chunk_sums[c].l2);
     }
-    const ChunkSums sums{result(warp_sum(l1)), result(warp_sum(l2))};
+    const TermSums sums{result(warp_sum(l1)), result(warp_sum(l2))};
     if (thread == 0 && call.sums == Sums::kZeros) {
       static_cast<int64_t*>(out)[t] = static_cast<int64_t>(sums.l2);
     } else if (thread == 0) {
-      static_cast<ChunkSums*>(out)[t] = sums;
+      static_cast<TermSums*>(out)[t] = sums;
     }
   }
 }

@@ -6,14 +6,11 @@
 namespace fused_reg::cuda {
 
 template <Dtype dtype>
-__device__ __forceinline__ double scaled(typename Element<dtype>::Storage w, double scale) {
-  const double wide = Element<dtype>::widen(w);
-  return dtype == Dtype::kFloat64 ? wide * scale : wide;
-}
+constexpr bool kWide = std::is_same_v<typename Element<dtype>::Scalar, double>;
 
 // In float64 the square of a narrower element is exact.
 template <Dtype dtype>
-using MultiplyAdd = std::conditional_t<dtype == Dtype::kFloat64, TwoRoundings, OneRounding>;
+using MultiplyAdd = std::conditional_t<kWide<dtype>, TwoRoundings, OneRounding>;
 
 // The sums of the terms, and their gradient: each, or both. `adds`: the gradient may be added to what is there;
 // `norms`: it may have that of the group's norm in it.
@@ -28,8 +25,6 @@ class TermsJob {
 
   __device__ TermsJob(const Chunk& chunk, double factor)
       : terms_(terms_of(chunk.l1, chunk.l2)),
-        l1_scale_(scaled_strength(chunk.l1, kL1, dtype == Dtype::kFloat64).scale),
-        l2_scale_(scaled_strength(chunk.l2, kL2, dtype == Dtype::kFloat64).scale),
         c1_(gradient_factor<Scalar>(factor, chunk.l1)),
         c2_(gradient_factor<Scalar>(factor, chunk.l2)),
         norm_{} {}
@@ -49,13 +44,13 @@ class TermsJob {
     if (terms_ & kL1) {
 #pragma unroll
       for (int i = 0; i < count; ++i) {
-        l1[i] = add_l1_term(l1[i], scaled<dtype>(w[i], l1_scale_));
+        l1[i] = add_l1_term(l1[i], static_cast<double>(E::widen(w[i])));
       }
     }
     if (terms_ & kL2) {
 #pragma unroll
       for (int i = 0; i < count; ++i) {
-        l2[i] = add_l2_term<MultiplyAdd<dtype>>(l2[i], scaled<dtype>(w[i], l2_scale_));
+        l2[i] = add_l2_term<MultiplyAdd<dtype>>(l2[i], static_cast<double>(E::widen(w[i])));
       }
     }
   }
@@ -63,7 +58,7 @@ class TermsJob {
   template <int count>
   __device__ __forceinline__ void write(const Storage (&w)[count], const Storage (&old)[count], bool add_to_old,
                                         Storage (&out)[count]) const {
-    switch (terms_ & kL1L2) {
+    switch (static_cast<Terms>(terms_ & kL1L2)) {
       case kNone:
         return write_terms<kNone>(w, old, add_to_old, out);
       case kL1:
@@ -72,6 +67,8 @@ class TermsJob {
         return write_terms<kL2>(w, old, add_to_old, out);
       case kL1L2:
         return write_terms<kL1L2>(w, old, add_to_old, out);
+      case kNorm:
+        break;
     }
   }
 
@@ -91,7 +88,6 @@ class TermsJob {
   }
 
   Terms terms_;
-  double l1_scale_, l2_scale_;
   Scalar c1_, c2_;
   NormGradient<Scalar> norm_;
 };
@@ -105,7 +101,7 @@ using GradientJob = TermsJob<dtype, false, false, false>;
 template <Dtype dtype>
 using NormGradientJob = TermsJob<dtype, false, true, true>;
 
-// The sums of |w| and of (w / 2^exponent)^2.
+// The sums of |w / 2^exponent| and of (w / 2^exponent)^2.
 template <Dtype dtype>
 class TermSumsJob {
  public:
@@ -115,9 +111,7 @@ class TermSumsJob {
   static constexpr int kBatch = 4, kUnrolled = 1;
 
   __device__ TermSumsJob(const Chunk& chunk, Sums, double, int exponent)
-      : has_l1_(chunk.l1 != 0),
-        l1_scale_(scaled_strength(chunk.l1, kL1, dtype == Dtype::kFloat64).scale),
-        l2_scale_(std::ldexp(1.0, -exponent)) {}
+      : has_l1_(chunk.l1 != 0), scale_(std::ldexp(1.0, -exponent)) {}
 
   static __device__ Storage padding() { return {}; }
 
@@ -126,18 +120,20 @@ class TermSumsJob {
     if (has_l1_) {
 #pragma unroll
       for (int i = 0; i < count; ++i) {
-        l1[i] = add_l1_term(l1[i], scaled<dtype>(w[i], l1_scale_));
+        l1[i] = add_l1_term(l1[i], scaled(w[i]));
       }
     }
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      l2[i] = add_l2_term<MultiplyAdd<dtype>>(l2[i], scaled<dtype>(w[i], l2_scale_));
+      l2[i] = add_l2_term<MultiplyAdd<dtype>>(l2[i], scaled(w[i]));
     }
   }
 
  private:
+  __device__ double scaled(Storage w) const { return kWide<dtype> ? E::widen(w) * scale_ : E::widen(w); }
+
   bool has_l1_;
-  double l1_scale_, l2_scale_;
+  double scale_;
 };
 
 // In the second sum: of (soft(w) / 2^exponent)^2, or how many elements are 0.
@@ -167,7 +163,7 @@ class OneSumJob {
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         const double softened = soft<double>(E::widen(w[i]), threshold_);
-        sum[i] = add_l2_term<TwoRoundings>(sum[i], dtype == Dtype::kFloat64 ? softened * scale_ : softened);
+        sum[i] = add_l2_term<TwoRoundings>(sum[i], kWide<dtype> ? softened * scale_ : softened);
       }
     }
   }
@@ -199,6 +195,9 @@ class ProxJob {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       out[i] = E::narrow(prox<Scalar>(E::widen(w[i]), threshold_, shrinkage_));
+      if constexpr (sizeof(Storage) == sizeof(uint16_t)) {
+        out[i] = with_positive_zero(out[i]);
+      }
     }
   }
 

@@ -18,14 +18,26 @@ enum class Kernel {
   kProx,          // in place
 };
 
-constexpr int strengths_of(Kernel kernel) { return kernel < Kernel::kSums ? kTermStrengths : kAllStrengths; }
+constexpr int strengths_of(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::kPenalty:
+    case Kernel::kAccumulate:
+    case Kernel::kGradient:
+      return kTermStrengths;
+    case Kernel::kSums:
+    case Kernel::kNormGradient:
+    case Kernel::kProx:
+      return kAllStrengths;
+  }
+  return 0;
+}
 
 // One launch on the current device. A table of more than kLargeTable bytes must lie in device memory; a shorter one
 // lies on the host, and is free once this returns.
 cudaError_t launch(Kernel kernel, const Call& call, const void* table, size_t table_bytes, cudaStream_t stream);
 
 // The sums of every tensor into out [call.tensors], on the device, by way of call.chunk_sums: of Sums::kTerms as
-// ChunkSums, of Sums::kZeros as int64.
+// TermSums, of Sums::kZeros as int64.
 cudaError_t launch_tensor_sums(const Call& call, const void* device_table, void* out, cudaStream_t stream);
 
 // Copies a table to device memory by launches alone, so that a graph can capture it.

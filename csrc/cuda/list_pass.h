@@ -222,9 +222,9 @@ class ListPass {
   }
 
   at::Tensor tensor_sums(Sums sums, at::Tensor out) {
-    static_assert(sizeof(ChunkSums) == 2 * sizeof(double));
+    static_assert(sizeof(TermSums) == 2 * sizeof(double));
     const at::Tensor chunk_sums = fresh({plan_.chunks(), 2}, at::kDouble);
-    call_.chunk_sums = reinterpret_cast<ChunkSums*>(chunk_sums.mutable_data_ptr<double>());
+    call_.chunk_sums = reinterpret_cast<TermSums*>(chunk_sums.mutable_data_ptr<double>());
     call_.sums = sums;
     const at::Tensor table = device_table(table_for(Kernel::kSums), launch_);
     check_launch(launch_tensor_sums(call_, table.const_data_ptr(), out.mutable_data_ptr(), launch_.stream), device_);

@@ -16,6 +16,20 @@ inline at::Tensor readable(const at::Tensor& t) {
   return is_supported(t.scalar_type()) ? t : t.to(at::kDouble);
 }
 
+inline Source source_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return Source::kFloat32;
+    case Dtype::kFloat64:
+      return Source::kFloat64;
+    case Dtype::kBFloat16:
+      return Source::kBFloat16;
+    case Dtype::kFloat16:
+      return Source::kFloat16;
+  }
+  TORCH_INTERNAL_ASSERT(false, "no Source for this Dtype");
+}
+
 inline NumberRef ref_to(const at::Tensor& t, int64_t element) {
   NumberRef ref;
   ref.address = static_cast<const char*>(t.const_data_ptr()) + element * t.element_size();
@@ -37,7 +51,7 @@ class StrengthRefs {
     }
     check_strength(arg.name, arg.tensor->numel(), selection.list);
     tensor_ = readable(*arg.tensor);
-    source_ = static_cast<Source>(dtype_of(tensor_));
+    source_ = source_of(dtype_of(tensor_));
     if (tensor_.numel() == 1) {
       refs_.push_back(ref_to(tensor_, 0));
       return;
@@ -69,7 +83,7 @@ class NumberArgRef {
       return;
     }
     tensor_ = readable(*arg.tensor);
-    source_ = static_cast<Source>(dtype_of(tensor_));
+    source_ = source_of(dtype_of(tensor_));
     ref_ = ref_to(tensor_, 0);
   }
 

@@ -30,6 +30,19 @@ cudaError_t resident_ctas(uint32_t work, uint32_t* ctas) {
 }
 
 template <class Table>
+auto sums_kernel_of(Sums sums) {
+  switch (sums) {
+    case Sums::kPenalty:
+    case Sums::kTerms:
+      return sums_kernel<Table, TermSumsJob>;
+    case Sums::kSoftSquares:
+    case Sums::kZeros:
+      break;
+  }
+  return sums_kernel<Table, OneSumJob>;
+}
+
+template <class Table>
 auto kernel_of(Kernel kernel, Sums sums) {
   switch (kernel) {
     case Kernel::kPenalty:
@@ -39,8 +52,7 @@ auto kernel_of(Kernel kernel, Sums sums) {
     case Kernel::kGradient:
       return gradient_kernel<Table>;
     case Kernel::kSums:
-      return sums == Sums::kPenalty || sums == Sums::kTerms ? sums_kernel<Table, TermSumsJob>
-                                                            : sums_kernel<Table, OneSumJob>;
+      return sums_kernel_of<Table>(sums);
     case Kernel::kNormGradient:
       return norm_gradient_kernel<Table>;
     case Kernel::kProx:
@@ -49,10 +61,24 @@ auto kernel_of(Kernel kernel, Sums sums) {
   return prox_kernel<Table>;
 }
 
+// What the CTAs of a kernel share out.
+uint32_t work_of(Kernel kernel, const Call& call) {
+  switch (kernel) {
+    case Kernel::kPenalty:
+    case Kernel::kAccumulate:
+    case Kernel::kSums:
+      return call.runs;
+    case Kernel::kGradient:
+    case Kernel::kNormGradient:
+    case Kernel::kProx:
+      return call.chunks;
+  }
+  return 0;
+}
+
 template <class Table>
 cudaError_t launch_table(Kernel kernel, const Table& table, cudaStream_t stream) {
-  const bool by_runs = kernel == Kernel::kPenalty || kernel == Kernel::kAccumulate || kernel == Kernel::kSums;
-  const uint32_t work = by_runs ? table.call.runs : table.call.chunks;
+  const uint32_t work = work_of(kernel, table.call);
   const uint32_t teams = strengths_of(kernel) == kTermStrengths ? 1 : kWarps / table.call.team;  // of a CTA
   uint32_t ctas = 0;
   const cudaError_t error = resident_ctas((work + teams - 1) / teams, &ctas);

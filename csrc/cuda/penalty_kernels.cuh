@@ -52,12 +52,6 @@ __device__ __forceinline__ void write_value(const Call& call) {
   }
 }
 
-__device__ __forceinline__ double penalty_of(const Chunk& chunk, const ChunkSums& sums) {
-  const bool is_float64 = chunk.dtype == Dtype::kFloat64;
-  return penalty_of_sums(terms_of(chunk.l1, chunk.l2), scaled_strength(chunk.l1, kL1, is_float64).factor, sums.l1,
-                         scaled_strength(chunk.l2, kL2, is_float64).factor, sums.l2);
-}
-
 // The first chunk after run r.
 __device__ __forceinline__ uint32_t run_end(const Call& call, uint32_t r) {
   const uint32_t begin = r * call.run_length;
@@ -83,10 +77,20 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) penalty_kernel(const __g
       const double factor = Job<Dtype::kFloat32>::kAdds ? read(call.factor, call.factor_source) : 1;
       run_chunk<Job>(chunk, &blocks[filled], WholeCta{}, factor);
       __syncthreads();
-      if (thread < kWarp) {
-        const ChunkSums sums = total(blocks[filled], chunk.blocks(), thread);
+      const bool is_float64 = chunk.dtype == Dtype::kFloat64;
+      if (thread < kWarp || is_float64) {  // every warp finds out alike whether the sums have left the range of float64
+        ChunkSums sums = total(blocks[filled], chunk.blocks(), thread % kWarp);
+        const int exponent = is_float64 ? rescue_exponent(sums, chunk.l2 != 0) : 0;
+        if (exponent != 0) {
+          filled = 1 - filled;
+          ChunkPass(chunk, TermSumsJob<Dtype::kFloat64>(chunk, Sums::kPenalty, 0, exponent))
+              .run(&blocks[filled], WholeCta{});
+          __syncthreads();
+          sums = total(blocks[filled], chunk.blocks(), thread % kWarp);
+          sums.exponent = exponent;
+        }
         if (thread == 0) {
-          run_sum.add(penalty_of(chunk, sums));
+          run_sum.add(penalty_of_sums(chunk.l1, chunk.l2, sums));
         }
       }
       filled = 1 - filled;

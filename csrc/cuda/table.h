@@ -81,7 +81,7 @@ struct Call {
   double* norms;          // [groups], of all groups; null: there are no groups
   union {                 // [chunks], scratch
     Squares* squares;     // of the chunks of large groups
-    ChunkSums* chunk_sums;
+    TermSums* chunk_sums;
   };
 };
 

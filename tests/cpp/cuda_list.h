@@ -101,7 +101,7 @@ class List {
     std::vector<double> values;
     for (size_t t = 0; t < tensors_.size(); ++t) {
       for (const ChunkSums& s : expected_sums(t)) {
-        values.push_back(penalty_of_sums(terms(t), scaled(t, kL1).factor, s.l1, scaled(t, kL2).factor, s.l2));
+        values.push_back(penalty_of_sums(tensors_[t].l1, tensors_[t].l2, s));
       }
     }
     return column_sum<kColumns>((chunks_ + group - 1) / group, [&](int64_t g) {
@@ -153,8 +153,6 @@ class List {
     std::vector<ChunkSums> sums;
     for_chunks(t, [&](ChunkTask task, size_t) {
       task.pass = Pass::kSums;
-      task.l1_scale = scaled(t, kL1).scale;
-      task.l2_scale = scaled(t, kL2).scale;
       sums.push_back(kernel(task));
     });
     return sums;
@@ -247,10 +245,6 @@ class List {
   static ChunkSums kernel(const ChunkTask& task) { return chunk_kernel_baseline(task); }
 
   Terms terms(size_t t) const { return terms_of(tensors_[t].l1, tensors_[t].l2); }
-
-  ScaledStrength scaled(size_t t, Terms term) const {
-    return scaled_strength(term == kL1 ? tensors_[t].l1 : tensors_[t].l2, term, tensors_[t].dtype == Dtype::kFloat64);
-  }
 
   template <class Body>
   void for_chunks(size_t t, const Body& body) const {

@@ -124,19 +124,18 @@ void expect_sums(const Variant& variant, const ChunkTask& task, const std::vecto
   long double l1 = 0, l2 = 0;
   for (int64_t i = 0; i < task.size; ++i) {
     const long double w = element(task.dtype, &param[i * bytes_of(task.dtype)]);
-    const long double soft = std::max(std::abs(w) - task.threshold, 0.0L) * task.l2_scale;
-    l1 += std::abs(w * task.l1_scale);
-    l2 += task.pass == Pass::kZeros         ? w == 0
-          : task.pass == Pass::kSoftSquares ? soft * soft
-                                            : w * task.l2_scale * w * task.l2_scale;
+    const long double soft = std::max(std::abs(w) - task.threshold, 0.0L);
+    l1 += std::abs(w);
+    l2 += task.pass == Pass::kZeros ? w == 0 : task.pass == Pass::kSoftSquares ? soft * soft : w * w;
   }
   const bool has_l1 = task.pass <= Pass::kSumsAndAccumulate && (task.terms & kL1);
   const bool has_l2 = task.pass <= Pass::kSumsAndAccumulate ? task.terms & kL2 : true;
   // A threshold is subtracted in the compute type, float32 for all but float64.
   const long double bound = task.pass == Pass::kSoftSquares && task.dtype != Dtype::kFloat64 ? 1e-6L : 3e-15L;
   const auto close = [&](double x, long double expected) { return std::abs(x - expected) <= bound * expected; };
-  EXPECT(!has_l1 || close(sums.l1, l1), variant.name, task.size, sums.l1, static_cast<double>(l1));
-  EXPECT(!has_l2 || close(sums.l2, l2), variant.name, task.size, sums.l2, static_cast<double>(l2));
+  const auto scaled = [&](long double x, int degree) { return std::ldexp(x, -degree * sums.exponent); };
+  EXPECT(!has_l1 || close(sums.l1, scaled(l1, 1)), variant.name, task.size, sums.l1, static_cast<double>(l1));
+  EXPECT(!has_l2 || close(sums.l2, scaled(l2, 2)), variant.name, task.size, sums.l2, static_cast<double>(l2));
 }
 
 // Every pass of every variant on one chunk.
@@ -161,7 +160,9 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
       for (const Variant& variant : all) {
         const size_t offset = (random() % 16) * bytes_of(task.dtype);
         const Output out = run(variant.kernel, task, param, before, offset);
-        EXPECT(same_bits(out.sums.l1, first.sums.l1) && same_bits(out.sums.l2, first.sums.l2), variant.name, task.size);
+        EXPECT(same_bits(out.sums.l1, first.sums.l1) && same_bits(out.sums.l2, first.sums.l2) &&
+                   out.sums.exponent == first.sums.exponent,
+               variant.name, task.size);
         if (!any_bits) {  // a NaN may have any bits
           EXPECT(out.grad == first.grad, variant.name, task.size, static_cast<int>(task.dtype), static_cast<int>(terms),
                  static_cast<int>(pass));
@@ -171,12 +172,63 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
   }
 }
 
+// Sums that a double does not hold are taken again of scaled elements, in every pass that sums; others never.
+void expect_rescue(const Variant& variant) {
+  for (const int exponent : {1020, 800, 500, 0, -500, -800, -1070}) {
+    const double w = std::ldexp(1.0, exponent);
+    const std::vector<double> param(4099, w);
+    std::vector<double> out(4099);
+    ChunkTask task{};
+    task.dtype = Dtype::kFloat64;
+    task.size = 4099;
+    task.param = param.data();
+    task.out = out.data();
+    for (const Pass pass : {Pass::kSums, Pass::kSumsAndGradient, Pass::kSumsAndAccumulate, Pass::kSoftSquares}) {
+      for (const Terms terms : {kL1, kL2, kL1L2}) {
+        task.pass = pass;
+        task.terms = terms;
+        const ChunkSums sums = variant.kernel(task);
+        const bool has_l2 = pass == Pass::kSoftSquares || (terms & kL2);
+        const int expected =
+            !has_l2 ? (exponent > 990) * kRescueExponent : ((exponent >= 500) - (exponent <= -500)) * kRescueExponent;
+        EXPECT(sums.exponent == expected, variant.name, exponent, static_cast<int>(pass), static_cast<int>(terms));
+        EXPECT(pass == Pass::kSoftSquares || !(terms & kL1) || sums.l1 == 4099 * std::ldexp(w, -expected), exponent);
+        EXPECT(!has_l2 || sums.l2 == 4099 * std::pow(std::ldexp(w, -expected), 2), variant.name, exponent, sums.l2);
+      }
+    }
+    for (const Pass pass : {Pass::kZeros, Pass::kGradient, Pass::kProx}) {
+      task.pass = pass;
+      EXPECT(variant.kernel(task).exponent == 0, exponent);
+    }
+  }
+}
+
+// What rounds to a zero of a half type, or is one, is +0 after the proximal operator.
+void expect_positive_zeros(const Variant& variant) {
+  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
+    const std::vector<uint16_t> param = {0x8000, 0, 0x8001, 1, 0x8003, 0x8400};
+    std::vector<uint16_t> out(param.size(), 1);
+    ChunkTask task{};
+    task.dtype = dtype;
+    task.pass = Pass::kProx;
+    task.size = static_cast<int64_t>(param.size());
+    task.param = param.data();
+    task.out = out.data();
+    task.shrinkage = 0.4f;
+    variant.kernel(task);
+    EXPECT((out == std::vector<uint16_t>{0, 0, 0, 0, 0x8001, static_cast<uint16_t>(out[5])}), variant.name, out[2]);
+    EXPECT(out[5] > 0x8000, variant.name);
+  }
+}
+
 }  // namespace
 
 int main() {
   const std::vector<Variant> all = variants();
   for (const Variant& variant : all) {
     std::printf("%s\n", variant.name.c_str());
+    expect_rescue(variant);
+    expect_positive_zeros(variant);
   }
   std::mt19937_64 random(0);
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
@@ -185,8 +237,6 @@ int main() {
       ChunkTask task{};
       task.dtype = dtype;
       task.size = size;
-      task.l1_scale = dtype == Dtype::kFloat64 ? 0.25 : 1;
-      task.l2_scale = dtype == Dtype::kFloat64 ? 2 : 1;
       task.c1 = 0.1f;
       task.c2 = 0.3f;
       task.norm = {0.5f, 0.7f};

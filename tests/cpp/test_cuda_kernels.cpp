@@ -113,8 +113,8 @@ void expect_tensor_sums(std::vector<Tensor> tensors, const std::string& what) {
   List list(std::move(tensors));
   Call call{};
   const std::vector<unsigned char> bytes = list.table(nullptr, false, &call, kAllStrengths);
-  std::vector<ChunkSums> chunk_sums(call.chunks, {std::nan(""), std::nan("")});
-  std::vector<ChunkSums> out(call.tensors, {std::nan(""), std::nan("")});
+  std::vector<TermSums> chunk_sums(call.chunks, {std::nan(""), std::nan("")});
+  std::vector<TermSums> out(call.tensors, {std::nan(""), std::nan("")});
   std::vector<int64_t> zeros(call.tensors, -1);
   call.chunk_sums = chunk_sums.data();
   call.sums = Sums::kTerms;
@@ -124,8 +124,8 @@ void expect_tensor_sums(std::vector<Tensor> tensors, const std::string& what) {
   for (size_t t = 0; t < list.tensors().size(); ++t) {
     const std::vector<ChunkSums> sums = list.expected_sums(t);
     const auto count = static_cast<int64_t>(sums.size());
-    EXPECT(out[t].l1 == column_sum<kTensorColumns>(count, [&](int64_t c) { return sums[c].l1; }), what, t);
-    EXPECT(out[t].l2 == column_sum<kTensorColumns>(count, [&](int64_t c) { return sums[c].l2; }), what, t);
+    EXPECT(out[t].l1 == column_sum<kTensorColumns>(count, [&](int64_t c) { return unscaled(sums[c]).l1; }), what, t);
+    EXPECT(out[t].l2 == column_sum<kTensorColumns>(count, [&](int64_t c) { return unscaled(sums[c]).l2; }), what, t);
     EXPECT(zeros[t] == list.zeros(t), what, t, zeros[t]);
   }
 }
@@ -178,6 +178,27 @@ void expect_special_values() {
              : std::isnan(special) ? std::isnan(value)
                                    : value == inf,
              special, l1, value);
+    }
+  }
+}
+
+// Sums that leave the range of float64 are taken again, in the middle of a run.
+void expect_rescue() {
+  for (const double scale : {1e200, 1e-200, 1e307}) {
+    for (const bool has_l1 : {false, true}) {
+      const double l1 = has_l1 ? 1e-5 / scale : 0, l2 = scale > 1e300 ? 0 : scale > 1 ? 1e-300 : 1e300;
+      List list({{Dtype::kFloat64, 2 * kChunkSize + 9, 0, 0, l1, l2}, {Dtype::kFloat32, 300}, {Dtype::kFloat64, 70}});
+      Call call{};
+      std::vector<unsigned char> bytes = list.table(nullptr, false, &call);
+      auto* const elements = static_cast<double*>(const_cast<void*>(reinterpret_cast<Entry*>(bytes.data())[0].param));
+      for (int i = kChunkSize; i < 2 * kChunkSize; ++i) {
+        elements[i] *= scale;
+      }
+      const double value = run_penalty(list, nullptr, false), expected = list.expected_penalty();
+      EXPECT(value == expected && value > 0 && std::isfinite(value), scale, has_l1, value, expected);
+      std::vector<Memory> grads = list.fresh_grads();
+      EXPECT(run_penalty(list, &grads, true) == expected, scale, has_l1);
+      list.expect_grads(grads, 1, "rescue");
     }
   }
 }
@@ -261,6 +282,7 @@ int main(int argc, char**) {
   expect_list({{Dtype::kBFloat16, (quick ? 3 : 150) * k + 7}}, "more runs than columns");
   expect_written_once();
   expect_special_values();
+  expect_rescue();
   expect_errors_come_out();
   EXPECT((architectures == std::vector<int>{750, 900}));
   return fused_reg::testing::report();

@@ -1,5 +1,6 @@
 // penalty.h on scalars: each term, its gradient against a difference quotient, norms
 // and proximal operators, and the special values.
+#include <cstdint>
 #include <limits>
 #include <vector>
 
@@ -42,35 +43,52 @@ void expect_factor_rounds_as_the_loop() {
   EXPECT(gradient_factor<double>(upstream, strength) == upstream * strength);
 }
 
-void expect_scale_rounds_nothing() {
-  for (const double strength : {1.0, 0.1, 1e-4, 3e300, 1e-300, 5e-324, 1e-50}) {
-    for (const Terms term : {kL1, kL2}) {
-      const ScaledStrength s = scaled_strength(strength, term, true);
-      const int degree = term == kL1 ? 1 : 2;
-      EXPECT(std::ldexp(s.factor, degree * std::ilogb(s.scale)) == strength, strength, degree);
-      EXPECT(s.factor >= 1 && s.factor < 4 && std::ldexp(1.0, std::ilogb(s.scale)) == s.scale, strength, s.factor);
-      EXPECT(scaled_strength(strength, term, false).scale == 1);
+// A penalty from sums of scaled elements, and of a subnormal strength.
+void expect_penalty_of_sums() {
+  for (const int exponent : {0, kRescueExponent, -kRescueExponent}) {
+    for (const double strength : {1.0, 0.3, 1e-300, 1e300, 5e-324, 1e-310}) {
+      const ChunkSums sums{1.5, 2.25, exponent};
+      const auto expect_near = [&](double penalty, long double exact) {
+        EXPECT(exact > 1e308L ? penalty == kInf : std::abs(penalty - exact) <= 1.2e-16L * exact + 5e-324L, exponent,
+               strength, penalty);
+      };
+      expect_near(penalty_of_sums(strength, 0, sums), std::ldexp(static_cast<long double>(strength) * 1.5L, exponent));
+      expect_near(penalty_of_sums(0, strength, sums),
+                  std::ldexp(static_cast<long double>(strength) * 2.25L, 2 * exponent));
     }
   }
-  for (const double strength : {0.0, kInf, kNan}) {
-    EXPECT(scaled_strength(strength, kL2, true).scale == 1, strength);
-  }
+  EXPECT(penalty_of_sums(1e-310, 0, {1e10, 0, 0}) == 1e-310 * 1e10);
+  EXPECT(penalty_of_sums(0.5, 0.25, {2, 4, 0}) == 2 && penalty_of_sums(0, 0, {kInf, kNan, 0}) == 0);
+  EXPECT(penalty_of_sums(0, 1, {kInf, 3, 0}) == 3 && std::isnan(penalty_of_sums(1, 0, {kNan, 3, 0})));
 }
 
-// w / ||w_g||, however large or small the norm.
+void expect_sums_are_taken_again() {
+  const auto again = [](double l1, double l2, bool has_l2) { return rescue_exponent({l1, l2, 0}, has_l2); };
+  EXPECT(again(1, 1, true) == 0 && again(kNan, kNan, true) == 0);
+  EXPECT(again(0, kInf, true) == kRescueExponent && again(0, 0x1p1001, true) == kRescueExponent);
+  EXPECT(again(kInf, 0, false) == kRescueExponent && again(0x1p1001, 0, false) == kRescueExponent);
+  EXPECT(again(0, 0, true) == -kRescueExponent && again(1e-200, 1e-300, true) == -kRescueExponent);
+  EXPECT(again(0, 0, false) == 0 && again(5e-324, 0, false) == 0, "a sum of |w| loses nothing below");
+}
+
+// strength * w / ||w_g||, however large or small the norm and the strength.
 template <class S>
-void expect_norm_gradient_at_extremes(const std::vector<double>& norms) {
+void expect_norm_gradient_at_extremes(const std::vector<double>& norms, const std::vector<double>& strengths) {
   const double tolerance = sizeof(S) == 4 ? 3e-7 : 6e-16;
   for (const double norm : norms) {
-    const NormGradient<S> g = norm_gradient<S>(0.5, 0.3, norm);
-    int exponent = 0;
-    EXPECT(std::frexp(g.scale, &exponent) == S{0.5}, norm, g.scale);  // a power of two
-    for (const double part : {1.0, -0.5, 0.001}) {
-      const S w = static_cast<S>(part * norm);
-      const double expected = 0.15 * (w / norm);
-      EXPECT(std::abs(add_norm_gradient<S>(1, w, g.scale, g.factor) - (1 + expected)) <= tolerance, norm, part);
-      const double actual = add_norm_gradient<S>(0, w, g.scale, g.factor);
-      EXPECT(std::abs(actual - expected) <= tolerance * std::abs(expected), norm, part, actual, expected);
+    for (const double strength : strengths) {
+      const NormGradient<S> g = norm_gradient<S>(0.5, strength, norm);
+      int exponent = 0;
+      EXPECT(std::frexp(g.scale, &exponent) == S{0.5}, norm, g.scale);  // a power of two
+      for (const double part : {1.0, -0.5, 0.001}) {
+        const S w = static_cast<S>(part * norm);
+        const double expected = 0.5 * strength * (w / norm);
+        EXPECT(std::abs(add_norm_gradient<S>(1, w, g.scale, g.factor) - (1 + expected)) <=
+                   tolerance * (1 + std::abs(expected)),
+               norm, part);
+        const double actual = add_norm_gradient<S>(0, w, g.scale, g.factor);
+        EXPECT(std::abs(actual - expected) <= tolerance * std::abs(expected), norm, strength, part, actual, expected);
+      }
     }
   }
   const NormGradient<S> zero = norm_gradient<S>(0.5, 0.3, 0);
@@ -89,14 +107,9 @@ void expect_squares_without_overflow() {
       const long double exact = std::ldexp(static_cast<long double>(strength) * 1.5L, exponent);
       EXPECT(exact > 1e308L ? penalty == kInf : std::abs(penalty - exact) <= 1.2e-16L * exact + 5e-324L, exponent,
              strength, penalty);
-      const long double exact_l2 = std::ldexp(static_cast<long double>(strength) * 2.25L, 2 * exponent);
-      const double l2 = l2_penalty(strength, squares);
-      EXPECT(exact_l2 > 1e308L ? l2 == kInf : std::abs(l2 - exact_l2) <= 1.2e-16L * exact_l2 + 5e-324L, exponent,
-             strength, l2);
     }
   }
-  EXPECT(rescue_exponent(1) == 0 && rescue_exponent(kInf) == kRescueExponent && rescue_exponent(kNan) == 0);
-  EXPECT(rescue_exponent(0) == -kRescueExponent && rescue_exponent(1e-300) == -kRescueExponent);
+  EXPECT(norm_penalty(0, {kInf, 0}) == 0);
   const double nan = norm_of({-kNan, 0});
   EXPECT(std::isnan(nan) && !std::signbit(nan));
 }
@@ -111,6 +124,15 @@ void expect_soft() {
     EXPECT(std::isnan(soft(kNan, threshold)));
   }
   EXPECT(soft(5.0, kInf) == 0 && soft(-5.0, kInf) == 0);
+}
+
+void expect_zeros_are_positive() {
+  EXPECT(!std::signbit(prox(-1e-300, 0.0, 1e-300)) && !std::signbit(prox(-0.0, 0.0, 1.0)));
+  EXPECT(!std::signbit(prox(-0.5, 0.5, 1.0)) && !std::signbit(prox(-2.0, 0.5, 0.0)));
+  const uint16_t bits[] = {0x8000, 0, 1, 0x8001, 0x7c00, 0xfe00}, expected[] = {0, 0, 1, 0x8001, 0x7c00, 0xfe00};
+  for (int i = 0; i < 6; ++i) {
+    EXPECT(with_positive_zero(bits[i]) == expected[i], i);
+  }
 }
 
 void expect_shrinkage() {
@@ -129,11 +151,13 @@ int main() {
   expect_gradient_is_the_slope<kL1L2>();
   expect_special_values();
   expect_factor_rounds_as_the_loop();
-  expect_scale_rounds_nothing();
-  expect_norm_gradient_at_extremes<float>({1, 0.37, 1e-30, 1e30, 1e37});
-  expect_norm_gradient_at_extremes<double>({1, 0.37, 1e-300, 1e-290, 1e300, 1e307});
+  expect_penalty_of_sums();
+  expect_sums_are_taken_again();
+  expect_norm_gradient_at_extremes<float>({1, 0.37, 1e-30, 1e30, 1e37}, {0.3, 1e-30, 1e30});
+  expect_norm_gradient_at_extremes<double>({1, 0.37, 2.3e-308, 1e-300, 1e-290, 1e300, 1.7e308}, {0.3, 1e-300, 1e307});
   expect_squares_without_overflow();
   expect_soft();
+  expect_zeros_are_positive();
   expect_shrinkage();
   return fused_reg::testing::report();
 }
