@@ -71,7 +71,8 @@ def loop_penalty(model: nn.Module, step: int) -> Tensor:
         if ".embeddings." in name:
             total = total + EMBEDDINGS_L2 * warm * (p**2).sum()
         elif name.startswith("classifier."):
-            total = total + HEAD_L1 * warm * p.abs().sum() + HEAD_L2 * warm * (p**2).sum()
+            total = total + HEAD_L1 * warm * p.abs().sum()
+            total = total + HEAD_L2 * warm * (p**2).sum()
         else:
             total = total + WEIGHTS_L2 * warm * (p**2).sum()
     return total
