@@ -27,7 +27,7 @@ COMMENTS = (r"//.*", r"(?s:\"{3}.*?\"{3})|#.*")  # of C++, of Python
 
 def names_in(text):
     """What looks like a file of the repository, or several (``dispatch.*``)."""
-    return re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:\*|cpp|h|cuh?|py|pyi|md|txt|sh|typed))`", text)
+    return re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:\*|cpp|csv|cuh?|h|json|md|png|py|sh|txt|typed))`", text)
 
 
 def mapped():
