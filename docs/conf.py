@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -46,16 +45,33 @@ html_css_files = ["pages.css"]
 html_theme_options = {theme: {"code-font-size": "0.76rem"} for theme in ("light_css_variables", "dark_css_variables")}
 html_show_sourcelink = False
 
-# What README.md links to, and is a page here.
-PAGES = {"benchmarks/results/cpu.md": "docs/tables.md"}
+# The order of the pages. It stands here, so that the pages are plain Markdown.
+GUIDES = "guides/loop guides/weight_decay guides/keras guides/group_lasso cuda compile distributed torch examples/index"
+CONTENTS = {
+    "index": {
+        "": "install quickstart",
+        "Guides": GUIDES,
+        "Reference": "api l2 mathematics performance tables reliability",
+    },
+    "examples/index": {"": "digits weights tune path prune finetune lightning_callback huggingface_trainer fsdp2"},
+}
+MEASURED = re.compile(r"\[([^]]+)\]\(\.\./(benchmarks/results/[\w.-]+\.md)\)")
 
 
-def prepare_links(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
-    """Local links of an included text as ``:relative-docs: .`` takes them: to a page, or to a file to load."""
-    for file, page in PAGES.items():
-        content[0] = content[0].replace(f"]({file})", f"]({page})")
-    content[0] = re.sub(r"\]\((?!docs/)([\w/.-]+\.md)\)", r"](path:./\1)", content[0])
-    content[0] = re.sub(r"\]\((?![a-z]+:|#|\.)", "](./", content[0])
+def add_contents(app: Sphinx, page: str, source: list[str]) -> None:
+    for caption, pages in CONTENTS.get(page, {}).items():
+        options = ":hidden:" + (f"\n:caption: {caption}" if caption else "")
+        source[0] += "\n".join(["", "```{toctree}", options, "", *pages.split(), "```", ""])
+
+
+def add_tables(app: Sphinx, page: str, source: list[str]) -> None:
+    """The files that the page of all measurements links to, at its end."""
+    if page == "tables":
+        files = MEASURED.findall(source[0])
+        source[0] = MEASURED.sub(r"\1", source[0])
+        for title, file in files:
+            _, _, tables = (app.srcdir.parent / file).read_text().partition("\n")
+            source[0] += f"\n## {title}\n{tables}"
 
 
 def as_written(
@@ -78,5 +94,6 @@ def link_pictures(app: Sphinx, page: nodes.document) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("doctree-read", link_pictures)
-    app.connect("include-read", prepare_links)
+    app.connect("source-read", add_contents)
+    app.connect("source-read", add_tables)
     app.connect("autodoc-process-signature", as_written)

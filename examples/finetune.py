@@ -71,7 +71,8 @@ def loop_penalty(model: nn.Module, step: int) -> Tensor:
         if ".embeddings." in name:
             total = total + EMBEDDINGS_L2 * warm * (p**2).sum()
         elif name.startswith("classifier."):
-            total = total + HEAD_L1 * warm * p.abs().sum() + HEAD_L2 * warm * (p**2).sum()
+            total = total + HEAD_L1 * warm * p.abs().sum()
+            total = total + HEAD_L2 * warm * (p**2).sum()
         else:
             total = total + WEIGHTS_L2 * warm * (p**2).sum()
     return total
@@ -221,26 +222,28 @@ def largest_differences(run: Run, other: Run) -> dict[str, float]:
 
 def draw_losses(loop: Run, attached: Run) -> Figure:
     """Task loss and penalty of both runs, and the strengths, over the steps."""
-    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure = Figure(figsize=(7, 7.5), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     steps = range(1, len(loop.losses) + 1)
     for axes, series in ((top, "losses"), (middle, "penalties")):
         axes.plot(steps, getattr(loop, series), color=COLOURS["loop"], linewidth=5, label=NAMES["loop"])
         axes.plot(steps, getattr(attached, series), color=COLOURS["attach"], linewidth=1.2, label=NAMES["attach"])
-        axes.legend(loc="upper right" if axes is top else "lower right")
-    top.set(ylabel="task loss (cross entropy)", ylim=(0, None), title="One fine-tuning, its penalty computed two ways")
+    title = "One fine-tuning, its penalty computed two ways"
+    figure.legend(*top.get_legend_handles_labels(), title=title, loc="outside upper center", ncols=2)
+    top.set(ylabel="task loss (cross entropy)", ylim=(0, None))
     middle.set(ylabel="penalty", ylim=(0, None))
-    lines = (("head, l2", HEAD_L2, "-"), ("head, l1", HEAD_L1, "--"), ("attention and MLP, l2", WEIGHTS_L2, "-."))
-    for label, strength, style in (*lines, ("embeddings, l2", EMBEDDINGS_L2, ":")):
-        bottom.plot(steps, [warm_up(strength)(s - 1) for s in steps], style, color="black", label=label)
-    bottom.set(xlabel="optimizer step", ylabel="strength", yscale="log")
-    bottom.legend(ncols=2, loc="lower right")
+    lines = (("head, l2", HEAD_L2, 4), ("head, l1", HEAD_L1, 4), ("attention and MLP, l2", WEIGHTS_L2, -13))
+    for label, strength, above in (*lines, ("embeddings, l2", EMBEDDINGS_L2, 4)):
+        bottom.plot(steps, [warm_up(strength)(s - 1) for s in steps], color="black")
+        place = (steps[-1], strength)
+        bottom.annotate(label, place, xytext=(0, above), textcoords="offset points", ha="right")
+    bottom.set(xlabel="optimizer step", ylabel="strength", yscale="log", ylim=(None, 4 * HEAD_L2))
     return figure
 
 
 def draw_times(table: dict[str, dict[str, float]]) -> Figure:
     """What each penalty adds to a step."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     for kind, colour in COLOURS.items():
         row = table[kind]
@@ -250,8 +253,8 @@ def draw_times(table: dict[str, dict[str, float]]) -> Figure:
         place = (row["added_high"], NAMES[kind])
         axes.annotate(text, place, xytext=(8, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
-    axes.set_xlim(right=1.8 * max(row["added_high"] for row in table.values()))
-    axes.set_xlabel("CPU time that the penalty adds to a step, ms (median and its 95 % interval)")
+    axes.set_xlim(right=2 * max(row["added_high"] for row in table.values()))
+    axes.set_xlabel("CPU time added to a step, ms (median and its 95 % interval)")
     axes.set_title(f"A step of the Trainer without a penalty takes {table['none']['step']:.1f} ms")
     return figure
 

@@ -60,7 +60,8 @@ def regularized(
     Example:
         >>> import torch
         >>> from fused_reg import Regularizer, regularized
-        >>> net = torch.nn.Sequential(regularized(torch.nn.Linear(2, 2), l1=0.5), torch.nn.Linear(2, 1))
+        >>> layer = regularized(torch.nn.Linear(2, 2), l1=0.5)
+        >>> net = torch.nn.Sequential(layer, torch.nn.Linear(2, 1))
         >>> _ = torch.nn.init.constant_(net[0].weight, -3.0)
         >>> Regularizer(net)()  # 0.5 * 4 * 3
         tensor(6., grad_fn=<...>)

@@ -61,7 +61,8 @@ def fused_penalty(
         >>> from fused_reg import fused_penalty
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.constant_(model.weight, -3.0)
-        >>> loss = model(torch.ones(1, 2)).sum() + fused_penalty(model.parameters(), l1=0.1, l2=0.01)
+        >>> task_loss = model(torch.ones(1, 2)).sum()
+        >>> loss = task_loss + fused_penalty(model.parameters(), l1=0.1, l2=0.01)
         >>> loss.backward()
         >>> loss
         tensor(-5.2200, grad_fn=<AddBackward0>)
@@ -137,7 +138,8 @@ def value_and_grad(
 
     Example:
         >>> import torch, fused_reg
-        >>> value, (grad,) = fused_reg.value_and_grad(torch.tensor([1.0, -2.0, 0.0]), l1=0.5, l2=1.0)
+        >>> w = torch.tensor([1.0, -2.0, 0.0])
+        >>> value, (grad,) = fused_reg.value_and_grad(w, l1=0.5, l2=1.0)
         >>> value, grad
         (tensor(6.5000), tensor([ 2.5000, -4.5000,  0.0000]))
 

@@ -67,8 +67,10 @@ class Regularizer(Adjustable):
     Example:
         >>> import torch
         >>> from fused_reg import Regularizer
-        >>> model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.ReLU(), torch.nn.Linear(10, 1))
-        >>> regularizer = Regularizer(model, l2=1e-3, weights_only=True, rules=[("0.*", dict(l1=1e-4))])
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 1))
+        >>> rules = [("0.*", dict(l1=1e-4))]
+        >>> regularizer = Regularizer(model, l2=1e-3, weights_only=True, rules=rules)
         >>> regularizer
         Regularizer(
           l1=0.0001: 1 parameter, 200 elements: 0.weight
@@ -235,7 +237,8 @@ class Regularizer(Adjustable):
         Example:
             >>> import torch
             >>> from fused_reg import Regularizer
-            >>> print(Regularizer([("w", torch.nn.Parameter(torch.tensor([3.0, 0.0, -4.0])))], l1=0.5, l2=0.1).report())
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 0.0, -4.0]))
+            >>> print(Regularizer([("w", w)], l1=0.5, l2=0.1).report())
                      elements   l1   l2  l2_norm  value  norm       zeros
             group 0         3  0.5  0.1        0      6     5  1 (33.3 %)
               w             3                         6     5  1 (33.3 %)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+DOCS = EXAMPLES.parent / "docs"
 
 PACKAGES = {
     "digits": ("sklearn",),

@@ -12,7 +12,7 @@ import torch
 
 from fused_reg import reference
 
-# Relative, of the true value: the promises of the README. The absolute part is the rounding of a subnormal result.
+# Relative, of the true value: the promises of the docs. The absolute part is the rounding of a subnormal result.
 VALUE_TOLERANCE = {torch.float32: Fraction(6, 10**8), torch.float64: Fraction(4, 10**15)}
 SUBNORMAL_ROUNDING = {torch.float32: Fraction(1, 2**150), torch.float64: Fraction(1, 2**1075)}
 

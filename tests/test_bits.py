@@ -1,4 +1,4 @@
-"""The same bits for any thread count, repeated runs, memory alignment and instruction set (README, Numerics)."""
+"""The same bits for any thread count, repeated runs, memory alignment and instruction set (docs, Numerics)."""
 
 import functools
 import json

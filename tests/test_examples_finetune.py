@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from loaded_examples import loaded
+from loaded_examples import DOCS, loaded
 
 pytestmark = [
     pytest.mark.long,
@@ -38,6 +38,14 @@ def test_trains_alike_with_the_loop_and_attached(finetune, tmp_path, capsys):
     assert "largest differences of attached from loop: task loss 0.0e+00, weight 0.0e+00" in printed.out
     assert "timing" in printed.err
     assert "timing" not in printed.out
+
+
+def test_no_legend_of_the_picture_covers_a_line(finetune):
+    drawn = json.loads((DOCS / "pictures" / "finetune.json").read_text())["seed_0"]
+    runs = [finetune.Run(drawn[kind]["losses"], drawn[kind]["penalties"], [], 0.0) for kind in ("loop", "attach")]
+    figure = finetune.draw_losses(*runs)
+    assert len(figure.legends) == 1
+    assert all(axes.get_legend() is None for axes in figure.axes)
 
 
 def test_strengths_are_by_layer(finetune):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from loaded_examples import EXAMPLES, loaded, need
+from loaded_examples import DOCS, EXAMPLES, loaded, need
 
 need("tune")
 
@@ -111,6 +111,16 @@ def test_pictures_and_numbers(results, out):
     saved = json.loads((out / "tune.json").read_text())
     assert saved["results"] == results
     assert saved["trials"] == 9
+
+
+def test_no_line_of_the_picture_hides_another(tune):
+    """Optuna's first trials are the random ones: where two lines are one, the lower is wider."""
+    drawn = json.loads((DOCS / "pictures" / "tune.json").read_text())["results"]
+    lines = {line.get_label(): line for line in tune.draw_results(drawn).axes[0].lines}
+    below, above = lines["random"], lines["Optuna"]
+    assert list(below.get_ydata())[:10] == list(above.get_ydata())[:10]
+    assert below.get_linewidth() > 2 * above.get_linewidth()
+    assert below.get_zorder() < above.get_zorder()
 
 
 def test_a_finished_study_is_not_searched_again(tune, results, out, monkeypatch):

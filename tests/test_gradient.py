@@ -1,4 +1,4 @@
-"""The gradient: the loop's bits for float32 and float64, one rounding for bfloat16 and float16 (README, Numerics)."""
+"""The gradient: the loop's bits for float32 and float64, one rounding for bfloat16 and float16 (docs, Numerics)."""
 
 import math
 

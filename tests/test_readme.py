@@ -1,27 +1,28 @@
-"""The README's code runs, in its order, as one program."""
+"""The README is short, begins with an example and the installation, and its first example is the loop's penalty.
+
+That its code runs, and its links and lines, is in test_docs.py with that of the pages."""
 
 import re
 from pathlib import Path
 
-import pytest
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
-README = Path(__file__).parents[1] / "README.md"
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 160
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of its compiler, of itself
-def test_every_python_block_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 4
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)
-    assert "tensor(" in capsys.readouterr().out  # the gradient of the learned strength
-    total = namespace["report"].rows[-1]  # of the section on exact zeros
-    assert 0 < total["zeros"] < total["elements"]
+def test_install_follows_the_first_example():
+    beginning, _, rest = README.partition("\n## ")
+    assert beginning.count("```python") == 1
+    assert rest.startswith("Install\n")
+    assert "\nregularizer = Regularizer(" in rest
+    assert re.findall(r"!\[[^]]*\]\((.*?)\)", README) == ["benchmarks/results/cpu.png"]
 
 
 def test_first_example_is_equivalent_to_the_loop():
-    first, second = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[:2]
+    first, second = BLOCKS[:2]
     namespace: dict[str, object] = {}
     exec(first.split("optimizer.zero_grad()")[0], namespace)
     ours = namespace["loss"]

@@ -1,4 +1,4 @@
-"""The value: one rounding away from the truth, at any size and for any content (README, Numerics)."""
+"""The value: one rounding away from the truth, at any size and for any content (docs, Numerics)."""
 
 import math
 from fractions import Fraction
