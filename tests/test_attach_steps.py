@@ -244,6 +244,21 @@ def test_steps_within_a_step_count_once(how, mode):
         assert (w.item(), regularizer.step) == (1 - 0.125 * count, count)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it traces
+def test_steps_within_a_compiled_step_count_once():
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    w = nn.Parameter(torch.ones(1))
+    optimizer = Fallback([w], lr=1.0)
+    optimizer.how = "failure"
+    regularizer = Regularizer([w], l1=0.125)
+    regularizer.attach(optimizer)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for count in (1, 2):
+        w.grad = torch.zeros(1)
+        step()
+        assert (w.item(), regularizer.step) == (1 - 0.125 * count, count)
+
+
 def hooked(step):
     """What torch wraps around a step, under names of its own."""
 
