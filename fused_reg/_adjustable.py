@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
+from fused_reg._saved import parsed, state_of
 from fused_reg._selection import check_matches
-from fused_reg._strengths import KINDS, Given, checked, scheduled
+from fused_reg._strengths import KINDS, Given, checked
 from fused_reg._table import Table
 
 
@@ -70,22 +71,18 @@ class Adjustable:
         if not given:
             raise TypeError("set_strength: l1, l2 or l2_norm must be given, got none")
         strengths = {kind: checked(f"set_strength: {kind}", s) for kind, s in given.items()}
-        for kind, strength in strengths.items():
-            if not isinstance(strength, float) and callable(strength):
-                scheduled(f"set_strength: {kind}", strength, self.step)
         entries = self._table.entries
         if where is not None:
             check_matches("set_strength", "where", where, entries)
             entries = [entry for entry in entries if entry.matches(where)]
-        for kind, strength in strengths.items():
-            self._table.set(entries, kind, strength)
+        self._table.change(entries, strengths)
 
     def state_dict(self) -> dict[str, Any]:
         """The step count and the strengths as they are now, in plain numbers and names.
 
         ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets.
         """
-        return {"step": self.step, "groups": self._table.state()}
+        return {"step": self.step, "groups": state_of(self._table)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes what `state_dict` gave, of a regularizer of parameters with the same names.
@@ -99,13 +96,7 @@ class Adjustable:
         if not isinstance(state_dict, Mapping) or set(state_dict) != {"step", "groups"}:
             raise ValueError("load_state_dict: state_dict must have the keys step and groups, as `state_dict` gives it")
         step = as_count("load_state_dict: step", state_dict["step"])
-        try:
-            self._table.check(state_dict["groups"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"load_state_dict: groups must be as `state_dict` gives them ({type(error).__name__}: {error})"
-            ) from error
-        self._table.load(step, state_dict["groups"])
+        self._table.load(step, parsed(state_dict["groups"], self._table.entries))
 
 
 def as_count(name: str, value: Any) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator
 from itertools import compress
-from types import CodeType, FrameType, TracebackType
+from types import CodeType, TracebackType
 from typing import Any, Literal
 
 import torch
@@ -15,11 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_reg._parts import Part
+from fused_reg._steps import found_infinity, is_inert, is_nested
 from fused_reg._strengths import KINDS, identity, is_absent, tensor_of
 from fused_reg._table import Entry, Table
-
-# The code around a step that calls its hooks.
-_HOOKED_STEP = next((c for c in Optimizer.profile_hook_step.__code__.co_consts if isinstance(c, CodeType)), None)
 
 #: The gradient before the step, or the proximal step after it.
 Mode = Literal["grad", "prox"]
@@ -46,16 +43,17 @@ class Attachments:
 class Attachment:
     """What :meth:`.Regularizer.attach` returns; :meth:`remove` detaches, as does leaving a ``with`` block.
 
-    The optimizer's hooks keep it alive. It keeps no optimizer alive.
+    The optimizer's hooks keep it alive. It keeps no optimizer alive. A copy of it is detached.
     """
 
     def __init__(self, table: Table, all_of_them: Attachments, optimizer: Optimizer, mode: Mode) -> None:
         self._table = table
         self._all = all_of_them
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
         self._mode = mode
         self._seen: tuple[Any, ...] = ()  # what `_follow` found when it last looked
         self._depth = 0  # a step that calls the step of its base class calls the hooks again
+        self._is_inert = False
         self._parts: list[tuple[float, Part]] = []  # with the sign of the gradient
         self._group_of: list[int] = []  # the optimizer's, for each entry
         self._groups: list[int] = []
@@ -64,10 +62,9 @@ class Attachment:
         self._follow(optimizer)
         # A compiled step calls them as they are. A decorator would make the package's import take twice as long.
         outside_of_graphs: Any = torch.compiler.disable
-        self._hooks = [
-            optimizer.register_step_pre_hook(outside_of_graphs(self._before)),
-            optimizer.register_step_post_hook(outside_of_graphs(self._after)),
-        ]
+        before, after = outside_of_graphs(self._before), outside_of_graphs(self._after)
+        self._codes: tuple[CodeType, CodeType] = before.__code__, after.__code__
+        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     @property
     def value(self) -> Tensor | None:
@@ -82,13 +79,13 @@ class Attachment:
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """The optimizer; None when it is gone."""
-        return self._optimizer()
+        """The optimizer; None when it is gone, and for a copy."""
+        return None if self._optimizer is None else self._optimizer()
 
     @property
     def is_active(self) -> bool:
         """Whether the hooks are still there."""
-        return bool(self._hooks) and self._optimizer() is not None
+        return bool(self._hooks) and self.optimizer is not None
 
     def remove(self) -> None:
         """Takes the hooks away. A second call does nothing."""
@@ -104,56 +101,73 @@ class Attachment:
     ) -> None:
         self.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hooks": [], "_codes": None, "_optimizer": None, "_all": None, "_seen": (), "_depth": 0}
+
     def holds(self) -> set[int]:
         """The identities of the parameters that it handles."""
         return {id(entry.param) for _, part in self._parts for entry in part.entries}
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._depth > 0 and _is_within_a_step(optimizer):
+        if self._depth > 0 and is_nested(optimizer, self._codes[0]):
             self._depth += 1
             return None
         self._depth = 1  # whatever a step that raised has left
-        if self._mode == "prox":
-            self._follow(optimizer)
-            return None
-        scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves scaled gradients to fused optimizers
-        if scale is None:
-            scale = 1.0
+        self._is_inert = is_inert(optimizer)
+        self._follow(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._accumulate(optimizer, scale)
+            if self._mode == "grad" and not self._is_inert:
+                self._accumulate(optimizer)
             return None
+        is_first = True
 
         def with_penalty() -> Any:
+            """The step is inert if it is after each evaluation."""
+            nonlocal is_first
             loss = closure()
-            penalty = self._accumulate(optimizer, scale)
+            self._follow(optimizer)
+            now = is_inert(optimizer)
+            self._is_inert, is_first = now and (is_first or self._is_inert), False
+            if self._mode == "prox" or now:
+                return loss
+            penalty = self._accumulate(optimizer)
             return None if loss is None else loss + penalty.to(loss.device if isinstance(loss, Tensor) else "cpu")
 
         if len(args) > 1:
             return (args[0], with_penalty, *args[2:]), kwargs
         return args, {**kwargs, "closure": with_penalty}
 
-    def _accumulate(self, optimizer: Optimizer, scale: Tensor | float) -> Tensor:
+    def _accumulate(self, optimizer: Optimizer) -> Tensor:
         """The gradient; returns what belongs to the objective: the penalty, negative where that is maximized."""
-        self._follow(optimizer)
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves scaled gradients to fused optimizers
+        scale = 1.0 if scale is None else scale
         (sign, part), *more = self._parts
         if sign == 1 and not more:
-            self._value = part.accumulate_grad_(scale)
-            return self._value
-        for _, part in self._parts:
-            part.check_accumulation(scale)
-        values = [part.accumulate_grad_(sign * scale) for sign, part in self._parts]
-        self._value = sum(values[1:], values[0])
-        return sign * values[0] + sum(sign * value for (sign, _), value in zip(more, values[1:], strict=True))
+            objective = value = part.accumulate_grad_(scale)
+        else:
+            for _, part in self._parts:
+                part.check_accumulation(scale)
+            values = [part.accumulate_grad_(sign * scale) for sign, part in self._parts]
+            value = sum(values[1:], values[0])
+            objective = sign * values[0] + sum(sign * v for (sign, _), v in zip(more, values[1:], strict=True))
+        found_inf = found_infinity(optimizer)
+        if found_inf is not None and self._value is not None:  # a step that will be skipped leaves the last value
+            value = torch.where(found_inf.to(value.device) == 0, value, self._value)
+        self._value = value
+        return objective
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth -= 1
-        if self._depth > 0:
+        if self._depth > 1 and is_nested(optimizer, self._codes[1]):
+            self._depth -= 1
+            return
+        self._depth = 0
+        if self._is_inert:
             return
         if self._mode == "prox":
             self._parts[0][1].prox_(self._steps(optimizer))
         if next(iter(self._all)) is self and not self._is_captured():  # several optimizers count once
-            self._table.go_to(self._table.step + 1)
+            self._table.count(found_infinity(optimizer))
 
     def _is_captured(self) -> bool:
         """In a CUDA graph, which would fill in this step's strengths at every replay. The user advances after each."""
@@ -164,9 +178,9 @@ class Attachment:
         not know."""
         given = [group["lr"] for group in optimizer.param_groups]
         rates = [rate.reshape(()) if isinstance(rate, Tensor) else float(rate) for rate in given]
-        found_inf = getattr(optimizer, "found_inf", None)
+        found_inf = found_infinity(optimizer)
         if found_inf is not None:
-            taken = (found_inf.reshape(()) == 0).double()
+            taken = (found_inf == 0).double()
             rates = [taken * rate for rate in rates]
         first = rates[self._group_of[0]]
         if all(identity(rates[i]) == identity(first) for i in self._groups):
@@ -231,13 +245,3 @@ class Attachment:
                     UserWarning,
                     stacklevel=6,
                 )
-
-
-def _is_within_a_step(optimizer: Optimizer) -> bool:
-    """Whether the step whose hook this is was called by another step of the same optimizer."""
-    frame: FrameType | None = sys._getframe(1)
-    steps = 0
-    while frame is not None and steps < 2:
-        steps += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return steps == 2

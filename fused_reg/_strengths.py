@@ -103,9 +103,22 @@ def held(name: str, strength: Given, step: int) -> Held:
     return strength if isinstance(strength, float | Tensor) else Cell.holding(scheduled(name, strength, step), strength)
 
 
+def as_saved(name: str, strength: Any) -> float:
+    """A strength of a state dict, checked: a number, also in a 0-dim tensor."""
+    if isinstance(strength, Tensor) and strength.ndim == 0 and strength.is_floating_point() and not strength.is_meta:
+        strength = strength.item()
+    if not is_number(strength):
+        raise ValueError(f"{name} must be a number, got {type(strength).__name__}")
+    return as_number(name, strength)
+
+
 def is_absent(strength: Held) -> bool:
     """Whether it is the number 0, which drops its term. A tensor is not looked at."""
     return isinstance(strength, float) and strength == 0
+
+
+def is_scheduled(strength: Held) -> bool:
+    return isinstance(strength, Cell) and strength.schedule is not None
 
 
 def tensor_of(strength: Held) -> Tensor | None:

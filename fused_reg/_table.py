@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_reg._arguments import Group
 from fused_reg._selection import Candidate
-from fused_reg._strengths import KINDS, Cell, Given, Held, Penalty, held, identity, number, scheduled, tensor_of
+from fused_reg._strengths import KINDS, Cell, Given, Held, Penalty, held, identity, scheduled, tensor_of
+
+#: For each kind of strength its number, and whether a schedule goes on from there.
+Wishes: TypeAlias = "Mapping[str, tuple[float, bool]]"
 
 
 @dataclass(eq=False)
@@ -43,18 +46,11 @@ class Table:
 
     def __init__(self, chosen: Iterable[tuple[Candidate, Penalty]]) -> None:
         self.version = 0
-        self.step = 0
+        self._step = 0
+        self._skipped: Tensor | None = None  # how many of these steps were none, which a GPU knows
         self._cells: dict[str, Cell] = {}
         self._cells_version = -1
-        cells: dict[int, Held] = {}  # one for each schedule, however many rules and marks name it
-
-        def hold(name: str, strength: Given) -> Held:
-            if not callable(strength) or isinstance(strength, Tensor):
-                return held(name, strength, 0)
-            if id(strength) not in cells:
-                cells[id(strength)] = held(name, strength, 0)
-            return cells[id(strength)]
-
+        hold = _holder(0)
         self.entries: list[Entry] = []
         for candidate, penalty in chosen:
             names = candidate.names
@@ -88,60 +84,74 @@ class Table:
         for cell in self.cells().values():
             cell.move(device)
 
-    def go_to(self, step: int) -> None:
-        """A step of every schedule: first all numbers, then the writes."""
-        due = [
-            (cell, scheduled(f"Regularizer: {name}", cell.schedule, step))
-            for name, cell in self.cells().items()
-            if cell.schedule is not None
-        ]
-        self.step = step
-        for cell, value in due:
-            _fill(cell.value, value)
+    @property
+    def step(self) -> int:
+        """The steps counted. A GPU is waited for if it knows which of them were skipped."""
+        if self._skipped is not None:
+            self._step, self._skipped = self._step - int(self._skipped), None
+        return self._step
 
-    def set(self, entries: Sequence[Entry], kind: str, strength: float | Tensor | Callable[[int], float]) -> None:
-        """Gives these entries a strength, checked before. A number is written into the tensor that holds the old one,
-        if no entry outside uses it."""
-        if not isinstance(strength, float):
-            new = held(f"set_strength: {kind}", strength, self.step)
-            self._replace(entries, kind, lambda _: new)
+    def count(self, found_inf: Tensor | None) -> None:
+        """A step of an optimizer, which has skipped it if ``found_inf`` is not 0: that is looked at when it matters."""
+        if found_inf is None or any(cell.schedule is not None for cell in self.cells().values()):
+            if found_inf is None or not found_inf:
+                self.go_to(self.step + 1)
             return
-        inside = {(id(entry), kind) for entry in entries}
-        fresh: dict[object, Held] = {}
-        for old in {identity(s): s for e in entries if tensor_of(s := getattr(e, kind)) is not None}.values():
-            users = {(id(e), k) for e in self.entries for k in KINDS if getattr(e, k) is old}
-            if users <= inside:
-                _set_in_place(old, strength)
-                fresh[identity(old)] = old
-            else:
-                fresh[identity(old)] = Cell.holding(strength)
-        self._replace(entries, kind, lambda old: fresh.get(identity(old), strength))
+        skipped = (found_inf != 0).long()
+        self._step, self._skipped = self._step + 1, skipped if self._skipped is None else self._skipped + skipped
 
-    def _replace(self, entries: Sequence[Entry], kind: str, new: Callable[[Held], Held]) -> None:
-        changes = [(entry, new(old)) for entry in entries if new(old := getattr(entry, kind)) is not old]
-        for entry, strength in changes:
-            setattr(entry, kind, strength)
-        self.version += bool(changes)
+    def go_to(self, step: int) -> None:
+        """A step of every schedule: first all numbers, each schedule asked once, then the writes."""
+        values: dict[int, float] = {}
+        due = [(name, cell, cell.schedule) for name, cell in self.cells().items() if cell.schedule is not None]
+        for name, _, schedule in due:
+            if id(schedule) not in values:
+                values[id(schedule)] = scheduled(f"Regularizer: {name}", schedule, step)
+        self._step, self._skipped = step, None
+        for _, cell, schedule in due:
+            _fill(cell.value, values[id(schedule)])
 
-    def state(self) -> list[dict[str, Any]]:
-        """The strength groups in plain numbers and names."""
-        return [
-            {
-                "params": [entry.name for entry in group],
-                **{kind: number(s) for kind, s in zip(KINDS, group[0].strengths, strict=True)},
-                "group": group[0].group,
-                "scheduled": [kind for kind in KINDS if _has_schedule(getattr(group[0], kind))],
-            }
-            for group in self.groups()
-        ]
+    def change(self, entries: Sequence[Entry], strengths: Mapping[str, Given]) -> None:
+        """Gives these entries strengths of some kinds, checked before. A number is written into the tensor that holds
+        the old one, if no entry or kind outside uses it."""
+        hold = _holder(self.step)
+        new = {kind: hold(f"set_strength: {kind}", strength) for kind, strength in strengths.items()}
+        places = {(id(entry), kind) for entry in entries for kind in new}
+        for kind, strength in new.items():
+            if isinstance(strength, float):
+                for old in _in_tensors(entries, kind):
+                    if self._uses(old) <= places:
+                        _check_fits(f"set_strength: {kind}", old, strength)
+        for kind, strength in new.items():
+            self._replace(entries, kind, strength)
 
-    def load(self, step: int, state: Sequence[Mapping[str, Any]]) -> None:
-        """Takes the strengths of a `state` that `check` has passed."""
-        saved = {name: group for group in state for name in group["params"]}
+    def _replace(self, entries: Sequence[Entry], kind: str, strength: Held) -> None:
+        fresh: dict[object, Held] = {}  # for what is in a tensor and shall be a number
+        if isinstance(strength, float):
+            for old in _in_tensors(entries, kind):
+                if self._uses(old) <= {(id(entry), kind) for entry in entries}:
+                    _set_in_place(old, strength)
+                    fresh[identity(old)] = old
+                else:
+                    fresh[identity(old)] = Cell.holding(strength)
+        for entry in entries:
+            new = fresh.get(identity(old := getattr(entry, kind)), strength)
+            self.version += new is not old
+            setattr(entry, kind, new)
+
+    def _uses(self, strength: Held) -> set[tuple[int, str]]:
+        return {(id(entry), kind) for entry in self.entries for kind in KINDS if getattr(entry, kind) is strength}
+
+    def load(self, step: int, saved: Mapping[str, Wishes]) -> None:
+        """Takes a step and, for each name, strengths, checked before."""
         wanted: dict[object, dict[tuple[float, bool], Held]] = {}  # of each tensor: what its users shall have
         for e in self.entries:
             for kind in KINDS:
-                wanted.setdefault(identity(getattr(e, kind)), {})[_wish(saved[e.name], kind)] = getattr(e, kind)
+                wanted.setdefault(identity(getattr(e, kind)), {})[saved[e.name][kind]] = getattr(e, kind)
+        for e in self.entries:
+            for kind in KINDS:
+                if len(wanted[identity(old := getattr(e, kind))]) == 1:
+                    _check_fits(f"load_state_dict: {kind} of {e.name!r}", old, saved[e.name][kind][0])
         for wishes in wanted.values():
             for (value, keep), old in list(wishes.items()):
                 schedule = old.schedule if isinstance(old, Cell) and keep else None
@@ -153,39 +163,36 @@ class Table:
                     wishes[value, keep] = Cell.holding(value, schedule)
         for e in self.entries:
             for kind in KINDS:
-                setattr(e, kind, wanted[identity(getattr(e, kind))][_wish(saved[e.name], kind)])
-        self.step = step
+                setattr(e, kind, wanted[identity(getattr(e, kind))][saved[e.name][kind]])
+        self._step, self._skipped = step, None
         self.version += 1
 
-    def check(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Raises ValueError unless a `state` is of the same parameters, in the same kinds of groups."""
-        where = "load_state_dict: "
-        saved = {name: group for group in state for name in group["params"]}
-        own = {entry.name for entry in self.entries}
-        for only, what in ((own - saved.keys(), "lacks"), (saved.keys() - own, "has the unknown")):
-            if only:
-                raise ValueError(f"{where}state_dict must have the same parameters, but {what} {min(only)!r}")
-        for entry in self.entries:
-            group = saved[entry.name]
-            if group["group"] != entry.group:
-                raise ValueError(
-                    f"{where}group of {entry.name!r} must be {entry.group!r} as here, got {group['group']!r}"
-                )
-            for kind in KINDS:
-                held(f"{where}{kind} of {entry.name!r}", group[kind], 0)
-                if kind in group["scheduled"] and not _has_schedule(getattr(entry, kind)):
-                    raise ValueError(
-                        f"{where}{kind} of {entry.name!r} must have a schedule, as in the state_dict, got "
-                        f"{number(getattr(entry, kind))}"
-                    )
+
+def _holder(step: int) -> Callable[[str, Given], Held]:
+    """How strengths as given are held from this step on: one cell for each schedule, however often it is given."""
+    cells: dict[int, Held] = {}
+
+    def hold(name: str, strength: Given) -> Held:
+        if not callable(strength) or isinstance(strength, Tensor):
+            return held(name, strength, step)
+        if id(strength) not in cells:
+            cells[id(strength)] = held(name, strength, step)
+        return cells[id(strength)]
+
+    return hold
 
 
-def _wish(group: Mapping[str, Any], kind: str) -> tuple[float, bool]:
-    return float(group[kind]), kind in group["scheduled"]
+def _in_tensors(entries: Iterable[Entry], kind: str) -> list[Held]:
+    """The tensors and cells that hold these strengths, each once."""
+    held_now = [getattr(entry, kind) for entry in entries]
+    return [s for s in {identity(s): s for s in held_now}.values() if tensor_of(s) is not None]
 
 
-def _has_schedule(strength: Held) -> bool:
-    return isinstance(strength, Cell) and strength.schedule is not None
+def _check_fits(name: str, strength: Held, value: float) -> None:
+    """Raises ValueError where a tensor of a small type cannot take the number, before anything is written."""
+    tensor = tensor_of(strength)
+    if tensor is not None and value > (largest := torch.finfo(tensor.dtype).max):
+        raise ValueError(f"{name} must be at most {largest}, to fit its tensor of {tensor.dtype}, got {value}")
 
 
 def _set_in_place(strength: Held, value: float, schedule: Callable[[int], float] | None = None) -> None:

@@ -109,7 +109,7 @@ class Regularizer(Adjustable):
             as_patterns("exclude", exclude) or [],
             as_rules(rules),
         )
-        self._config = {
+        self._config: dict[str, Any] = {
             "l1": l1,
             "l2": l2,
             "l2_norm": l2_norm,
@@ -178,6 +178,9 @@ class Regularizer(Adjustable):
         - With gradient accumulation it is added once per step, not per micro-batch; with ``GradScaler`` to the unscaled
           gradients, or scaled as they are where a fused optimizer unscales them itself.
         - A closure (LBFGS) is followed by it each time, and the penalty is added to what the closure returns.
+        - A step without any gradient is none, nor is one that a ``GradScaler`` skips, or one with learning rates and
+          gradients of 0 (by which ``torch.distributed.checkpoint`` makes the optimizer's state): it leaves moments,
+          schedules and ``value`` as they are. A learning rate of 0 with gradients, as in a warm-up, is a step.
         - A parameter without ``.grad`` gets one, as it would from a loss that has the penalty.
         - A penalty shrinks the weights also in a group with ``maximize=True``, as ``weight_decay`` does.
 
@@ -198,7 +201,8 @@ class Regularizer(Adjustable):
 
         Returns:
             An :class:`.Attachment`; ``remove()`` detaches (as leaving ``with regularizer.attach(optimizer):`` does),
-            ``value`` is the last value. A copied or unpickled optimizer is not attached, nor is a copied regularizer.
+            ``value`` is the last value. A copied or unpickled optimizer is not attached, nor is a copied regularizer
+            or attachment.
 
         Raises:
             TypeError: ``optimizer`` is no torch optimizer.
@@ -249,7 +253,10 @@ class Regularizer(Adjustable):
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments but for the parameters; tensors and schedules as the objects that they are."""
-        return dict(self._config)
+        config = {key: list(x) if isinstance(x, list) else x for key, x in self._config.items()}
+        if self._config["rules"] is not None:
+            config["rules"] = [(pattern, dict(given)) for pattern, given in self._config["rules"]]
+        return config
 
     @classmethod
     def from_config(

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def cuda() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def forward_mode():
+    """torch's forward mode, which is loaded when it is first used. What torch says of itself then concerns no test."""
+    from torch.autograd import forward_ad
+
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.ones(1), torch.ones(1))
 
 
 @pytest.fixture

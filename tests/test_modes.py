@@ -187,7 +187,7 @@ def test_func_vjp_and_jacobians(device):
     torch.testing.assert_close(curvature, 2 / 3 * torch.eye(12, dtype=torch.float64, device=device))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own forward mode
+@pytest.mark.usefixtures("forward_mode")
 @pytest.mark.parametrize("transform", [jacfwd, hessian])
 def test_forward_mode_says_that_it_is_missing(transform, device):
     """Hard case 31: works, or one clear error; never a wrong number."""
@@ -287,6 +287,7 @@ def test_function_and_dispatch_modes_see_the_operators(device):
         torch.testing.assert_close(value.as_subclass(torch.Tensor), expected, check_dtype=False)
 
 
+@pytest.mark.usefixtures("forward_mode")
 def test_a_tangent_is_an_error(device):
     """It would silently be lost: where no autograd function is, and where gradients are off."""
     w = draw(3, device=device)

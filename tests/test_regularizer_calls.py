@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from oracle import assert_same_bits
+from test_attach import step
 from torch import nn
 
 from fused_reg import Regularizer, fused_penalty, regularized
@@ -125,7 +126,7 @@ def test_an_optimizer_whose_groups_change_places_is_followed():
     optimizer = torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.3}])
     Regularizer([a, b], l1=1.0).attach(optimizer, mode="prox")
     optimizer.param_groups.reverse()
-    optimizer.step()
+    step(optimizer)
     torch.testing.assert_close((a.item(), b.item()), (0.9, 0.7))
 
 
@@ -164,10 +165,10 @@ def test_a_step_that_calls_its_base_class_counts_once(mode):
     optimizer = SuperStep([w], lr=1.0)
     regularizer = Regularizer([w], l1=0.125)
     regularizer.attach(optimizer, mode)
-    for step in (1, 2, 3):
+    for count in (1, 2, 3):
         w.grad = torch.zeros(1)
         optimizer.step()
-        assert (w.item(), regularizer.step) == (1 - 0.125 * step, step)
+        assert (w.item(), regularizer.step) == (1 - 0.125 * count, count)
         with pytest.raises(ZeroDivisionError):  # leaves the hooks half-way
             optimizer.step(lambda: 1 / 0)
 
@@ -197,9 +198,9 @@ def test_a_parameter_that_an_optimizer_exchanges_is_followed():
     first, old, new = (nn.Parameter(torch.ones(1)) for _ in range(3))
     optimizer = torch.optim.SGD([first, old], lr=0.125)
     Regularizer([first, old, new], l1=1.0).attach(optimizer, "prox")
-    optimizer.step()
+    step(optimizer)
     optimizer.param_groups[0]["params"][1] = new
-    optimizer.step()
+    step(optimizer)
     assert (first.item(), old.item(), new.item()) == (0.75, 0.875, 0.875)
 
 

@@ -184,6 +184,27 @@ def test_wrong_state_dicts_change_nothing():
         (state(group="row"), "group of '0.weight' must be 'tensor' as here, got 'row'"),
         (state(l1=-1.0), "l1 of '0.weight' must be finite and >= 0, got -1.0"),
         (state(scheduled=["l2"]), "l2 of '0.weight' must have a schedule, as in the state_dict, got 0.0"),
+        *((state(l1=x), f"l1 of '0.weight' must be finite and >= 0, got {x}") for x in (math.nan, math.inf)),
+        *(
+            (state(l1=torch.tensor(x)), f"l1 of '0.weight' must be finite and >= 0, got {x}")
+            for x in (-1.0, math.nan, math.inf)
+        ),
+        (state(l1=None), "l1 of '0.weight' must be a number, got NoneType"),
+        (state(l1=True), "l1 of '0.weight' must be a number, got bool"),
+        (state(l1="0.5"), "l1 of '0.weight' must be a number, got str"),
+        (state(l1=lambda step: 0.5), "l1 of '0.weight' must be a number, got function"),
+        (state(l1=torch.ones(2)), "l1 of '0.weight' must be a number, got Tensor"),
+        (state(l1=torch.tensor(1.0, device="meta")), "l1 of '0.weight' must be a number, got Tensor"),
+        (state(scheduled="l1"), "groups[0]: scheduled must be a list of kinds of strengths, got 'l1'"),
+        (state(scheduled=["l3"]), "groups[0]: scheduled must be a list of kinds of strengths, got ['l3']"),
+        (state(params="0.weight"), "groups[0]: params must be a list of names, got '0.weight'"),
+        (state(params=[]), "groups[0]: params must be a list of names, got []"),
+        (state(params=[*first, "3.weight"]), "groups must name each parameter once, got '3.weight' twice"),
+        (state(l3=0.5), "groups[0] must have the keys params, l1, l2, l2_norm, group, scheduled, got ['params', 'l1'"),
+        ({"step": 1, "groups": ["0.weight"]}, "groups[0] must have the keys params, l1, l2, l2_norm, group, scheduled"),
+        ({"step": 1, "groups": {}}, "groups must be a list, as `state_dict` gives it, got dict"),
+        (state() | {"step": None}, "step must be an integer >= 0, got None"),
+        (state() | {"step": math.nan}, "step must be an integer >= 0, got nan"),
     ):
         with pytest.raises(ValueError, match=rf"^load_state_dict: .*{re.escape(message)}"):
             regularizer.load_state_dict(wrong)

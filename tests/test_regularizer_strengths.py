@@ -206,3 +206,104 @@ def test_strengths_change_in_compiled_code(backend):
         advance()
         set_strength(step / 2)
         assert regularizer().item() == 3 * (1 + step) + 3 * step / 2
+
+
+def counted(calls):
+    def schedule(step):
+        calls.append(step)
+        return 0.5 + step
+
+    return schedule
+
+
+def test_a_schedule_is_asked_once_by_set_strength_and_once_a_step():
+    """For several kinds, for some parameters at a time, and loaded back."""
+    calls = []
+    schedule = counted(calls)
+    regularizer = Regularizer(three(), l1=0.25)
+    regularizer.set_strength(l1=schedule, l2=schedule)
+    assert calls == [0]
+    regularizer.set_strength(l2_norm=schedule, where="0")
+    assert calls == [0, 0]
+    regularizer.advance()
+    assert calls == [0, 0, 1]
+    regularizer.step = 4
+    regularizer.load_state_dict(regularizer.state_dict())
+    assert calls == [0, 0, 1, 4]
+    assert strengths_of(regularizer) == {"0": (4.5, 4.5, 4.5), "1": (4.5, 4.5, 0), "2": (4.5, 4.5, 0)}
+
+
+def test_a_schedule_that_raises_changes_nothing():
+    def failing(step):
+        raise LookupError(step)
+
+    held = torch.tensor(0.125)
+    regularizer = Regularizer(three(), l1=held, l2=lambda step: 1 + step)
+    before = regularizer.state_dict()
+    for change in (
+        lambda: regularizer.set_strength(l1=0.5, l2=0.5, l2_norm=failing),
+        lambda: regularizer.set_strength(l1=failing, l2=0.5),
+        lambda: regularizer.set_strength(l1=0.5, l2=lambda step: -1.0),
+        lambda: regularizer.set_strength(l1=lambda step: 0.5, l2=failing, where="0"),
+    ):
+        with pytest.raises((LookupError, ValueError)):
+            change()
+        assert (regularizer.state_dict(), held.item()) == (before, 0.125)
+    with pytest.raises(ValueError, match="set_strength: where must match"):
+        regularizer.set_strength(l1=counted(calls := []), where="9")
+    assert calls == []
+
+
+@pytest.mark.parametrize("where", [None, "0"])
+def test_a_number_that_its_tensor_cannot_hold_changes_nothing(where):
+    """A half-type tensor of the user's: torch's own error would come after other strengths are written."""
+    small = torch.tensor(0.5, dtype=torch.float16)
+    regularizer = Regularizer(three()[:1], l1=0.25, l2=torch.tensor(0.75), l2_norm=small)
+    before = regularizer.state_dict()
+    message = "must be at most 65504.0, to fit its tensor of torch.float16, got 100000.0"
+    with pytest.raises(ValueError, match=f"^set_strength: l2_norm {message}$"):
+        regularizer.set_strength(l1=1.0, l2=1.0, l2_norm=1e5, where=where)
+    with pytest.raises(ValueError, match=f"^load_state_dict: l2_norm of '0' {message}$"):
+        regularizer.load_state_dict({"step": 3, "groups": [before["groups"][0] | {"l2": 1.0, "l2_norm": 1e5}]})
+    assert regularizer.state_dict() == before
+    regularizer.set_strength(l2_norm=65504.0)
+    assert small.item() == 65504
+
+
+def test_a_strength_that_its_users_leave_needs_not_fit():
+    """Of two parameters with one tensor, one gets a number of its own."""
+    small = torch.tensor(0.5, dtype=torch.float16)
+    regularizer = Regularizer(three()[:2], l1=small)
+    regularizer.set_strength(l1=1e5, where="0")
+    assert (strengths_of(regularizer), small.item()) == ({"0": (1e5, 0, 0), "1": (0.5, 0, 0)}, 0.5)
+
+
+def test_a_state_of_tensors():
+    """Numbers in 0-dim tensors, as a converter of checkpoints leaves them, are copied."""
+    regularizer = Regularizer(three(), l1=torch.tensor(0.5), l2=0.25)
+    state = regularizer.state_dict()
+    given = torch.tensor(0.75, dtype=torch.float64)
+    regularizer.load_state_dict({"step": 1, "groups": [state["groups"][0] | {"l1": given, "l2": given}]})
+    given.fill_(3.0)
+    assert strengths_of(regularizer)["1"] == (0.75, 0.75, 0)
+
+
+def test_a_configuration_is_a_copy():
+    """Neither what the constructor got nor what `get_config` gave changes a regularizer built later."""
+    given = {"l1": 0.5}
+    rules, include = [("*", given)], ["[01]"]
+    regularizer = Regularizer(three(), rules=rules, include=include)
+    expected = {"l1": None, "l2": None, "l2_norm": None, "group": "tensor", "weights_only": False}
+    expected |= {"include": ["[01]"], "exclude": None, "rules": [("*", {"l1": 0.5})]}
+    given["l1"] = 0.75
+    rules.clear()
+    include.append("2")
+    config = regularizer.get_config()
+    assert config == expected
+    config["rules"][0][1]["l1"] = 0.25
+    config["rules"].append(("0", {"l2": 1.0}))
+    config["include"].append("2")
+    assert regularizer.get_config() == expected
+    state = regularizer.state_dict()
+    state["groups"][0]["params"].clear()
+    assert regularizer.state_dict()["groups"][0]["params"] == ["0", "1"]

@@ -136,7 +136,7 @@ def test_regularizer(device):
     torch.testing.assert_close(value, output(params) + before())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own forward mode
+@pytest.mark.usefixtures("forward_mode")
 @EVERY_FORM
 def test_forward_mode_is_an_error(form, device):
     """Also where it is over reverse mode."""

@@ -1,0 +1,73 @@
+"""The strengths in plain numbers and names, as `Regularizer.state_dict` gives them and `load_state_dict` takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fused_reg._strengths import KINDS, as_saved, is_scheduled, number
+from fused_reg._table import Entry, Table, Wishes
+
+_KEYS = ("params", *KINDS, "group", "scheduled")
+
+
+def state_of(table: Table) -> list[dict[str, Any]]:
+    """The strength groups."""
+    return [
+        {
+            "params": [entry.name for entry in group],
+            **{kind: number(s) for kind, s in zip(KINDS, group[0].strengths, strict=True)},
+            "group": group[0].group,
+            "scheduled": [kind for kind in KINDS if is_scheduled(getattr(group[0], kind))],
+        }
+        for group in table.groups()
+    ]
+
+
+def parsed(state: Any, entries: Sequence[Entry]) -> dict[str, Wishes]:
+    """What these parameters shall have, by their names. Raises ValueError unless a `state_of` the same parameters, in
+    the same kinds of groups, may have given it."""
+    if not isinstance(state, list | tuple):
+        raise ValueError(
+            f"load_state_dict: groups must be a list, as `state_dict` gives it, got {type(state).__name__}"
+        )
+    found: dict[str, tuple[Wishes, str]] = {}
+    for i, group in enumerate(state):
+        wishes = _wishes(f"load_state_dict: groups[{i}]", group)
+        for name in group["params"]:
+            if name in found:
+                raise ValueError(f"load_state_dict: groups must name each parameter once, got {name!r} twice")
+            found[name] = wishes, group["group"]
+    own = {entry.name for entry in entries}
+    for only, what in ((own - found.keys(), "lacks"), (found.keys() - own, "has the unknown")):
+        if only:
+            raise ValueError(f"load_state_dict: state_dict must have the same parameters, but {what} {min(only)!r}")
+    for entry in entries:
+        wishes, kind_of_group = found[entry.name]
+        if kind_of_group != entry.group:
+            raise ValueError(
+                f"load_state_dict: group of {entry.name!r} must be {entry.group!r} as here, got {kind_of_group!r}"
+            )
+        for kind, (_, has_schedule) in wishes.items():
+            if has_schedule and not is_scheduled(own_strength := getattr(entry, kind)):
+                raise ValueError(
+                    f"load_state_dict: {kind} of {entry.name!r} must have a schedule, as in the state_dict, got "
+                    f"{number(own_strength)}"
+                )
+    return {name: wishes for name, (wishes, _) in found.items()}
+
+
+def _wishes(where: str, group: Any) -> Wishes:
+    if not isinstance(group, Mapping) or set(group) != set(_KEYS):
+        got = list(group) if isinstance(group, Mapping) else type(group).__name__
+        raise ValueError(f"{where} must have the keys {', '.join(_KEYS)}, got {got}")
+    for key, what in (("params", "names"), ("scheduled", "kinds of strengths")):
+        given = group[key]
+        allowed = isinstance(given, list | tuple) and all(isinstance(x, str) for x in given)
+        if not allowed or (key == "params" and not given) or (key == "scheduled" and not set(given) <= set(KINDS)):
+            raise ValueError(f"{where}: {key} must be a list of {what}, got {given!r}")
+    first = group["params"][0]
+    return {
+        kind: (as_saved(f"load_state_dict: {kind} of {first!r}", group[kind]), kind in group["scheduled"])
+        for kind in KINDS
+    }

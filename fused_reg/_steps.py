@@ -1,0 +1,80 @@
+"""What is to know of an optimizer's step in its hooks: whether it is part of another step, and whether it is one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def is_nested(optimizer: Optimizer, hook: CodeType) -> bool:
+    """Whether the step that called the hook of this code was called by another step of the same optimizer (that of a
+    subclass, which goes on to its base class), in whichever thread.
+
+    Counting cannot tell, because a step that raises leaves without its second hook. But what called the hook is then
+    running twice for this optimizer.
+    """
+    caller = next(frame.f_back for frame in _up(sys._getframe()) if frame.f_code is hook)
+    if caller is None or not _is_about(caller, optimizer):
+        raise RuntimeError(
+            "attach: torch must call the hooks of a step from a function that has the optimizer, but this one does not"
+        )
+    return any(
+        frame is not caller and _place(frame) == _place(caller) and _is_about(frame, optimizer)
+        for top in sys._current_frames().values()
+        for frame in _up(top)
+    )
+
+
+def _up(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _place(frame: FrameType) -> tuple[str, int]:
+    """Where the function stands, which is the same of what a compiler makes of it."""
+    return frame.f_code.co_filename, frame.f_code.co_firstlineno
+
+
+def _is_about(frame: FrameType, optimizer: Optimizer) -> bool:
+    values = frame.f_locals.values()
+    return any(v is optimizer or (isinstance(v, tuple) and len(v) > 0 and v[0] is optimizer) for v in values)
+
+
+def is_inert(optimizer: Optimizer) -> bool:
+    """Whether the step is none: no parameter has a gradient, but for zeros with a learning rate of 0 (the step by which
+    ``torch.distributed.checkpoint`` makes the state); or a scaler has found an infinity.
+
+    What a GPU alone knows is not waited for: such a step counts as one. Gradients are read only where all rates are 0.
+    """
+    found_inf = found_infinity(optimizer)
+    if found_inf is not None and found_inf.is_cpu and bool(found_inf):
+        return True
+    for group in optimizer.param_groups:
+        if not _is_zero(group.get("lr")) and any(p.grad is not None for p in group["params"]):
+            return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if any(g.is_cuda for g in grads) and torch.cuda.is_current_stream_capturing():
+        return False
+    found = ((g._values() if g.is_sparse else g).any() for g in grads)
+    # All before the first is looked at: that of a DTensor takes every process, and a GPU is waited for once.
+    moved = [f.full_tensor() if hasattr(f, "full_tensor") else f for f in found]
+    return not any(map(bool, moved))
+
+
+def found_infinity(optimizer: Optimizer) -> Tensor | None:
+    """What ``GradScaler`` leaves to a fused optimizer: not 0 if its step will be skipped."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf.reshape(()) if isinstance(found_inf, Tensor) else None
+
+
+def _is_zero(rate: Any) -> bool:
+    if isinstance(rate, Tensor):
+        return rate.is_cpu and not bool(rate.any())
+    return bool(rate == 0)
