@@ -29,7 +29,7 @@ nvcc = build_config.nvcc_version(build_config.ask_nvcc(CUDA_HOME, "--version"))
 cuda = build_config.use_cuda(torch.version.cuda, nvcc, os.environ)
 werror = os.environ.get("FUSED_REG_WERROR") == "1"
 
-sources = ["module.cpp", *build_config.sources()]
+sources = ["extension.cpp", *build_config.sources()]
 flags = {"cxx": build_config.cxx_flags(werror)}
 if cuda:
     sources += build_config.sources("cuda")
