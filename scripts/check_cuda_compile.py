@@ -1,9 +1,10 @@
-"""Compiles the CUDA backend without a GPU: ``python -m scripts.check_cuda_compile [--update]``.
+"""Compiles the CUDA backend without a GPU: ``python -m scripts.check_cuda_compile [--quick | --update]``.
 
 nvcc compiles the kernels for every architecture below, warnings being errors. No kernel may use local memory (a stack
 frame or spilled registers), nor more than MAX_REGISTERS, which is what keeps enough blocks resident. The registers are
 compared with csrc/cuda/registers.md; a difference is printed and no failure, since versions of nvcc differ. The C++
-compiler compiles the torch side, which a torch without CUDA has the headers for.
+compiler compiles the torch side, which a torch without CUDA has the headers for. The quick form compiles the kernels
+alone, for one architecture.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 import build_config
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
+QUICK = 90
 MAX_REGISTERS = 128  # a thread, of 65,536 a multiprocessor: 512 threads are resident
 RECORD = build_config.CSRC / "cuda" / "registers.md"
 
@@ -105,11 +107,13 @@ def toolkit_include(nvcc: Path) -> str:
 
 
 def compile_kernels(nvcc: Path, source: Path, architecture: int, folder: Path) -> str:
+    # The host's code, the launches, is the same for all: once is enough.
+    kind, suffix = ("-c", "o") if architecture == QUICK else ("-cubin", "cubin")
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     report = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
-    output = folder / f"{source.stem}_{architecture}.o"
+    output = folder / f"{source.stem}_{architecture}.{suffix}"
     flags = [*COMMON_NVCC_FLAGS, *build_config.nvcc_flags(werror=True), "-std=c++17"]
-    return run([nvcc, *flags, target, *report, "-c", source, "-o", output])
+    return run([nvcc, *flags, target, *report, kind, source, "-o", output])
 
 
 def compile_torch_side(nvcc: Path, source: Path, folder: Path) -> str:
@@ -120,16 +124,18 @@ def compile_torch_side(nvcc: Path, source: Path, folder: Path) -> str:
     return run([os.environ.get("CXX", "g++"), *flags, "-c", source, "-o", folder / f"{source.stem}.o"])
 
 
-def compile_all(nvcc: Path) -> list[Kernel]:
+def compile_all(nvcc: Path, quick: bool) -> list[Kernel]:
     sources = [build_config.CSRC / name for name in build_config.sources("cuda")]
     known = run([nvcc, "--list-gpu-arch"]).split()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        jobs = [pool.submit(compile_torch_side, nvcc, s, Path(name)) for s in sources if s.suffix == ".cpp"]
+        jobs = [
+            pool.submit(compile_torch_side, nvcc, s, Path(name)) for s in sources if s.suffix == ".cpp" and not quick
+        ]
         jobs += [
             pool.submit(compile_kernels, nvcc, s, architecture, Path(name))
             for s in sources
             if s.suffix == ".cu"
-            for architecture in ARCHITECTURES
+            for architecture in ((QUICK,) if quick else ARCHITECTURES)
             if f"compute_{architecture}" in known
         ]
         report = "".join(job.result() for job in jobs)
@@ -140,21 +146,23 @@ def compile_all(nvcc: Path) -> list[Kernel]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--update", action="store_true", help=f"write {RECORD}")
-    update = parser.parse_args().update
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quick", action="store_true", help=f"the kernels alone, for sm_{QUICK}")
+    form.add_argument("--update", action="store_true", help=f"write {RECORD}")
+    options = parser.parse_args()
 
     nvcc = find_nvcc()
     if nvcc is None:
         required = os.environ.get("FUSED_REG_REQUIRE_NVCC") == "1"
         print("CUDA compile check:", "failed, FUSED_REG_REQUIRE_NVCC=1 and no nvcc" if required else "skipped, no nvcc")
         return int(required)
-    kernels = compile_all(nvcc)
+    kernels = compile_all(nvcc, options.quick)
     version = build_config.nvcc_version(run([nvcc, "--version"]))
     head = f"Registers per thread, by nvcc {version} (`python -m scripts.check_cuda_compile --update`).\n\n"
     new = (head + table(kernels)).splitlines(keepends=True)
-    if update:
+    if options.update:
         RECORD.write_text("".join(new))
-    else:
+    elif not options.quick:
         old = RECORD.read_text().splitlines(keepends=True) if RECORD.exists() else []
         print("".join(difflib.unified_diff(old, new, str(RECORD), "now", n=0)), end="")
     found = failures(kernels)
