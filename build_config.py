@@ -29,7 +29,7 @@ def nvcc_flags(werror: bool) -> list[str]:
 
 
 def sources(folder: str = "") -> list[str]:
-    """The files that ``sources.txt`` in this folder of csrc names, relative to csrc."""
+    """The files that ``sources.txt`` in this folder of csrc names, relative to csrc: kernels, and what CUDA adds."""
     return (CSRC / folder / "sources.txt").read_text().split()
 
 

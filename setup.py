@@ -34,7 +34,7 @@ if toolkit:
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 werror = os.environ.get("FUSED_REG_WERROR") == "1"
-sources = ["module.cpp", *build_config.sources(), *(build_config.sources("cuda") if toolkit else [])]
+sources = ["extension.cpp", *build_config.sources(), *(build_config.sources("cuda") if toolkit else [])]
 extension = (CUDAExtension if toolkit else CppExtension)(
     "fused_reg._C",
     [str(build_config.CSRC / source) for source in sources],

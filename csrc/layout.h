@@ -1,7 +1,8 @@
 // How the operators see a tensor's memory: as one run of elements, in any order.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
 
 namespace fused_reg {
 

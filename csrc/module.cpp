@@ -1,14 +1,14 @@
 // The Python module fused_reg._C: importing it registers the operators. It holds the build information; and the
 // operators as functions that call the dispatcher at once, because torch.ops needs microseconds to box their arguments.
+// All of it speaks Python's own C interface: pybind11 would take longer to compile than the rest, and longer in a call.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/object_ptr.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "build_info.h"
@@ -18,159 +18,151 @@ namespace fused_reg {
 
 namespace {
 
-// Tensors whose operators nobody overrides. Everything else, not a tensor too, is left to torch.ops.
-struct PlainTensor {
-  at::Tensor tensor;
+// Each load() takes an argument from Python, or refuses it. Tensors whose operators somebody overrides, what is no
+// tensor, and all else that is refused is left to torch.ops.
+bool load(PyObject* x, bool* out) {
+  *out = x == Py_True;
+  return PyBool_Check(x);
+}
 
-  bool load(pybind11::handle x) {
-    if (!THPVariable_CheckExact(x.ptr())) {
-      return false;
-    }
-    tensor = THPVariable_Unpack(x.ptr());
-    return true;
-  }
-  operator const at::Tensor&() const { return tensor; }
-};
+bool load(PyObject* x, double* out) {
+  *out = PyFloat_Check(x) ? PyFloat_AS_DOUBLE(x) : 0;
+  return PyFloat_Check(x);
+}
 
-struct PlainOptionalTensor {
-  OptionalTensor tensor;
+bool load(PyObject* x, int64_t* out) {
+  int overflow = 0;
+  *out = PyLong_Check(x) ? PyLong_AsLongLongAndOverflow(x, &overflow) : 0;
+  return PyLong_Check(x) && overflow == 0;
+}
 
-  bool load(pybind11::handle x) {
-    PlainTensor given;
-    if (x.is_none() || !given.load(x)) {
-      return x.is_none();
-    }
-    tensor = std::move(given.tensor);
-    return true;
-  }
-  operator const OptionalTensor&() const { return tensor; }
-};
-
-// add(item) for those of a list or tuple, until it refuses one.
-template <class Add>
-bool load_items(pybind11::handle xs, const Add& add) {
-  if (!PyList_Check(xs.ptr()) && !PyTuple_Check(xs.ptr())) {
+bool load(PyObject* x, at::Tensor* out) {
+  if (!THPVariable_CheckExact(x)) {
     return false;
   }
-  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(xs.ptr()); ++i) {
-    if (!add(PySequence_Fast_GET_ITEM(xs.ptr(), i))) {
+  *out = THPVariable_Unpack(x);
+  return true;
+}
+
+bool load(PyObject* x, OptionalTensor* out) { return x == Py_None || load(x, &out->emplace()); }
+
+template <class List>
+bool load(PyObject* xs, List* out) {
+  if (!PyList_Check(xs) && !PyTuple_Check(xs)) {
+    return false;
+  }
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(xs);
+  out->reserve(size);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    typename List::value_type item;
+    if (!load(PySequence_Fast_GET_ITEM(xs, i), &item)) {
       return false;
     }
+    out->push_back(std::move(item));
   }
   return true;
 }
 
-struct PlainTensorList {
-  std::vector<at::Tensor> tensors;
-
-  bool load(pybind11::handle xs) {
-    return !at::impl::torch_function_mode_enabled() && load_items(xs, [&](PyObject* x) {
-      PlainTensor item;
-      return item.load(x) && (tensors.push_back(std::move(item.tensor)), true);
-    });
-  }
-  operator at::TensorList() const { return tensors; }
-};
-
-// A list of bools, as the dispatcher takes it.
-struct BoolList {
-  c10::List<bool> bools;
-
-  bool load(pybind11::handle xs) {
-    return load_items(xs, [&](PyObject* x) { return PyBool_Check(x) && (bools.push_back(x == Py_True), true); });
-  }
-  operator const c10::List<bool>&() const { return bools; }
-};
-
-}  // namespace
-
-}  // namespace fused_reg
-
-// All of them are loaded by their own member.
-#define FUSED_REG_CASTER(Type)                                    \
-  template <>                                                     \
-  struct pybind11::detail::type_caster<Type> {                    \
-    PYBIND11_TYPE_CASTER(Type, const_name(#Type));                \
-    bool load(pybind11::handle x, bool) { return value.load(x); } \
-  };
-FUSED_REG_CASTER(fused_reg::PlainTensor)
-FUSED_REG_CASTER(fused_reg::PlainOptionalTensor)
-FUSED_REG_CASTER(fused_reg::PlainTensorList)
-FUSED_REG_CASTER(fused_reg::BoolList)
-
-namespace fused_reg {
-
-namespace {
-
-// What holds an argument from Python while the operator runs.
-template <class Arg>
-struct HolderOf {
-  using type = Arg;
-};
-template <>
-struct HolderOf<const at::Tensor&> {
-  using type = PlainTensor;
-};
-template <>
-struct HolderOf<const OptionalTensor&> {
-  using type = PlainOptionalTensor;
-};
-template <>
-struct HolderOf<at::TensorList> {
-  using type = PlainTensorList;
-};
-template <>
-struct HolderOf<const c10::List<bool>&> {
-  using type = BoolList;
-};
-template <>
-struct HolderOf<Floats> {
-  using type = std::vector<double>;
-};
-template <>
-struct HolderOf<at::IntArrayRef> {
-  using type = std::vector<int64_t>;
-};
-template <class Arg>
-using Holder = typename HolderOf<Arg>::type;
-
-// The operator as a function; where that cannot take the arguments, torch.ops does.
-template <class Return, class... Args>
-void define(pybind11::module_& m, const pybind11::object& operators, const char* name, Return (*)(Args...)) {
-  const auto op = c10::Dispatcher::singleton()
-                      .findSchemaOrThrow(("fused_reg::" + std::string(name)).c_str(), "")
-                      .typed<Return(Args...)>();
-  m.def(name, torch::wrap_pybind_function_no_gil(
-                  [op](const Holder<Args>&... args) -> Return { return op.call(static_cast<Args>(args)...); }));
-  m.def(name, [general = operators.attr(name).attr("default")](const pybind11::args& args) { return general(*args); });
+PyObject* to_python(at::Tensor&& tensor) { return THPVariable_Wrap(std::move(tensor)); }
+PyObject* to_python(std::vector<at::Tensor>&& tensors) { return THPVariable_WrapList(tensors); }
+template <class First, class Second>
+PyObject* to_python(std::tuple<First, Second>&& both) {
+  PyObject* const first = to_python(std::get<0>(std::move(both)));
+  return Py_BuildValue("NN", first, to_python(std::get<1>(std::move(both))));
 }
 
-void define_operators(pybind11::module_& m) {
-  const pybind11::object operators = pybind11::module_::import("torch").attr("ops").attr("fused_reg");
+struct WithoutGil {
+  PyThreadState* const thread = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(thread); }
+};
+
+// What holds an argument while the operator runs.
+template <class Arg>
+struct HolderOf {
+  using type = std::decay_t<Arg>;
+};
+template <class Item>
+struct HolderOf<at::ArrayRef<Item>> {
+  using type = std::vector<Item>;
+};
+
+// An operator as a function; where that cannot take the arguments, torch.ops does.
+template <class Return, class... Args>
+struct Function {
+  c10::TypedOperatorHandle<Return(Args...)> direct;
+  PyObject* general;
+  PyMethodDef definition;
+
+  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    const auto* const f = static_cast<Function*>(PyCapsule_GetPointer(self, nullptr));
+    std::tuple<typename HolderOf<Args>::type...> held;
+    auto load_all = [arg = args](auto&... holders) mutable { return (load(*arg++, &holders) && ...); };
+    if (at::impl::torch_function_mode_enabled() || count != static_cast<Py_ssize_t>(sizeof...(Args)) ||
+        !std::apply(load_all, held)) {
+      return PyObject_Vectorcall(f->general, args, count, nullptr);
+    }
+    const auto run = [&](auto&... holders) {
+      const WithoutGil others_may_run;
+      return f->direct.call(holders...);
+    };
+    if constexpr (std::is_void_v<Return>) {
+      std::apply(run, held);
+      Py_RETURN_NONE;
+    } else {
+      return to_python(std::apply(run, held));
+    }
+    END_HANDLE_TH_ERRORS
+  }
+};
+
+// Null, with Python's error set, where it is missing, or `of` is null.
+THPObjectPtr attribute(PyObject* of, const char* name) {
+  return THPObjectPtr(of == nullptr ? nullptr : PyObject_GetAttrString(of, name));
+}
+
+template <class Return, class... Args>
+bool define(PyObject* module, PyObject* operators, const char* name, Return (*)(Args...)) {
+  using F = Function<Return, Args...>;
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("fused_reg::" + std::string(name)).c_str(), "");
+  auto* const f = new F{op.typed<Return(Args...)>(),  // for as long as the process
+                        attribute(attribute(operators, name), "default").release(),
+                        {name, reinterpret_cast<PyCFunction>(&F::call), METH_FASTCALL, nullptr}};
+  THPObjectPtr self(f->general == nullptr ? nullptr : PyCapsule_New(f, nullptr, nullptr));
+  THPObjectPtr function(self ? PyCFunction_NewEx(&f->definition, self, attribute(module, "__name__")) : nullptr);
+  return function && PyModule_AddObjectRef(module, name, function) == 0;
+}
+
+bool define_operators(PyObject* module) {
+  THPObjectPtr torch(PyImport_ImportModule("torch"));
+  THPObjectPtr operators = attribute(attribute(torch, "ops"), "fused_reg");
   struct AnyListPass;  // the signatures are those of every backend
 #define FUSED_REG_DEFINE(name) \
-  define(m, operators, #name, static_cast<decltype(Operators<AnyListPass>::name)*>(nullptr));
-  FUSED_REG_OPERATORS(FUSED_REG_DEFINE)
+  &&define(module, operators, #name, static_cast<decltype(Operators<AnyListPass>::name)*>(nullptr))
+  return operators FUSED_REG_OPERATORS(FUSED_REG_DEFINE);
 #undef FUSED_REG_DEFINE
 }
 
+PyObject* build_info_dict(PyObject*, PyObject*) {
+  const BuildInfo info = build_info();
+  return Py_BuildValue("{ssssssss}", "torch", info.torch, "compiler", info.compiler, "cuda_architectures",
+                       info.cuda_architectures.c_str(), "cpu_capability", info.cpu_capability);
+}
+
+PyMethodDef functions[] = {
+    {"build_info", build_info_dict, METH_NOARGS,
+     "Versions of torch and the compiler that this library was built with, and the CPU capability in use."},
+    {}};
+
+PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", "The compiled part of fused_reg.", -1, functions};
+
 }  // namespace
 
 }  // namespace fused_reg
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled part of fused_reg.";
-  m.def(
-      "build_info",
-      [] {
-        const fused_reg::BuildInfo info = fused_reg::build_info();
-        pybind11::dict out;
-        out["torch"] = info.torch;
-        out["compiler"] = info.compiler;
-        out["cuda_architectures"] = info.cuda_architectures;
-        out["cpu_capability"] = info.cpu_capability;
-        return out;
-      },
-      "Versions of torch and the compiler that this library was built with, and the CPU capability in use.");
-  fused_reg::define_operators(m);
+PyMODINIT_FUNC PyInit__C() {
+  HANDLE_TH_ERRORS
+  THPObjectPtr module(PyModule_Create(&fused_reg::definition));
+  return module && fused_reg::define_operators(module) ? module.release() : nullptr;
+  END_HANDLE_TH_ERRORS
 }

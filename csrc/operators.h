@@ -8,8 +8,11 @@
 // (cpu/list_pass.h says more.)
 #pragma once
 
-#include <ATen/ATen.h>
-#include <torch/library.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/InferenceMode.h>
 
 #include <vector>
 
@@ -229,12 +232,5 @@ struct Operators {
   apply(penalty) apply(penalty_and_norms) apply(penalty_and_grad) apply(penalty_grad) apply(rescale_grad_)          \
       apply(accumulate_grad_) apply(empty_grads) apply(prox_) apply(soft_norms) apply(group_norms) apply(term_sums) \
           apply(zero_counts)
-
-template <class Functions>
-void register_operators(torch::Library& m) {
-#define FUSED_REG_REGISTER(name) m.impl(#name, TORCH_FN(Functions::name));
-  FUSED_REG_OPERATORS(FUSED_REG_REGISTER)
-#undef FUSED_REG_REGISTER
-}
 
 }  // namespace fused_reg

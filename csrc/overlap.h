@@ -1,7 +1,9 @@
 // Whether tensors that are written share memory with each other, or with tensors that are read.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <c10/util/irange.h>
 
 #include <algorithm>
 #include <cstdint>

@@ -1,8 +1,8 @@
 // The strengths of a list, as the operators take them.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
 
 #include <numeric>
 #include <vector>

@@ -1,9 +1,10 @@
-"""Compiles the CUDA backend without a GPU: ``python -m scripts.check_cuda_compile [--update]``.
+"""Compiles the CUDA backend without a GPU: ``python -m scripts.check_cuda_compile [--quick | --update]``.
 
 nvcc compiles the kernels for every architecture below, warnings being errors. No kernel may use local memory (a stack
 frame or spilled registers), nor more than MAX_REGISTERS, which is what keeps enough blocks resident. The registers are
 compared with csrc/cuda/registers.md; a difference is printed and no failure, since versions of nvcc differ. The C++
-compiler compiles the torch side, which a torch without CUDA has the headers for.
+compiler compiles the torch side, which a torch without CUDA has the headers for. The quick form compiles the kernels
+alone, for one architecture.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import build_config
 from cuda_toolkit import Toolkit, candidates, find_toolkit
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
+QUICK = 90
 MAX_REGISTERS = 128  # a thread, of 65,536 a multiprocessor: 512 threads are resident
 RECORD = build_config.CSRC / "cuda" / "registers.md"
 
@@ -92,11 +94,13 @@ def run(command: list[str | Path]) -> str:
 
 
 def compile_kernels(nvcc: Path, source: Path, architecture: int, folder: Path) -> str:
+    # The host's code, the launches, is the same for all: once is enough.
+    kind, suffix = ("-c", "o") if architecture == QUICK else ("-cubin", "cubin")
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     report = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
-    output = folder / f"{source.stem}_{architecture}.o"
+    output = folder / f"{source.stem}_{architecture}.{suffix}"
     flags = [*COMMON_NVCC_FLAGS, *build_config.nvcc_flags(werror=True), "-std=c++17"]
-    return run([nvcc, *flags, target, *report, "-c", source, "-o", output])
+    return run([nvcc, *flags, target, *report, kind, source, "-o", output])
 
 
 def compile_torch_side(toolkit: Toolkit, source: Path, folder: Path) -> str:
@@ -108,17 +112,18 @@ def compile_torch_side(toolkit: Toolkit, source: Path, folder: Path) -> str:
     return run([os.environ.get("CXX", "g++"), *flags, "-c", source, "-o", folder / f"{source.stem}.o"])
 
 
-def compile_all(toolkit: Toolkit) -> list[Kernel]:
+def compile_all(toolkit: Toolkit, quick: bool) -> list[Kernel]:
     nvcc = toolkit.nvcc
     sources = [build_config.CSRC / name for name in build_config.sources("cuda")]
     known = run([nvcc, "--list-gpu-arch"]).split()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        jobs = [pool.submit(compile_torch_side, toolkit, s, Path(name)) for s in sources if s.suffix == ".cpp"]
+        torch_side = [] if quick else [s for s in sources if s.suffix == ".cpp"]
+        jobs = [pool.submit(compile_torch_side, toolkit, s, Path(name)) for s in torch_side]
         jobs += [
             pool.submit(compile_kernels, nvcc, s, architecture, Path(name))
             for s in sources
             if s.suffix == ".cu"
-            for architecture in ARCHITECTURES
+            for architecture in ((QUICK,) if quick else ARCHITECTURES)
             if f"compute_{architecture}" in known
         ]
         report = "".join(job.result() for job in jobs)
@@ -129,8 +134,10 @@ def compile_all(toolkit: Toolkit) -> list[Kernel]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--update", action="store_true", help=f"write {RECORD}")
-    update = parser.parse_args().update
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quick", action="store_true", help=f"the kernels alone, for sm_{QUICK}")
+    form.add_argument("--update", action="store_true", help=f"write {RECORD}")
+    options = parser.parse_args()
 
     toolkit = find_toolkit(None, os.environ)
     if isinstance(toolkit, str):
@@ -140,12 +147,12 @@ def main() -> int:
             "CUDA compile check:", f"failed, FUSED_REG_REQUIRE_NVCC=1 and {lacks}" if required else f"skipped, {lacks}"
         )
         return int(required)
-    kernels = compile_all(toolkit)
+    kernels = compile_all(toolkit, options.quick)
     head = f"Registers per thread, by nvcc {toolkit.version} (`python -m scripts.check_cuda_compile --update`).\n\n"
     new = (head + table(kernels)).splitlines(keepends=True)
-    if update:
+    if options.update:
         RECORD.write_text("".join(new))
-    else:
+    elif not options.quick:
         old = RECORD.read_text().splitlines(keepends=True) if RECORD.exists() else []
         print("".join(difflib.unified_diff(old, new, str(RECORD), "now", n=0)), end="")
     found = failures(kernels)

@@ -20,7 +20,6 @@ LARGE = (
     "thousand or million or roundings or thread_counts or step_zero"
     " or (row and (test_norms or test_optimal or sizes or strengths))"
 )
-INSTEAD_OF_CPU = ("cpu/penalty_cpu.cpp", "cpu/grad_memory.cpp")
 
 SETUP = """
 from setuptools import setup
@@ -43,9 +42,8 @@ def prepare() -> None:
     csrc, shim = ROOT / build_config.CSRC, ROOT / "tests" / "cpp" / "cuda_on_host"
     shutil.copy(ROOT / "pyproject.toml", BUILD)
     shutil.copy(shim / "on_host.py", BUILD / "tests" / "test_on_host.py")
-    names = ["module.cpp", *(name for name in build_config.sources() if name not in INSTEAD_OF_CPU)]
     setup = SETUP.format(
-        sources=[*(str(csrc / name) for name in names), str(shim / "operators.cpp")],
+        sources=[str(shim / "extension.cpp"), *(str(csrc / name) for name in build_config.sources())],
         include=[str(shim), str(csrc)],
         flags=[*build_config.cxx_flags(werror=False), "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"],
     )

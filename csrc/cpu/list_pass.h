@@ -1,8 +1,9 @@
 // One pass over a list of CPU tensors: a task a tensor, cut into the chunks of the plan, in one parallel region.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <vector>

@@ -1,5 +1,5 @@
 // The CPU backend of the operators in ops.cpp.
-#include "../operators.h"
+#include "../registration.h"
 #include "list_pass.h"
 
 TORCH_LIBRARY_IMPL(fused_reg, CPU, m) { fused_reg::register_operators<fused_reg::Operators<fused_reg::ListPass>>(m); }

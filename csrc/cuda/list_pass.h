@@ -1,8 +1,9 @@
 // One pass over a list of CUDA tensors: its table, and the launches.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/cuda/EmptyTensor.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include <cstring>

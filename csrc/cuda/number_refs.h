@@ -1,7 +1,7 @@
 // Numbers and strengths as the kernels take them: values, or the addresses of numbers on the device.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <vector>
 

@@ -1,5 +1,5 @@
 // The CUDA backend of the operators in ops.cpp.
-#include "../operators.h"
+#include "../registration.h"
 #include "list_pass.h"
 
 TORCH_LIBRARY_IMPL(fused_reg, CUDA, m) {

@@ -1,10 +1,10 @@
 // Shapes and dtypes without data: what meta tensors, FakeTensorMode and torch.compile run.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include "../checks.h"
 #include "../layout.h"
-#include "../operators.h"
+#include "../registration.h"
 
 namespace fused_reg {
 

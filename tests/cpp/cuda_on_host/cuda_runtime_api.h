@@ -46,6 +46,13 @@ inline dim3 threadIdx, blockIdx, gridDim;
 
 namespace cuda_on_host {
 
+// Fibers take several times as long then.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 // What tests choose and see.
 inline int multiprocessors = 2;
 inline std::mt19937 draw;

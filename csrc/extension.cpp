@@ -1,0 +1,3 @@
+// The library with its Python module, likewise as one translation unit (library.cpp).
+#include "library.cpp"
+#include "module.cpp"
