@@ -3,6 +3,7 @@
 // bits.
 #pragma once
 
+#include "../chunks.h"
 #include "../summation.h"
 #include "simd.h"
 
@@ -158,12 +159,6 @@ struct Kernel {
     }
   }
 
-  static Storage* pad(Storage* padded, const Storage* elements, int64_t count, int64_t missing, int byte) {
-    std::memcpy(padded, elements, count * sizeof(Storage));
-    std::memset(padded + count, byte, missing * sizeof(Storage));
-    return padded;
-  }
-
   // The sums of w * scale; float64 only.
   static ChunkSums run(const ChunkTask& task, double scale) {
     Kernel kernel;
@@ -177,21 +172,28 @@ struct Kernel {
     kernel.sum_threshold = broadcast<double>(task.threshold);
     const auto* param = static_cast<const Storage*>(task.param);
     auto* out = static_cast<Storage*>(task.out);
-    Storage padded[kBlock], padded_out[kBlock];
+    int64_t i = 0;
     int b = 0;
-    for (int64_t i = 0; i < task.size; i += kBlock) {
-      const int64_t count = task.size - i < kBlock ? task.size - i : kBlock;
-      const int rows = static_cast<int>((count + kLanes - 1) / kLanes);
-      const Storage* from = param + i;
-      Storage* to = out + i;
-      // What is missing of the last row adds nothing to a sum: zeros, or where these are counted, other bytes.
-      const int64_t missing = rows * kLanes - count;
-      if (missing > 0) {
-        from = pad(padded, from, count, missing, pass == Pass::kZeros ? 1 : 0);
-        to = kWork.reads_out ? pad(padded_out, to, count, missing, 0) : padded_out;
+    for (; i + kBlock <= task.size; i += kBlock) {
+      kernel.block(b++, param + i, out + i, kRows);
+    }
+    const int count = static_cast<int>(task.size - i);
+    const int rows = (count + kLanes - 1) / kLanes;
+    if (count % kLanes == 0) {
+      if (rows > 0) {
+        kernel.block(b++, param + i, out + i, rows);
       }
-      kernel.block(b++, from, to, rows);  // one call, so that it is compiled once
-      if (kWork.writes && missing > 0) {
+    } else {  // the last row padded with what adds nothing to a sum: zeros, or where these are counted, other bytes
+      constexpr int kPadding = pass == Pass::kZeros ? 1 : 0;
+      Storage padded[kBlock], padded_out[kBlock];
+      std::memcpy(padded, param + i, count * sizeof(Storage));
+      std::memset(padded + count, kPadding, (rows * kLanes - count) * sizeof(Storage));
+      if constexpr (kWork.reads_out) {
+        std::memcpy(padded_out, out + i, count * sizeof(Storage));
+        std::memset(padded_out + count, 0, (rows * kLanes - count) * sizeof(Storage));
+      }
+      kernel.block(b++, padded, padded_out, rows);
+      if constexpr (kWork.writes) {
         std::memcpy(out + i, padded_out, count * sizeof(Storage));
       }
     }
