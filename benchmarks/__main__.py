@@ -1,7 +1,5 @@
 """``python -m benchmarks``: measure, print, draw."""
 
-from __future__ import annotations
-
 import sys
 
 from benchmarks import draw, markdown, table

@@ -8,22 +8,17 @@ compiled twice, once in this order and once in the opposite one, and the two run
 without a penalty.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from benchmarks.checks import Errors
+from benchmarks.checks import Tensors
+from benchmarks.contenders import COMPILED_LOOP, OURS, PEERS, Contender, Peer, Problem, Work, penalty_work
+from benchmarks.devices import Call
 from benchmarks.optimizers import NO_PENALTY
-from benchmarks.peers import COMPILED_LOOP, OURS, Penalty
-from benchmarks.penalties import Problem, clear, set_gradients
-from benchmarks.race import Candidate, Contender
-from benchmarks.rows import PASSES, Mode, Role
 
 # Small: beside a real batch's work the penalty would not be seen.
 _BATCH = 8
@@ -34,42 +29,25 @@ _SCALE = 1e-3
 # A long vector is a matrix with rows of this length: no model has a bias of millions.
 _LONG, _ROW = 1_000_000, 10_000
 
-#: Parameters, the task's inputs -> the loss, and of it the penalty, without a graph.
-_Objective = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Tensor]]
+_NOTHING = Peer(NO_PENALTY, lambda params, l1, l2: params[0].new_zeros(()), role="limit")
 
 
-def compiled_step_candidates(problem: Problem, mode: Mode, peers: Sequence[str]) -> list[Candidate]:
+def compiled_steps(problem: Problem, mode: str, peers: Sequence[Peer]) -> Iterator[Contender]:
     """The step without a penalty, ours, and the loop if it is among the peers."""
-    inputs = _inputs(problem.params)
-    penalties: dict[str, tuple[Role, Penalty]] = {
-        NO_PENALTY: ("limit", lambda params, l1, l2: params[0].new_zeros(())),
-        OURS.name: (OURS.role, OURS.penalty),
-    }
-    if COMPILED_LOOP.name in peers:
-        penalties[COMPILED_LOOP.name] = (COMPILED_LOOP.role, COMPILED_LOOP.penalty)
-    copies: list[Callable[[], None]] = []
-    *others, last = [
-        Candidate(name, role, partial(_contender, problem, mode, name, role, penalty, inputs, copies))
-        for name, (role, penalty) in penalties.items()
-    ]
-    return [*others, replace(last, build=lambda: _with_copies(last, copies))]
+    ours = next(peer for peer in PEERS if peer.name == OURS)
+    entries = [_NOTHING, ours, *(peer for peer in peers if peer.name == COMPILED_LOOP)]
+    inputs, copies = _inputs(problem.params), []
+    for peer in entries:
+        make = partial(_work, problem, mode, peer, inputs, copies, is_last=peer is entries[-1])
+        yield Contender(peer.name, peer.role, make, is_reference_limit=peer is _NOTHING)
 
 
-def _with_copies(last: Candidate, copies: list[Callable[[], None]]) -> Contender:
-    contender = last.build()
-    while copies:
-        copies.pop()()
-    return contender
-
-
-def _inputs(params: Sequence[Tensor]) -> list[Tensor]:
+def _inputs(params: Tensors) -> list[Tensor]:
     """A batch for each parameter; those of one width have the same."""
     generator = torch.Generator(params[0].device).manual_seed(2)
     widths = [p.shape[0] if _is_vector(p) else _ROW if p.ndim == 1 else p[0].numel() for p in params]
-    batches = {
-        width: torch.randn(_BATCH, width, generator=generator, device=params[0].device, dtype=params[0].dtype)
-        for width in dict.fromkeys(widths)
-    }
+    like = {"generator": generator, "device": params[0].device, "dtype": params[0].dtype}
+    batches = {width: torch.randn(_BATCH, width, **like) for width in dict.fromkeys(widths)}
     return [batches[width] for width in widths]
 
 
@@ -77,70 +55,39 @@ def _is_vector(p: Tensor) -> bool:
     return p.ndim == 1 and p.shape[0] < _LONG
 
 
-def _task_loss(params: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+def _task_loss(params: Tensors, inputs: Tensors) -> Tensor:
     outputs = [
         x * p if _is_vector(p) else x @ p.reshape(-1, x.shape[1]).t() for p, x in zip(params, inputs, strict=True)
     ]
     return _SCALE * sum((y.square().mean() for y in outputs[1:]), start=outputs[0].square().mean())
 
 
-def _contender(
-    problem: Problem,
-    mode: Mode,
-    name: str,
-    role: Role,
-    penalty: Penalty,
-    inputs: Sequence[Tensor],
-    copies: list[Callable[[], None]],
-) -> Contender:
-    params, strengths = problem.params, problem.strengths
+def _work(problem: Problem, mode: str, peer: Peer, inputs: Tensors, copies: list[Call], is_last: bool) -> Work:
+    """Of a step; `copies` are what compiles the second of each, after the last."""
+    params, compiler, penalty, turns = problem.params, problem.compiler, peer.penalty, count()
+    l1, l2 = peer.strengths["l1"], peer.strengths["l2"]
 
-    def objective(params: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        value = penalty(params, strengths.l1, strengths.l2)
+    def objective(params: Tensors, inputs: Tensors) -> tuple[Tensor, Tensor]:
+        value = penalty(params, l1, l2)
         return _task_loss(params, inputs) + value, value.detach()
 
-    compiled, copy = (problem.compiled(f"{name}, step{suffix}", objective) for suffix in ("", ", again"))
-    functions: list[_Objective] = [compiled.function]
-    turns = count()
+    names = [f"{peer.name}, step{suffix}" for suffix in ("", ", again")]
+    first, second = (compiler.function(name, objective) for name in names)
+    functions = [first]
 
     def once() -> Tensor:
         loss, value = functions[next(turns) % len(functions)](params, inputs)
         loss.backward()
         return value
 
-    def call() -> None:
-        once()
-        if mode == "compiled_fresh":  # the one who allocated them pays for freeing them
-            clear(params)
+    def compile_second() -> None:
+        functions[:] = [second]
+        compiler.seconds(names[1], work.call, wants_grad=True)
+        functions.append(first)
 
-    def compile_copy() -> None:
-        functions[:] = [copy.function]
-        copy.compile(call, wants_grad=True)
-        functions.append(compiled.function)
-
-    copies.append(compile_copy)
-
-    def verify() -> Errors:
-        clear(params)
-        _task_loss(params, inputs).backward()
-        base = [p.grad for p in params if p.grad is not None]
-        clear(params)  # or what is set next would be written over them
-        before = set_gradients(params, "present" if mode == "compiled_present" else "fresh")
-        if before is not None:
-            base = [a.add_(b) for a, b in zip(base, before, strict=True)]
-        value = once()
-        grads = [p.grad for p in params if p.grad is not None]
-        errors = Errors() if role == "limit" else problem.oracle.check_composed(role, value, grads, base)
-        if mode == "compiled_fresh":
-            clear(params)
-        return errors
-
-    return Contender(
-        name=name,
-        role=role,
-        bytes=PASSES[mode] * sum(p.nbytes for p in params),
-        call=call,
-        verify=verify,
-        is_reference_limit=role == "limit",
-        compile_s=compiled.compile(call, wants_grad=True),
-    )
+    work = penalty_work(problem, mode, peer, once, task=lambda: _task_loss(params, inputs))
+    seconds = compiler.seconds(names[0], work.call, wants_grad=True)
+    copies.append(compile_second)
+    while is_last and copies:
+        copies.pop()()
+    return work._replace(compile_s=seconds)

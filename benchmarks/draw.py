@@ -1,137 +1,96 @@
 """Draws a run: ``python -m benchmarks.draw results.json picture.png``."""
 
-from __future__ import annotations
-
 import sys
+import textwrap
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
-from benchmarks.cases import CASES, Case
-from benchmarks.limits import ADD_FLAT, COPY_FLAT, COPY_FRESH, COPY_WARM, MUL_FLAT, SUM_FLAT
-from benchmarks.peers import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS, limited
-from benchmarks.rows import Mode, Row
-from benchmarks.run import Results
-from benchmarks.table import caption, notable_errors, number
+from benchmarks.cases import CASES
+from benchmarks.contenders import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS, limited
+from benchmarks.limits import COPY_WARM, LIMITS
+from benchmarks.markdown import caption, count, joined, notable_errors, number
+from benchmarks.results import Results
 
 # Colours that people who see fewer colours can tell apart (Okabe and Ito 2008).
-_COLOURS = {
-    OURS.name: "#0072B2",
-    COMPILED_LOOP.name: "#E69F00",
-    LOOP.name: "#999999",
-    FOREACH_NORM.name: "#CC79A7",
+_PEERS = {COMPILED_LOOP: "#E69F00", LOOP: "#999999", FOREACH_NORM: "#CC79A7"}
+_LIMITED = {
+    "value": ("value / x.sum()", "#56B4E9"),
+    "value_and_grad": ("value, gradient / y.copy_(x)", "#009E73"),
+    "present": ("accumulate_grad_ / g.add_(x)", "#D55E00"),
+    "prox": ("prox_ / x.mul_(a)", "#E8B84A"),
 }
 
-_IN_PLACE: tuple[tuple[Mode, str, str, str], ...] = (
-    ("present", ADD_FLAT, "accumulate_grad_ / g.add_(x, alpha=a)", "#D55E00"),
-    ("prox", MUL_FLAT, "prox_ / x.mul_(a)", "#F0C987"),
-)
-
-# What our time is divided by, by the kind of device.
-_LIMITS: dict[str, tuple[tuple[Mode, str, str, str], ...]] = {
-    "cpu": (
-        ("value", SUM_FLAT, "value / x.sum()", "#56B4E9"),
-        ("value_and_grad", COPY_FRESH, "value + gradient / copy into fresh memory", "#009E73"),
-        ("value_and_grad", COPY_WARM, "value + gradient / copy into warm memory", "#8FD0B5"),
-        *_IN_PLACE,
-    ),
-    "cuda": (
-        ("value", SUM_FLAT, "value / x.sum()", "#56B4E9"),
-        ("value_and_grad", COPY_FLAT, "value + gradient / copy", "#009E73"),
-        *_IN_PLACE,
-    ),
-}
-
-_BAR_HEIGHT = 0.8  # of all bars of a case
-
-_Bar = tuple[float, str]  # its width, its label
+# Inches. For a column of 390 to 700 pixels: narrow, in large letters, a panel below the other.
+_WIDTH, _BAR, _FRAME = 5.6, 0.2, 1.6
 
 
 def draw(results: Results, path: Path) -> None:
     """Write the picture: forward and backward of every case, and what the large ones reach of the machine's limits."""
-    cases = [case for case in CASES.values() if results.find(case.name, "fresh", OURS.name)]
-    large = [case for case in CASES.values() if case.is_large and results.find(case.name, "value_and_grad", OURS.name)]
-    places = max(len(cases), len(large), 1)
-    figure = Figure(figsize=(14, 2.2 + 0.9 * places), layout="constrained")
-    halves = figure.subfigures(1, 2, width_ratios=(7, 6))
-    _draw_times(halves[0], results, cases, places)
-    _draw_limits(halves[1], results, large, places)
-    figure.supxlabel(caption(results.machine), fontsize=8, color="0.35")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    times = {case: row for case in CASES if (row := results.find(case, "fresh", OURS))}
+    large = {case: None for case in CASES if CASES[case].is_large and results.find(case, "value_and_grad", OURS)}
+    to_ours = {name: (colour, [_to_ours(results, case, name) for case in times]) for name, colour in _PEERS.items()}
+    to_limit = {label: (c, [_to_limit(results, case, mode) for case in large]) for mode, (label, c) in _LIMITED.items()}
+    panels = [
+        ("Penalty, forward + backward, .grad None", "times fused_reg's time, logarithmic", times, to_ours),
+        ("fused_reg against the speed of memory", "times the plain operation's time", large, to_limit),
+    ]
+    heights = [_FRAME + _BAR * (len(bars) + 1.5) * len(cases) for *_, cases, bars in panels]
+    with rc_context({"font.size": 10.5}):
+        figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
+        for row, panel in zip(figure.subfigures(2, 1, height_ratios=heights), panels, strict=True):
+            _draw_panel(row, *panel)
+        figure.supxlabel(textwrap.fill(caption(results), 72), fontsize=8, color="0.35")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
 
 
-def _draw_times(figure: SubFigure, results: Results, cases: list[Case], places: int) -> None:
-    axes = figure.subplots()
-    for k, (name, colour) in enumerate(_COLOURS.items()):
-        bars = [_relative_to_ours(results.find(case.name, "fresh", name)) for case in cases]
-        _draw_bars(axes, bars, k, len(_COLOURS), colour, name)
-    longest = max((row.ratio_to_ours or 1 for row in results.rows if row.mode == "fresh"), default=1)
-    axes.set_xscale("log")
-    axes.set_xlim(0.5, 7 * longest)  # room for the labels
-    axes.set_xlabel("time relative to fused_reg (logarithmic); less is better")
-    device = ", device time" if results.machine.gpu else ""
-    axes.set_title(f"Penalty, forward + backward, .grad None{device}", loc="left")
-    _finish(figure, axes, cases, places)
-
-
-def _draw_limits(figure: SubFigure, results: Results, cases: list[Case], places: int) -> None:
-    axes = figure.subplots()
-    longest = 1.0
-    measured = {(row.mode, row.implementation) for row in results.rows}
-    bounds = _LIMITS["cuda" if results.machine.gpu else "cpu"]
-    limits = [bound for bound in bounds if (bound[0], limited(bound[0])) in measured]
-    for k, (mode, name, label, colour) in enumerate(limits):
-        bars = [
-            _relative_to_limit(results.find(case.name, mode, limited(mode)), results.find(case.name, mode, name))
-            for case in cases
-        ]
-        _draw_bars(axes, bars, k, len(limits), colour, label)
-        longest = max([longest, *(width for width, _ in bars)])
-    axes.axvline(1, color="0.2", linewidth=1, linestyle="--")
-    axes.set_xlim(0, 1.8 * longest)  # room for the labels
-    axes.set_xlabel("time of fused_reg relative to the machine's limit; less is better")
-    axes.set_title("Against the speed of memory", loc="left")
-    _finish(figure, axes, cases, places)
-
-
-def _relative_to_ours(row: Row | None) -> _Bar:
-    if row is None or row.ratio_to_ours is None:
-        return 0.0, "not measured"
-    error = notable_errors(row)
-    return row.ratio_to_ours, f"{number(row.median_ms)} ms" + (f" ({error})" if error else "")
-
-
-def _relative_to_limit(row: Row | None, limit: Row | None) -> _Bar:
-    if row is None or limit is None:
-        return 0.0, "not measured"
-    ratio = row.median_ms / limit.median_ms
-    return ratio, f"{ratio:.2f}x: {number(row.median_ms)} ms, {row.gb_per_s:.1f} GB/s"
-
-
-def _draw_bars(axes: Axes, bars: list[_Bar], k: int, of: int, colour: str, label: str) -> None:
-    """The k-th bar of each case."""
-    height = _BAR_HEIGHT / of
-    heights = [i + (k - (of - 1) / 2) * height for i in range(len(bars))]
-    axes.barh(heights, [width for width, _ in bars], 0.92 * height, color=colour, label=label)
-    for y, (width, text) in zip(heights, bars, strict=True):
-        # Beyond 1, where a line is.
-        axes.annotate(text, (max(width, 1), y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-
-
-def _finish(figure: SubFigure, axes: Axes, cases: list[Case], places: int) -> None:
-    titles = [f"{case.title}\n{_size(case)}" for case in cases]
-    axes.set_yticks(range(len(cases)), titles, fontsize=9)
-    axes.set_ylim(places - 0.4, -0.6)  # bars of one height on both sides
+def _draw_panel(row, title, unit, cases, bars) -> None:
+    """Under the name of each case a bar of each kind: its width, and a text behind it."""
+    axes, group = row.subplots(), len(bars) + 1.5
+    for k, (label, (colour, of_cases)) in enumerate(bars.items()):
+        places = [i * group + k + 1 for i in range(len(cases))]
+        axes.barh(places, [width for width, _ in of_cases], 0.9, color=colour, label=label)
+        for y, (width, text) in zip(places, of_cases, strict=True):  # beyond 1, where a line is
+            axes.annotate(text, (max(width, 1), y), (5, 0), textcoords="offset points", va="center")
+    for i, (case, ours) in enumerate(cases.items()):
+        tensors, elements = len(CASES[case].shapes), count(CASES[case].elements)
+        name = f"{CASES[case].title} ({tensors:,} tensor{'s' * (tensors > 1)}, {elements})"
+        name = joined(name, f"fused_reg {number(ours['median_ms'])} ms" if ours else "")
+        axes.annotate(name, (0, i * group), (2, 0), ("axes fraction", "data"), "offset points", va="center")
+    if "logarithmic" in unit:
+        axes.set_xscale("log")
+        axes.set_xlim(left=min([1, *(width for _, of_cases in bars.values() for width, _ in of_cases if width)]))
+    else:
+        axes.axvline(1, color="0.2", linewidth=1, linestyle="--")
+    axes.set_ylim(len(cases) * group - 0.9, -0.8)
+    axes.set_yticks([])
+    axes.set_xlabel(f"{unit}; less is better")
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    row.suptitle(title, x=0.01, ha="left", weight="bold")
+    row.legend(loc="outside lower left", ncols=3 - len(bars) % 3, frameon=False, columnspacing=1)
 
 
-def _size(case: Case) -> str:
-    elements = f"{case.elements / 1e6:.1f}M" if case.elements >= 1e6 else f"{case.elements:,}"
-    return f"{case.tensors:,} tensor{'s' * (case.tensors > 1)}, {elements}"
+def _to_ours(results: Results, case: str, name: str) -> tuple[float, str]:
+    row = results.find(case, "fresh", name)
+    if row is None or row["ratio_to_ours"] is None:
+        return 0.0, f"{name} not measured"
+    return row["ratio_to_ours"], joined(
+        f"{row['ratio_to_ours']:.1f}x, {number(row['median_ms'])} ms", notable_errors(row)
+    )
+
+
+def _to_limit(results: Results, case: str, mode: str) -> tuple[float, str]:
+    limit = LIMITS["cuda" if results.gpu else "cpu"][mode][0]
+    if mode == "value_and_grad" and not results.gpu:
+        limit = COPY_WARM  # fresh memory costs page faults, which are not the memory's speed
+    row, bound = results.find(case, mode, limited(mode)), results.find(case, mode, limit.name)
+    if row is None or bound is None:
+        return 0.0, "not measured"
+    ratio = row["median_ms"] / bound["median_ms"]
+    return ratio, f"{ratio:.2f}x, {row['gb_per_s']:.0f} GB/s"
 
 
 if __name__ == "__main__":

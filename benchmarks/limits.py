@@ -1,186 +1,76 @@
 """What the machine's memory allows each mode, measured over the same bytes as the penalty."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.checks import Errors, Oracle
-from benchmarks.race import Contender
-from benchmarks.rows import PASSES, Mode
+from benchmarks.checks import Errors, demand, largest_relative, pieces
+from benchmarks.contenders import ELASTIC_NET, Contender, Problem, Work
 
-# Of all elements in one tensor; tensor by tensor; into memory allocated for it, and into the same memory every time.
-SUM_FLAT = "x.sum(), one tensor"
-SUM_LIST = "x.sum(), list"
-COPY_FLAT = "y.copy_(x), one tensor"
-COPY_FRESH = "y.copy_(x), fresh y"
-COPY_WARM = "y.copy_(x), warm y"
-ADD_FLAT = "g.add_(x, alpha=a), one tensor"
-ADD = "g.add_(x, alpha=a)"
-MUL_FLAT = "x.mul_(a), one tensor"
-MUL = "x.mul_(a)"
-
-#: What bounds the modes without autograd; the first is what ratios are to. By the kind of device: on a GPU a list
-#: tensor by tensor is bound by its launches, and memory comes warm from PyTorch's allocator.
-LIMITS: dict[str, dict[Mode, tuple[str, ...]]] = {
-    "cpu": {
-        "value": (SUM_FLAT, SUM_LIST),
-        "value_and_grad": (COPY_FRESH, COPY_WARM),
-        "present": (ADD_FLAT, ADD),
-        "prox": (MUL_FLAT, MUL),
-    },
-    "cuda": {"value": (SUM_FLAT,), "value_and_grad": (COPY_FLAT,), "present": (ADD_FLAT,), "prox": (MUL_FLAT,)},
-}
-
-# Near enough to 1 for the weights to stay what they are, through all calls.
-_FACTOR = 1 - 1e-7
+_ALPHA = 2 * ELASTIC_NET["l2"]
+#: Near enough to 1 for the weights to stay what they are, through all calls.
+FACTOR = 1 - 1e-7
 
 
-def limits(oracle: Oracle, mode: Mode, flat: bool) -> list[Contender]:
-    """The limits of a mode that computes a penalty; if `flat`, of all elements in one tensor only."""
-    if mode == "value":
-        return [sum_flat(oracle)] if flat else [sum_flat(oracle), _sum_list(oracle)]
-    if mode == "present":
-        return [addition_flat(oracle)] if flat else [addition_flat(oracle), _addition(oracle)]
-    if mode == "prox":
-        return [_product_flat(oracle)] if flat else [_product_flat(oracle), _product(oracle)]
-    return [_copy_flat(oracle)] if flat else _copies(oracle)
+class Limit(NamedTuple):
+    """A plain operation: of all elements in one tensor (`is_flat`), or tensor by tensor."""
+
+    name: str
+    is_flat: bool
+    op: Callable[[Tensor, Tensor], Tensor]  # x, y -> what it computes
+    exact: Callable[[Tensor, Tensor], Tensor] | None = None  # in float64, of x, and y before; None: the sum of x
 
 
-def sum_flat(oracle: Oracle) -> Contender:
-    """One read of all elements."""
-    flat = _flat(oracle)
-    return _limit(oracle, SUM_FLAT, "value", flat.sum, lambda: oracle.check_sum(flat.sum()), reference=True)
+SUM_FLAT = Limit("x.sum(), one tensor", True, lambda x, y: x.sum())
+SUM = Limit("x.sum(), list", False, SUM_FLAT.op)
+COPY_FLAT = Limit("y.copy_(x), one tensor", True, lambda x, y: y.copy_(x), lambda x, y: x)
+COPY_FRESH = Limit("y.copy_(x), fresh y", False, lambda x, y: torch.empty_like(x).copy_(x), COPY_FLAT.exact)
+COPY_WARM = Limit("y.copy_(x), warm y", False, COPY_FLAT.op, COPY_FLAT.exact)
+ADD = Limit("g.add_(x, alpha=a)", False, lambda x, y: y.add_(x, alpha=_ALPHA), lambda x, y: y + _ALPHA * x)
+ADD_FLAT = ADD._replace(name="g.add_(x, alpha=a), one tensor", is_flat=True)
+MUL = Limit("x.mul_(a)", False, lambda x, y: y.mul_(FACTOR), lambda x, y: FACTOR * y)
+MUL_FLAT = MUL._replace(name="x.mul_(a), one tensor", is_flat=True)
+
+#: What bounds the modes; the first is what ratios are to. By the kind of device: on a GPU a list tensor by tensor is
+#: bound by its launches, and memory comes warm from PyTorch's allocator.
+_CPU = ((SUM_FLAT, SUM), (COPY_FRESH, COPY_WARM), (ADD_FLAT, ADD), (MUL_FLAT, MUL))
+_CUDA = ((SUM_FLAT,), (COPY_FLAT,), (ADD_FLAT,), (MUL_FLAT,))
+_BOUNDED = ("value", "value_and_grad", "present", "prox")
+LIMITS = {name: dict(zip(_BOUNDED, bounds, strict=True)) for name, bounds in (("cpu", _CPU), ("cuda", _CUDA))}
 
 
-def _sum_list(oracle: Oracle) -> Contender:
-    tensors = _detached(oracle)
+def limits(problem: Problem, mode: str) -> Iterator[Contender]:
+    """The limits of a mode; of norms, what their passes cost alone."""
+    of_device = LIMITS[problem.device]
+    of_others = {"fresh": of_device["value_and_grad"], "norm_value": (SUM_FLAT,), "norm_fresh": (ADD_FLAT,)}
+    for i, limit in enumerate((of_device | of_others)[mode]):
+        yield Contender(limit.name, "limit", partial(_work, problem, limit), is_reference_limit=i == 0)
 
-    def sum_list() -> list[Tensor]:
-        return [t.sum() for t in tensors]
+
+def _work(problem: Problem, limit: Limit) -> Work:
+    xs = [p.detach() for p in problem.params]
+    if limit.is_flat:
+        xs = [torch.cat([x.reshape(-1) for x in xs])]
+    ys = [2 * x for x in xs] if limit.exact else xs  # a sum needs none
+
+    def call() -> list[Tensor]:
+        return [limit.op(x, y) for x, y in zip(xs, ys, strict=True)]
 
     def verify() -> Errors:
-        return oracle.check_sum(torch.stack(sum_list()).double().sum())
+        dtype, parts = xs[0].dtype, [part for x in xs for (part,) in pieces(x)]
+        if limit.exact is None:  # relative to the sum of absolute values, because the terms cancel
+            exact = math.fsum(part.double().sum().item() for part in parts)
+            absolute = math.fsum(part.double().abs().sum().item() for part in parts)
+            error = abs(math.fsum(s.item() for s in call()) - exact) / absolute
+            return Errors(value_error=demand("value", dtype, error, "value"))
+        for x, y in zip(xs, ys, strict=True):
+            torch.mul(x, 2, out=y)
+        results = [part for result in call() for (part,) in pieces(result)]
+        pairs = ((r, limit.exact(x.double(), 2 * x.double())) for r, x in zip(results, parts, strict=True))
+        return Errors(gradient_error=demand("elements", dtype, largest_relative(pairs), "element"))
 
-    return _limit(oracle, SUM_LIST, "value", sum_list, verify)
-
-
-def _copies(oracle: Oracle) -> list[Contender]:
-    tensors = _detached(oracle)
-    warm = [torch.empty_like(t) for t in tensors]
-
-    def copy_fresh() -> list[Tensor]:
-        return [torch.empty_like(t).copy_(t) for t in tensors]
-
-    def copy_warm() -> list[Tensor]:
-        return [y.copy_(t) for y, t in zip(warm, tensors, strict=True)]
-
-    check = oracle.check_copy
-    return [
-        _limit(oracle, COPY_FRESH, "fresh", copy_fresh, lambda: check(copy_fresh()), reference=True),
-        _limit(oracle, COPY_WARM, "fresh", copy_warm, lambda: check(copy_warm())),
-    ]
-
-
-def _copy_flat(oracle: Oracle) -> Contender:
-    flat = _flat(oracle)
-    target = torch.empty_like(flat)
-
-    def copy() -> Tensor:
-        return target.copy_(flat)
-
-    return _limit(oracle, COPY_FLAT, "fresh", copy, lambda: oracle.check_copy(_like(oracle, copy())), reference=True)
-
-
-def _addition(oracle: Oracle) -> Contender:
-    tensors = _detached(oracle)
-    sums = [torch.zeros_like(t) for t in tensors]
-    alpha = 2 * oracle.strengths.l2
-
-    def add() -> None:
-        for g, t in zip(sums, tensors, strict=True):
-            g.add_(t, alpha=alpha)
-
-    def verify() -> Errors:
-        before = [g.clone() for g in sums]
-        add()
-        return oracle.check_addition(sums, before, alpha)
-
-    return _limit(oracle, ADD, "present", add, verify)
-
-
-def addition_flat(oracle: Oracle) -> Contender:
-    """Two reads of all elements, and a write."""
-    flat = _flat(oracle)
-    total = torch.zeros_like(flat)
-    alpha = 2 * oracle.strengths.l2
-
-    def add() -> Tensor:
-        return total.add_(flat, alpha=alpha)
-
-    def verify() -> Errors:
-        before = total.clone()
-        return oracle.check_addition(_like(oracle, add()), _like(oracle, before), alpha)
-
-    return _limit(oracle, ADD_FLAT, "present", add, verify, reference=True)
-
-
-def _product(oracle: Oracle) -> Contender:
-    tensors = [t.clone() for t in _detached(oracle)]
-
-    def multiply() -> None:
-        for t in tensors:
-            t.mul_(_FACTOR)
-
-    def verify() -> Errors:
-        for t, source in zip(tensors, _detached(oracle), strict=True):
-            t.copy_(source)
-        multiply()
-        return oracle.check_product(tensors, _FACTOR)
-
-    return _limit(oracle, MUL, "prox", multiply, verify)
-
-
-def _product_flat(oracle: Oracle) -> Contender:
-    flat = _flat(oracle)
-
-    def verify() -> Errors:
-        flat.copy_(_flat(oracle))
-        return oracle.check_product(_like(oracle, flat.mul_(_FACTOR)), _FACTOR)
-
-    return _limit(oracle, MUL_FLAT, "prox", lambda: flat.mul_(_FACTOR), verify, reference=True)
-
-
-def _detached(oracle: Oracle) -> list[Tensor]:
-    return [p.detach() for p in oracle.params]
-
-
-def _flat(oracle: Oracle) -> Tensor:
-    """All elements in one tensor."""
-    return torch.cat([t.reshape(-1) for t in _detached(oracle)])
-
-
-def _like(oracle: Oracle, flat: Tensor) -> list[Tensor]:
-    """The parts of a flat tensor that correspond to the parameters."""
-    parts = flat.split([p.numel() for p in oracle.params])
-    return [part.view(p.shape) for part, p in zip(parts, oracle.params, strict=True)]
-
-
-def _limit(
-    oracle: Oracle,
-    name: str,
-    mode: Mode,
-    call: Callable[[], object],
-    verify: Callable[[], Errors],
-    reference: bool = False,
-) -> Contender:
-    return Contender(
-        name=name,
-        role="limit",
-        bytes=PASSES[mode] * sum(p.nbytes for p in oracle.params),
-        call=call,
-        verify=verify,
-        is_reference_limit=reference,
-    )
+    return Work(call, verify)

@@ -1,102 +1,74 @@
 """Measures, and writes JSON: ``python -m benchmarks.measure --output results.json``."""
 
-from __future__ import annotations
-
 import argparse
+import math
 import os
 import re
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
-from benchmarks import machine
-from benchmarks.agreement import LISTS, measure_agreement
-from benchmarks.cases import CASES
-from benchmarks.children import memory_records, rows_with_avx2
-from benchmarks.cuda import CudaDevice
-from benchmarks.devices import Device
-from benchmarks.figures import AVX2_CASES, MEMORY_CASES, with_figures
-from benchmarks.peers import ACCUMULATE, COMPILED_LOOP, LOOP, OURS, PEERS, peers_of
-from benchmarks.presets import PRESETS
-from benchmarks.progress import shown
-from benchmarks.race import Effort
-from benchmarks.rooflines import measure_rooflines, roofline_bytes, with_percents
-from benchmarks.rows import MODES, Absent, Agreement, MemoryRow, Record, Roofline, Row
-from benchmarks.run import Machine, Results
-from benchmarks.timing import STRENGTHS, Measurement, Plan, reason_of
+from benchmarks.bandwidths import measure_agreement, measure_rooflines
+from benchmarks.cases import CASES, DEVICE_CASES, MODES
+from benchmarks.contenders import ACCUMULATE, COMPILED_LOOP, ELASTIC_NET, LOOP, OURS, PEERS
+from benchmarks.devices import CudaDevice, Device
+from benchmarks.machine import describe
+from benchmarks.memory import measure_memory
+from benchmarks.results import Results
+from benchmarks.targets import AVX2_CASES, MEMORY_CASES, targets
+from benchmarks.timing import Measurement, reason_of
 
 _RESULTS, _BUILD = Path("benchmarks/results"), Path("build/bench")
+_QUICK_MODES = ("value", "value_and_grad", "fresh", "present", "prox", "step")
+_QUICK_GPU_CASES = ("small_tensors", "resnet50", "one_tensor", "tinyllama_bf16")
 
-
-@dataclass(frozen=True)
-class _Task:
-    """A part of the run, with the name that the progress display gives it."""
-
-    title: str
-    run: Callable[[], Sequence[Record]]
-
-    def __str__(self) -> str:
-        return self.title
+#: What a run measures unless its options say otherwise, by the kind of device and whether it is quick.
+_OPTIONS = ("cases", "modes", "rounds", "seconds", "compile_seconds")
+PRESETS = {
+    ("cpu", False): (DEVICE_CASES["cpu"], tuple(MODES), 30, 60.0, math.inf),
+    ("cpu", True): (("net", "mlp", "small_tensors", "resnet50"), _QUICK_MODES, 15, 1.0, math.inf),
+    ("cuda", False): (DEVICE_CASES["cuda"], tuple(MODES), 50, 3.0, 200.0),
+    ("cuda", True): (_QUICK_GPU_CASES, tuple(MODES), 20, 1.0, 70.0),
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line of `python -m benchmarks` and of this script."""
+    """The command line of `python -m benchmarks` and of this script, with the presets for what it leaves open."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure fused_reg and its peers.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure; default: cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds, in under three minutes")
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: those of the device; quick: fewer")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: all")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all that the device has; quick: fewer")
-    parser.add_argument("--rounds", type=int, help="samples of each time, at most (at least 5)")
-    parser.add_argument("--seconds", type=float, help="stop the rounds of a case and mode after this long")
-    parser.add_argument("--threads", type=int, help="default: as torch chooses")
-    parser.add_argument("--compile-all", action="store_true", help="also compile what takes minutes to compile")
-    parser.add_argument(
-        "--compile-seconds", type=float, help="of the run, for compiling; default on a GPU: 200, quick 70"
-    )
-    parser.add_argument("--no-children", action="store_true", help="on a CPU: neither peak memory nor AVX2")
-    parser.add_argument("--output", type=Path, help=f"JSON to write; default: in {_BUILD}, of a whole GPU {_RESULTS}")
+    add, names = parser.add_argument, list(dict.fromkeys(peer.name for peer in PEERS))
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure; default: cpu")
+    add("--quick", action="store_true", help="fewer cases, modes, peers and rounds, in under two minutes")
+    add("--cases", nargs="+", choices=CASES, help="default: those of the device; quick: fewer")
+    add("--modes", nargs="+", choices=MODES, help="default: all; quick: fewer")
+    add("--peers", nargs="*", choices=names, help="default: all that the device has; quick: fewer")
+    add("--rounds", type=int, help="samples of each time, at most (at least 5)")
+    add("--seconds", type=float, help="stop the rounds of a case and mode after this long")
+    add("--threads", type=int, help="default: as torch chooses")
+    add("--compile-all", action="store_true", help="also compile what takes minutes to compile")
+    add("--compile-seconds", type=float, help="of the run, for compiling; default on a GPU: 200, quick 70")
+    add("--no-children", action="store_true", help="on a CPU: neither peak memory nor AVX2")
+    add("--output", type=Path, help=f"JSON to write; default: in {_BUILD}, of a whole GPU {_RESULTS}")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
     if options.rounds is not None and options.rounds < 5:
         parser.error(f"--rounds must be at least 5, got {options.rounds}")
-    if options.output is None:
-        options.output = _output(options.device, options.quick)
+    options.output = options.output or _output(options.device, options.quick)
+    options.chooses_peers = options.peers is None
+    peers = [p.name for p in PEERS if options.device in p.devices] if options.chooses_peers else options.peers
+    options.peers = list(dict.fromkeys([OURS, ACCUMULATE, *peers]))
+    for name, value in zip(_OPTIONS, PRESETS[options.device, options.quick], strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     return options
-
-
-def measure(options: argparse.Namespace, device: Device | None = None) -> Results:
-    """Measure what the options say, and write it. On a GPU what is done is written after every task.
-
-    Raises:
-        WrongResultError: on a CPU, an implementation does not compute the penalty, or ours breaks the contract.
-    """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if device is None:
-        device = CudaDevice() if options.device == "cuda" else Device()
-    this = machine.describe(device.gpu())
-    records: list[Record] = []
-    with _empty_compile_cache():
-        for task in shown(_tasks(options, device)):
-            records += _outcome(task, keeps_going=this.gpu is not None)
-            if this.gpu:
-                _results(this, records).write(options.output)
-    results = _results(this, records)
-    results.write(options.output)
-    return results
-
-
-def slug(name: str) -> str:
-    """The name of a device as a file's: `NVIDIA H200` is `nvidia-h200`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _output(device: str, quick: bool) -> Path:
@@ -106,100 +78,76 @@ def _output(device: str, quick: bool) -> Path:
     return _BUILD / f"{name}-quick.json" if quick else _RESULTS / f"{name}.json"
 
 
-def _outcome(task: _Task, keeps_going: bool) -> Sequence[Record]:
-    """What a task measured; if it failed and the run goes on, that it failed."""
+def slug(name: str) -> str:
+    """The name of a device as a file's: `NVIDIA H200` is `nvidia-h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def measure(options: argparse.Namespace, device: Device | None = None) -> Results:
+    """Measure what the options say, and write it. On a GPU what is done is written after every task, and what fails is
+    absent with its reason; on a CPU a wrong result is raised."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = device or (CudaDevice() if options.device == "cuda" else Device())
+    results = Results(describe(device), **ELASTIC_NET)
+    progress = Progress(console=Console(stderr=True, log_path=False), transient=True)
+    # What an earlier run compiled would hide how long it takes.
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache), progress:
+        for title, task in progress.track(list(_tasks(options, device, results).items())):
+            progress.console.log(title)
+            run_task(results, title, task)
+            if results.gpu:
+                _finish(results, options.output)
+    _finish(results, options.output)
+    return results
+
+
+def run_task(results: Results, title: str, task: Callable[[], None]) -> None:
+    """Run a part of the run; on a GPU, if it fails, note that."""
     try:
-        return task.run()
+        task()
     except Exception as error:
-        if not keeps_going:
+        if not results.gpu:
             raise
-        return [Absent(task.title, "all of it", "", reason_of(error))]
+        results.add_absent(title, "all of it", "", reason_of(error))
 
 
-def _results(this: Machine, records: Sequence[Record]) -> Results:
-    rooflines = tuple(record for record in records if isinstance(record, Roofline))
-    return with_figures(
-        Results(
-            machine=this,
-            l1=STRENGTHS.l1,
-            l2=STRENGTHS.l2,
-            rows=with_percents([record for record in records if isinstance(record, Row)], rooflines),
-            memory=[record for record in records if isinstance(record, MemoryRow)],
-            absent=[record for record in records if isinstance(record, Absent)],
-            figures=(),
-            rooflines=rooflines,
-            agreement=next((record for record in records if isinstance(record, Agreement)), None),
-        )
-    )
+def _finish(results: Results, output: Path) -> None:
+    results.targets = targets(results)
+    results.write(output)
 
 
-def _tasks(options: argparse.Namespace, device: Device) -> list[_Task]:
+def _tasks(options: argparse.Namespace, device: Device, results: Results) -> dict[str, Callable[[], None]]:
     """In order. On a CPU the memory comes last, when what it compiles is in the cache."""
-    plan = _plan(options, device)
-    measurement = Measurement(plan)
-    tasks = [_Task(f"{case.title}: {mode}", partial(measurement.records, case, mode)) for case, mode in plan.items()]
-    if isinstance(device, CudaDevice):
-        return [*_tasks_before(device), *tasks]
-    return tasks if options.no_children else [*tasks, *_children(options, plan)]
-
-
-def _plan(options: argparse.Namespace, device: Device) -> Plan:
-    preset = PRESETS[options.device, options.quick]
-    peers = peers_of(options.device) if options.peers is None else options.peers
-    return Plan(
-        cases=options.cases or preset.cases,
-        modes=options.modes,
-        effort=Effort(
-            rounds=preset.effort.rounds if options.rounds is None else options.rounds,
-            seconds=preset.effort.seconds if options.seconds is None else options.seconds,
-        ),
-        peers=list(dict.fromkeys([OURS.name, ACCUMULATE.name, *peers])),
-        not_raced=preset.not_raced if options.peers is None else {},
-        not_compiled={} if options.compile_all else preset.not_compiled,
-        not_stepped=preset.not_stepped,
-        device=device,
-        compile_seconds=preset.compile_seconds if options.compile_seconds is None else options.compile_seconds,
-        keeps_going=options.device == "cuda",
-    )
-
-
-def _tasks_before(device: CudaDevice) -> list[_Task]:
-    size = roofline_bytes(device.l2_bytes)
-    return [
-        _Task(f"{LISTS:,} random lists", lambda: [measure_agreement(device.name, LISTS)]),
-        _Task("rooflines", lambda: measure_rooflines(device, size)),
-    ]
-
-
-def _children(options: argparse.Namespace, plan: Plan) -> list[_Task]:
-    tasks = []
-    threads = torch.get_num_threads()
-    if not options.quick and machine.capability().startswith("AVX512"):
-        for case in [CASES[name] for name in AVX2_CASES if name in plan.cases]:
-            tasks.append(_Task(f"{case.title}: AVX2", partial(rows_with_avx2, case, plan.effort, threads)))
-    for case in [CASES[name] for name in MEMORY_CASES if name in plan.cases]:
-        for peer in (OURS, COMPILED_LOOP, LOOP):
-            if peer.name in plan.peers:
-                title = f"{case.title}: peak memory of {peer.name}"
-                tasks.append(_Task(title, partial(memory_records, case, peer, threads)))
+    measurement, tasks = Measurement(options, device, results), {}
+    if results.gpu:
+        tasks["random lists"] = partial(measure_agreement, results, device.name)
+        tasks["rooflines"] = partial(measure_rooflines, results, device)
+    for case in options.cases:
+        for mode in options.modes:
+            tasks[f"{CASES[case].title}: {mode}"] = partial(measurement.add, case, mode)
+    if options.quick or options.no_children or results.gpu:
+        return tasks
+    for case in [name for name in AVX2_CASES if name in options.cases]:
+        if results.machine["capability"].startswith("AVX512"):
+            tasks[f"{CASES[case].title}: AVX2"] = partial(_measure_avx2, options, results, case)
+    for case in [name for name in MEMORY_CASES if name in options.cases]:
+        for name in [name for name in (OURS, COMPILED_LOOP, LOOP) if name in options.peers]:
+            tasks[f"{CASES[case].title}: peak memory of {name}"] = partial(measure_memory, results, case, name)
     return tasks
 
 
-@contextmanager
-def _empty_compile_cache() -> Iterator[None]:
-    """What torch.compile made in an earlier run would hide how long it takes."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    with tempfile.TemporaryDirectory(prefix="fused_reg_bench_") as directory:
-        os.environ[name] = directory
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before
+def _measure_avx2(options: argparse.Namespace, results: Results, case: str) -> None:
+    """Our value and gradient outside of autograd, and the machine's limits, with AVX2 at most; in a process of its own,
+    because torch chooses an instruction set once."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "avx2.json")
+        arguments = f"--cases {case} --modes value value_and_grad --peers --no-children --rounds {options.rounds}"
+        arguments += f" --seconds {options.seconds} --threads {torch.get_num_threads()}"
+        command = [sys.executable, "-m", "benchmarks.measure", *arguments.split(), "--output", str(output)]
+        subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "TERM": "dumb"}, check=True)
+        results.rows += Results.read(output).rows
 
 
 if __name__ == "__main__":
-    measure(parse(sys.argv[1:]))
+    measure(parse())

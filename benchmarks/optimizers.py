@@ -5,36 +5,27 @@ regularization, at a price that can be compared. A `Regularizer` that is attache
 loss that it is compared with.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import fused_reg
-from benchmarks.checks import Errors, Oracle, Strengths, WrongResultError, pieces
-from benchmarks.race import Candidate, Contender
-from benchmarks.rows import Role
+from benchmarks.checks import Errors, Strengths, Tensors, WrongResultError, pieces
+from benchmarks.contenders import OURS, Contender, Problem, Work, gradients
 from fused_reg import reference
 
-#: An attached `Regularizer`, by its mode; the other ways to the first's result; and to a part of it.
 ATTACHED, ATTACHED_PROX = "fused_reg attached", "fused_reg attached, prox"
 LOOP_IN_LOSS, WEIGHT_DECAY, NO_PENALTY = "loop in the loss", "weight_decay", "no penalty"
 
-#: The family that has a target, and all forms.
-FUSED_SGD = "SGD, fused=True"
-
-_LEARNING_RATE = 1e-3
-_WEIGHT_DECAY = 0.01
-_NONE = Strengths(l1=0.0, l2=0.0)
-_RIDGE = Strengths(l1=0.0, l2=_WEIGHT_DECAY / 2)
-_ELASTIC_NET = Strengths(l1=1e-3, l2=_WEIGHT_DECAY / 2)
-_GRADIENT_SCALE = 0.1
+_LEARNING_RATE, _WEIGHT_DECAY, _GRADIENT_SCALE = 1e-3, 0.01, 0.1
 _EPS = 1e-8  # Adam's default
+_NONE, _RIDGE, _ELASTIC_NET = ({"l1": l1, "l2": l2} for l1, l2 in ((0.0, 0.0), (0.0, 0.005), (1e-3, 0.005)))
 
 # Of the step, by Euclidean norms: rounding the new weights to float32 leaves 1e-5, a missing weight_decay 5e-4.
 _TOLERANCE = 1e-4
@@ -43,158 +34,97 @@ _TOLERANCE = 1e-4
 _PASSES: dict[type[Optimizer], int] = {SGD: 3, Adam: 7, AdamW: 7}
 
 # By the kind of device. On a GPU the fused ones are the only peers.
-_KINDS: dict[str, tuple[type[Optimizer], ...]] = {"cpu": (SGD, AdamW), "cuda": (SGD, Adam, AdamW)}
-_TIERS: dict[str, tuple[dict[str, bool], ...]] = {
-    "cpu": ({}, {"foreach": True}, {"fused": True}),
-    "cuda": ({"fused": True},),
+KINDS = {
+    "cpu": [(kind, options) for kind in (SGD, AdamW) for options in ({}, {"foreach": True}, {"fused": True})],
+    "cuda": [(kind, {"fused": True}) for kind in (SGD, Adam, AdamW)],
 }
 
 
-def step_candidates(source: Sequence[Tensor]) -> list[Candidate]:
-    """The contenders of the steps; they share their memory, so they are built already."""
-    return [Candidate.of(contender) for contender in step_contenders(source)]
+class Form(NamedTuple):
+    """A way to step: with a penalty in the loss, a regularizer attached, or the optimizer's own."""
+
+    name: str
+    role: str
+    strengths: Strengths
+    penalty: Callable[..., Tensor] | None = None
+    attach: str | None = None  # the mode
+    families: str = ""  # those whose name ends so
 
 
-def step_contenders(source: Sequence[Tensor]) -> list[Contender]:
-    """Every optimizer and tier of the device, in every form. All of them step the same copy of the parameters."""
-    params = [p.detach().clone().requires_grad_() for p in source]
-    generator = torch.Generator(params[0].device).manual_seed(1)
-    gradients = [
-        torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype).mul_(_GRADIENT_SCALE) for p in params
-    ]
-    ridge, elastic_net = Oracle(source, _RIDGE), Oracle(source, _ELASTIC_NET)
-    contenders = []
-    device = params[0].device.type
-    for kind in _KINDS[device]:
-        for options in _TIERS[device]:
-            family = ", ".join([kind.__name__, *(f"{name}={value}" for name, value in options.items())])
-            bytes_ = _PASSES[kind] * sum(p.nbytes for p in params)
-            contenders += _Step(kind, options, ridge, elastic_net, params, gradients).contenders(family, bytes_)
-    return contenders
+# Attached to the fused optimizers only, because it costs all tiers the same; the loop takes long.
+FORMS = (
+    Form(OURS, "ours", _RIDGE, fused_reg.fused_penalty),
+    Form(WEIGHT_DECAY, "peer", _RIDGE),
+    Form(NO_PENALTY, "limit", _NONE),
+    Form(ATTACHED, "ours", _ELASTIC_NET, attach="grad", families="fused=True"),
+    Form(ATTACHED_PROX, "ours", _ELASTIC_NET, attach="prox", families="fused=True"),
+    Form(LOOP_IN_LOSS, "peer", _ELASTIC_NET, reference.loop, families="SGD, fused=True"),
+)
 
 
-class _Step:
-    """An optimizer in its forms, which share its state, so that none of them has the better memory."""
+def optimizer_steps(problem: Problem) -> Iterator[Contender]:
+    """Every optimizer and tier of the device, in every form. All step one copy of the parameters, and those of a family
+    share the optimizer's state, so that none has the better memory."""
+    params = [p.detach().clone().requires_grad_() for p in problem.params]
+    device = params[0].device
+    like = {"generator": torch.Generator(device).manual_seed(1), "device": device, "dtype": params[0].dtype}
+    grads = [torch.randn(p.shape, **like).mul_(_GRADIENT_SCALE) for p in params]
+    for kind, options in KINDS[problem.device]:
+        family = ", ".join([kind.__name__, *(f"{name}={value}" for name, value in options.items())])
+        state: dict[Tensor, Any] = defaultdict(dict)
+        for form in (form for form in FORMS if family.endswith(form.families)):
+            make = partial(_work, problem, form, partial(kind, params, lr=_LEARNING_RATE, **options), state, grads)
+            yield Contender(form.name, form.role, make, family, _PASSES[kind], form.name == NO_PENALTY)
 
-    def __init__(
-        self,
-        kind: type[Optimizer],
-        options: dict[str, bool],
-        ridge: Oracle,  # of the parameters before any step
-        elastic_net: Oracle,  # likewise
-        params: Sequence[Tensor],
-        gradients: Sequence[Tensor],  # of the loss
-    ) -> None:
-        self._ridge, self._elastic_net = ridge, elastic_net
-        self._source, self._params, self._gradients = ridge.params, params, gradients
-        self._optimizer, self._attached, self._attached_prox = (
-            kind(params, lr=_LEARNING_RATE, weight_decay=0.0, **options) for _ in range(3)
-        )
-        self._attached.state = self._attached_prox.state = self._optimizer.state
-        strengths = asdict(_ELASTIC_NET)
-        self._handle = fused_reg.Regularizer(params, **strengths).attach(self._attached)
-        fused_reg.Regularizer(params, **strengths).attach(self._attached_prox, mode="prox")
 
-    def contenders(self, family: str, moved: int) -> list[Contender]:
-        """Composed, with `weight_decay` and alone; attached only to the fused optimizer, because it costs all tiers the
-        same, and the loop, which takes long, only beside one of them."""
-        contenders = [
-            Contender("fused_reg", "ours", moved, self._composed, self._verify_composed, family),
-            Contender(WEIGHT_DECAY, "peer", moved, self._with_weight_decay, self._verify_weight_decay, family),
-            Contender(NO_PENALTY, "limit", moved, self._alone, self._verify_alone, family, True),
-        ]
-        if "fused=True" in family:
-            contenders += [
-                Contender(ATTACHED, "ours", moved, self._attached.step, self._verify_attached, family),
-                Contender(ATTACHED_PROX, "ours", moved, self._attached_prox.step, self._verify_prox, family),
-            ]
-        if family == FUSED_SGD:
-            contenders.append(Contender(LOOP_IN_LOSS, "peer", moved, self._with_loop, self._verify_loop, family))
-        return contenders
+def _work(
+    problem: Problem, form: Form, kind: Callable[..., Optimizer], state: dict[Tensor, Any], grads: Tensors
+) -> Work:
+    """Of an optimizer of the kind; `grads` are those of the loss."""
+    optimizer = kind(weight_decay=_WEIGHT_DECAY if form.name == WEIGHT_DECAY else 0.0)
+    optimizer.state = state
+    params = optimizer.param_groups[0]["params"]
+    attached = form.attach and fused_reg.Regularizer(params, **form.strengths).attach(optimizer, mode=form.attach)
 
-    def _alone(self) -> None:
-        self._optimizer.param_groups[0]["weight_decay"] = 0.0
-        self._optimizer.step()
-
-    def _with_weight_decay(self) -> None:
-        self._optimizer.param_groups[0]["weight_decay"] = _WEIGHT_DECAY
-        self._optimizer.step()
-
-    def _composed(self) -> Tensor:
-        value = fused_reg.fused_penalty(self._params, l2=_RIDGE.l2)
+    def step() -> Tensor:
+        value = form.penalty(params, **form.strengths)
         value.backward()
-        self._alone()
+        optimizer.step()
         return value.detach()
 
-    def _with_loop(self) -> Tensor:
-        value = reference.loop(self._params, _ELASTIC_NET.l1, _ELASTIC_NET.l2)
-        value.backward()
-        self._alone()
-        return value.detach()
+    call = step if form.penalty else optimizer.step
 
-    def _verify_alone(self) -> Errors:
-        self._restart()
-        self._alone()
-        return self._step_error()
-
-    def _verify_weight_decay(self) -> Errors:
-        self._restart()
-        self._with_weight_decay()
-        if isinstance(self._optimizer, AdamW):
-            return self._step_error(decoupled=_WEIGHT_DECAY)
-        return self._step_error(_RIDGE)
-
-    def _verify_composed(self) -> Errors:
-        self._restart()
-        return self._checked("ours", self._composed(), self._ridge)
-
-    def _verify_attached(self) -> Errors:
-        self._restart()
-        self._attached.step()
-        if (value := self._handle.value) is None:
-            raise WrongResultError("the attached regularizer was not called")
-        return self._checked("ours", value, self._elastic_net)
-
-    def _verify_prox(self) -> Errors:
-        self._restart()
-        self._attached_prox.step()
-        return self._step_error(prox=_ELASTIC_NET)
-
-    def _verify_loop(self) -> Errors:
-        self._restart()
-        return self._checked("peer", self._with_loop(), self._elastic_net)
-
-    def _restart(self) -> None:
-        self._optimizer.state.clear()
-        for p, source, gradient in zip(self._params, self._source, self._gradients, strict=True):
+    def verify() -> Errors:
+        state.clear()
+        for p, source, grad in zip(params, problem.params, grads, strict=True):
             p.detach().copy_(source.detach())
-            p.grad = gradient.clone()
+            p.grad = grad.clone()
+        value = call()
+        errors = Errors(gradient_error=_step_error(form, optimizer, problem.params, grads))
+        if form.attach == "grad" and (value := attached.value) is None:
+            raise WrongResultError("the attached regularizer was not called")
+        oracle = problem.oracle(form.strengths)
+        return errors if value is None else oracle.check(form.role, value, gradients(params), grads)
 
-    def _checked(self, role: Role, value: Tensor, oracle: Oracle) -> Errors:
-        """Of a step whose penalty is in `.grad`: the step, the value and the gradient."""
-        self._step_error(oracle.strengths)
-        grads = [p.grad for p in self._params if p.grad is not None]
-        return oracle.check(role, value, grads, self._gradients)
+    return Work(call, verify)
 
-    def _step_error(self, coupled: Strengths = _NONE, decoupled: float = 0.0, prox: Strengths = _NONE) -> Errors:
-        """Of the first step, by the optimizers' formulas in float64.
 
-        Raises:
-            WrongResultError: the step is another one.
-        """
-        error = norm = 0.0
-        for tensors in zip(self._params, self._source, self._gradients, strict=True):
-            for p, source, gradient in pieces(*tensors):
-                w = source.double()
-                direction = gradient.double() + coupled.l1 * w.sign() + 2 * coupled.l2 * w
-                if isinstance(self._optimizer, Adam | AdamW):  # both moments are the first gradient's
-                    direction = direction / (direction.abs() + _EPS) + decoupled * w
-                after = w - _LEARNING_RATE * direction
-                if prox != _NONE:
-                    reference.prox_(after, prox.l1, prox.l2, step=_LEARNING_RATE)
-                error += (p.double() - after).square().sum().item()
-                norm += (after - w).square().sum().item()
-        relative = math.sqrt(error / norm)
-        if not relative <= _TOLERANCE:
-            raise WrongResultError(f"{type(self._optimizer).__name__}'s step is {relative:.3g} off")
-        return Errors(gradient=relative)
+def _step_error(form: Form, optimizer: Optimizer, sources: Tensors, grads: Tensors) -> float:
+    """Of the first step, by the optimizers' formulas in float64."""
+    is_decoupled = form.name == WEIGHT_DECAY and isinstance(optimizer, AdamW)
+    in_gradient = _NONE if is_decoupled or form.attach == "prox" else form.strengths
+    error = norm = 0.0
+    for tensors in zip(optimizer.param_groups[0]["params"], sources, grads, strict=True):
+        for p, source, grad in pieces(*tensors):
+            w = source.double()
+            direction = grad.double() + in_gradient["l1"] * w.sign() + 2 * in_gradient["l2"] * w
+            if isinstance(optimizer, Adam | AdamW):  # both moments are the first gradient's
+                direction = direction / (direction.abs() + _EPS) + is_decoupled * _WEIGHT_DECAY * w
+            after = w - _LEARNING_RATE * direction
+            if form.attach == "prox":
+                reference.prox_(after, **form.strengths, step=_LEARNING_RATE)
+            error += (p.double() - after).square().sum().item()
+            norm += (after - w).square().sum().item()
+    if not (relative := math.sqrt(error / norm)) <= _TOLERANCE:
+        raise WrongResultError(f"{type(optimizer).__name__}'s step is {relative:.3g} off")
+    return relative

@@ -1,108 +1,69 @@
-"""The benchmarks: their cases are the real lists, a wrong result is refused, and what they write can be read."""
+"""The benchmarks: a wrong result is refused before it is timed, times are made of interleaved samples, and what they
+write can be read."""
 
 import dataclasses
-from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+pytest.importorskip("pandas")
+pytest.importorskip("rich")
 
-from benchmarks import draw, markdown, peers, table
+import fused_reg
+from benchmarks import __main__, checks, devices, draw, markdown, measure, optimizers, table, timing
 from benchmarks.cases import CASES
 from benchmarks.checks import WrongResultError
-from benchmarks.figures import with_figures
-from benchmarks.measure import measure, parse
-from benchmarks.optimizers import step_contenders
-from benchmarks.penalties import Problem, penalty_candidates
-from benchmarks.race import Effort
-from benchmarks.rows import MODES, Figure, MemoryRow
-from benchmarks.run import Results
-from benchmarks.timing import STRENGTHS, Measurement, Plan
-from fused_reg import Regularizer, fused_penalty, reference
+from benchmarks.contenders import COMPILED_MODES, MODES, PEERS, Peer, Problem
+from benchmarks.results import Results
+from benchmarks.targets import targets
+from fused_reg import reference
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+OPTIONS = ["--cases", "net", "--rounds", "5", "--seconds", "0", "--no-children"]
+PLAIN_MODES = [mode for mode in MODES if mode not in COMPILED_MODES]
 
-EFFORT = Effort(rounds=5, seconds=0.0)
+# A tensor of several pieces, rows longer than a piece, a convolution, a bias, a scalar row.
+CASE = dataclasses.replace(CASES["net"], shapes=((600, 7), (3, 500), (5, 4, 3, 3), (300,), (1, 1)))
 
 
-@pytest.mark.parametrize(
-    ("name", "tensors", "elements"),
-    [
-        ("resnet50", 161, 25_557_032),
-        ("gpt2", 148, 124_439_808),
-        ("vit_b16", 152, 86_567_656),
-        ("mlp", 4, 101_770),
-        ("net", 4, 241),
-        ("small_tensors", 1000, 64_000),
-        ("one_tensor", 1, 100_000_000),
-    ],
-)
-def test_cases_are_the_real_lists(name, tensors, elements):
-    assert (CASES[name].tensors, CASES[name].elements) == (tensors, elements)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of the smallest case in every mode: the results, and the file."""
-    output = tmp_path_factory.mktemp("bench") / "new" / "results.json"
-    options = ["--cases", "net", "--peers", "loop", "torch._foreach_norm", "--rounds", "5", "--seconds", "0"]
-    return measure(parse([*options, "--no-children", "--output", str(output)])), output
-
-
-def test_a_run_is_complete(run):
-    results, output = run
-    assert Results.read(output) == dataclasses.replace(results, figures=list(results.figures))
-    assert [p.name for p in output.parent.iterdir()] == ["results.json"]  # no temporary file is left
-    assert {row.mode for row in results.rows} == set(MODES)
-    for row in results.rows:
-        assert 0 < row.p20_ms <= row.median_ms <= row.p80_ms
-        assert row.gb_per_s == pytest.approx(row.bytes / row.median_ms / 1e6)
-        assert row.samples == 5
-        assert row.ratio_to_limit > 0
-        if row.role != "limit":
-            assert row.ratio_to_ours > 0
-    bytes_per_element = {row.mode: row.bytes / row.elements for row in results.rows if row.family == ""}
-    composed = {"value": 4, "value_and_grad": 8, "fresh": 8, "present": 12}
-    assert bytes_per_element == composed | {
-        "norm_value": 4,
-        "norm_fresh": 12,
-        "prox": 8,
-        "compiled_fresh": 8,
-        "compiled_present": 12,
+def test_cases_are_the_real_lists():
+    sizes = {name: (len(case.shapes), case.elements) for name, case in CASES.items()}
+    assert sizes == {
+        "net": (4, 241),
+        "mlp": (4, 101_770),
+        "small_tensors": (1000, 64_000),
+        "resnet50": (161, 25_557_032),
+        "vit_b16": (152, 86_567_656),
+        "one_tensor": (1, 100_000_000),
+        "gpt2": (148, 124_439_808),
+        "tinyllama_bf16": (201, 1_100_048_384),
+        "tinyllama": (201, 1_100_048_384),
     }
 
 
-def test_a_run_can_be_shown(run, tmp_path, capsys):
-    results, _ = run
-    table.show(results)
-    printed = capsys.readouterr().out
-    for text in (CASES["net"].title, "optimizer step, AdamW, fused=True", "more are not measured by this run"):
-        assert text in printed
-    text = markdown.markdown(results)
-    for start in (
-        "| forward + backward, .grad present, ms | fused_reg.accumulate_grad_ | fused_reg | loop |",
-        "| proximal step, ms | fused_reg | loop | loop, softshrink |",
-        "| 10-20-1 net, norms of rows |",
-        "| 10-20-1 net, sum of norms, forward + backward, norms of tensors |",
-        "| optimizer step, ms | no penalty | `weight_decay` | step + fused_reg | attached | attached, prox | loop in",
-        "| 10-20-1 net (4 tensors, 241) |",
-    ):
-        assert start in text
-    draw.draw(results, tmp_path / "new" / "picture.png")
-    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+def _refused(params, mode, wrong=()):
+    """The contenders of a mode that are wrong, with some functions replaced: their names and families."""
+    problem, wrong = Problem(params), dict(wrong)
+    peers = [p for p in PEERS if mode in p.modes and p.options is None and "cpu" in p.devices]
+    peers = [peer._replace(penalty=wrong.get(peer.penalty, peer.penalty)) for peer in peers]
+    refused = set()
+    for contender in timing.contenders_of(problem, mode, peers):
+        try:
+            contender.make().verify()
+        except WrongResultError:
+            refused.add(", ".join(filter(None, (contender.name, contender.family))))
+    return refused
 
 
-def test_a_failed_write_leaves_the_old_file(run, tmp_path):
-    results, _ = run
-    path = tmp_path / "results.json"
-    results.write(path)
-    before = path.read_bytes()
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        dataclasses.replace(results, l1=object()).write(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_are_right(dtype, monkeypatch):
+    monkeypatch.setitem(checks.PIECES, "cpu", 256)
+    params = dataclasses.replace(CASE, dtype=dtype).make_params("cpu")
+    for mode in PLAIN_MODES:
+        if mode != "step" or dtype == torch.float32:  # a bfloat16 weight moves by less than its rounding
+            assert (mode, _refused(params, mode)) == (mode, set())
 
 
 class _Nudged(torch.autograd.Function):
@@ -114,95 +75,188 @@ class _Nudged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.nextafter(grad, torch.tensor(torch.inf))
+        return torch.nextafter(grad, torch.full_like(grad, torch.inf))
 
 
-def _nudged_gradient(params, l1, l2):
-    return fused_penalty([_Nudged.apply(p) for p in params], l1, l2)
+def _nudged(params, **strengths):
+    if "l2_norm" in strengths:  # not promised to the bit
+        value = fused_reg.fused_penalty(params, **strengths)
+        return value + 1e-5 * (value - value.detach())
+    return fused_reg.fused_penalty([_Nudged.apply(p) for p in params], **strengths)
 
 
-WRONG = {
-    "value": (lambda params, l1, l2: fused_penalty(params, l1, l2) * (1 + 1e-6), "value", "value error"),
-    "NaN": (lambda params, l1, l2: fused_penalty(params, l1, l2) * torch.nan, "value", "value error nan"),
-    "l2 halved": (lambda params, l1, l2: fused_penalty(params, l1, l2 / 2), "fresh", "value error"),
-    "gradient": (_nudged_gradient, "fresh", "bits"),
-    "added gradient": (_nudged_gradient, "present", "bits"),
-    "no gradient": (lambda params, l1, l2: fused_penalty(params[1:], l1, l2), "fresh", "value error"),
-}
+def _twice(params, **strengths):
+    fused_reg.accumulate_grad_(params, **strengths)
+    return fused_reg.accumulate_grad_(params, **strengths)
 
 
-def test_our_wrong_step_is_refused(monkeypatch):
-    monkeypatch.setattr("fused_reg.fused_penalty", lambda params, l2: fused_penalty(params, l2=2 * l2))
-    params = CASES["net"].make_params(torch.device("cpu"))
-    assert _refused(step_contenders(params)) == {"fused_reg": 6}
+def _off(function, factor):
+    return lambda params, **strengths: factor * function(params, **strengths)
 
 
-def _refused(contenders):
-    """How many of each name are wrong."""
-    names = Counter()
-    for contender in contenders:
-        try:
-            contender.verify()
-        except WrongResultError:
-            names[contender.name] += 1
-    return names
+PENALTY, LOOP, PROX = fused_reg.fused_penalty, reference.loop, fused_reg.prox_
+NORMS = {"fused_reg, norms of tensors", "fused_reg, norms of rows"}
+WRONG = [
+    ("value", {PENALTY: _off(PENALTY, 1 + 1e-6)}, {"fused_reg"}),
+    ("value", {PENALTY: _off(PENALTY, torch.nan)}, {"fused_reg"}),
+    ("value", {LOOP: _off(LOOP, 1.3)}, {"loop"}),
+    ("value_and_grad", {fused_reg.value_and_grad: reference.value_and_grad}, {"fused_reg"}),  # rounds once: other bits
+    ("fresh", {PENALTY: _nudged}, {"fused_reg"}),
+    ("fresh", {PENALTY: lambda p, l1, l2: PENALTY([p[0].detach(), *p[1:]], l1, l2)}, {"fused_reg"}),
+    ("fresh", {LOOP: lambda p, l1, l2: LOOP(p, l1, 0.9 * l2)}, {"loop"}),
+    ("present", {PENALTY: _nudged}, {"fused_reg"}),
+    ("present", {fused_reg.accumulate_grad_: _twice}, {"fused_reg.accumulate_grad_"}),
+    ("norm_value", {PENALTY: _off(PENALTY, 1.00001)}, NORMS),
+    ("norm_fresh", {PENALTY: _nudged}, NORMS),
+]
 
 
-@pytest.mark.parametrize("wrong", ["l1", "l2"])
-def test_our_wrong_attachment_is_refused(wrong, monkeypatch):
-    def regularizer(params, **strengths):
-        return Regularizer(params, **strengths | {wrong: 1.5 * strengths[wrong]})
-
-    monkeypatch.setattr("fused_reg.Regularizer", regularizer)
-    params = CASES["net"].make_params(torch.device("cpu"))
-    assert _refused(step_contenders(params)) == {"fused_reg attached": 2, "fused_reg attached, prox": 2}
+@pytest.mark.parametrize(("mode", "wrong", "names"), WRONG)
+def test_a_wrong_penalty_is_refused(mode, wrong, names):
+    assert _refused(CASE.make_params("cpu"), mode, wrong) == names
 
 
-def test_our_wrong_value_and_grad_is_refused(monkeypatch):
-    monkeypatch.setattr("fused_reg.value_and_grad", reference.value_and_grad)  # rounds once: other bits
-    params = CASES["mlp"].make_params(torch.device("cpu"))
-    ours, *_ = penalty_candidates(Problem(params, STRENGTHS), "value_and_grad", [])
-    with pytest.raises(WrongResultError, match="bits"):
-        ours.build().verify()
+WRONG_PROX = [
+    (lambda p, l1, l2, **rest: PROX(p, 1.01 * l1, l2, **rest), {"fused_reg", *NORMS}),
+    (lambda p, l1, l2, **rest: PROX(p, l1, 1.01 * l2, **rest), {"fused_reg", *NORMS}),
+    (lambda p, l1, l2, l2_norm=0.0, **rest: PROX(p, l1, l2, l2_norm=3 * l2_norm, **rest), NORMS),
+    (lambda p, **rest: None, {"fused_reg", *NORMS}),
+    (
+        lambda p, **rest: [t.masked_fill_(t == 0, 1e-12) for t in PROX(p, **rest) or p],
+        {"fused_reg", *NORMS},
+    ),  # no zeros
+]
 
 
-def _measure(mode, monkeypatch, penalty, role):
-    monkeypatch.setitem(peers.PEERS, "fused_reg", peers.Peer("fused_reg", penalty, role=role))
-    plan = Plan(["net"], [mode], EFFORT, peers=["fused_reg"])
-    (item,) = plan.items()
-    return Measurement(plan).records(*item)
+@pytest.mark.parametrize(("wrong", "names"), WRONG_PROX)
+def test_a_wrong_prox_is_refused(wrong, names, monkeypatch):
+    monkeypatch.setattr(fused_reg, "prox_", wrong)
+    assert _refused(CASE.make_params("cpu"), "prox") == names
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_our_wrong_result_is_refused(name, monkeypatch):
-    penalty, mode, message = WRONG[name]
-    with pytest.raises(WrongResultError, match=f"10-20-1 net, {mode}: fused_reg: .*{message}"):
-        _measure(mode, monkeypatch, penalty, role="ours")
+def test_a_timed_prox_leaves_the_weights():
+    problem = Problem(CASE.make_params("cpu"))
+    for contender in [c for c in timing.prox_steps(problem) if c.role == "ours"]:
+        work = contender.make()
+        work.verify()
+        for _ in range(3):
+            work.call()
+        assert all(torch.equal(w, p) for w, p in zip(work.call.args[0], problem.params, strict=True))
 
 
-def test_a_peers_error_is_shown(monkeypatch):
-    row = _measure("value", monkeypatch, lambda p, l1, l2: 1.05 * reference.loop(p, l1, l2), role="peer")[0]
-    assert row.value_error == pytest.approx(0.05, rel=1e-4)
-    assert table.notable_errors(row) == "value 5 % off"
+@pytest.mark.parametrize("wrong", ["l1", "l2", "penalty"])
+def test_a_wrong_step_is_refused(wrong, monkeypatch):
+    right, (ours, *others) = fused_reg.Regularizer, optimizers.FORMS
+    names = {f"fused_reg attached{mode}, {kind}, fused=True" for mode in ("", ", prox") for kind in ("SGD", "AdamW")}
+    if wrong == "penalty":
+        ours = ours._replace(penalty=lambda p, l1, l2: PENALTY(p, l1, 2 * l2))
+        names = {
+            f"fused_reg, {kind}{tier}" for kind in ("SGD", "AdamW") for tier in ("", ", foreach=True", ", fused=True")
+        }
+    monkeypatch.setattr(
+        fused_reg, "Regularizer", lambda p, **s: right(p, **{k: s[k] * (1 + (k == wrong) / 2) for k in s})
+    )
+    monkeypatch.setattr(optimizers, "FORMS", (ours, *others))
+    assert _refused(CASES["net"].make_params("cpu"), "step") == names
 
 
-def test_a_peer_that_does_another_job_is_refused(monkeypatch):
-    with pytest.raises(WrongResultError, match="gradient error"):
-        _measure("fresh", monkeypatch, lambda p, l1, l2: reference.loop(p, l1, 0.9 * l2), role="peer")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the smallest case in every mode that compiles nothing: the results, and the file."""
+    output = tmp_path_factory.mktemp("bench") / "new" / "results.json"
+    options = [*OPTIONS, "--modes", *PLAIN_MODES, "--peers", "loop", "--output", str(output)]
+    return measure.measure(measure.parse(options)), output
 
 
-def test_figures(run):
-    results, _ = run
-    measured = [figure for figure in results.figures if figure.measured is not None]
-    assert [figure.claim for figure in measured] == [
-        "10-20-1 net, forward + backward: times as fast as loop",
-        "10-20-1 net, step of SGD, fused=True, regularizer attached: microseconds added",
-    ]
-    memory = [
-        MemoryRow("gpt2", name, "ours", parameter_bytes=4, peak_bytes=peak, kept_bytes=0)
-        for name, peak in (("fused_reg", 30), ("torch.compile", 20))
-    ]
-    figures = with_figures(dataclasses.replace(results, memory=memory)).figures
-    assert Figure("GPT-2 small, forward + backward: of the peak memory of torch.compile", 1.5, 1.0, False) in figures
-    assert [Figure("", x, 2.0, at_least=True).passed for x in (None, 1.9, 2.0)] == [None, False, True]
-    assert [Figure("", x, 2.0, at_least=False).passed for x in (None, 2.1, 2.0)] == [None, False, True]
+def test_a_run_is_complete(run):
+    results, output = run
+    assert Results.read(output) == results
+    assert [p.name for p in output.parent.iterdir()] == ["results.json"]  # no temporary file is left
+    assert list(dict.fromkeys(row["mode"] for row in results.rows)) == PLAIN_MODES
+    committed = Results.read(RESULTS / "cpu.json")
+    assert results.machine.keys() == committed.machine.keys()
+    assert results.targets[0].keys() == committed.targets[0].keys()
+    for row in results.rows:
+        assert row.keys() == committed.rows[0].keys()
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert (row["samples"], row["ratio_to_limit"] > 0) == (5, True)
+        assert row["role"] == "limit" or row["ratio_to_ours"] > 0
+    per_element = {row["mode"]: row["bytes"] / row["elements"] for row in results.rows if row["family"] == ""}
+    assert list(per_element.values()) == [4, 8, 8, 12, 4, 12, 8]
+
+
+def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):
+    monkeypatch.setattr(timing, "PEERS", [Peer("loop", _off(LOOP, 1.3), ("value",))])
+    monkeypatch.setattr(timing, "race", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(WrongResultError, match=r"10-20-1 net, value: loop: value error 0.3 is above 0.2"):
+        measure.measure(measure.parse([*OPTIONS, "--modes", "value", "--peers", "loop"]))
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-2026-11-20", "cpu-compiled", "cpu-compiled-small"])
+def test_the_committed_results(name, tmp_path, capsys):
+    path, again = RESULTS / f"{name}.json", tmp_path / "again.json"
+    results = Results.read(path)
+    results.write(again)
+    if name != "cpu-2026-11-20":  # of a version before
+        assert again.read_bytes() == path.read_bytes()
+        found = {target["claim"]: target for target in targets(results)}
+        assert all(found[target["claim"]] == target for target in results.targets)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        dataclasses.replace(results, l1=object()).write(again)
+    assert [p.name for p in tmp_path.iterdir()] == ["again.json"]
+    assert Results.read(again) == results  # what was there is whole
+    assert markdown.document(results, path.name) == path.with_suffix(".md").read_text(encoding="utf-8")
+    table.show(results)
+    assert "one tensor of 100M" in capsys.readouterr().out
+    if name == "cpu":
+        draw.draw(results, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_race_interleaves():
+    """Every round runs each once, in orders that change; the figures are of a made-up clock."""
+    times, ran = {"a": iter(range(1, 100)), "b": iter(range(100, 0, -1))}, []
+
+    class Clock:
+        def stopwatch(self, name):
+            return devices.Stopwatch(7, lambda: ran.append(name) or next(times[name]))
+
+    a, b = devices.race(["a", "b"], 11, 0.0, Clock())  # no seconds are left: the least
+    assert (a.samples, a.calls_per_sample, a.host_us, b.median_ms) == (5, 7, None, 98e3)
+    assert (a.p20_ms, a.median_ms, a.p80_ms) == pytest.approx((1.8e3, 3e3, 4.2e3))
+    rounds = [tuple(ran[i : i + 2]) for i in range(0, 10, 2)]
+    assert set(rounds) == {("a", "b"), ("b", "a")}
+    assert devices.race(["a"], 11, 60.0, Clock())[0].samples == 11
+
+
+def test_a_peers_error_is_shown():
+    assert markdown.notable_errors({"value_error": 0.05, "gradient_error": 1e-5, "dtype": "float32"}) == "value 5 % off"
+
+
+def test_options(capsys):
+    quick, full = measure.parse(["--quick"]), measure.parse([])
+    assert [str(options.output) for options in (quick, full)] == ["build/bench/quick.json", "build/bench/full.json"]
+    assert set(quick.modes) < set(full.modes) == set(MODES)
+    assert (quick.rounds, measure.parse(["--quick", "--rounds", "7"]).rounds) == (15, 7)
+    assert measure.parse(["--peers"]).peers == ["fused_reg", "fused_reg.accumulate_grad_"]
+    for arguments in (["--rounds", "4"], ["--modes", "values"]):
+        with pytest.raises(SystemExit, match="2"):
+            measure.parse(arguments)
+    assert "--rounds must be at least 5, got 4" in capsys.readouterr().err
+    loop = next(peer for peer in PEERS if peer.name == "torch.compile")
+    assert timing.reason_to_skip(quick, loop, "resnet50", "fresh") == "is not in --quick"
+    assert timing.reason_to_skip(quick, loop, "mlp", "fresh") is None
+    assert timing.reason_to_skip(full, loop, "small_tensors", "fresh") == "takes minutes to compile: --compile-all"
+    assert timing.reason_to_skip(measure.parse(["--compile-all"]), loop, "small_tensors", "fresh") is None
+
+
+@pytest.mark.parametrize(("absent", "status"), [("loop", 0), ("fused_reg, CUDA graph", 1), ("", 1)])
+def test_the_exit_status(absent, status, run, tmp_path, monkeypatch):
+    results = dataclasses.replace(run[0], absent=[])
+    results.add_absent("net", "value", absent, "failed")
+    monkeypatch.setattr(__main__, "measure", lambda options: results)
+    monkeypatch.setattr(draw, "draw", lambda results, path: path.touch())
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--output", str(tmp_path / "run.json")])
+    assert __main__.main() == status
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.md", "run.png"]

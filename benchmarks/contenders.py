@@ -1,0 +1,236 @@
+"""What is compared: the kinds of work, the implementations of the penalty, and how each is run and checked."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fused_reg
+from benchmarks.cases import COMPILED_MODES, MODES, NORM_MODES
+from benchmarks.checks import Errors, Oracle, Strengths, Tensors
+from benchmarks.compiling import Compiler, UnavailableError
+from benchmarks.devices import Call, capture
+from fused_reg import reference
+
+#: An elastic net, and the norms of each kind of group with the family of the rows in which it is measured.
+ELASTIC_NET = {"l1": 1e-4, "l2": 1e-3}
+NORMS = {f"norms of {group}s": {"l2_norm": 1e-4, "group": group} for group in ("tensor", "row")}
+
+#: The family of the calls that a CUDA graph replays.
+CUDA_GRAPH = "CUDA graph"
+
+
+class Work(NamedTuple):
+    """One call, and its check, which runs it too."""
+
+    call: Callable[[], object]
+    verify: Callable[[], Errors]
+    compile_s: float | None = None
+    capture_bytes: int | None = None  # that the capture of a CUDA graph allocated, which its replay uses
+
+
+class Contender(NamedTuple):
+    """Something to time. To make it may fail: to compile, to be captured, to be found."""
+
+    name: str
+    role: str  # ours; peer: another way to the same result; limit: of the machine, or the step without a penalty
+    make: Callable[[], Work]
+    family: str = ""  # within a mode, what is compared with what: an optimizer, a kind of group, CUDA_GRAPH
+    passes: int | None = None  # where they are not the mode's
+    is_reference_limit: bool = False  # the limit that the ratios of this family and mode are to
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A parameter list, and what its contenders share."""
+
+    params: Tensors
+    compiler: Compiler = field(default_factory=Compiler)
+    _oracles: dict[str, Oracle] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        return self.params[0].device.type
+
+    @property
+    def families(self) -> list[str]:
+        """The kinds of norms that are measured: rows only where they are more than single elements."""
+        return [name for name in NORMS if name != "norms of rows" or any(p.ndim > 1 for p in self.params)]
+
+    def oracle(self, strengths: Strengths) -> Oracle:
+        return self._oracles.setdefault(str(strengths), Oracle(self.params, strengths))
+
+
+def _foreach_norm(params: Tensors, l1: float, l2: float) -> Tensor:
+    """By the multi-tensor norms of PyTorch's gradient clipping: a call per term, a number per tensor."""
+    absolute, euclidean = (torch.stack(torch._foreach_norm(params, power)) for power in (1, 2))
+    return l1 * absolute.sum() + l2 * euclidean.square().sum()
+
+
+@torch.no_grad()
+def _foreach_add(params: Tensors, l1: float, l2: float) -> Tensor:
+    """The gradient by hand, by PyTorch's multi-tensor operations: added to `.grad`, which is present."""
+    grads = [p.grad for p in params]
+    torch._foreach_add_(grads, torch._foreach_sign(params), alpha=l1)
+    torch._foreach_add_(grads, params, alpha=2 * l2)
+    return _foreach_norm(params, l1, l2)
+
+
+def _foreach_powsum(params: Tensors, l1: float, l2: float) -> Tensor:
+    """By PyTorch's multi-tensor sums of powers, which have no derivative."""
+    if not hasattr(torch, "_foreach_powsum"):
+        raise UnavailableError(f"is not in torch {torch.__version__}")
+    absolute, squares = (torch.stack(torch._foreach_powsum(params, power)) for power in (1, 2))
+    return l1 * absolute.sum() + l2 * squares.sum()
+
+
+def _apex_l2norm(params: Tensors, l2: float) -> Tensor:
+    """By the norm of NVIDIA apex's gradient clipping, which has neither an L1 term nor a derivative."""
+    try:
+        import amp_C
+    except ImportError:
+        raise UnavailableError("is not installed") from None
+    norm, _ = amp_C.multi_tensor_l2norm(2048 * 32, _no_overflow(device=params[0].device), [list(params)], False)
+    return l2 * norm.reshape(()).square()
+
+
+_no_overflow = cache(partial(torch.zeros, 1, dtype=torch.int32))
+
+
+def _loop_of_norms(params: Tensors, l2_norm: float, group: str) -> Tensor:
+    if group == "tensor":
+        return l2_norm * sum(torch.norm(p) for p in params)
+    return l2_norm * sum(torch.linalg.vector_norm(p.reshape(len(p), -1), dim=1).sum() for p in params)
+
+
+class Peer(NamedTuple):
+    """An implementation of the penalty: parameters, strengths -> a 0-dim tensor, which is differentiable, or whose
+    gradient is in `.grad` already; in `value_and_grad` with the gradients."""
+
+    name: str
+    penalty: Callable[..., Any]
+    modes: Sequence[str] = ("value", "fresh", "present")
+    role: str = "peer"
+    options: Mapping[str, Any] | None = None  # of torch.compile, if that compiles it, anew for every case
+    strengths: Strengths = ELASTIC_NET
+    family: str = ""
+    has_backward: bool = True
+    devices: Sequence[str] = ("cpu", "cuda")
+
+
+# The names that tables, targets and pictures ask for.
+OURS, ACCUMULATE, COMPILED_LOOP, LOOP = "fused_reg", "fused_reg.accumulate_grad_", "torch.compile", "loop"
+COMBO_LOOP, COOPERATIVE_LOOP = "torch.compile, combo kernels", "torch.compile, cooperative reductions"
+FOREACH_NORM, FOREACH_ADD = "torch._foreach_norm", "torch._foreach_add_"
+_COMBO, _COOPERATIVE, _GPU = {"combo_kernels": True}, {"triton.cooperative_reductions": True}, ("cuda",)
+
+PEERS = [
+    Peer(OURS, fused_reg.fused_penalty, role="ours"),
+    Peer(OURS, fused_reg.value_and_grad, ("value_and_grad",), "ours", has_backward=False),
+    Peer(ACCUMULATE, fused_reg.accumulate_grad_, ("present",), "ours", has_backward=False),
+    Peer(COMPILED_LOOP, reference.loop, ("value", "fresh", "present", *COMPILED_MODES), options={}),
+    Peer(COMBO_LOOP, reference.loop, options=_COMBO, devices=_GPU),
+    Peer(COOPERATIVE_LOOP, reference.loop, options=_COOPERATIVE, devices=_GPU),
+    Peer(LOOP, reference.loop),
+    Peer(FOREACH_NORM, _foreach_norm),
+    Peer(FOREACH_ADD, _foreach_add, ("present",), has_backward=False),
+    Peer("torch._foreach_powsum", _foreach_powsum, ("value",), devices=_GPU),
+    Peer("apex multi_tensor_l2norm, L2 only", _apex_l2norm, ("value",), strengths={"l2": 1e-3}, devices=_GPU),
+    *(Peer(OURS, fused_reg.fused_penalty, NORM_MODES, "ours", None, norms, name) for name, norms in NORMS.items()),
+    *(Peer(LOOP, _loop_of_norms, NORM_MODES, "peer", None, norms, name) for name, norms in NORMS.items()),
+]
+
+
+def limited(mode: str) -> str:
+    """The one of ours whose time the limits of a mode bound."""
+    return ACCUMULATE if mode == "present" else OURS
+
+
+def penalties(problem: Problem, mode: str, peers: Sequence[Peer]) -> Iterator[Contender]:
+    """Each of the peers, called and, on a GPU and without norms, in a CUDA graph."""
+    for is_graph in (False, True) if problem.device == "cuda" else (False,):
+        for peer in peers:
+            if not peer.family or (peer.family in problem.families and not is_graph):
+                family = CUDA_GRAPH if is_graph else peer.family
+                yield Contender(peer.name, peer.role, partial(_work, problem, mode, peer, is_graph), family)
+
+
+def _work(problem: Problem, mode: str, peer: Peer, is_graph: bool) -> Work:
+    is_compiled, wants_grad, compiler = peer.options is not None, MODES[mode].grad is not None, problem.compiler
+    penalty = compiler.function(peer.name, peer.penalty, peer.options) if is_compiled else peer.penalty
+    once = partial(penalty, problem.params, **peer.strengths)
+    if peer.has_backward:
+        once = partial(forward_backward, once) if wants_grad else torch.no_grad()(once)
+    compile_s = compiler.seconds(peer.name, once, wants_grad) if is_compiled else None
+    return penalty_work(problem, mode, peer, once, is_graph)._replace(compile_s=compile_s)
+
+
+def forward_backward(penalty: Callable[[], Tensor]) -> Tensor:
+    value = penalty()
+    value.backward()
+    return value
+
+
+def penalty_work(
+    problem: Problem, mode: str, peer: Peer, once: Call, is_graph: bool = False, task: Call | None = None
+) -> Work:
+    """`once` is what is timed: it computes a value and the mode's gradients. `task`: what else is in the loss."""
+    params, grad, allocated = problem.params, MODES[mode].grad, None
+
+    def run() -> tuple[Tensor, Tensors | None]:
+        if grad == "fresh":  # in a graph the gradients are written anew, to the same memory
+            clear(params)
+        result = once()
+        return result if mode == "value_and_grad" else (result.detach(), gradients(params) if grad else None)
+
+    def call() -> None:
+        once()
+        if grad == "fresh":  # the one who allocated them pays for freeing them
+            clear(params)
+
+    if is_graph:
+        set_gradients(params, mode)
+        call, result, allocated = capture(run)
+
+    def verify() -> Errors:
+        of_task = []
+        if task:
+            clear(params)
+            task().backward()
+            of_task = gradients(params)
+            clear(params)  # or what is set next would be written over them
+        base = set_gradients(params, mode)
+        base = torch._foreach_add(of_task, base) if of_task and base else of_task or base
+        value, grads = (call(), result)[1] if is_graph else run()
+        oracle, in_one_pass = problem.oracle(peer.strengths), not peer.has_backward
+        is_checked = peer.role != "limit"
+        errors = oracle.check(peer.role, value, grads, base, not task, in_one_pass) if is_checked else Errors()
+        if grad == "fresh":
+            clear(params)
+        return errors
+
+    return Work(call, verify, capture_bytes=allocated)
+
+
+def clear(params: Tensors) -> None:
+    """Free the gradients."""
+    for p in params:
+        p.grad = None
+
+
+def gradients(params: Tensors) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def set_gradients(params: Tensors, mode: str) -> list[Tensor] | None:
+    """What the mode finds in `.grad`: a copy of the gradients returned, in the same memory every time; or nothing."""
+    if MODES[mode].grad != "present":
+        return clear(params)
+    base = [p.detach() * 0.5 for p in params]
+    for p, gradient in zip(params, base, strict=True):
+        p.grad = torch.empty_like(gradient) if p.grad is None else p.grad
+        p.grad.copy_(gradient)
+    return base
