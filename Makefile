@@ -20,7 +20,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*
 SETUP := pyproject.toml setup.py build_backend.py build_config.py cuda_toolkit.py
 PY := fused_reg tests benchmarks examples docs/conf.py $(filter %.py,$(SETUP)) scripts
 
-.PHONY: build lint format types docs docs-links pytest pytest-long ctest ctest-long cuda-compile cuda-on-host cuda-build \
+.PHONY: build lint format types docs docs-links pytest pytest-long configure ctest ctest-long cuda-compile cuda-on-host cuda-build \
 	test test-rest test-all bench bench-full constraints clean
 
 $(VENV)/.environment:
@@ -69,10 +69,16 @@ pytest: build
 pytest-long: $(VENV)/.all
 	$(RUN) python -m pytest $(WORKERS) --long -m long
 
-ctest: build
+configure: build
 	$(RUN) cmake -S . -B build/cmake -G Ninja -DFUSED_REG_WERROR=$(WERROR) -DPython3_EXECUTABLE="$(abspath $(VENV))/bin/python"
+
+ctest: configure
+	$(RUN) cmake --build build/cmake --target quick_tests
+	$(RUN) ctest --test-dir build/cmake -j 2 --output-on-failure -L quick
+
+ctest-long: configure
 	$(RUN) cmake --build build/cmake
-	$(RUN) ctest --test-dir build/cmake -j 2 --output-on-failure
+	$(RUN) ctest --test-dir build/cmake -j 2 --output-on-failure -LE quick
 
 # The CUDA backend, for every architecture and without a GPU; skipped without nvcc, unless FUSED_REG_REQUIRE_NVCC=1.
 cuda-compile: build
