@@ -17,8 +17,9 @@ import cuda_toolkit
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda_build"
 NOT_SOURCE = ("build", "dist", ".*", "*.so", "*.egg-info", "__pycache__")
-# pip without a configuration of the user's own.
-ENVIRON = {name: os.environ[name] for name in ("HOME", "PATH", "CUDA_HOME", "MAX_JOBS") if name in os.environ}
+# pip without a configuration of the user's own, which may lead to another torch.
+ENVIRON = {name: os.environ[name] for name in ("PATH", "CUDA_HOME", "MAX_JOBS") if name in os.environ}
+ENVIRON["HOME"] = str(BUILD / "home")
 
 
 def run(*command: str | Path, **environ: str) -> str:
