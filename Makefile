@@ -14,7 +14,7 @@ VENV ?= .venv
 WERROR ?= 0
 
 WORKERS := --numprocesses 2 --dist loadfile
-PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check $(addprefix --constraint=,$(CONSTRAINTS))
+PIP := $(VENV)/bin/python -m pip install --no-compile --disable-pip-version-check $(addprefix --constraint=,$(CONSTRAINTS))
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h)
 SETUP := pyproject.toml setup.py build_backend.py build_config.py cuda_toolkit.py
@@ -99,7 +99,9 @@ docs: build
 docs-links: build
 	$(RUN) sphinx-build --quiet -b linkcheck -d build/doctrees docs build/docs-links
 
-test: lint types docs ctest pytest
+test:
+	$(MAKE) --jobs 2 --output-sync lint types docs ctest
+	$(MAKE) pytest
 
 test-rest: ctest-long cuda-compile cuda-on-host cuda-build pytest-long
 

@@ -347,9 +347,14 @@ def check_compiled_code() -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("check", [check_modes, check_loss_is_a_dtensor, check_compiled_code])
+@pytest.mark.parametrize("check", [check_modes, check_loss_is_a_dtensor])
 def test_composes(check, world):
     ranks(world).run(check)
+
+
+@pytest.mark.parametrize("world", first_quick(2, 3, 4))
+def test_compiled_code(world):
+    ranks(world).run(check_compiled_code)
 
 
 def check_errors() -> None:

@@ -160,6 +160,7 @@ def test_strengths_outside_of_float32(device):
     assert_all_values([w], l1=1e50)
 
 
+@pytest.mark.long
 def test_hundred_million(device):
     w = torch.from_numpy(np.random.default_rng(1).random(100_000_000, dtype=np.float32)).to(device)
     assert_value(fused_penalty(w, l1=1e-3, l2=1e-2), [w], 1e-3, 1e-2)
