@@ -29,7 +29,10 @@ Group: TypeAlias = Literal["tensor", "row"]
 
 
 class Strengths(NamedTuple):
-    """The strengths as the operators take them: floats (none, one, or one per parameter), or a tensor that wins."""
+    """The strengths as the operators take them: floats (none, one, or one per parameter), or a tensor that wins.
+
+    It has no properties: of a NamedTuple, the compiler of torch 2.10 does not understand them.
+    """
 
     l1: tuple[float, ...] = ()
     l2: tuple[float, ...] = ()
@@ -39,16 +42,13 @@ class Strengths(NamedTuple):
     l2_norm_tensor: Tensor | None = None
     rows: bool = False
 
-    @property
     def has_norms(self) -> bool:
         return self.l2_norm_tensor is not None or bool(self.l2_norm)
 
-    @property
     def tensors(self) -> dict[str, Tensor | None]:
         return {"l1": self.l1_tensor, "l2": self.l2_tensor, "l2_norm": self.l2_norm_tensor}
 
-    @property
-    def requires_grad(self) -> bool:
+    def are_trained(self) -> bool:
         l1, l2, l2_norm = self.l1_tensor, self.l2_tensor, self.l2_norm_tensor
         return (
             (l1 is not None and l1.requires_grad)

@@ -36,15 +36,15 @@ Measure: TypeAlias = Callable[[Sequence[Tensor], Strengths], tuple[Tensor, Tenso
 def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | None = None) -> Tensor:
     """The differentiable penalty of a list that is not empty; ``measure``: by other norms than the list's own."""
     if measure is not None:
-        return _apply_two_launches(strengths, measure, *params)
+        return _in_two_launches(strengths, measure, params)
     if _transforms_active():
         return composed_penalty(params, strengths)
     if not torch.is_grad_enabled():
         return _ops.penalty(params, *strengths)
-    if strengths.requires_grad:
+    if strengths.are_trained():
         return composed_penalty(params, strengths)
-    if strengths.has_norms or is_compiling():  # compiled code comes here with shards only
-        return _apply_two_launches(strengths, None, *params)
+    if strengths.has_norms() or is_compiling():  # compiled code comes here with shards only
+        return _in_two_launches(strengths, None, params)
     return _apply_penalty(strengths, *params)
 
 
@@ -55,11 +55,11 @@ def traced_penalty(params: Sequence[Tensor], strengths: Strengths, *, are_positi
         return specified_penalty(params, strengths)
     if not torch.is_grad_enabled():
         return _ops.penalty(params, *strengths)
-    if strengths.requires_grad:
+    if strengths.are_trained():
         return composed_penalty(params, strengths)
     if can_merge(params, strengths):
         return merged_penalty(params, strengths, are_positive)
-    return _apply_two_launches(strengths, None, *params)
+    return _in_two_launches(strengths, None, params)
 
 
 class _Penalty(Function):
@@ -108,7 +108,7 @@ class _TwoLaunchPenalty(Function):
         first_groups: Sequence[int] = ()
         if measure is not None:
             value, norms, first_groups = measure(params, strengths)
-        elif strengths.has_norms and any(ctx.needs_grad):
+        elif strengths.has_norms() and any(ctx.needs_grad):
             value, norms = _ops.penalty_and_norms(params, *strengths)
             first_groups = (0, *accumulate(group_count(p, strengths.rows) for p in params))
         else:
@@ -137,6 +137,12 @@ class _TwoLaunchPenalty(Function):
 # excluded functorch, so this is the C++ method beneath.
 _apply_penalty: Callable[..., Tensor] = super(Function, _Penalty).apply
 _apply_two_launches: Callable[..., Tensor] = super(Function, _TwoLaunchPenalty).apply
+
+
+def _in_two_launches(strengths: Strengths, measure: Measure | None, params: Sequence[Tensor]) -> Tensor:
+    # Of the two, torch 2.10 traces only this one.
+    apply: Callable[..., Tensor] = _TwoLaunchPenalty.apply if is_compiling() else _apply_two_launches
+    return apply(strengths, measure, *params)
 
 
 def _check_memory(params: Sequence[Tensor]) -> None:

@@ -19,7 +19,7 @@ from fused_reg._arguments import Strengths
 
 def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The penalty as a function of a table of strengths and the parameters: differentiable to any order in both."""
-    rows = strengths.rows if strengths.has_norms else None
+    rows = strengths.rows if strengths.has_norms() else None
     composed = _operator if is_compiling() else _composed_penalty
     return composed(params, table_of(strengths, len(params), params[0].device), rows)
 
@@ -44,7 +44,7 @@ def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
     """The strengths as one differentiable tensor, [count, 3] float64 (without l2_norm [count, 2]). On a GPU, nothing
     waits for it."""
     columns = []
-    for floats, tensor in list(zip(strengths[:3], strengths[3:6], strict=True))[: 3 if strengths.has_norms else 2]:
+    for floats, tensor in list(zip(strengths[:3], strengths[3:6], strict=True))[: 3 if strengths.has_norms() else 2]:
         if tensor is not None:
             if not tensor.is_cpu and tensor.device != device:
                 raise ValueError(

@@ -32,7 +32,7 @@ _MOST_SUMMED = 1 << 17
 def can_merge(params: Sequence[Tensor], strengths: Strengths) -> bool:
     """Whether a list in compiled code is one for `merged_penalty`."""
     return (
-        not strengths.has_norms
+        not strengths.has_norms()
         and bool(strengths.l1 or strengths.l2 or strengths.l1_tensor is not None or strengths.l2_tensor is not None)
         and 0.0 not in strengths.l1 + strengths.l2  # a parameter without a term would have no gradient
         and len(params) <= MOST_TENSORS

@@ -232,7 +232,7 @@ def _cut_of(i: int, p: Any, strengths: Strengths) -> tuple[Any, Any]:
                 f"params[{i}] must be sharded or replicated, got {placement!r}; use `.redistribute(placements=...)`"
             )
         if not placement.is_replicate() and mesh.size(d) > 1:
-            cuts_groups = strengths.has_norms and (placement.dim > 0 or not strengths.rows)
+            cuts_groups = strengths.has_norms() and (placement.dim > 0 or not strengths.rows)
             (groups if cuts_groups else rest).append(d)
     return processes(mesh, tuple(groups)), processes(mesh, tuple(rest))
 
@@ -250,7 +250,7 @@ class Bucket(NamedTuple):
     def penalty(self) -> Tensor:
         """Of the whole bucket, on every process."""
         with self._places_in_errors():
-            if self.strengths.requires_grad:
+            if self.strengths.are_trained():
                 return self._composed_penalty()
             measure = None if self.sharing_groups is None else self._measure
             return total(_autograd.penalty(self.shards, self.strengths, measure), self.sharing_rest)
@@ -386,5 +386,5 @@ def _in_slots(norms: Tensor, shards: list[Tensor], slots: list[int], rows: bool)
 
 
 def _shared(strengths: Strengths, group: Any) -> Strengths:
-    l1, l2, l2_norm = (None if t is None else shared(t, group) for t in strengths.tensors.values())
+    l1, l2, l2_norm = (None if t is None else shared(t, group) for t in strengths.tensors().values())
     return strengths._replace(l1_tensor=l1, l2_tensor=l2, l2_norm_tensor=l2_norm)

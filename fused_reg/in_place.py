@@ -146,7 +146,7 @@ def _checked_shards(
 ) -> list[Tensor]:
     try:
         shards = distributed.with_grads(tensors) if distributed.is_sharded(tensors) else tensors
-        check_devices(name, shards, {**strengths.tensors, "scale": factor[1]})
+        check_devices(name, shards, {**strengths.tensors(), "scale": factor[1]})
         modes, grads = _grads_of(shards)
         _ops.check_accumulation(shards, grads, [mode if mode == _ADD else _SKIP for mode in modes])
     except Exception as error:
@@ -163,7 +163,7 @@ def check_writable(
         if distributed.is_sharded(tensors):
             distributed.check_distinct(tensors)
             shards = distributed.shards_of(tensors)
-        check_devices(name, shards, {**strengths.tensors, "step": step[1]})
+        check_devices(name, shards, {**strengths.tensors(), "step": step[1]})
         _ops.check_writable(shards)
     except Exception as error:
         raise_explained(name, tensors, error)

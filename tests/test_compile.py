@@ -406,7 +406,7 @@ def calls(params, strengths, device):
     yield "accumulate_grad_", (params, written, modes, 1.0, scale, *strengths)
     yield "prox_", (grads, (0.1,), None, None, (), *strengths)
     yield "prox_", (grads, (), scale, None, (), *strengths)
-    if strengths.has_norms:
+    if strengths.has_norms():
         norms = torch.ops.fused_reg.group_norms(params, strengths.rows)
         sizes = [p.numel() and (p.shape[0] if strengths.rows and p.ndim else 1) for p in params]
         firsts = [sum(sizes[:i]) for i in range(count) if needs_grad[i]]
