@@ -50,13 +50,14 @@ def _of_mode(results: Results, mode: Any) -> str:
     """A line for each case, a column for each contender."""
     own, order, lines = results.machine["capability"], list(CASES), {}
     rows = [row for row in results.rows if row["mode"] == mode.mode]
-    rows.sort(key=lambda row: (row["capability"] != own, order.index(row["case"]), row["implementation"] != mode.ours))
+    ours = mode.ours if any(row["implementation"] == mode.ours for row in rows) else OURS
+    rows.sort(key=lambda row: (row["capability"] != own, order.index(row["case"]), row["implementation"] != ours))
     columns = dict.fromkeys(row["implementation"] for row in rows)
     for row in rows:
         label = joined(sized(row["case"]), row["family"], row["capability"] * (row["capability"] != own))
         line = lines.setdefault(label, {mode.title: label} | dict.fromkeys(columns, "-"))
         median = row["median_ms"]
-        first = results.find(row["case"], mode.mode, mode.ours, row["family"], row["capability"])
+        first = results.find(row["case"], mode.mode, ours, row["family"], row["capability"])
         ratio = f" ({median / first['median_ms']:.1f}x)" if first and first is not row else ""
         line[row["implementation"]] = joined(number(median) + ratio, notable_errors(row))
         if first is row:
