@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +11,8 @@ from fused_reg import reference
 
 Tensors = Sequence[Tensor]
 Strengths = Mapping[str, Any]  # the arguments of `fused_reg.fused_penalty`
+# How far from float64: the value, relative; the gradient, of its largest element. None: there is none.
+Errors = tuple[float | None, float | None]
 
 # float64 copies of a whole list need gigabytes, so they are made piece by piece. On a CPU pieces that fit into a cache
 # are checked three times as fast as larger ones; a GPU has memory, and each piece costs it launches.
@@ -31,13 +31,6 @@ class WrongResultError(Exception):
     """An implementation does not compute what it is measured for."""
 
 
-class Errors(NamedTuple):
-    """How far from float64: the value, relative; the gradient, of its largest element. None: there is none."""
-
-    value_error: float | None = None
-    gradient_error: float | None = None
-
-
 def pieces(*tensors: Tensor, group: str | None = None) -> Iterator[tuple[Tensor, ...]]:
     """Corresponding pieces of tensors of one shape; where norms are of groups, each holds whole groups."""
     size = PIECES[tensors[0].device.type]
@@ -54,63 +47,68 @@ def largest_relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def demand(tolerance: str, dtype: torch.dtype, error: float, name: str) -> float:
-    """The error, which must be within the tolerance; NaN is not."""
-    if not error <= (most := TOLERANCES[dtype][tolerance]):
+    if not error <= (most := TOLERANCES[dtype][tolerance]):  # NaN is not
         raise WrongResultError(f"{name} error {error:.3g} is above {most:.3g}")
     return error
 
 
-@dataclass(frozen=True)
-class Oracle:
-    """What the penalty of these parameters is, and how to tell whether an implementation computed it."""
+class Problem:
+    """A parameter list, what compiles for it, and how to tell whether an implementation computed its penalty."""
 
-    params: Tensors
-    strengths: Strengths
+    def __init__(self, params: Tensors, compiler: Any = None) -> None:
+        self.params, self.compiler, self._values = params, compiler, {}
 
-    @cached_property
-    def value(self) -> float:
+    @property
+    def device(self) -> str:
+        return self.params[0].device.type
+
+    def _value(self, strengths: Strengths) -> float:
         """The penalty in float64: a sum, so that of a list is the sum over its pieces."""
-        parts = (part for p in self.params for (part,) in pieces(p, group=self.strengths.get("group")))
-        return math.fsum(reference.fused_penalty(part.double(), **self.strengths).item() for part in parts)
+        if (key := str(strengths)) not in self._values:
+            parts = (part for p in self.params for (part,) in pieces(p, group=strengths.get("group")))
+            penalties = (reference.fused_penalty(part.double(), **strengths) for part in parts)
+            self._values[key] = math.fsum(penalty.item() for penalty in penalties)
+        return self._values[key]
 
     def check(
         self,
         role: str,
+        strengths: Strengths,
         value: Tensor,
         grads: Tensors | None = None,
-        base: Tensors | None = None,  # what the gradients were added to; None: they are fresh
-        is_alone: bool = True,  # in a loss; else `base` holds to the rounding only
-        in_one_pass: bool = False,  # a narrow dtype was rounded after the addition only
+        base: Tensors | None = None,
+        is_alone: bool = True,
+        in_one_pass: bool = False,
     ) -> Errors:
-        """The errors of a penalty and its gradients, if they are within what is demanded of the role."""
-        dtype, is_ours = self.params[0].dtype, role == "ours"
-        error = demand("contract" if is_ours else "value", dtype, abs(value.item() / self.value - 1), "value")
+        """The errors of a penalty and its gradients, if they are within what is demanded of the role. The gradients
+        were added to `base`, or are fresh; `is_alone`: in a loss, or else `base` holds to the rounding only;
+        `in_one_pass`: a narrow dtype was rounded after the addition only."""
+        dtype, is_ours, group = self.params[0].dtype, role == "ours", strengths.get("group")
+        error = demand(
+            "contract" if is_ours else "value", dtype, abs(value.item() / self._value(strengths) - 1), "value"
+        )
         if grads is None:
-            return Errors(error)
+            return error, None
         if len(grads) != len(self.params):
             raise WrongResultError(f"{len(grads)} gradients for {len(self.params)} parameters")
-        tolerance = "elements"
-        if "group" in self.strengths:  # a loop's gradient is off by as much as the norm that it divides by
-            tolerance = "roundings" if is_ours else "value"
-        elif is_ours and is_alone:
-            self._check_bits(grads, base, in_one_pass)
-        pairs = self._compared(
-            grads, base, lambda part: reference.value_and_grad(part.double(), **self.strengths)[1][0]
-        )
-        return Errors(error, demand(tolerance, dtype, largest_relative(pairs), "gradient"))
 
-    def _check_bits(self, grads: Tensors, base: Tensors | None, in_one_pass: bool) -> None:
+        def compared(formula: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+            """Each piece of a gradient with what the formula makes of the parameter's."""
+            for tensors in zip(self.params, grads, *([base] if base else []), strict=True):
+                for part, grad, *before in pieces(*tensors, group=group):
+                    yield grad, sum(before, formula(part))
+
         def by_loop(part: Tensor) -> Tensor:  # of a narrower dtype: in float32, rounded once
             leaf = part.to(torch.promote_types(part.dtype, torch.float32)).requires_grad_()
-            (grad,) = torch.autograd.grad(reference.loop(leaf, **self.strengths), leaf)
+            (grad,) = torch.autograd.grad(reference.loop(leaf, **strengths), leaf)
             return grad if in_one_pass else grad.to(part.dtype)
 
-        for grad, expected in self._compared(grads, base, by_loop):
-            if not torch.equal(grad.view(torch.uint8), expected.to(grad.dtype).view(torch.uint8)):
-                raise WrongResultError("a gradient has not the bits of the loop's")
-
-    def _compared(self, grads: Tensors, base: Tensors | None, formula: Callable[[Tensor], Tensor]) -> Iterator:
-        """Each piece of a gradient with what the formula makes of the parameter's."""
-        for tensors in zip(self.params, grads, *([base] if base else []), strict=True):
-            for part, grad, *before in pieces(*tensors, group=self.strengths.get("group")):
-                yield grad, sum(before, formula(part))
+        tolerance = "elements"
+        if group:  # a loop's gradient is off by as much as the norm that it divides by
+            tolerance = "roundings" if is_ours else "value"
+        elif is_ours and is_alone:
+            for grad, expected in compared(by_loop):
+                if not torch.equal(grad.view(torch.uint8), expected.to(grad.dtype).view(torch.uint8)):
+                    raise WrongResultError("a gradient has not the bits of the loop's")
+        exact = compared(lambda part: reference.value_and_grad(part.double(), **strengths)[1][0])
+        return error, demand(tolerance, dtype, largest_relative(exact), "gradient")

@@ -15,19 +15,14 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from benchmarks.checks import Tensors
-from benchmarks.contenders import COMPILED_LOOP, OURS, PEERS, Contender, Peer, Problem, Work, penalty_work
+from benchmarks.checks import Problem, Tensors
+from benchmarks.contenders import COMPILED_LOOP, OURS, PEERS, Contender, Peer, Work, penalty_work
 from benchmarks.devices import Call
-from benchmarks.optimizers import NO_PENALTY
+from benchmarks.updates import NO_PENALTY
 
-# Small: beside a real batch's work the penalty would not be seen.
-_BATCH = 8
-
-# Of the task's loss, or its gradients would hide a penalty's that is wrong.
-_SCALE = 1e-3
-
-# A long vector is a matrix with rows of this length: no model has a bias of millions.
-_LONG, _ROW = 1_000_000, 10_000
+_BATCH = 8  # small: beside a real batch's work the penalty would not be seen
+_SCALE = 1e-3  # of the task's loss, or its gradients would hide a penalty's that is wrong
+_LONG, _ROW = 1_000_000, 10_000  # a long vector is a matrix with rows of this length: no model has a bias of millions
 
 _NOTHING = Peer(NO_PENALTY, lambda params, l1, l2: params[0].new_zeros(()), role="limit")
 
@@ -56,9 +51,8 @@ def _is_vector(p: Tensor) -> bool:
 
 
 def _task_loss(params: Tensors, inputs: Tensors) -> Tensor:
-    outputs = [
-        x * p if _is_vector(p) else x @ p.reshape(-1, x.shape[1]).t() for p, x in zip(params, inputs, strict=True)
-    ]
+    pairs = zip(params, inputs, strict=True)
+    outputs = [x * p if _is_vector(p) else x @ p.reshape(-1, x.shape[1]).t() for p, x in pairs]
     return _SCALE * sum((y.square().mean() for y in outputs[1:]), start=outputs[0].square().mean())
 
 
@@ -82,7 +76,7 @@ def _work(problem: Problem, mode: str, peer: Peer, inputs: Tensors, copies: list
 
     def compile_second() -> None:
         functions[:] = [second]
-        compiler.seconds(names[1], work.call, wants_grad=True)
+        compiler.seconds(names[1], work.verify, wants_grad=True)
         functions.append(first)
 
     work = penalty_work(problem, mode, peer, once, task=lambda: _task_loss(params, inputs))

@@ -1,8 +1,10 @@
-"""What is compared: the kinds of work, the implementations of the penalty, and how each is run and checked."""
+"""What is compared: the implementations of the penalty, and how each is compiled, run and checked."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
+from time import perf_counter
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,58 +12,74 @@ from torch import Tensor
 
 import fused_reg
 from benchmarks.cases import COMPILED_MODES, MODES, NORM_MODES
-from benchmarks.checks import Errors, Oracle, Strengths, Tensors
-from benchmarks.compiling import Compiler, UnavailableError
+from benchmarks.checks import Errors, Problem, Strengths, Tensors
 from benchmarks.devices import Call, capture
 from fused_reg import reference
 
 #: An elastic net, and the norms of each kind of group with the family of the rows in which it is measured.
 ELASTIC_NET = {"l1": 1e-4, "l2": 1e-3}
 NORMS = {f"norms of {group}s": {"l2_norm": 1e-4, "group": group} for group in ("tensor", "row")}
-
-#: The family of the calls that a CUDA graph replays.
-CUDA_GRAPH = "CUDA graph"
+CUDA_GRAPH = "CUDA graph"  # the family of the calls that one replays
 
 
 class Work(NamedTuple):
-    """One call, and its check, which runs it too."""
-
-    call: Callable[[], object]
-    verify: Callable[[], Errors]
+    call: Call
+    verify: Callable[[], Errors]  # which calls it too
     compile_s: float | None = None
     capture_bytes: int | None = None  # that the capture of a CUDA graph allocated, which its replay uses
 
 
 class Contender(NamedTuple):
-    """Something to time. To make it may fail: to compile, to be captured, to be found."""
+    """Something to time. To make it may fail: to compile, to be captured."""
 
     name: str
     role: str  # ours; peer: another way to the same result; limit: of the machine, or the step without a penalty
     make: Callable[[], Work]
-    family: str = ""  # within a mode, what is compared with what: an optimizer, a kind of group, CUDA_GRAPH
+    family: str = ""  # within a mode, what is compared with what: an optimizer, a kind of group, a CUDA graph
     passes: int | None = None  # where they are not the mode's
     is_reference_limit: bool = False  # the limit that the ratios of this family and mode are to
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A parameter list, and what its contenders share."""
+class Compiler:
+    """What a run compiles, each function once for a case, until the seconds that the run may spend on it are spent."""
 
-    params: Tensors
-    compiler: Compiler = field(default_factory=Compiler)
-    _oracles: dict[str, Oracle] = field(default_factory=dict)
+    def __init__(self, seconds: float = math.inf) -> None:
+        self._seconds, self._spent = seconds, 0.0
+        self.reset()
 
-    @property
-    def device(self) -> str:
-        return self.params[0].device.type
+    def reset(self) -> None:
+        """Forget what was compiled for the last case."""
+        torch._dynamo.reset()
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._took: dict[tuple[str, bool], float] = {}
 
-    @property
-    def families(self) -> list[str]:
-        """The kinds of norms that are measured: rows only where they are more than single elements."""
-        return [name for name in NORMS if name != "norms of rows" or any(p.ndim > 1 for p in self.params)]
+    def function(self, name: str, function: FunctionType, options: Mapping[str, Any] | None = None) -> Callable:
+        """It, compiled, and known by the name."""
+        if name not in self._functions:
+            # Dynamo finds what it compiled by the code, and would try that of every other closure of the same.
+            code, known, closure = function.__code__.replace(), function.__globals__, function.__closure__
+            own = FunctionType(code, known, argdefs=function.__defaults__, closure=closure)
+            own.__kwdefaults__ = function.__kwdefaults__
+            self._functions[name] = torch.compile(own, fullgraph=True, dynamic=False, options=options or None)
+        return self._functions[name]
 
-    def oracle(self, strengths: Strengths) -> Oracle:
-        return self._oracles.setdefault(str(strengths), Oracle(self.params, strengths))
+    def seconds(self, name: str, call: Call, wants_grad: bool) -> float:
+        """Run the call that compiles; the seconds it took, or had taken."""
+        if (name, wants_grad) not in self._took:
+            if self._spent >= self._seconds:
+                raise TimeoutError(f"the run's {self._seconds:g} seconds for compiling are spent")
+            start = perf_counter()
+            try:
+                call()
+            finally:
+                self._took[name, wants_grad] = perf_counter() - start
+                self._spent += self._took[name, wants_grad]
+        return self._took[name, wants_grad]
+
+
+def families_of(params: Tensors) -> list[str]:
+    """The kinds of norms that are measured: rows only where they are more than single elements."""
+    return [name for name in NORMS if name != "norms of rows" or any(p.ndim > 1 for p in params)]
 
 
 def _foreach_norm(params: Tensors, l1: float, l2: float) -> Tensor:
@@ -77,27 +95,6 @@ def _foreach_add(params: Tensors, l1: float, l2: float) -> Tensor:
     torch._foreach_add_(grads, torch._foreach_sign(params), alpha=l1)
     torch._foreach_add_(grads, params, alpha=2 * l2)
     return _foreach_norm(params, l1, l2)
-
-
-def _foreach_powsum(params: Tensors, l1: float, l2: float) -> Tensor:
-    """By PyTorch's multi-tensor sums of powers, which have no derivative."""
-    if not hasattr(torch, "_foreach_powsum"):
-        raise UnavailableError(f"is not in torch {torch.__version__}")
-    absolute, squares = (torch.stack(torch._foreach_powsum(params, power)) for power in (1, 2))
-    return l1 * absolute.sum() + l2 * squares.sum()
-
-
-def _apex_l2norm(params: Tensors, l2: float) -> Tensor:
-    """By the norm of NVIDIA apex's gradient clipping, which has neither an L1 term nor a derivative."""
-    try:
-        import amp_C
-    except ImportError:
-        raise UnavailableError("is not installed") from None
-    norm, _ = amp_C.multi_tensor_l2norm(2048 * 32, _no_overflow(device=params[0].device), [list(params)], False)
-    return l2 * norm.reshape(()).square()
-
-
-_no_overflow = cache(partial(torch.zeros, 1, dtype=torch.int32))
 
 
 def _loop_of_norms(params: Tensors, l2_norm: float, group: str) -> Tensor:
@@ -121,10 +118,9 @@ class Peer(NamedTuple):
     devices: Sequence[str] = ("cpu", "cuda")
 
 
-# The names that tables, targets and pictures ask for.
-OURS, ACCUMULATE, COMPILED_LOOP, LOOP = "fused_reg", "fused_reg.accumulate_grad_", "torch.compile", "loop"
-COMBO_LOOP, COOPERATIVE_LOOP = "torch.compile, combo kernels", "torch.compile, cooperative reductions"
-FOREACH_NORM, FOREACH_ADD = "torch._foreach_norm", "torch._foreach_add_"
+# The names that targets and the picture ask for.
+OURS, COMPILED_LOOP, LOOP, FOREACH_NORM = "fused_reg", "torch.compile", "loop", "torch._foreach_norm"
+ACCUMULATE = MODES["present"].ours
 _COMBO, _COOPERATIVE, _GPU = {"combo_kernels": True}, {"triton.cooperative_reductions": True}, ("cuda",)
 
 PEERS = [
@@ -132,34 +128,28 @@ PEERS = [
     Peer(OURS, fused_reg.value_and_grad, ("value_and_grad",), "ours", has_backward=False),
     Peer(ACCUMULATE, fused_reg.accumulate_grad_, ("present",), "ours", has_backward=False),
     Peer(COMPILED_LOOP, reference.loop, ("value", "fresh", "present", *COMPILED_MODES), options={}),
-    Peer(COMBO_LOOP, reference.loop, options=_COMBO, devices=_GPU),
-    Peer(COOPERATIVE_LOOP, reference.loop, options=_COOPERATIVE, devices=_GPU),
+    Peer("torch.compile, combo kernels", reference.loop, options=_COMBO, devices=_GPU),
+    Peer("torch.compile, cooperative reductions", reference.loop, options=_COOPERATIVE, devices=_GPU),
     Peer(LOOP, reference.loop),
     Peer(FOREACH_NORM, _foreach_norm),
-    Peer(FOREACH_ADD, _foreach_add, ("present",), has_backward=False),
-    Peer("torch._foreach_powsum", _foreach_powsum, ("value",), devices=_GPU),
-    Peer("apex multi_tensor_l2norm, L2 only", _apex_l2norm, ("value",), strengths={"l2": 1e-3}, devices=_GPU),
+    Peer("torch._foreach_add_", _foreach_add, ("present",), has_backward=False),
     *(Peer(OURS, fused_reg.fused_penalty, NORM_MODES, "ours", None, norms, name) for name, norms in NORMS.items()),
     *(Peer(LOOP, _loop_of_norms, NORM_MODES, "peer", None, norms, name) for name, norms in NORMS.items()),
 ]
 
 
-def limited(mode: str) -> str:
-    """The one of ours whose time the limits of a mode bound."""
-    return ACCUMULATE if mode == "present" else OURS
-
-
 def penalties(problem: Problem, mode: str, peers: Sequence[Peer]) -> Iterator[Contender]:
     """Each of the peers, called and, on a GPU and without norms, in a CUDA graph."""
+    families = families_of(problem.params)
     for is_graph in (False, True) if problem.device == "cuda" else (False,):
         for peer in peers:
-            if not peer.family or (peer.family in problem.families and not is_graph):
+            if not peer.family or (peer.family in families and not is_graph):
                 family = CUDA_GRAPH if is_graph else peer.family
                 yield Contender(peer.name, peer.role, partial(_work, problem, mode, peer, is_graph), family)
 
 
 def _work(problem: Problem, mode: str, peer: Peer, is_graph: bool) -> Work:
-    is_compiled, wants_grad, compiler = peer.options is not None, MODES[mode].grad is not None, problem.compiler
+    is_compiled, wants_grad, compiler = peer.options is not None, bool(MODES[mode].grad), problem.compiler
     penalty = compiler.function(peer.name, peer.penalty, peer.options) if is_compiled else peer.penalty
     once = partial(penalty, problem.params, **peer.strengths)
     if peer.has_backward:
@@ -196,18 +186,15 @@ def penalty_work(
         call, result, allocated = capture(run)
 
     def verify() -> Errors:
-        of_task = []
-        if task:
-            clear(params)
-            task().backward()
-            of_task = gradients(params)
-            clear(params)  # or what is set next would be written over them
         base = set_gradients(params, mode)
-        base = torch._foreach_add(of_task, base) if of_task and base else of_task or base
+        if task:  # to its gradients too those of the penalty are added
+            task().backward()
+            base = [gradient.clone() for gradient in gradients(params)]
+            set_gradients(params, mode)
         value, grads = (call(), result)[1] if is_graph else run()
-        oracle, in_one_pass = problem.oracle(peer.strengths), not peer.has_backward
-        is_checked = peer.role != "limit"
-        errors = oracle.check(peer.role, value, grads, base, not task, in_one_pass) if is_checked else Errors()
+        errors, in_one_pass = (None, None), not peer.has_backward
+        if peer.role != "limit":
+            errors = problem.check(peer.role, peer.strengths, value, grads, base, not task, in_one_pass)
         if grad == "fresh":
             clear(params)
         return errors
@@ -216,7 +203,6 @@ def penalty_work(
 
 
 def clear(params: Tensors) -> None:
-    """Free the gradients."""
     for p in params:
         p.grad = None
 

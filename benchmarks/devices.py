@@ -3,11 +3,10 @@
 import gc
 import math
 import random
-import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,9 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
-_Result = TypeVar("_Result")
 
-_SAMPLE_S = 2e-3  # shorter samples measure the clock and the scheduler
-_LEAST_ROUNDS, _WARM_UP_CALLS = 5, 3
-
-# What is read on a GPU before every sample, in sizes of the L2 cache, so that the call finds nothing of its own there.
-_FLUSH = 3
+_SAMPLE_S, _LEAST_ROUNDS, _WARM_UP_CALLS = 2e-3, 5, 3  # shorter samples measure the clock and the scheduler
+_FLUSH = 3  # sizes of the L2 cache are read on a GPU before every sample, so that a call finds nothing of its own there
 
 # The GPU is held while the host submits the call, or its gaps would count as the device's time. The queue takes about a
 # thousand launches: a longer hold only moves the wait.
@@ -29,12 +24,9 @@ _CYCLES_PER_S = 2e9  # at most; a slower clock holds longer
 _HOLD_OF_HOST, _HOLD_MORE_S, _HOLD_MOST_S = 1.5, 20e-6, 5e-3
 
 
-class Stopwatch(NamedTuple):
-    """Times one call, which is warmed up."""
-
-    calls: int  # in a sample
-    sample: Callable[[], float]  # seconds of one call, of which a sample takes the mean
-    host: Callable[[], float] | None = None  # seconds until a call returns, where it returns before it is done
+# Of a call that is warmed up: the calls in a sample; what takes one, in seconds of one call; the same of the time until
+# the call returns, where it returns before it is done.
+Stopwatch = tuple[int, Callable[[], float], Callable[[], float] | None]
 
 
 def _wall_seconds(call: Call, calls: int = 1) -> float:
@@ -48,20 +40,17 @@ class Device:
     """The CPU: what differs between devices."""
 
     name = "cpu"
+    gpu: dict[str, Any] | None = None  # what it is, if it is one
 
     def stopwatch(self, call: Call) -> Stopwatch:
         _wall_seconds(call, _WARM_UP_CALLS)
         calls = max(1, math.ceil(_SAMPLE_S / _wall_seconds(call)))
-        return Stopwatch(calls, partial(_wall_seconds, call, calls))
+        return calls, partial(_wall_seconds, call, calls), None
 
     def costs(self, call: Call, host_us: float | None, capture_bytes: int | None) -> dict[str, Any] | None:
         """What a call costs besides its time, if the device can tell; the last two are known already."""
 
-    def gpu(self) -> dict[str, Any] | None:
-        """What it is, if it is one."""
-
     def release(self) -> None:
-        """Free what nobody refers to."""
         gc.collect()
 
 
@@ -71,35 +60,35 @@ class CudaDevice(Device):
     name = "cuda"
 
     def __init__(self, runtime: Any = torch.cuda, where: str = "cuda") -> None:
-        self._runtime = runtime
-        self._properties = runtime.get_device_properties(runtime.current_device())
-        self.l2_bytes: int = self._properties.L2_cache_size
+        self._runtime, properties = runtime, runtime.get_device_properties(runtime.current_device())
+        self.l2_bytes: int = properties.L2_cache_size
         self._flush = torch.zeros(_FLUSH * self.l2_bytes // 4, device=where)
-
-    def stopwatch(self, call: Call) -> Stopwatch:
-        _wall_seconds(call, _WARM_UP_CALLS)
-        host = min(self._host_seconds(call) for _ in range(_WARM_UP_CALLS))
-        hold = min(_HOLD_OF_HOST * host + _HOLD_MORE_S, _HOLD_MOST_S)
-        return Stopwatch(1, partial(self._device_seconds, call, hold), partial(self._host_seconds, call))
-
-    def costs(self, call: Call, host_us: float | None, capture_bytes: int | None) -> dict[str, Any]:
-        counts = dict(zip(("launches", "copies", "fills"), self._operations(call), strict=True))
-        peak = self._peak_bytes(call) if capture_bytes is None else capture_bytes
-        return {"host_us": host_us, **counts, "peak_bytes": peak}
-
-    def gpu(self) -> dict[str, Any]:
-        properties = self._properties
-        return {
+        self.gpu = {
             "name": properties.name,
             "capability": f"sm_{properties.major}{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": self.l2_bytes,
             "memory_bytes": properties.total_memory,
-            "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
             "cuda": torch.version.cuda or "unknown",
             # Between two events with nothing between: part of every device time.
             "timer_us": 1e6 * float(np.median([self._device_seconds(lambda: None, _HOLD_MORE_S) for _ in range(31)])),
         }
+
+    def stopwatch(self, call: Call) -> Stopwatch:
+        _wall_seconds(call, _WARM_UP_CALLS)
+        host = min(self._host_seconds(call) for _ in range(_WARM_UP_CALLS))
+        hold = min(_HOLD_OF_HOST * host + _HOLD_MORE_S, _HOLD_MOST_S)
+        return 1, partial(self._device_seconds, call, hold), partial(self._host_seconds, call)
+
+    def costs(self, call: Call, host_us: float | None, capture_bytes: int | None) -> dict[str, Any]:
+        self._runtime.synchronize()
+        self._runtime.reset_peak_memory_stats()
+        before = self._runtime.memory_allocated()
+        call()
+        self._runtime.synchronize()
+        peak = self._runtime.max_memory_allocated() - before if capture_bytes is None else capture_bytes
+        counts = dict(zip(("launches", "copies", "fills"), self._operations(call), strict=True))
+        return {"host_us": host_us, **counts, "peak_bytes": peak}
 
     def release(self) -> None:
         super().release()
@@ -117,20 +106,10 @@ class CudaDevice(Device):
         return float(start.elapsed_time(end)) / 1e3
 
     def _host_seconds(self, call: Call) -> float:
-        """Until a call returns, on a device that has nothing to do."""
-        self._runtime.synchronize()
+        self._runtime.synchronize()  # nothing is left to do
         seconds = _wall_seconds(call)
         self._runtime.synchronize()
         return seconds
-
-    def _peak_bytes(self, call: Call) -> int:
-        """The most that a call allocates above what is allocated before."""
-        self._runtime.synchronize()
-        self._runtime.reset_peak_memory_stats()
-        before = self._runtime.memory_allocated()
-        call()
-        self._runtime.synchronize()
-        return int(self._runtime.max_memory_allocated() - before)
 
     def _operations(self, call: Call) -> tuple[int | None, int | None, int | None]:
         self._runtime.synchronize()
@@ -143,15 +122,7 @@ class CudaDevice(Device):
         return (len(names) - copies - fills, copies, fills) if names else (None, None, None)
 
 
-def output_of(*command: str, **options: Any) -> str:
-    """What a program prints; nothing if it cannot be run or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, **options).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def capture(call: Callable[[], _Result]) -> tuple[Call, _Result, int]:
+def capture(call: Callable[[], Any]) -> tuple[Call, Any, int]:
     """A CUDA graph of the call: its replay, without Python and without launches by the host; the result, into whose
     memory every replay writes; the bytes that the capture allocated at its peak."""
     stream = torch.cuda.Stream()  # torch wants the warm-up on one of its own
@@ -168,43 +139,33 @@ def capture(call: Callable[[], _Result]) -> tuple[Call, _Result, int]:
     return graph.replay, result, torch.cuda.max_memory_allocated() - before
 
 
-class Timing(NamedTuple):
-    """A call's times over the samples, each the mean of several calls."""
-
-    p20_ms: float
-    median_ms: float
-    p80_ms: float
-    samples: int
-    calls_per_sample: int
-    host_us: float | None  # until a call returns; None: when it is done
-
-
-def race(calls: Sequence[Call], rounds: int, seconds: float, device: Device) -> list[Timing]:
+def race(calls: Sequence[Call], rounds: int, seconds: float, device: Device) -> list[dict[str, Any]]:
     """Time the calls side by side: every round runs each of them once, in a new order. The machine's speed drifts and
-    its memory changes state; what is interleaved meets the same drift. What they compute has been checked."""
-    rng, was_enabled = random.Random(0), gc.isenabled()
+    its memory changes state; what is interleaved meets the same drift. What they compute has been checked. The times of
+    each over the samples, in milliseconds, and of the host until a call returns, None where that is when it is done."""
+    rng, was_enabled, timings = random.Random(0), gc.isenabled(), []
     gc.collect()
     gc.freeze()  # or the collections between the rounds would look at everything that is imported
     gc.disable()
     try:
         watches = [device.stopwatch(call) for call in calls]
-        samples: list[list[float]] = [[] for _ in calls]
-        of_host: list[list[float]] = [[] for _ in calls]
+        samples, of_host = [[] for _ in calls], [[] for _ in calls]
         end = perf_counter() + seconds
-        for done in range(rounds):
+        for done in range(rounds if calls else 0):
             if done >= _LEAST_ROUNDS and perf_counter() > end:
                 break
             for i in rng.sample(range(len(calls)), len(calls)):
-                samples[i].append(watches[i].sample())
-                if host := watches[i].host:
-                    of_host[i].append(host())
+                _, sample, host = watches[i]
+                samples[i].append(sample())
+                of_host[i] += [host()] if host else []
             gc.collect()
     finally:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
-    timings = []
-    for watch, times, hosts in zip(watches, samples, of_host, strict=True):
+    for (calls_per_sample, *_), times, hosts in zip(watches, samples, of_host, strict=True):
+        p20, median, p80 = (np.percentile(times, (20, 50, 80)) * 1e3).tolist()
+        timing = {"p20_ms": p20, "median_ms": median, "p80_ms": p80, "samples": len(times)}
         host = float(np.median(hosts)) * 1e6 if hosts else None
-        timings.append(Timing(*(np.percentile(times, (20, 50, 80)) * 1e3).tolist(), len(times), watch.calls, host))
+        timings.append(timing | {"calls_per_sample": calls_per_sample, "host_us": host})
     return timings

@@ -1,19 +1,22 @@
 """What the machine's memory allows each mode, measured over the same bytes as the penalty."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.checks import Errors, demand, largest_relative, pieces
-from benchmarks.contenders import ELASTIC_NET, Contender, Problem, Work
+from benchmarks.cases import MODES
+from benchmarks.checks import Errors, Problem, demand, largest_relative, pieces
+from benchmarks.contenders import ELASTIC_NET, Contender, Peer, Work
+from benchmarks.devices import CudaDevice, race
 
 _ALPHA = 2 * ELASTIC_NET["l2"]
-#: Near enough to 1 for the weights to stay what they are, through all calls.
-FACTOR = 1 - 1e-7
+_FACTOR = 1 - 1e-7  # near enough to 1 for the weights to stay what they are, through all calls
+# What a GPU's bandwidth is measured with, so that its L2 cache holds next to nothing of it.
+LEAST_BYTES, _L2_CACHES = 1 << 30, 16
 
 
 class Limit(NamedTuple):
@@ -25,30 +28,26 @@ class Limit(NamedTuple):
     exact: Callable[[Tensor, Tensor], Tensor] | None = None  # in float64, of x, and y before; None: the sum of x
 
 
-SUM_FLAT = Limit("x.sum(), one tensor", True, lambda x, y: x.sum())
-SUM = Limit("x.sum(), list", False, SUM_FLAT.op)
-COPY_FLAT = Limit("y.copy_(x), one tensor", True, lambda x, y: y.copy_(x), lambda x, y: x)
-COPY_FRESH = Limit("y.copy_(x), fresh y", False, lambda x, y: torch.empty_like(x).copy_(x), COPY_FLAT.exact)
-COPY_WARM = Limit("y.copy_(x), warm y", False, COPY_FLAT.op, COPY_FLAT.exact)
+SUM = Limit("x.sum(), list", False, lambda x, y: x.sum())
+COPY_FRESH = Limit("y.copy_(x), fresh y", False, lambda x, y: torch.empty_like(x).copy_(x), lambda x, y: x)
+COPY_WARM = Limit("y.copy_(x), warm y", False, lambda x, y: y.copy_(x), lambda x, y: x)
 ADD = Limit("g.add_(x, alpha=a)", False, lambda x, y: y.add_(x, alpha=_ALPHA), lambda x, y: y + _ALPHA * x)
-ADD_FLAT = ADD._replace(name="g.add_(x, alpha=a), one tensor", is_flat=True)
-MUL = Limit("x.mul_(a)", False, lambda x, y: y.mul_(FACTOR), lambda x, y: FACTOR * y)
-MUL_FLAT = MUL._replace(name="x.mul_(a), one tensor", is_flat=True)
+MUL = Limit("x.mul_(a)", False, lambda x, y: y.mul_(_FACTOR), lambda x, y: _FACTOR * y)
+SUM_FLAT, COPY_FLAT = (limit._replace(name=limit.name[:-6] + "one tensor", is_flat=True) for limit in (SUM, COPY_WARM))
+ADD_FLAT, MUL_FLAT = (limit._replace(name=f"{limit.name}, one tensor", is_flat=True) for limit in (ADD, MUL))
 
-#: What bounds the modes; the first is what ratios are to. By the kind of device: on a GPU a list tensor by tensor is
-#: bound by its launches, and memory comes warm from PyTorch's allocator.
-_CPU = ((SUM_FLAT, SUM), (COPY_FRESH, COPY_WARM), (ADD_FLAT, ADD), (MUL_FLAT, MUL))
-_CUDA = ((SUM_FLAT,), (COPY_FLAT,), (ADD_FLAT,), (MUL_FLAT,))
-_BOUNDED = ("value", "value_and_grad", "present", "prox")
-LIMITS = {name: dict(zip(_BOUNDED, bounds, strict=True)) for name, bounds in (("cpu", _CPU), ("cuda", _CUDA))}
+#: What bounds the modes, of norms what their passes cost alone; the first is what ratios are to. On a GPU only those of
+#: one tensor: a list is bound by its launches there, and memory comes warm from PyTorch's allocator.
+_COPIES = (COPY_FRESH, COPY_WARM, COPY_FLAT)
+LIMITS = {"value": (SUM_FLAT, SUM), "value_and_grad": _COPIES, "fresh": _COPIES, "present": (ADD_FLAT, ADD)}
+LIMITS |= {"norm_value": (SUM_FLAT,), "norm_fresh": (ADD_FLAT,), "prox": (MUL_FLAT, MUL)}
 
 
-def limits(problem: Problem, mode: str) -> Iterator[Contender]:
-    """The limits of a mode; of norms, what their passes cost alone."""
-    of_device = LIMITS[problem.device]
-    of_others = {"fresh": of_device["value_and_grad"], "norm_value": (SUM_FLAT,), "norm_fresh": (ADD_FLAT,)}
-    for i, limit in enumerate((of_device | of_others)[mode]):
-        yield Contender(limit.name, "limit", partial(_work, problem, limit), is_reference_limit=i == 0)
+def limits(problem: Problem, mode: str, peers: Sequence[Peer] = ()) -> Iterator[Contender]:
+    is_gpu = problem.device == "cuda"
+    of_device = [x for x in LIMITS.get(mode, ()) if (x.is_flat if is_gpu else x is not COPY_FLAT)]
+    for limit in of_device:
+        yield Contender(limit.name, "limit", partial(_work, problem, limit), is_reference_limit=limit is of_device[0])
 
 
 def _work(problem: Problem, limit: Limit) -> Work:
@@ -66,11 +65,25 @@ def _work(problem: Problem, limit: Limit) -> Work:
             exact = math.fsum(part.double().sum().item() for part in parts)
             absolute = math.fsum(part.double().abs().sum().item() for part in parts)
             error = abs(math.fsum(s.item() for s in call()) - exact) / absolute
-            return Errors(value_error=demand("value", dtype, error, "value"))
+            return demand("value", dtype, error, "value"), None
         for x, y in zip(xs, ys, strict=True):
             torch.mul(x, 2, out=y)
         results = [part for result in call() for (part,) in pieces(result)]
         pairs = ((r, limit.exact(x.double(), 2 * x.double())) for r, x in zip(results, parts, strict=True))
-        return Errors(gradient_error=demand("elements", dtype, largest_relative(pairs), "element"))
+        return None, demand("elements", dtype, largest_relative(pairs), "element")
 
     return Work(call, verify)
+
+
+def rooflines(device: CudaDevice) -> list[dict]:
+    """The bandwidths of a GPU: its plain operations over much memory, raced against each other."""
+    x = torch.rand(max(LEAST_BYTES, _L2_CACHES * device.l2_bytes) // 4, device=device.name)
+    y, found = torch.zeros_like(x), []
+    names = list(dict.fromkeys(mode.roofline for mode in MODES.values() if mode.roofline))
+    operations = [(SUM, 1), (COPY_WARM, 2), (ADD, 3), (MUL, 2)]  # and the tensors they move
+    timings = race([partial(limit.op, x, y) for limit, _ in operations], 30, 5.0, device)
+    for name, (_, passes), timing in zip(names, operations, timings, strict=True):
+        modes, median = [mode for mode in MODES if MODES[mode].roofline == name], timing["median_ms"]
+        row = {"name": name, "modes": modes, "bytes": passes * x.nbytes, "median_us": median * 1e3}
+        found.append(row | {"gb_per_s": row["bytes"] / median / 1e6})
+    return found

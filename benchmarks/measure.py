@@ -1,13 +1,15 @@
-"""Measures, and writes JSON: ``python -m benchmarks.measure --output results.json``."""
+"""A run: from its options to results. Each contender is made and checked, those of a case and mode are raced, and their
+times are related to ours and to the limit."""
 
 import argparse
-import math
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -16,138 +18,215 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.bandwidths import measure_agreement, measure_rooflines
-from benchmarks.cases import CASES, DEVICE_CASES, MODES
-from benchmarks.contenders import ACCUMULATE, COMPILED_LOOP, ELASTIC_NET, LOOP, OURS, PEERS
-from benchmarks.devices import CudaDevice, Device
-from benchmarks.machine import describe
+import fused_reg
+from benchmarks import contenders as c
+from benchmarks.cases import CASES, COMPILED_MODES, MODES, NORM_MODES, Case
+from benchmarks.checks import Problem, WrongResultError
+from benchmarks.compiled_steps import compiled_steps
+from benchmarks.devices import CudaDevice, Device, race
+from benchmarks.limits import limits, rooflines
 from benchmarks.memory import measure_memory
-from benchmarks.results import Results
-from benchmarks.targets import AVX2_CASES, MEMORY_CASES, targets
-from benchmarks.timing import Measurement, reason_of
+from benchmarks.results import Record, Results, targets
+from benchmarks.updates import optimizer_steps, prox_steps
+from fused_reg import _ops
 
-_RESULTS, _BUILD = Path("benchmarks/results"), Path("build/bench")
-_QUICK_MODES = ("value", "value_and_grad", "fresh", "present", "prox", "step")
-_QUICK_GPU_CASES = ("small_tensors", "resnet50", "one_tensor", "tinyllama_bf16")
+#: Who competes in a mode, besides its limits; of the modes that are not here `penalties`.
+CONTENDERS = {"prox": prox_steps, "step": optimizer_steps} | dict.fromkeys(COMPILED_MODES, compiled_steps)
 
-#: What a run measures unless its options say otherwise, by the kind of device and whether it is quick.
-_OPTIONS = ("cases", "modes", "rounds", "seconds", "compile_seconds")
-PRESETS = {
-    ("cpu", False): (DEVICE_CASES["cpu"], tuple(MODES), 30, 60.0, math.inf),
-    ("cpu", True): (("net", "mlp", "small_tensors", "resnet50"), _QUICK_MODES, 15, 1.0, math.inf),
-    ("cuda", False): (DEVICE_CASES["cuda"], tuple(MODES), 50, 3.0, 200.0),
-    ("cuda", True): (_QUICK_GPU_CASES, tuple(MODES), 20, 1.0, 70.0),
-}
+_AVX2_CASES, _MEMORY_CASES = ("resnet50", "one_tensor"), ("resnet50", "gpt2")
+# What --quick compiles, by the device: the rest takes minutes.
+_QUICKLY_COMPILED = {"cpu": ("mlp",), "cuda": ("resnet50", "one_tensor", "tinyllama_bf16")}
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line of `python -m benchmarks` and of this script, with the presets for what it leaves open."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure fused_reg and its peers.")
-    add, names = parser.add_argument, list(dict.fromkeys(peer.name for peer in PEERS))
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure; default: cpu")
-    add("--quick", action="store_true", help="fewer cases, modes, peers and rounds, in under two minutes")
-    add("--cases", nargs="+", choices=CASES, help="default: those of the device; quick: fewer")
-    add("--modes", nargs="+", choices=MODES, help="default: all; quick: fewer")
-    add("--peers", nargs="*", choices=names, help="default: all that the device has; quick: fewer")
-    add("--rounds", type=int, help="samples of each time, at most (at least 5)")
-    add("--seconds", type=float, help="stop the rounds of a case and mode after this long")
-    add("--threads", type=int, help="default: as torch chooses")
-    add("--compile-all", action="store_true", help="also compile what takes minutes to compile")
-    add("--compile-seconds", type=float, help="of the run, for compiling; default on a GPU: 200, quick 70")
-    add("--no-children", action="store_true", help="on a CPU: neither peak memory nor AVX2")
-    add("--output", type=Path, help=f"JSON to write; default: in {_BUILD}, of a whole GPU {_RESULTS}")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
-    if options.rounds is not None and options.rounds < 5:
-        parser.error(f"--rounds must be at least 5, got {options.rounds}")
-    options.output = options.output or _output(options.device, options.quick)
-    options.chooses_peers = options.peers is None
-    peers = [p.name for p in PEERS if options.device in p.devices] if options.chooses_peers else options.peers
-    options.peers = list(dict.fromkeys([OURS, ACCUMULATE, *peers]))
-    for name, value in zip(_OPTIONS, PRESETS[options.device, options.quick], strict=True):
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+def contenders_of(problem: Problem, mode: str, peers: list[c.Peer]) -> list[c.Contender]:
+    return [*CONTENDERS.get(mode, c.penalties)(problem, mode, peers), *limits(problem, mode)]
 
 
-def _output(device: str, quick: bool) -> Path:
-    if device == "cpu":
-        return _BUILD / ("quick.json" if quick else "full.json")
-    name = slug(torch.cuda.get_device_name())
-    return _BUILD / f"{name}-quick.json" if quick else _RESULTS / f"{name}.json"
+def takes_minutes(options: argparse.Namespace, peer: c.Peer, case: str, mode: str) -> bool:
+    """Whether a peer is left out because of what it takes to compile."""
+    if peer.options is None or options.compile_all:
+        return False
+    is_quick = case in _QUICKLY_COMPILED[options.device] and mode in ("fresh", "present") and not peer.options
+    is_gpus_step = mode in COMPILED_MODES and options.device == "cuda"
+    return case == "small_tensors" or is_gpus_step or (options.quick and not is_quick)
 
 
-def slug(name: str) -> str:
-    """The name of a device as a file's: `NVIDIA H200` is `nvidia-h200`."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+class Run:
+    """What is measured. The parameters, and what is compiled, live as long as their case lasts."""
 
+    def __init__(self, options: argparse.Namespace, device: Device | None = None) -> None:
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self._options, self._compiler = options, c.Compiler(options.compile_seconds)
+        self._device = device or (CudaDevice() if options.device == "cuda" else Device())
+        self._case: Case | None = None
+        self.results = Results(describe(self._device), **c.ELASTIC_NET)
 
-def measure(options: argparse.Namespace, device: Device | None = None) -> Results:
-    """Measure what the options say, and write it. On a GPU what is done is written after every task, and what fails is
-    absent with its reason; on a CPU a wrong result is raised."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = device or (CudaDevice() if options.device == "cuda" else Device())
-    results = Results(describe(device), **ELASTIC_NET)
-    progress = Progress(console=Console(stderr=True, log_path=False), transient=True)
-    # What an earlier run compiled would hide how long it takes.
-    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache), progress:
-        for title, task in progress.track(list(_tasks(options, device, results).items())):
-            progress.console.log(title)
-            run_task(results, title, task)
-            if results.gpu:
-                _finish(results, options.output)
-    _finish(results, options.output)
-    return results
+    def measure(self) -> Results:
+        """Measure what the options say, and write it. On a GPU what is done is written after every task, and what fails
+        is absent with its reason; on a CPU a wrong result is raised."""
+        progress = Progress(console=Console(stderr=True, log_path=False), transient=True)
+        # What an earlier run compiled would hide how long it takes.
+        with (
+            tempfile.TemporaryDirectory() as cache,
+            mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
+            progress,
+        ):
+            for title, task in progress.track(list(self._tasks().items())):
+                progress.console.log(title)
+                try:
+                    task()
+                except Exception as error:
+                    if not self.results.gpu:
+                        raise
+                    self.results.add_absent(title, "all of it", "", reason_of(error))
+                if self.results.gpu:
+                    self._write()
+        self._write()
+        return self.results
 
+    def _write(self) -> None:
+        self.results.targets = targets(self.results)
+        self.results.write(self._options.output)
 
-def run_task(results: Results, title: str, task: Callable[[], None]) -> None:
-    """Run a part of the run; on a GPU, if it fails, note that."""
-    try:
-        task()
-    except Exception as error:
-        if not results.gpu:
-            raise
-        results.add_absent(title, "all of it", "", reason_of(error))
-
-
-def _finish(results: Results, output: Path) -> None:
-    results.targets = targets(results)
-    results.write(output)
-
-
-def _tasks(options: argparse.Namespace, device: Device, results: Results) -> dict[str, Callable[[], None]]:
-    """In order. On a CPU the memory comes last, when what it compiles is in the cache."""
-    measurement, tasks = Measurement(options, device, results), {}
-    if results.gpu:
-        tasks["random lists"] = partial(measure_agreement, results, device.name)
-        tasks["rooflines"] = partial(measure_rooflines, results, device)
-    for case in options.cases:
-        for mode in options.modes:
-            tasks[f"{CASES[case].title}: {mode}"] = partial(measurement.add, case, mode)
-    if options.quick or options.no_children or results.gpu:
+    def _tasks(self) -> dict[str, Callable[[], None]]:
+        options, results, tasks = self._options, self.results, {}
+        if results.gpu:
+            tasks["rooflines"] = lambda: results.rooflines.extend(rooflines(self._device))
+        for case in options.cases:
+            for mode in options.modes:
+                tasks[f"{CASES[case].title}: {mode}"] = partial(self.add, case, mode)
+        if options.quick or options.no_children or results.gpu:
+            return tasks
+        for case in [name for name in _AVX2_CASES if name in options.cases]:
+            if results.machine["capability"].startswith("AVX512"):
+                tasks[f"{CASES[case].title}: AVX2"] = partial(self._add_avx2, case)
+        for case in [name for name in _MEMORY_CASES if name in options.cases]:  # what these compile is in the cache now
+            for name in [name for name in (c.OURS, c.COMPILED_LOOP, c.LOOP) if name in options.peers]:
+                tasks[f"{CASES[case].title}: peak memory of {name}"] = partial(measure_memory, results, case, name)
         return tasks
-    for case in [name for name in AVX2_CASES if name in options.cases]:
-        if results.machine["capability"].startswith("AVX512"):
-            tasks[f"{CASES[case].title}: AVX2"] = partial(_measure_avx2, options, results, case)
-    for case in [name for name in MEMORY_CASES if name in options.cases]:
-        for name in [name for name in (OURS, COMPILED_LOOP, LOOP) if name in options.peers]:
-            tasks[f"{CASES[case].title}: peak memory of {name}"] = partial(measure_memory, results, case, name)
-    return tasks
+
+    def _add_avx2(self, case: str) -> None:
+        """Our value and gradient outside of autograd, and the machine's limits, with AVX2 at most; in a process of its
+        own, because torch chooses an instruction set once."""
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, "avx2.json")
+            command = [sys.executable, "-m", "benchmarks", "--modes", "value", "value_and_grad"]
+            command += [
+                "--peers",
+                "--no-children",
+                "--cases",
+                case,
+                f"--rounds={self._options.rounds}",
+                f"--seconds={self._options.seconds}",
+            ]
+            command += [f"--threads={torch.get_num_threads()}", f"--output={output}"]
+            environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "TERM": "dumb"}
+            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+            self.results.rows += Results.read(output).rows
+
+    def add(self, case: str, mode: str) -> None:
+        """The rows of a case and mode. A wrong result, and on a CPU any failure, is raised."""
+        options = self._options
+        if CASES[case] != self._case:
+            self._problem = None  # its memory
+            self._device.release()
+            self._compiler.reset()
+            self._case = CASES[case]
+            self._problem = Problem(self._case.make_params(self._device.name), self._compiler)
+        peers = [p for p in c.PEERS if mode in p.modes and (p.name in options.peers or mode in NORM_MODES)]
+        skipped = [p for p in peers if takes_minutes(options, p, case, mode)]
+        if not (mode in COMPILED_MODES and skipped):
+            self._race(mode, contenders_of(self._problem, mode, [p for p in peers if p not in skipped]))
+        for peer in skipped:
+            self.results.add_absent(case, mode, peer.name, "takes minutes to compile: --compile-all")
+        c.clear(self._problem.params)
+        self._device.release()
+
+    def _race(self, mode: str, contenders: list[c.Contender]) -> None:
+        case, results, rows, works = self._case, self.results, [], []
+        for contender in contenders:
+            label = ", ".join(filter(None, (contender.name, contender.family)))
+            try:
+                work = contender.make()
+                errors = work.verify()
+            except Exception as error:
+                if isinstance(error, WrongResultError):
+                    error = WrongResultError(f"{case.title}, {mode}: {label}: {error}")
+                if not results.gpu:
+                    raise error from None
+                results.add_absent(case.name, mode, label, reason_of(error))
+            else:
+                works.append(work)
+                errors = dict(zip(("value_error", "gradient_error"), errors, strict=True))
+                rows.append(self._row(mode, contender) | errors | {"compile_s": work.compile_s})
+        # A compilation within the times would look like a slow call.
+        with torch.compiler.set_stance("fail_on_recompile"):
+            timings = race([work.call for work in works], self._options.rounds, self._options.seconds, self._device)
+            for row, work, timing in zip(rows, works, timings, strict=True):
+                row |= timing
+                row["costs"] = self._device.costs(work.call, row.pop("host_us"), work.capture_bytes)
+        bandwidth = next((r["gb_per_s"] for r in results.rooflines if mode in r["modes"]), None)
+        ours = {row["family"]: row["median_ms"] for row in reversed(rows) if row["role"] == "ours"}
+        bounds = {row["family"]: row["median_ms"] for row in rows if row["is_reference_limit"]}
+        for row in rows:
+            family, median = row["family"], row["median_ms"]
+            bound = bounds.get(family, bounds.get(""))  # families share a limit that has none
+            row["gb_per_s"] = row["bytes"] / median / 1e6
+            row["ratio_to_ours"] = median / ours[family] if family in ours else None
+            row["ratio_to_limit"] = median / bound if bound else None
+            if row["costs"]:
+                row["costs"]["percent_of_roofline"] = 100 * row["gb_per_s"] / bandwidth if bandwidth else None
+        results.rows += rows
+
+    def _row(self, mode: str, contender: c.Contender) -> Record:
+        case, machine = self._case, self.results.machine
+        row = {"case": case.name, "mode": mode, "device": self._device.name, "dtype": str(case.dtype).split(".")[1]}
+        row |= {"capability": machine["capability"], "threads": machine["threads"], "tensors": len(case.shapes)}
+        row |= {"elements": case.elements, "implementation": contender.name, "role": contender.role}
+        row |= {"family": contender.family, "is_reference_limit": contender.is_reference_limit}
+        return row | {"bytes": (contender.passes or MODES[mode].passes) * case.bytes}
 
 
-def _measure_avx2(options: argparse.Namespace, results: Results, case: str) -> None:
-    """Our value and gradient outside of autograd, and the machine's limits, with AVX2 at most; in a process of its own,
-    because torch chooses an instruction set once."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "avx2.json")
-        arguments = f"--cases {case} --modes value value_and_grad --peers --no-children --rounds {options.rounds}"
-        arguments += f" --seconds {options.seconds} --threads {torch.get_num_threads()}"
-        command = [sys.executable, "-m", "benchmarks.measure", *arguments.split(), "--output", str(output)]
-        subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "TERM": "dumb"}, check=True)
-        results.rows += Results.read(output).rows
+def reason_of(error: Exception) -> str:
+    """Why something is absent: the error in a line, without the machine's paths."""
+    text = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+    text = re.sub(r"(?:/[^\s/:'\",]+){2,}", "...", text)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
-if __name__ == "__main__":
-    measure(parse())
+def describe(device: Device) -> Record:
+    """What the times depend on, read before the run; nothing says whose machine it is."""
+    here = ("git", "-C", str(Path(__file__).parent))
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
+    return {
+        "cpu": _found("/proc/cpuinfo", r"model name\s*: (.*)") or platform.processor() or "unknown",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),  # which `ATEN_CPU_CAPABILITY` may have lowered
+        # Whether fresh memory comes in pages of 4 KiB or of 2 MiB: it sets the speed of a fresh copy.
+        "huge_pages": _found("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(.*)\]") or "unknown",
+        "os": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fused_reg": fused_reg.__version__,
+        "build": dict(_ops.library.build_info()),
+        # A copy of the sources that has no history names its commit in a variable.
+        "commit": output_of(*here, "rev-parse", "HEAD") or os.environ.get("FUSED_REG_COMMIT") or "unknown",
+        "dirty": bool(output_of(*here, "status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # over the minute before
+        "gpu": device.gpu and device.gpu | {"driver": driver},
+    }
+
+
+def output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _found(file: str, pattern: str) -> str:
+    found = re.search(pattern, Path(file).read_text()) if Path(file).exists() else None
+    return found[1] if found else ""

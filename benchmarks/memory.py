@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import CASES
-from benchmarks.compiling import Compiler
-from benchmarks.contenders import COMPILED_LOOP, ELASTIC_NET, OURS, PEERS, clear, forward_backward
+from benchmarks.contenders import COMPILED_LOOP, ELASTIC_NET, OURS, PEERS, Compiler, clear, forward_backward
 from benchmarks.results import Record, Results
 
 # Freed blocks go back to the system at once, so that none is reused unseen.
@@ -31,8 +30,7 @@ def measure_memory(results: Results, case: str, name: str) -> None:
     command = [sys.executable, "-m", "benchmarks.memory", case, name]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     row = {"case": case, "implementation": name, "role": "ours" if name == OURS else "peer"}
-    row |= {"parameter_bytes": CASES[case].bytes} | json.loads(done.stdout.splitlines()[-1])
-    results.memory.append(row)
+    results.memory.append(row | {"parameter_bytes": CASES[case].bytes} | json.loads(done.stdout.splitlines()[-1]))
 
 
 def _measured(case: str, name: str) -> Record:

@@ -1,4 +1,8 @@
-"""What a run writes: the machine, its rows and targets; to JSON and back."""
+"""What a run writes: the machine, its rows, and how these stand to the project's targets; to JSON and back.
+
+A target, a line of `targets.csv`, bounds what is read of the rows of a case and mode: of the contender `of`, and of
+those in `to`, between semicolons. Its claim's ``{capability}`` is the instruction set, by default the machine's own.
+"""
 
 import json
 import os
@@ -6,6 +10,10 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
+
+from benchmarks.cases import CASES
 
 Record = dict[str, Any]
 
@@ -27,10 +35,8 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """The run that `write` wrote."""
         data = json.loads(path.read_text(encoding="utf-8"))
-        if "figures" in data:  # the files of version 0.1.0
-            data["targets"] = data.pop("figures")
+        data.pop("figures", None)  # of version 0.1.0, with other targets
         return cls(**data)
 
     def write(self, path: Path) -> None:
@@ -55,8 +61,55 @@ class Results:
 
     def find(self, case: str, mode: str, name: str, family: str = "", capability: str = "") -> Record | None:
         """The row, by default of the instruction set that the machine chose itself; of mode memory, its record."""
-        if mode == "memory":
-            return next((row for row in self.memory if (row["case"], row["implementation"]) == (case, name)), None)
-        key = (case, mode, name, family, capability or self.machine["capability"])
-        columns = ("case", "mode", "implementation", "family", "capability")
-        return next((row for row in self.rows if tuple(row[column] for column in columns) == key), None)
+        wanted = {"case": case, "implementation": name}
+        if mode != "memory":
+            wanted |= {"mode": mode, "family": family, "capability": capability or self.machine["capability"]}
+        rows = self.memory if mode == "memory" else self.rows
+        return next((row for row in rows if wanted.items() <= row.items()), None)
+
+
+def _operations(*rows: Record) -> int | None:
+    """Everything that the first makes the GPU do, beyond what the second does."""
+    first, *others = [[row["costs"][kind] for kind in ("launches", "copies", "fills")] for row in rows]
+    return None if any(None in counts for counts in (first, *others)) else sum(first) - sum(map(sum, others))
+
+
+def _speedup(*rows: Record) -> float:
+    """Of the first against the cheapest other, by what a call adds to a loop of calls: the GPU's time or the host's."""
+    ours, *others = (max(1e3 * row["median_ms"], row["costs"]["host_us"]) for row in rows)
+    return min(others) / ours
+
+
+_READS = {
+    "ratio": lambda row, other: row["median_ms"] / other["median_ms"],
+    "added us": lambda row, other: 1e3 * (row["median_ms"] - other["median_ms"]),
+    "peak ratio": lambda row, other: row["peak_bytes"] / other["peak_bytes"],
+    "host us": lambda row: row["costs"]["host_us"],
+    "percent of roofline": lambda row: row["costs"].get("percent_of_roofline"),
+    "percent of limit": lambda row: row["ratio_to_limit"] and 100 / row["ratio_to_limit"],
+    "operations": _operations,
+    "speedup": _speedup,
+}
+
+
+def targets(results: Results) -> list[Record]:
+    """Every target with what the run measured for it, or None, and whether that meets it; of a bandwidth only where the
+    list is larger than the L2 cache."""
+    device, own = "cuda" if results.gpu else "cpu", results.machine["capability"]
+    table = pd.read_csv(Path(__file__).with_name("targets.csv"), keep_default_na=False)
+    found = []
+    for target in table[table.device == device].itertuples():
+        for case in target.cases.split():
+            if target.read.startswith("percent") and CASES[case].bytes <= results.gpu["l2_bytes"]:
+                continue
+            names = [target.of, *filter(None, target.to.split(";"))]
+            rows = [results.find(case, target.mode, name, target.family, target.capability) for name in names]
+            present = [row for row in rows if row]
+            is_measured = rows[0] and len(present) >= min(2, len(rows))  # of several others, one is enough
+            measured = _READS[target.read](*present) if is_measured else None
+            at_least = target.bounded == ">="
+            met = None if measured is None else measured >= target.bound if at_least else measured <= target.bound
+            claim = f"{CASES[case].title}, {target.claim.format(capability=target.capability or own)}"
+            bound = {"target": target.bound, "at_least": at_least, "met": met}
+            found.append({"claim": claim, "measured": measured} | bound)
+    return found

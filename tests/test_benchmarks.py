@@ -12,12 +12,11 @@ pytest.importorskip("pandas")
 pytest.importorskip("rich")
 
 import fused_reg
-from benchmarks import __main__, checks, devices, draw, markdown, measure, optimizers, table, timing
-from benchmarks.cases import CASES
-from benchmarks.checks import WrongResultError
-from benchmarks.contenders import COMPILED_MODES, MODES, PEERS, Peer, Problem
-from benchmarks.results import Results
-from benchmarks.targets import targets
+from benchmarks import __main__, checks, contenders, devices, measure, report, updates
+from benchmarks.cases import CASES, COMPILED_MODES, MODES
+from benchmarks.checks import Problem, WrongResultError
+from benchmarks.contenders import PEERS, Peer
+from benchmarks.results import Results, targets
 from fused_reg import reference
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -25,22 +24,7 @@ OPTIONS = ["--cases", "net", "--rounds", "5", "--seconds", "0", "--no-children"]
 PLAIN_MODES = [mode for mode in MODES if mode not in COMPILED_MODES]
 
 # A tensor of several pieces, rows longer than a piece, a convolution, a bias, a scalar row.
-CASE = dataclasses.replace(CASES["net"], shapes=((600, 7), (3, 500), (5, 4, 3, 3), (300,), (1, 1)))
-
-
-def test_cases_are_the_real_lists():
-    sizes = {name: (len(case.shapes), case.elements) for name, case in CASES.items()}
-    assert sizes == {
-        "net": (4, 241),
-        "mlp": (4, 101_770),
-        "small_tensors": (1000, 64_000),
-        "resnet50": (161, 25_557_032),
-        "vit_b16": (152, 86_567_656),
-        "one_tensor": (1, 100_000_000),
-        "gpt2": (148, 124_439_808),
-        "tinyllama_bf16": (201, 1_100_048_384),
-        "tinyllama": (201, 1_100_048_384),
-    }
+CASE = CASES["net"]._replace(shapes=((600, 7), (3, 500), (5, 4, 3, 3), (300,), (1, 1)))
 
 
 def _refused(params, mode, wrong=()):
@@ -49,7 +33,7 @@ def _refused(params, mode, wrong=()):
     peers = [p for p in PEERS if mode in p.modes and p.options is None and "cpu" in p.devices]
     peers = [peer._replace(penalty=wrong.get(peer.penalty, peer.penalty)) for peer in peers]
     refused = set()
-    for contender in timing.contenders_of(problem, mode, peers):
+    for contender in measure.contenders_of(problem, mode, peers):
         try:
             contender.make().verify()
         except WrongResultError:
@@ -60,10 +44,9 @@ def _refused(params, mode, wrong=()):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_are_right(dtype, monkeypatch):
     monkeypatch.setitem(checks.PIECES, "cpu", 256)
-    params = dataclasses.replace(CASE, dtype=dtype).make_params("cpu")
+    params = CASE._replace(dtype=dtype).make_params("cpu")
     for mode in PLAIN_MODES:
-        if mode != "step" or dtype == torch.float32:  # a bfloat16 weight moves by less than its rounding
-            assert (mode, _refused(params, mode)) == (mode, set())
+        assert (mode, _refused(params, mode)) == (mode, set())
 
 
 class _Nudged(torch.autograd.Function):
@@ -85,11 +68,6 @@ def _nudged(params, **strengths):
     return fused_reg.fused_penalty([_Nudged.apply(p) for p in params], **strengths)
 
 
-def _twice(params, **strengths):
-    fused_reg.accumulate_grad_(params, **strengths)
-    return fused_reg.accumulate_grad_(params, **strengths)
-
-
 def _off(function, factor):
     return lambda params, **strengths: factor * function(params, **strengths)
 
@@ -98,14 +76,12 @@ PENALTY, LOOP, PROX = fused_reg.fused_penalty, reference.loop, fused_reg.prox_
 NORMS = {"fused_reg, norms of tensors", "fused_reg, norms of rows"}
 WRONG = [
     ("value", {PENALTY: _off(PENALTY, 1 + 1e-6)}, {"fused_reg"}),
-    ("value", {PENALTY: _off(PENALTY, torch.nan)}, {"fused_reg"}),
     ("value", {LOOP: _off(LOOP, 1.3)}, {"loop"}),
     ("value_and_grad", {fused_reg.value_and_grad: reference.value_and_grad}, {"fused_reg"}),  # rounds once: other bits
     ("fresh", {PENALTY: _nudged}, {"fused_reg"}),
     ("fresh", {PENALTY: lambda p, l1, l2: PENALTY([p[0].detach(), *p[1:]], l1, l2)}, {"fused_reg"}),
     ("fresh", {LOOP: lambda p, l1, l2: LOOP(p, l1, 0.9 * l2)}, {"loop"}),
     ("present", {PENALTY: _nudged}, {"fused_reg"}),
-    ("present", {fused_reg.accumulate_grad_: _twice}, {"fused_reg.accumulate_grad_"}),
     ("norm_value", {PENALTY: _off(PENALTY, 1.00001)}, NORMS),
     ("norm_fresh", {PENALTY: _nudged}, NORMS),
 ]
@@ -118,9 +94,7 @@ def test_a_wrong_penalty_is_refused(mode, wrong, names):
 
 WRONG_PROX = [
     (lambda p, l1, l2, **rest: PROX(p, 1.01 * l1, l2, **rest), {"fused_reg", *NORMS}),
-    (lambda p, l1, l2, **rest: PROX(p, l1, 1.01 * l2, **rest), {"fused_reg", *NORMS}),
     (lambda p, l1, l2, l2_norm=0.0, **rest: PROX(p, l1, l2, l2_norm=3 * l2_norm, **rest), NORMS),
-    (lambda p, **rest: None, {"fused_reg", *NORMS}),
     (
         lambda p, **rest: [t.masked_fill_(t == 0, 1e-12) for t in PROX(p, **rest) or p],
         {"fused_reg", *NORMS},
@@ -134,29 +108,17 @@ def test_a_wrong_prox_is_refused(wrong, names, monkeypatch):
     assert _refused(CASE.make_params("cpu"), "prox") == names
 
 
-def test_a_timed_prox_leaves_the_weights():
-    problem = Problem(CASE.make_params("cpu"))
-    for contender in [c for c in timing.prox_steps(problem) if c.role == "ours"]:
-        work = contender.make()
-        work.verify()
-        for _ in range(3):
-            work.call()
-        assert all(torch.equal(w, p) for w, p in zip(work.call.args[0], problem.params, strict=True))
-
-
 @pytest.mark.parametrize("wrong", ["l1", "l2", "penalty"])
 def test_a_wrong_step_is_refused(wrong, monkeypatch):
-    right, (ours, *others) = fused_reg.Regularizer, optimizers.FORMS
+    right, (ours, *others) = fused_reg.Regularizer, updates.FORMS
     names = {f"fused_reg attached{mode}, {kind}, fused=True" for mode in ("", ", prox") for kind in ("SGD", "AdamW")}
     if wrong == "penalty":
         ours = ours._replace(penalty=lambda p, l1, l2: PENALTY(p, l1, 2 * l2))
-        names = {
-            f"fused_reg, {kind}{tier}" for kind in ("SGD", "AdamW") for tier in ("", ", foreach=True", ", fused=True")
-        }
-    monkeypatch.setattr(
-        fused_reg, "Regularizer", lambda p, **s: right(p, **{k: s[k] * (1 + (k == wrong) / 2) for k in s})
-    )
-    monkeypatch.setattr(optimizers, "FORMS", (ours, *others))
+        tiers = ("", ", foreach=True", ", fused=True")
+        names = {f"fused_reg, {kind}{tier}" for kind in ("SGD", "AdamW") for tier in tiers}
+    off = lambda p, **s: right(p, **{k: s[k] * (1 + (k == wrong) / 2) for k in s})  # noqa: E731
+    monkeypatch.setattr(fused_reg, "Regularizer", off)
+    monkeypatch.setattr(updates, "FORMS", (ours, *others))
     assert _refused(CASES["net"].make_params("cpu"), "step") == names
 
 
@@ -165,7 +127,7 @@ def run(tmp_path_factory):
     """A run of the smallest case in every mode that compiles nothing: the results, and the file."""
     output = tmp_path_factory.mktemp("bench") / "new" / "results.json"
     options = [*OPTIONS, "--modes", *PLAIN_MODES, "--peers", "loop", "--output", str(output)]
-    return measure.measure(measure.parse(options)), output
+    return measure.Run(__main__.parse(options)).measure(), output
 
 
 def test_a_run_is_complete(run):
@@ -187,14 +149,14 @@ def test_a_run_is_complete(run):
 
 
 def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):
-    monkeypatch.setattr(timing, "PEERS", [Peer("loop", _off(LOOP, 1.3), ("value",))])
-    monkeypatch.setattr(timing, "race", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(contenders, "PEERS", [Peer("loop", _off(LOOP, 1.3), ("value",))])
+    monkeypatch.setattr(measure, "race", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(WrongResultError, match=r"10-20-1 net, value: loop: value error 0.3 is above 0.2"):
-        measure.measure(measure.parse([*OPTIONS, "--modes", "value", "--peers", "loop"]))
+        measure.Run(__main__.parse([*OPTIONS, "--modes", "value", "--peers", "loop"])).measure()
 
 
 @pytest.mark.parametrize("name", ["cpu", "cpu-2026-11-20", "cpu-compiled", "cpu-compiled-small"])
-def test_the_committed_results(name, tmp_path, capsys):
+def test_the_committed_results(name, tmp_path):
     path, again = RESULTS / f"{name}.json", tmp_path / "again.json"
     results = Results.read(path)
     results.write(again)
@@ -206,11 +168,9 @@ def test_the_committed_results(name, tmp_path, capsys):
         dataclasses.replace(results, l1=object()).write(again)
     assert [p.name for p in tmp_path.iterdir()] == ["again.json"]
     assert Results.read(again) == results  # what was there is whole
-    assert markdown.document(results, path.name) == path.with_suffix(".md").read_text(encoding="utf-8")
-    table.show(results)
-    assert "one tensor of 100M" in capsys.readouterr().out
+    assert report.document(results, path.name) == path.with_suffix(".md").read_text(encoding="utf-8")
     if name == "cpu":
-        draw.draw(results, tmp_path / "picture.png")
+        report.draw(results, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -220,43 +180,34 @@ def test_a_race_interleaves():
 
     class Clock:
         def stopwatch(self, name):
-            return devices.Stopwatch(7, lambda: ran.append(name) or next(times[name]))
+            return 7, lambda: ran.append(name) or next(times[name]), None
 
     a, b = devices.race(["a", "b"], 11, 0.0, Clock())  # no seconds are left: the least
-    assert (a.samples, a.calls_per_sample, a.host_us, b.median_ms) == (5, 7, None, 98e3)
-    assert (a.p20_ms, a.median_ms, a.p80_ms) == pytest.approx((1.8e3, 3e3, 4.2e3))
-    rounds = [tuple(ran[i : i + 2]) for i in range(0, 10, 2)]
-    assert set(rounds) == {("a", "b"), ("b", "a")}
-    assert devices.race(["a"], 11, 60.0, Clock())[0].samples == 11
-
-
-def test_a_peers_error_is_shown():
-    assert markdown.notable_errors({"value_error": 0.05, "gradient_error": 1e-5, "dtype": "float32"}) == "value 5 % off"
+    assert (a["samples"], a["calls_per_sample"], a["host_us"], b["median_ms"]) == (5, 7, None, 98e3)
+    assert (a["p20_ms"], a["median_ms"], a["p80_ms"]) == pytest.approx((1.8e3, 3e3, 4.2e3))
+    assert {tuple(ran[i : i + 2]) for i in range(0, 10, 2)} == {("a", "b"), ("b", "a")}
+    assert devices.race(["a"], 11, 60.0, Clock())[0]["samples"] == 11
 
 
 def test_options(capsys):
-    quick, full = measure.parse(["--quick"]), measure.parse([])
+    quick, full = __main__.parse(["--quick"]), __main__.parse([])
     assert [str(options.output) for options in (quick, full)] == ["build/bench/quick.json", "build/bench/full.json"]
     assert set(quick.modes) < set(full.modes) == set(MODES)
-    assert (quick.rounds, measure.parse(["--quick", "--rounds", "7"]).rounds) == (15, 7)
-    assert measure.parse(["--peers"]).peers == ["fused_reg", "fused_reg.accumulate_grad_"]
+    assert (quick.rounds, __main__.parse(["--quick", "--rounds", "7"]).rounds) == (15, 7)
+    assert __main__.parse(["--peers"]).peers == ["fused_reg", "fused_reg.accumulate_grad_"]
     for arguments in (["--rounds", "4"], ["--modes", "values"]):
         with pytest.raises(SystemExit, match="2"):
-            measure.parse(arguments)
+            __main__.parse(arguments)
     assert "--rounds must be at least 5, got 4" in capsys.readouterr().err
-    loop = next(peer for peer in PEERS if peer.name == "torch.compile")
-    assert timing.reason_to_skip(quick, loop, "resnet50", "fresh") == "is not in --quick"
-    assert timing.reason_to_skip(quick, loop, "mlp", "fresh") is None
-    assert timing.reason_to_skip(full, loop, "small_tensors", "fresh") == "takes minutes to compile: --compile-all"
-    assert timing.reason_to_skip(measure.parse(["--compile-all"]), loop, "small_tensors", "fresh") is None
 
 
 @pytest.mark.parametrize(("absent", "status"), [("loop", 0), ("fused_reg, CUDA graph", 1), ("", 1)])
-def test_the_exit_status(absent, status, run, tmp_path, monkeypatch):
+def test_the_exit_status(absent, status, run, tmp_path, monkeypatch, capsys):
     results = dataclasses.replace(run[0], absent=[])
     results.add_absent("net", "value", absent, "failed")
-    monkeypatch.setattr(__main__, "measure", lambda options: results)
-    monkeypatch.setattr(draw, "draw", lambda results, path: path.touch())
+    monkeypatch.setattr(measure.Run, "measure", lambda self: results)
+    monkeypatch.setattr(report, "draw", lambda results, path: path.touch())
     monkeypatch.setattr("sys.argv", ["benchmarks", "--output", str(tmp_path / "run.json")])
     assert __main__.main() == status
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.md", "run.png"]
+    assert "value and gradient without autograd" in capsys.readouterr().out

@@ -1,0 +1,183 @@
+"""The contenders of work that moves the weights: the proximal step, in place, and a whole optimizer step.
+
+For SGD, `weight_decay` is the penalty ``l2 = weight_decay / 2``. AdamW's is decoupled: another regularization,
+at a price that can be compared. An attached `Regularizer` has L1 as well, as has the loop that it is compared with.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+
+import fused_reg
+from benchmarks.cases import MODES
+from benchmarks.checks import Errors, Problem, Strengths, Tensors, WrongResultError, demand, largest_relative, pieces
+from benchmarks.contenders import ELASTIC_NET, LOOP, NORMS, OURS, Contender, Peer, Work, families_of, gradients
+from fused_reg import reference
+
+# One step moves the weights far enough to be checked; the one that is timed leaves them as they are, or they would
+# be zeros before long.
+_CHECKED_STEP, _TIMED_STEP = 100.0, 1e-9
+# Of the elements that are exactly zero: those whose threshold is a rounding away may differ.
+_ZEROS_TOLERANCE = 1e-4
+
+
+def _loop(weights: Tensors, l1: float, l2: float, l2_norm: float = 0.0, group: str = "", *, step: float) -> None:
+    for w in weights:
+        w.copy_(w.sign() * (w.abs() - step * l1).clamp_(min=0))
+        if group:
+            groups = w.view(len(w), -1) if group == "row" else w.view(1, -1)
+            groups.mul_((1 - step * l2_norm / groups.norm(dim=1, keepdim=True)).clamp_(min=0))
+        w.div_(1 + 2 * step * l2)
+
+
+def _softshrink(weights: Tensors, l1: float, l2: float, *, step: float) -> None:
+    for w in weights:
+        w.copy_(torch.nn.functional.softshrink(w, step * l1)).div_(1 + 2 * step * l2)
+
+
+def prox_steps(problem: Problem, mode: str = "prox", peers: Sequence[Peer] = ()) -> Iterator[Contender]:
+    """Ours and the peers, without norms and with those of each kind of group; all step one copy of the parameters."""
+    weights = [p.detach().clone() for p in problem.params]
+    steps = [(OURS, "ours", fused_reg.prox_), (LOOP, "peer", _loop), ("loop, softshrink", "peer", _softshrink)]
+    for family in ("", *families_of(problem.params)):
+        strengths = ELASTIC_NET | NORMS.get(family, {})
+        passes = MODES["prox"].passes + bool(family)  # norms are known after a pass
+        for name, role, prox in steps[: 2 if family else 3]:
+            make = partial(_prox_work, problem.params, weights, role, partial(prox, weights, **strengths), strengths)
+            yield Contender(name, role, make, family, passes)
+
+
+def _prox_work(source: Tensors, weights: Tensors, role: str, prox: Callable, strengths: Strengths) -> Work:
+    def restart() -> None:
+        for w, p in zip(weights, source, strict=True):
+            w.copy_(p.detach())
+
+    def stepped() -> Iterator[tuple[Tensor, Tensor]]:
+        """Each piece of the weights with what the reference makes of the parameter's."""
+        for tensors in zip(source, weights, strict=True):
+            for before, after in pieces(*tensors, group=strengths.get("group")):
+                expected = before.to(torch.float64, copy=True)
+                reference.prox_(expected, **strengths, step=_CHECKED_STEP)
+                yield after, expected
+
+    def verify() -> Errors:
+        restart()
+        prox(step=_CHECKED_STEP)
+        try:
+            error = largest_relative(stepped())
+            demand("roundings" if role == "ours" else "elements", weights[0].dtype, error, "weight")
+            more_zeros = sum(int((after == 0).sum() - (exact == 0).sum()) for after, exact in stepped())
+            if role == "ours" and abs(more_zeros) > _ZEROS_TOLERANCE * sum(w.numel() for w in weights):
+                raise WrongResultError(f"{more_zeros} weights too many are exactly zero")
+        finally:
+            restart()
+        return None, error
+
+    return Work(partial(prox, step=_TIMED_STEP), verify)
+
+
+NO_PENALTY = "no penalty"
+_LEARNING_RATE, _GRADIENT_SCALE = 1e-3, 0.1
+_RIDGE, _BOTH = {"l1": 0.0, "l2": 0.005}, {"l1": 1e-3, "l2": 0.005}
+# Of the step, by Euclidean norms: rounding the new weights to float32 leaves 1e-5, a missing weight_decay 5e-4.
+_TOLERANCE = 1e-4
+# The tensors that a step must read and write: the parameter and its gradient; with Adam's two moments.
+_PASSES = {SGD: 3, AdamW: 7}
+# On a GPU the fused ones are the only peers.
+_KINDS = [(kind, options) for kind in (SGD, AdamW) for options in ({}, {"foreach": True}, {"fused": True})]
+
+
+class Form(NamedTuple):
+    """A way to step: with a penalty in the loss, a regularizer attached, or the optimizer's own."""
+
+    name: str
+    role: str
+    strengths: Strengths
+    penalty: Callable[..., Tensor] | None = None
+    attach: str | None = None  # the mode
+    families: str = ""  # those whose name ends so
+    weight_decay: float = 0.0
+
+
+# Attached to the fused optimizers only, because it costs all tiers the same; the loop takes long.
+FORMS = (
+    Form(OURS, "ours", _RIDGE, fused_reg.fused_penalty),
+    Form("weight_decay", "peer", {}, weight_decay=0.01),
+    Form(NO_PENALTY, "limit", {}),
+    Form(MODES["step"].ours, "ours", _BOTH, attach="grad", families="fused=True"),
+    Form("fused_reg attached, prox", "ours", _BOTH, attach="prox", families="fused=True"),
+    Form("loop in the loss", "peer", _BOTH, reference.loop, families="SGD, fused=True"),
+)
+
+
+def optimizer_steps(problem: Problem, mode: str = "step", peers: Sequence[Peer] = ()) -> Iterator[Contender]:
+    """Every optimizer and tier of the device, in every form. All step one copy of the parameters, and those of a family
+    share the optimizer's state, so that none has the better memory."""
+    if problem.params[0].dtype == torch.bfloat16:  # it moves by less than its rounding: a step cannot be checked
+        return
+    params = [p.detach().clone().requires_grad_() for p in problem.params]
+    generator = torch.Generator(params[0].device).manual_seed(1)
+    grads = [torch.empty_like(p).normal_(0, _GRADIENT_SCALE, generator=generator) for p in params]
+    for kind, options in _KINDS if problem.device == "cpu" else [_KINDS[2], _KINDS[5]]:
+        family = ", ".join([kind.__name__, *(f"{name}={value}" for name, value in options.items())])
+        state: dict[Tensor, Any] = defaultdict(dict)
+        for form in (form for form in FORMS if family.endswith(form.families)):
+            make = partial(_step_work, problem, form, partial(kind, params, lr=_LEARNING_RATE, **options), state, grads)
+            yield Contender(form.name, form.role, make, family, _PASSES[kind], form.name == NO_PENALTY)
+
+
+def _step_work(problem: Problem, form: Form, kind: Callable[..., Optimizer], state: dict, grads: Tensors) -> Work:
+    optimizer = kind(weight_decay=form.weight_decay)
+    optimizer.state = state
+    params = optimizer.param_groups[0]["params"]
+    attached = form.attach and fused_reg.Regularizer(params, **form.strengths).attach(optimizer, mode=form.attach)
+
+    def step() -> Tensor:
+        value = form.penalty(params, **form.strengths)
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    call = step if form.penalty else optimizer.step
+
+    def verify() -> Errors:
+        state.clear()
+        for p, source, grad in zip(params, problem.params, grads, strict=True):
+            p.detach().copy_(source.detach())
+            p.grad = grad.clone()
+        value = call()
+        error = _step_error(form, optimizer, problem.params, grads)
+        if form.attach == "grad" and (value := attached.value) is None:
+            raise WrongResultError("the attached regularizer was not called")
+        if value is None:
+            return None, error
+        return problem.check(form.role, form.strengths, value, gradients(params), grads)
+
+    return Work(call, verify)
+
+
+def _step_error(form: Form, optimizer: Optimizer, sources: Tensors, grads: Tensors) -> float:
+    """Of the first step, by the optimizer in float64, with the reference's gradient and proximal step."""
+    error = norm = 0.0
+    own, decay = optimizer.param_groups[0]["params"], optimizer.param_groups[0]["weight_decay"]
+    for tensors in zip(own, sources, grads, strict=True):
+        for p, source, grad in pieces(*tensors):
+            before = source.double()
+            after = before.clone()
+            after.grad = grad.double()
+            if form.penalty or form.attach == "grad":
+                after.grad += reference.value_and_grad(before, **form.strengths)[1][0]
+            type(optimizer)([after], lr=_LEARNING_RATE, weight_decay=decay).step()
+            if form.attach == "prox":
+                reference.prox_(after, **form.strengths, step=_LEARNING_RATE)
+            error += (p.double() - after).square().sum().item()
+            norm += (after - before).square().sum().item()
+    if not (relative := math.sqrt(error / norm)) <= _TOLERANCE:
+        raise WrongResultError(f"{type(optimizer).__name__}'s step is {relative:.3g} off")
+    return relative
