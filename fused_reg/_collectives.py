@@ -39,6 +39,10 @@ def processes(mesh: DeviceMesh, dims: tuple[int, ...]) -> Any:
     return known[mesh, dims]
 
 
+# As torch.compiler.assume_constant_result, which imports the compiler: that cannot trace how a group is made.
+processes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def gathered(x: Tensor, group: Any) -> Tensor:
     """[processes, numbers]: the numbers of every process."""
     out = x.new_empty((dist.get_world_size(group), x.numel()))
