@@ -72,15 +72,17 @@ def compiler(environ: Mapping[str, str]) -> str:
     path = environ.get("PATH")
     if not shutil.which("ninja", path=path):
         raise SystemExit("fused_reg: building needs ninja, and none is found; `pip install ninja`")
-    chosen = environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name, path=path)), None)
+    given = environ.get("CXX", "").strip()
     mend = "install one (Debian: `apt install g++`), or set CXX to it"
-    if chosen is None:
-        raise SystemExit(f"fused_reg: building needs a C++ compiler, and there is no c++, g++ or clang++; {mend}")
-    program = shlex.split(chosen)[0]
-    if not shutil.which(program, path=path):
+    program = next(iter(_words(given)), given)
+    if given and not shutil.which(program, path=path):
         raise SystemExit(
             f"fused_reg: building needs a C++ compiler, and there is no {program}, which CXX names; {mend}"
         )
+    there = [given] if given else [name for name in COMPILERS if shutil.which(name, path=path)]
+    if not there:
+        raise SystemExit(f"fused_reg: building needs a C++ compiler, and there is no c++, g++ or clang++; {mend}")
+    chosen = next((name for name in there if _compiles(name, "", [])), there[0])
     includes = [f"-I{sysconfig.get_path(name)}" for name in ("include", "platinclude")]
     if not _compiles(chosen, "#include <Python.h>", includes):
         if not _compiles(chosen, "", []):
@@ -92,6 +94,17 @@ def compiler(environ: Mapping[str, str]) -> str:
     return chosen
 
 
+def _words(command: str) -> list[str]:
+    """None if a quotation is not closed."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
+
+
 def _compiles(compiler: str, code: str, flags: Sequence[str]) -> bool:
-    command = [*shlex.split(compiler), STANDARD, *flags, "-fsyntax-only", "-x", "c++", "-"]
-    return subprocess.run(command, input=code, capture_output=True, text=True).returncode == 0
+    command = [*_words(compiler), STANDARD, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        return subprocess.run(command, input=code.encode(), capture_output=True).returncode == 0
+    except OSError:  # it is no program
+        return False

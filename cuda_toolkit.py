@@ -12,6 +12,8 @@ from pathlib import Path
 
 SYSTEM_HOMES = [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True), Path("/opt/cuda")]
 SYSTEM_INCLUDE = Path("/usr/include")  # Debian's headers
+# What the kernels need besides; the last is of CCCL, which pip has in a wheel of its own.
+HEADERS = ["cuda_fp16.h", "cuda_bf16.h", "nv/target"]
 # Machine code for X.Y runs on every X.Z with Z >= Y; a newer X takes the PTX of the last one.
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
@@ -38,7 +40,7 @@ class Toolkit:
 def answer(nvcc: Path, *options: str) -> str:
     """What nvcc says, of both streams; empty where it cannot be run."""
     try:
-        done = subprocess.run([nvcc, *options], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([nvcc, *options], capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout + done.stderr
@@ -55,8 +57,9 @@ def candidates(environ: Mapping[str, str]) -> Iterator[Path]:
     if home := environ.get("CUDA_HOME") or environ.get("CUDA_PATH"):
         yield Path(home, "bin", "nvcc")
         return
-    if on_path := shutil.which("nvcc", path=environ.get("PATH")):
-        yield Path(on_path)
+    for folder in environ.get("PATH", "").split(os.pathsep):
+        if on_path := shutil.which("nvcc", path=folder or os.curdir):
+            yield Path(on_path).absolute()
     homes = [Path(environ["CONDA_PREFIX"])] if environ.get("CONDA_PREFIX") else []
     for folder in wheels():
         homes += sorted(folder.glob("cu*"), reverse=True)  # cu13; before CUDA 13, cuda_nvcc
@@ -92,14 +95,18 @@ def inspect(nvcc: Path, torch_cuda: str | None) -> Toolkit | str:
     folders += [home.parent / "cuda_runtime" / "include", SYSTEM_INCLUDE]  # wheels before CUDA 13; Debian
     for include in folders:
         if (include / "cuda_runtime.h").is_file() and major_of_headers(include) in (major, None):
-            return Toolkit(call, version, home, include)
+            places = [include, include / "cccl", *folders]
+            lacking = [header for header in HEADERS if not any((place / header).is_file() for place in places)]
+            return f"{nvcc} has no {lacking[0]} in {include}" if lacking else Toolkit(call, version, home, include)
     return f"{nvcc} has no cuda_runtime.h of CUDA {major} in {home}"
 
 
 def major_of_headers(include: Path) -> str | None:
     """``"13"``; None where they do not say it."""
     header = include / "cuda_runtime_api.h"
-    found = re.search(r"define\s+CUDART_VERSION\s+(\d+)", header.read_text()) if header.is_file() else None
+    found = (
+        re.search(r"define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace")) if header.is_file() else None
+    )
     return str(int(found[1]) // 1000) if found else None
 
 
@@ -127,6 +134,9 @@ def choose(torch_cuda: str | None, environ: Mapping[str, str]) -> Toolkit | None
     Raises:
         SystemExit: CUDA is asked for and cannot be had.
     """
+    for name in ("FORCE_CUDA", "FUSED_REG_CUDA"):
+        if environ.get(name, "") not in ("", "0", "1"):
+            raise SystemExit(f"fused_reg: {name} must be 0 or 1, got {environ[name]!r}")
     force = environ.get("FORCE_CUDA") == "1"
     if environ.get("FUSED_REG_CUDA") == "0":
         if force:

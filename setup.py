@@ -19,7 +19,8 @@ from setuptools import setup
 
 import cuda_toolkit
 
-if {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"} & set(sys.argv):  # what compiles
+COMPILING = ("bdist", "build", "build_ext", "develop", "editable_wheel", "install", "install_lib")
+if any(word in COMPILING or word.startswith("bdist_") for word in sys.argv):
     os.environ["PATH"] = build_config.path_with_ninja(os.environ.get("PATH", os.defpath))
     os.environ["CXX"] = build_config.compiler(os.environ)  # for torch and setuptools alike
 

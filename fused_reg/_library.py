@@ -36,28 +36,40 @@ def fits(library: Path) -> bool:
     return release(built_with(library)) == release(torch.__version__)
 
 
-def installed_instead(folder: Path) -> ModuleSpec | None:
-    """The package that pip installed, if the one in ``folder`` hides it and cannot work.
+def is_source(folder: Path) -> bool:
+    """Whether the package in a folder is that of a source tree, which pip does not mend."""
+    return (folder.parent / "setup.py").exists()
 
-    pip mends what it installed, and not a source tree.
-    """
-    own = find(folder)
-    if own and (fits(own) or not (folder.parent / "setup.py").exists()):
-        return None
+
+def hidden_by(folder: Path) -> tuple[list[ModuleSpec], list[ModuleSpec]]:
+    """The other packages with a compiled part that could be imported: those that fit, and the rest."""
     finders = [finder for finder in sys.meta_path if finder is not PathFinder]  # of editable installations
     specs = [PathFinder.find_spec("fused_reg", [entry]) for entry in sys.path]
     specs += [finder.find_spec("fused_reg", None) for finder in finders]
-    installed = {spec.origin: spec for spec in specs if spec and spec.origin}
-    libraries = {origin: library for origin in installed if (library := find(Path(origin).parent))}
-    fitting = [origin for origin, library in libraries.items() if fits(library)]
-    best = next(iter(fitting or ([] if own else libraries)), None)  # its own error says what is wrong with it
-    return installed[best] if best else None
+    others: tuple[list[ModuleSpec], list[ModuleSpec]] = ([], [])
+    for spec in specs:
+        parent = Path(spec.origin).parent if spec and spec.origin else folder
+        if spec and parent.resolve() != folder.resolve() and (library := find(parent)):
+            others[not fits(library)].append(spec)
+    return others
+
+
+def installed_instead(folder: Path) -> ModuleSpec | None:
+    """The package that pip installed, if the one in ``folder`` hides it and cannot work."""
+    own = find(folder)
+    if own and (fits(own) or not is_source(folder)):
+        return None
+    fitting, others = hidden_by(folder)
+    return next(iter(fitting or ([] if own else others)), None)  # its own error says what is wrong with it
 
 
 def take_installed(folder: Path) -> bool:
-    """Import it as a whole, in the place of the package in ``folder``, and say so."""
+    """Import it as a whole, in the place of the package in ``folder``, and say so; or say what this one hides."""
     spec = installed_instead(folder)
     if spec is None or spec.origin is None or spec.loader is None:
+        for hidden in hidden_by(folder)[0][:1] if is_source(folder) and find(folder) else []:
+            other = Path(str(hidden.origin)).parent
+            warnings.warn(f"fused_reg: {folder} is imported, and hides {other}, which is installed", stacklevel=3)
         return False
     lacks = f"no compiled part for torch {torch.__version__}" if find(folder) else "no compiled part"
     instead = Path(spec.origin).parent

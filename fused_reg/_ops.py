@@ -14,25 +14,27 @@ from torch.compiler import is_compiling
 
 from fused_reg import _library
 
-_MEND = "pip install --no-build-isolation --force-reinstall --no-deps ."
-
 
 def _load() -> ModuleType:
-    path = _library.find(Path(__file__).parent)
+    folder = Path(__file__).parent
+    path = _library.find(folder)
+    # What pip installs beside a source tree does not mend the tree.
+    mend = "`pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
+    if _library.is_source(folder):
+        mend = f"`pip install --no-build-isolation --no-deps --editable .` in {folder.parent}"
     if path is None:
-        raise ImportError(f"fused_reg: the compiled part is missing; build it with `{_MEND}` in its source")
+        raise ImportError(f"fused_reg: the compiled part is missing; build it with {mend}")
     built = _library.built_with(path)
     if not _library.fits(path):
         raise ImportError(
-            f"fused_reg: built with torch {built}, but torch {torch.__version__} is running; "
-            f"build it again with `{_MEND}` in its source"
+            f"fused_reg: built with torch {built}, but torch {torch.__version__} is running; build it again with {mend}"
         )
     try:
         return importlib.import_module("fused_reg._C")
     except ImportError as error:
         raise ImportError(
             f"fused_reg: built with torch {built}, which torch {torch.__version__} cannot load ({error}); "
-            f"build it again with `{_MEND}` in its source"
+            f"build it again with {mend}"
         ) from error
 
 

@@ -135,6 +135,7 @@ MEND = "install one (Debian: `apt install g++`), or set CXX to it"
             {"CXX": "mine -v"},
             f"a C++ compiler, and there is no mine, which CXX names; {MEND}",
         ),
+        ({"ninja": "", "c++": ""}, {"CXX": "c++ '"}, f"a C++ compiler, and there is no c++ ', which CXX names; {MEND}"),
         ({"ninja": "", "c++": "exit 1"}, {}, "C++20, which c++ cannot compile; install GCC 10 or later"),
         (
             {"ninja": "", "c++": NO_HEADERS},

@@ -43,7 +43,9 @@ def make_nvcc(home: Path, version: str = "13.0", profile: str = PROFILE.format(i
 
 def make_headers(include: Path, version: int | None = 13000) -> Path:
     include.mkdir(parents=True, exist_ok=True)
-    (include / "cuda_runtime.h").touch()
+    for header in ("cuda_runtime.h", *cuda_toolkit.HEADERS):
+        (include / header).parent.mkdir(exist_ok=True)
+        (include / header).touch()
     (include / "cuda_runtime_api.h").write_text(f"#define CUDART_VERSION  {version}\n" if version else "")
     return include
 
@@ -332,3 +334,25 @@ def test_setup_says_one_sentence(environ, sentence):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == f"fused_reg: {sentence}"
+
+
+def test_headers_of_a_wheel_of_its_own_are_missing(tmp_path):
+    """pip's runtime has cuda_runtime.h, and not what cuda_fp16.h includes."""
+    environ, home, include, _ = plain(tmp_path)
+    (include / "nv" / "target").unlink()
+    assert cuda_toolkit.inspect(home / "bin" / "nvcc", "13.0") == f"{home}/bin/nvcc has no nv/target in {include}"
+    make_headers(include / "cccl")
+    assert cuda_toolkit.find_toolkit("13.0", environ).home == home
+
+
+def test_the_second_nvcc_on_the_path_is_taken_where_the_first_does_not_fit(tmp_path, capsys):
+    old, (environ, home, *_) = make_nvcc(tmp_path / "old", "12.8"), plain(tmp_path)
+    environ = {"PATH": f"{old.parent}{os.pathsep}{environ['PATH']}"}
+    assert cuda_toolkit.find_toolkit("13.0", environ).home == home
+    assert "is of CUDA 12.8, and torch is built with CUDA 13.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["FORCE_CUDA", "FUSED_REG_CUDA"])
+def test_a_switch_is_0_or_1(name):
+    with pytest.raises(SystemExit, match=f"^fused_reg: {name} must be 0 or 1, got 'off'$"):
+        cuda_toolkit.choose("13.0", {name: "off"})

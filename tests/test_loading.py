@@ -118,8 +118,18 @@ def test_library_of_another_kind(package):
 def test_library_is_missing(monkeypatch):
     """Hard case 37."""
     monkeypatch.setattr(_library, "find", lambda folder: None)
+    monkeypatch.setattr(_library, "is_source", lambda folder: False)
     with pytest.raises(ImportError, match=f"^fused_reg: the compiled part is missing; build it with {MEND}$"):
         _ops._load()
+
+
+def test_library_of_a_source_tree(package):
+    """What pip installs elsewhere does not mend it: the advice is to build it in its place."""
+    (package.parent / "setup.py").touch()
+    patch(package, b"_ZN5torch7Library", b"_ZN5torch7LibrarX")
+    command = f"`pip install --no-build-isolation --no-deps --editable .` in {package.parent}"
+    done = import_in(package)
+    assert re.search(rf"ImportError: .* cannot load .*; build it again with {re.escape(command)}\n$", done.stderr)
 
 
 def test_works_without_a_cuda_device(package):

@@ -104,6 +104,7 @@ def test_a_mark_on_a_compiled_module():
     assert names_of(Regularizer(net))[0] == "0.weight"
 
 
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
 def test_marks_are_no_business_of_compiled_code():
     net = regularized(make_net()[0], l1=0.5)
     compiled = torch.compile(net, backend="eager", fullgraph=True)

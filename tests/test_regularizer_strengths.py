@@ -196,6 +196,7 @@ def test_state_dict_of_split_strengths():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
 def test_strengths_change_in_compiled_code(backend):
     """Also float64 scalars, whose writes AOTAutograd loses."""
     w = nn.Parameter(torch.ones(3))

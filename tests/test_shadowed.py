@@ -92,6 +92,18 @@ def test_what_is_not_replaced(tmp_path):
     assert _library.installed_instead(make_package(tmp_path / "stale", OTHER)) is None
 
 
+def test_what_is_hidden_is_said(tmp_path):
+    """A source tree that works, also if an installed package would; itself, found again, hides nothing."""
+    source, installed = make_source(tmp_path / "source", OURS), make_package(tmp_path / "site", OURS)
+    sys.path[:] = [str(source.parent), str(installed.parent)]
+    with pytest.warns(UserWarning, match=f"{source} is imported, and hides {installed}, which is installed"):
+        assert not _library.take_installed(source)
+    sys.path[:] = [str(source.parent)] * 2
+    assert not _library.take_installed(source)
+    sys.path.append(str(installed.parent))
+    assert not _library.take_installed(make_package(tmp_path / "first", OURS))
+
+
 @pytest.fixture
 def source_and_installed(tmp_path) -> tuple[Path, Path]:
     """Copies of this package: one as in a clone, the other with the library."""
