@@ -32,7 +32,8 @@ COPY_FRESH = Limit("y.copy_(x), fresh y", False, lambda x, y: torch.empty_like(x
 COPY_WARM = Limit("y.copy_(x), warm y", False, lambda x, y: y.copy_(x), lambda x, y: x)
 ADD = Limit("g.add_(x, alpha=a)", False, lambda x, y: y.add_(x, alpha=_ALPHA), lambda x, y: y + _ALPHA * x)
 MUL = Limit("x.mul_(a)", False, lambda x, y: y.mul_(_FACTOR), lambda x, y: _FACTOR * y)
-SUM_FLAT, COPY_FLAT = (limit._replace(name=limit.name[:-6] + "one tensor", is_flat=True) for limit in (SUM, COPY_WARM))
+SUM_FLAT = SUM._replace(name="x.sum(), one tensor", is_flat=True)
+COPY_FLAT = COPY_WARM._replace(name="y.copy_(x), one tensor", is_flat=True)
 ADD_FLAT, MUL_FLAT = (limit._replace(name=f"{limit.name}, one tensor", is_flat=True) for limit in (ADD, MUL))
 
 #: What bounds the modes, of norms what their passes cost alone; the first is what ratios are to. On a GPU only those of

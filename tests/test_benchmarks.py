@@ -121,6 +121,10 @@ def test_a_run_is_complete(run):
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
         assert (row["samples"], row["ratio_to_limit"] > 0) == (5, True)
         assert row["role"] == "limit" or row["ratio_to_ours"] > 0
+    limits = [
+        {(r["mode"], r["implementation"]) for r in of.rows if r["role"] == "limit"} for of in (results, committed)
+    ]
+    assert limits[0] == limits[1]  # the names that targets and the picture ask for
     per_element = {row["mode"]: row["bytes"] / row["elements"] for row in results.rows if row["family"] == ""}
     assert list(per_element.values()) == [4, 8, 8, 12, 4, 12, 8]
 
