@@ -1,4 +1,5 @@
-"""``python -m benchmarks``: measure, print, draw."""
+"""What the penalty costs, beside the other ways of writing it and the limits of the machine: ``python -m benchmarks``
+measures, prints and draws everything, with ``--quick`` a part in two minutes."""
 
 import argparse
 import json
@@ -12,12 +13,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks import report
-from benchmarks.cases import CASES, MODES
+from benchmarks.checks import CASES, MODES
 from benchmarks.contenders import ACCUMULATE, OURS, PEERS
 from benchmarks.measure import Run
 
 _RESULTS, _BUILD = Path("benchmarks/results"), Path("build/bench")
-_WIDTH = 180  # where there is no terminal to ask
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,7 +62,7 @@ def main() -> int:
     picture, text = options.output.with_suffix(".png"), options.output.with_suffix(".md")
     report.draw(results, picture)
     text.write_text(document := report.document(results, options.output.name), encoding="utf-8")
-    Console(width=None if sys.stdout.isatty() else _WIDTH).print(Markdown(document))
+    Console(width=None if sys.stdout.isatty() else 180).print(Markdown(document))
     print(f"\nwritten: {options.output}, {picture}, {text}")
     return 1 if results.lacks_ours else 0
 

@@ -1,13 +1,25 @@
-"""Compares what an implementation computed with float64, before it is timed: a fast wrong answer is no result."""
+"""The kinds of work, and the parameter lists: shapes of real networks, as counts and what repeats. What an
+implementation computes of them is compared with float64 before it is timed: a fast wrong answer is no result."""
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from fused_reg import reference
+
+# passes: the bytes that must be moved at least, per byte of parameter (of an optimizer with moments more); grad: fresh,
+# so that `.grad` is None, and freed within the time, or present, to be added to; roofline: the call whose bandwidth
+# bounds a GPU; ours: the one of ours that limits bound, and with which a table compares.
+_MODES = pd.read_csv(Path(__file__).with_name("modes.csv"), keep_default_na=False)
+MODES = {mode.mode: mode for mode in _MODES.itertuples(index=False, name="Mode")}
+NORM_MODES, COMPILED_MODES = ("norm_value", "norm_fresh"), ("compiled_fresh", "compiled_present")
+_WEIGHT_SCALE = 0.05  # about the spread of a trained network's weights
 
 Tensors = Sequence[Tensor]
 Strengths = Mapping[str, Any]  # the arguments of `fused_reg.fused_penalty`
@@ -25,6 +37,34 @@ TOLERANCES = {
     torch.float32: {"contract": 6e-8, "roundings": 1e-6, "value": 0.2, "elements": 1e-3},
     torch.bfloat16: {"contract": 6e-8, "roundings": 5e-3, "value": 0.9, "elements": 2e-2},
 }
+
+
+class Case(NamedTuple):
+    """A parameter list: its name on the command line, its title in a table, the shape of every tensor, the dtype."""
+
+    name: str
+    title: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def elements(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+    def make_params(self, device: str) -> list[Tensor]:
+        """The parameters, leaves that require grad, seeded."""
+        like = {"generator": torch.Generator(device).manual_seed(0), "device": device, "dtype": self.dtype}
+        return [torch.randn(shape, **like).mul_(_WEIGHT_SCALE).requires_grad_() for shape in self.shapes]
+
+
+CASES = {}
+for _name, _data in json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8")).items():
+    _shapes = tuple(tuple(shape) for count, part in _data["shapes"] for shape in part * count)
+    CASES[_name] = Case(_name, _data["title"], _shapes, getattr(torch, _data.get("dtype", "float32")))
 
 
 class WrongResultError(Exception):
@@ -71,22 +111,14 @@ class Problem:
         return self._values[key]
 
     def check(
-        self,
-        role: str,
-        strengths: Strengths,
-        value: Tensor,
-        grads: Tensors | None = None,
-        base: Tensors | None = None,
-        is_alone: bool = True,
-        in_one_pass: bool = False,
+        self, role: str, strengths: Strengths, value: Tensor, grads=None, base=None, is_alone=True, in_one_pass=False
     ) -> Errors:
         """The errors of a penalty and its gradients, if they are within what is demanded of the role. The gradients
         were added to `base`, or are fresh; `is_alone`: in a loss, or else `base` holds to the rounding only;
         `in_one_pass`: a narrow dtype was rounded after the addition only."""
         dtype, is_ours, group = self.params[0].dtype, role == "ours", strengths.get("group")
-        error = demand(
-            "contract" if is_ours else "value", dtype, abs(value.item() / self._value(strengths) - 1), "value"
-        )
+        error = abs(value.item() / self._value(strengths) - 1)
+        demand("contract" if is_ours else "value", dtype, error, "value")
         if grads is None:
             return error, None
         if len(grads) != len(self.params):

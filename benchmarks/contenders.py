@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_reg
-from benchmarks.cases import COMPILED_MODES, MODES, NORM_MODES
-from benchmarks.checks import Errors, Problem, Strengths, Tensors
+from benchmarks.checks import COMPILED_MODES, MODES, NORM_MODES, Errors, Problem, Strengths, Tensors
 from benchmarks.devices import Call, capture
 from fused_reg import reference
 
@@ -50,8 +49,7 @@ class Compiler:
     def reset(self) -> None:
         """Forget what was compiled for the last case."""
         torch._dynamo.reset()
-        self._functions: dict[str, Callable[..., Any]] = {}
-        self._took: dict[tuple[str, bool], float] = {}
+        self._functions, self._took = {}, {}  # by name; by name and whether with the gradient
 
     def function(self, name: str, function: FunctionType, options: Mapping[str, Any] | None = None) -> Callable:
         """It, compiled, and known by the name."""
@@ -86,15 +84,6 @@ def _foreach_norm(params: Tensors, l1: float, l2: float) -> Tensor:
     """By the multi-tensor norms of PyTorch's gradient clipping: a call per term, a number per tensor."""
     absolute, euclidean = (torch.stack(torch._foreach_norm(params, power)) for power in (1, 2))
     return l1 * absolute.sum() + l2 * euclidean.square().sum()
-
-
-@torch.no_grad()
-def _foreach_add(params: Tensors, l1: float, l2: float) -> Tensor:
-    """The gradient by hand, by PyTorch's multi-tensor operations: added to `.grad`, which is present."""
-    grads = [p.grad for p in params]
-    torch._foreach_add_(grads, torch._foreach_sign(params), alpha=l1)
-    torch._foreach_add_(grads, params, alpha=2 * l2)
-    return _foreach_norm(params, l1, l2)
 
 
 def _loop_of_norms(params: Tensors, l2_norm: float, group: str) -> Tensor:
@@ -132,7 +121,6 @@ PEERS = [
     Peer("torch.compile, cooperative reductions", reference.loop, options=_COOPERATIVE, devices=_GPU),
     Peer(LOOP, reference.loop),
     Peer(FOREACH_NORM, _foreach_norm),
-    Peer("torch._foreach_add_", _foreach_add, ("present",), has_backward=False),
     *(Peer(OURS, fused_reg.fused_penalty, NORM_MODES, "ours", None, norms, name) for name, norms in NORMS.items()),
     *(Peer(LOOP, _loop_of_norms, NORM_MODES, "peer", None, norms, name) for name, norms in NORMS.items()),
 ]
@@ -164,9 +152,7 @@ def forward_backward(penalty: Callable[[], Tensor]) -> Tensor:
     return value
 
 
-def penalty_work(
-    problem: Problem, mode: str, peer: Peer, once: Call, is_graph: bool = False, task: Call | None = None
-) -> Work:
+def penalty_work(problem: Problem, mode: str, peer: Peer, once: Call, is_graph=False, task: Call | None = None) -> Work:
     """`once` is what is timed: it computes a value and the mode's gradients. `task`: what else is in the loss."""
     params, grad, allocated = problem.params, MODES[mode].grad, None
 

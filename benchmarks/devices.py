@@ -23,7 +23,6 @@ _FLUSH = 3  # sizes of the L2 cache are read on a GPU before every sample, so th
 _CYCLES_PER_S = 2e9  # at most; a slower clock holds longer
 _HOLD_OF_HOST, _HOLD_MORE_S, _HOLD_MOST_S = 1.5, 20e-6, 5e-3
 
-
 # Of a call that is warmed up: the calls in a sample; what takes one, in seconds of one call; the same of the time until
 # the call returns, where it returns before it is done.
 Stopwatch = tuple[int, Callable[[], float], Callable[[], float] | None]
@@ -143,7 +142,7 @@ def race(calls: Sequence[Call], rounds: int, seconds: float, device: Device) -> 
     """Time the calls side by side: every round runs each of them once, in a new order. The machine's speed drifts and
     its memory changes state; what is interleaved meets the same drift. What they compute has been checked. The times of
     each over the samples, in milliseconds, and of the host until a call returns, None where that is when it is done."""
-    rng, was_enabled, timings = random.Random(0), gc.isenabled(), []
+    rng, timings = random.Random(0), []
     gc.collect()
     gc.freeze()  # or the collections between the rounds would look at everything that is imported
     gc.disable()
@@ -161,8 +160,7 @@ def race(calls: Sequence[Call], rounds: int, seconds: float, device: Device) -> 
             gc.collect()
     finally:
         gc.unfreeze()
-        if was_enabled:
-            gc.enable()
+        gc.enable()
     for (calls_per_sample, *_), times, hosts in zip(watches, samples, of_host, strict=True):
         p20, median, p80 = (np.percentile(times, (20, 50, 80)) * 1e3).tolist()
         timing = {"p20_ms": p20, "median_ms": median, "p80_ms": p80, "samples": len(times)}

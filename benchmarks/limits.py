@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import MODES
-from benchmarks.checks import Errors, Problem, demand, largest_relative, pieces
+from benchmarks.checks import MODES, Errors, Problem, demand, largest_relative, pieces
 from benchmarks.contenders import ELASTIC_NET, Contender, Peer, Work
 from benchmarks.devices import CudaDevice, race
 
@@ -33,7 +32,8 @@ COPY_FRESH = Limit("y.copy_(x), fresh y", False, lambda x, y: torch.empty_like(x
 COPY_WARM = Limit("y.copy_(x), warm y", False, lambda x, y: y.copy_(x), lambda x, y: x)
 ADD = Limit("g.add_(x, alpha=a)", False, lambda x, y: y.add_(x, alpha=_ALPHA), lambda x, y: y + _ALPHA * x)
 MUL = Limit("x.mul_(a)", False, lambda x, y: y.mul_(_FACTOR), lambda x, y: _FACTOR * y)
-SUM_FLAT, COPY_FLAT = (limit._replace(name=limit.name[:-6] + "one tensor", is_flat=True) for limit in (SUM, COPY_WARM))
+SUM_FLAT = SUM._replace(name="x.sum(), one tensor", is_flat=True)
+COPY_FLAT = COPY_WARM._replace(name="y.copy_(x), one tensor", is_flat=True)
 ADD_FLAT, MUL_FLAT = (limit._replace(name=f"{limit.name}, one tensor", is_flat=True) for limit in (ADD, MUL))
 
 #: What bounds the modes, of norms what their passes cost alone; the first is what ratios are to. On a GPU only those of
@@ -44,8 +44,7 @@ LIMITS |= {"norm_value": (SUM_FLAT,), "norm_fresh": (ADD_FLAT,), "prox": (MUL_FL
 
 
 def limits(problem: Problem, mode: str, peers: Sequence[Peer] = ()) -> Iterator[Contender]:
-    is_gpu = problem.device == "cuda"
-    of_device = [x for x in LIMITS.get(mode, ()) if (x.is_flat if is_gpu else x is not COPY_FLAT)]
+    of_device = [x for x in LIMITS.get(mode, ()) if (x.is_flat if problem.device == "cuda" else x is not COPY_FLAT)]
     for limit in of_device:
         yield Contender(limit.name, "limit", partial(_work, problem, limit), is_reference_limit=limit is of_device[0])
 
@@ -83,7 +82,6 @@ def rooflines(device: CudaDevice) -> list[dict]:
     operations = [(SUM, 1), (COPY_WARM, 2), (ADD, 3), (MUL, 2)]  # and the tensors they move
     timings = race([partial(limit.op, x, y) for limit, _ in operations], 30, 5.0, device)
     for name, (_, passes), timing in zip(names, operations, timings, strict=True):
-        modes, median = [mode for mode in MODES if MODES[mode].roofline == name], timing["median_ms"]
-        row = {"name": name, "modes": modes, "bytes": passes * x.nbytes, "median_us": median * 1e3}
-        found.append(row | {"gb_per_s": row["bytes"] / median / 1e6})
+        modes, moved, us = [m for m in MODES if MODES[m].roofline == name], passes * x.nbytes, 1e3 * timing["median_ms"]
+        found.append({"name": name, "modes": modes, "bytes": moved, "median_us": us, "gb_per_s": moved / us / 1e3})
     return found

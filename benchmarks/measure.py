@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from unittest import mock
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -20,14 +20,12 @@ from rich.progress import Progress
 
 import fused_reg
 from benchmarks import contenders as c
-from benchmarks.cases import CASES, COMPILED_MODES, MODES, NORM_MODES, Case
-from benchmarks.checks import Problem, WrongResultError
-from benchmarks.compiled_steps import compiled_steps
+from benchmarks.checks import CASES, COMPILED_MODES, MODES, NORM_MODES, Case, Problem, WrongResultError
 from benchmarks.devices import CudaDevice, Device, race
 from benchmarks.limits import limits, rooflines
 from benchmarks.memory import measure_memory
 from benchmarks.results import Record, Results, targets
-from benchmarks.updates import optimizer_steps, prox_steps
+from benchmarks.steps import compiled_steps, optimizer_steps, prox_steps
 from fused_reg import _ops
 
 #: Who competes in a mode, besides its limits; of the modes that are not here `penalties`.
@@ -67,11 +65,7 @@ class Run:
         is absent with its reason; on a CPU a wrong result is raised."""
         progress = Progress(console=Console(stderr=True, log_path=False), transient=True)
         # What an earlier run compiled would hide how long it takes.
-        with (
-            tempfile.TemporaryDirectory() as cache,
-            mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
-            progress,
-        ):
+        with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache), progress:
             for title, task in progress.track(list(self._tasks().items())):
                 progress.console.log(title)
                 try:
@@ -111,17 +105,10 @@ class Run:
         own, because torch chooses an instruction set once."""
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "avx2.json")
-            command = [sys.executable, "-m", "benchmarks", "--modes", "value", "value_and_grad"]
-            command += [
-                "--peers",
-                "--no-children",
-                "--cases",
-                case,
-                f"--rounds={self._options.rounds}",
-                f"--seconds={self._options.seconds}",
-            ]
-            command += [f"--threads={torch.get_num_threads()}", f"--output={output}"]
+            words = f"--modes value value_and_grad --peers --no-children --cases {case} --rounds={self._options.rounds}"
+            words += f" --seconds={self._options.seconds} --threads={torch.get_num_threads()}"
             environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "TERM": "dumb"}
+            command = [sys.executable, "-m", "benchmarks", *words.split(), f"--output={output}"]
             subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
             self.results.rows += Results.read(output).rows
 
@@ -145,6 +132,9 @@ class Run:
 
     def _race(self, mode: str, contenders: list[c.Contender]) -> None:
         case, results, rows, works = self._case, self.results, [], []
+        shared = {"case": case.name, "mode": mode, "device": self._device.name, "dtype": str(case.dtype).split(".")[1]}
+        shared |= {name: results.machine[name] for name in ("capability", "threads")}
+        shared |= {"tensors": len(case.shapes), "elements": case.elements}
         for contender in contenders:
             label = ", ".join(filter(None, (contender.name, contender.family)))
             try:
@@ -159,7 +149,10 @@ class Run:
             else:
                 works.append(work)
                 errors = dict(zip(("value_error", "gradient_error"), errors, strict=True))
-                rows.append(self._row(mode, contender) | errors | {"compile_s": work.compile_s})
+                row = shared | {"implementation": contender.name, "role": contender.role, "family": contender.family}
+                row["is_reference_limit"] = contender.is_reference_limit
+                row["bytes"] = (contender.passes or MODES[mode].passes) * case.bytes
+                rows.append(row | errors | {"compile_s": work.compile_s})
         # A compilation within the times would look like a slow call.
         with torch.compiler.set_stance("fail_on_recompile"):
             timings = race([work.call for work in works], self._options.rounds, self._options.seconds, self._device)
@@ -179,18 +172,10 @@ class Run:
                 row["costs"]["percent_of_roofline"] = 100 * row["gb_per_s"] / bandwidth if bandwidth else None
         results.rows += rows
 
-    def _row(self, mode: str, contender: c.Contender) -> Record:
-        case, machine = self._case, self.results.machine
-        row = {"case": case.name, "mode": mode, "device": self._device.name, "dtype": str(case.dtype).split(".")[1]}
-        row |= {"capability": machine["capability"], "threads": machine["threads"], "tensors": len(case.shapes)}
-        row |= {"elements": case.elements, "implementation": contender.name, "role": contender.role}
-        row |= {"family": contender.family, "is_reference_limit": contender.is_reference_limit}
-        return row | {"bytes": (contender.passes or MODES[mode].passes) * case.bytes}
-
 
 def reason_of(error: Exception) -> str:
     """Why something is absent: the error in a line, without the machine's paths."""
-    text = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+    text = " ".join(f"failed: {type(error).__name__}: {error}".split())
     text = re.sub(r"(?:/[^\s/:'\",]+){2,}", "...", text)
     return text if len(text) <= 200 else text[:200] + "..."
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import CASES
+from benchmarks.checks import CASES
 from benchmarks.contenders import COMPILED_LOOP, ELASTIC_NET, OURS, PEERS, Compiler, clear, forward_backward
 from benchmarks.results import Record, Results
 

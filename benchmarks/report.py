@@ -3,14 +3,12 @@
 
 import sys
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.cases import CASES, MODES
+from benchmarks.checks import CASES, MODES
 from benchmarks.contenders import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
 from benchmarks.results import Record, Results
 
@@ -31,22 +29,27 @@ def document(results: Results, name: str) -> str:
     parts = [title, f"{origin} {caption(results)}.", _NOTES, *(_of_mode(results, mode) for mode in MODES.values())]
     if results.gpu:
         found = [f"- {r['name']}: {r['gb_per_s']:.0f} GB/s, {r['bytes'] / 1e9:.2f} GB" for r in results.rooflines]
-        parts += [_GPU_NOTES, "\n".join(found), table([_costs(row) for row in results.rows])]
+        costs = []
+        for row in results.rows:
+            line = {"costs": joined(row["case"], row["mode"], row["implementation"], row["family"])}
+            costs.append(line | {k.replace("_", " "): "-" if x is None else number(x) for k, x in row["costs"].items()})
+        parts += [_GPU_NOTES, "\n".join(found), table(costs)]
     memory = []
     for row in results.memory:
         line = {"memory of forward + backward, MB": joined(sized(row["case"]), row["implementation"])}
         line |= {"peak": f"{row['peak_bytes'] / 1e6:.0f}", "kept without `.grad`": f"{row['kept_bytes'] / 1e6:.0f}"}
         memory.append(line)
     absent = [f"- {joined(sized(a['case']), a['what'], a['implementation'])}: {a['reason']}" for a in results.absent]
-    parts += [
-        table(memory),
-        "\n".join(absent),
-        table([_verdict(t) for t in results.targets if t["measured"] is not None]),
-    ]
+    verdicts = []
+    for target in [t for t in results.targets if t["measured"] is not None]:
+        bound = f"{'at least' if target['at_least'] else 'at most'} {target['target']:g}"
+        line = {"target": target["claim"], "measured": f"{target['measured']:.2f}", "bound": bound}
+        verdicts.append(line | {"": "met" if target["met"] else "missed"})
+    parts += [table(memory), "\n".join(absent), table(verdicts)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _of_mode(results: Results, mode: Any) -> str:
+def _of_mode(results: Results, mode) -> str:
     """A line for each case, a column for each contender."""
     own, order, lines = results.machine["capability"], list(CASES), {}
     rows = [row for row in results.rows if row["mode"] == mode.mode]
@@ -67,19 +70,7 @@ def _of_mode(results: Results, mode: Any) -> str:
     return table(list(lines.values()))
 
 
-def _costs(row: Record) -> Record:
-    name = joined(row["case"], row["mode"], row["implementation"], row["family"])
-    costs = {head.replace("_", " "): "-" if x is None else number(x) for head, x in row["costs"].items()}
-    return {"costs": name} | costs
-
-
-def _verdict(target: Record) -> Record:
-    bound = f"{'at least' if target['at_least'] else 'at most'} {target['target']:g}"
-    line = {"target": target["claim"], "measured": f"{target['measured']:.2f}", "bound": bound}
-    return line | {"": "met" if target["met"] else "missed"}
-
-
-def table(lines: Sequence[Record]) -> str:
+def table(lines: list[Record]) -> str:
     """In Markdown, the first column to the left; nothing without lines."""
     heads = list(dict.fromkeys(head for line in lines for head in line))
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)], *([line.get(head, "-") for head in heads] for line in lines)]
@@ -166,13 +157,10 @@ def _draw_panel(results, row, title, unit, cases, bars, text) -> None:
             axes.barh(place, width, 0.9, color=colour, label=label if i == 0 else None)
             axes.annotate(behind, (max(width, 1), place), (5, 0), textcoords="offset points", va="center")
     if "logarithmic" in unit:
-        axes.set_xscale("log")
-        axes.set_xlim(left=least)
+        axes.set(xscale="log", xlim=(least, None))
     else:
         axes.axvline(1, color="0.2", linewidth=1, linestyle="--")
-    axes.set_ylim(len(cases) * group - 0.9, -0.8)
-    axes.set_yticks([])
-    axes.set_xlabel(f"{unit}; less is better")
+    axes.set(ylim=(len(cases) * group - 0.9, -0.8), yticks=[], xlabel=f"{unit}; less is better")
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.spines[["top", "right"]].set_visible(False)
     row.suptitle(title, x=0.01, ha="left", weight="bold")

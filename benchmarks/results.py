@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.cases import CASES
+from benchmarks.checks import CASES
 
 Record = dict[str, Any]
 

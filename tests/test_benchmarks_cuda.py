@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 from test_benchmarks import OPTIONS, PLAIN_MODES, RESULTS, WrongResultError
 
-from benchmarks import __main__, compiled_steps, contenders, devices, limits, measure, report
-from benchmarks.cases import CASES, COMPILED_MODES
-from benchmarks.checks import Problem
+from benchmarks import __main__, contenders, devices, limits, measure, report, steps
+from benchmarks.checks import CASES, COMPILED_MODES, Problem
 from benchmarks.contenders import LOOP, OURS, PEERS, Compiler, Peer
 from benchmarks.results import Results, targets
 from fused_reg import fused_penalty, reference
@@ -23,32 +22,17 @@ class _Runtime(SimpleNamespace):
         super().__init__(**dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats"), lambda: None))
         self.current_device, self._sleep = lambda: 0, lambda cycles: None
         self.memory_allocated, self.max_memory_allocated = lambda: 1000, lambda: 1234
-        facts = {
-            "major": 9,
-            "minor": 0,
-            "multi_processor_count": 132,
-            "L2_cache_size": 1 << 20,
-            "total_memory": 1 << 37,
-        }
-        self.get_device_properties = lambda device: SimpleNamespace(name="NVIDIA H200", **facts)
+        facts = {"name": "NVIDIA H200", "major": 9, "minor": 0, "multi_processor_count": 132}
+        facts |= {"L2_cache_size": 1 << 20, "total_memory": 1 << 37}
+        self.get_device_properties = lambda device: SimpleNamespace(**facts)
 
     def Event(self, enable_timing):
         def record():
             self.now_ms = event.at_ms = self.now_ms + 0.25
 
-        event = SimpleNamespace(
-            synchronize=lambda: None, elapsed_time=lambda end: end.at_ms - event.at_ms, record=record
-        )
+        event = SimpleNamespace(synchronize=lambda: None, record=record)
+        event.elapsed_time = lambda end: end.at_ms - event.at_ms
         return event
-
-
-class _Gpu(devices.CudaDevice):
-    """A GPU whose memory is the CPU's."""
-
-    name = "cpu"
-
-    def __init__(self):
-        super().__init__(_Runtime(), "cpu")
 
 
 def _replaying(call):
@@ -72,24 +56,19 @@ def _breaks(params, l1, l2):
 def test_a_run(is_wrong, tmp_path, monkeypatch):
     """With a peer that fails, or ours wrong: that is absent, with its reason, and the rest is measured."""
     gpu, wrong = devices.DeviceType.CUDA, lambda p, l1, l2: reference.loop(p, l1, 0.9 * l2)
-    names = [
-        ("kernel", gpu),
-        ("triton", gpu),
-        ("Memcpy DtoD", gpu),
-        ("Memset", gpu),
-        ("launch", devices.DeviceType.CPU),
-    ]
-    events = [SimpleNamespace(name=name, device_type=kind) for name, kind in names]
+    events = [SimpleNamespace(name=name, device_type=gpu) for name in ("kernel", "triton", "Memcpy DtoD", "Memset")]
+    events.append(SimpleNamespace(name="launch", device_type=devices.DeviceType.CPU))
     monkeypatch.setattr(devices, "profile", lambda **_: nullcontext(SimpleNamespace(events=lambda: events)))
     monkeypatch.setattr(contenders, "capture", _replaying)
     monkeypatch.setattr(Problem, "device", "cuda")
     peers = [p._replace(penalty=wrong) if is_wrong and p.penalty is fused_penalty else p for p in PEERS]
     monkeypatch.setattr(contenders, "PEERS", [*peers, Peer("broken", _breaks)])
+    monkeypatch.setattr(devices.CudaDevice, "name", "cpu")  # its memory
     monkeypatch.setattr(limits, "LEAST_BYTES", 1 << 20)
     modes = ["value"] if is_wrong else PLAIN_MODES
     options = __main__.parse([*OPTIONS, "--output", str(tmp_path / "run.json"), "--peers", "loop", "--modes", *modes])
     options.device, options.peers = "cuda", [*options.peers, "broken"]
-    results = measure.Run(options, _Gpu()).measure()
+    results = measure.Run(options, devices.CudaDevice(_Runtime(), "cpu")).measure()
     assert Results.read(tmp_path / "run.json") == results
     assert results.lacks_ours == is_wrong
     failed = {f"{a['what']}, {a['implementation']}": a["reason"] for a in results.absent}
@@ -153,20 +132,20 @@ def test_nothing_is_compiled_once_the_seconds_are_spent():
 @pytest.mark.parametrize("mode", COMPILED_MODES)
 def test_compiled_steps(mode, monkeypatch):
     """A convolution, a matrix, a bias, a class token, and a vector so long that it is taken as a matrix."""
-    monkeypatch.setattr(compiled_steps, "_LONG", 1000)
-    monkeypatch.setattr(compiled_steps, "_ROW", 100)
+    monkeypatch.setattr(steps, "_LONG", 1000)
+    monkeypatch.setattr(steps, "_ROW", 100)
     shapes = ((5, 4, 3, 3), (7, 6), (7,), (1, 1, 6), (2000,))
     params = CASES["net"]._replace(shapes=shapes).make_params("cpu")
     problem = Problem(params, Compiler())
     peers = [peer for peer in PEERS if peer.name == "torch.compile"]
-    steps = list(compiled_steps.compiled_steps(problem, mode, peers))
-    assert [step.name for step in steps] == ["no penalty", "fused_reg", "torch.compile"]
-    for work in [step.make() for step in steps]:
+    three = list(steps.compiled_steps(problem, mode, peers))
+    assert [step.name for step in three] == ["no penalty", "fused_reg", "torch.compile"]
+    for work in [step.make() for step in three]:
         for _ in range(2):  # the one, and the other that was compiled of it
             work.verify()
         assert all((p.grad is None) == (mode == "compiled_fresh") for p in params)
     wrong = [peer._replace(penalty=lambda p, l1, l2: fused_penalty(p, 1.5 * l1, l2)) for peer in PEERS[:1]]
-    monkeypatch.setattr(compiled_steps, "PEERS", wrong)
-    _, ours = compiled_steps.compiled_steps(Problem(params, Compiler()), mode, [])
+    monkeypatch.setattr(contenders, "PEERS", wrong)
+    _, ours = steps.compiled_steps(Problem(params, Compiler()), mode, [])
     with pytest.raises(WrongResultError):
         ours.make()
