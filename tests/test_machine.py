@@ -83,7 +83,8 @@ def run_script(script: str) -> tuple[str, str, int]:
     """Output, errors and exit status. What hangs, and its children, are killed."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        # From Python 3.12 on a fork beside threads is deprecated.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -192,7 +193,8 @@ def test_ctrl_c():
         value_and_grad(w, l1=0.1, l2=0.2)
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        # From Python 3.12 on a fork beside threads is deprecated.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout.readline() == "ready\n"
