@@ -193,8 +193,7 @@ def test_ctrl_c():
         value_and_grad(w, l1=0.1, l2=0.2)
     """
     process = subprocess.Popen(
-        # From Python 3.12 on a fork beside threads is deprecated.
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout.readline() == "ready\n"
