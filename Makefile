@@ -15,7 +15,8 @@ WERROR ?= 0
 
 WORKERS := --numprocesses 2 --dist loadfile
 PIP := $(VENV)/bin/python -m pip install --no-compile --disable-pip-version-check $(addprefix --constraint=,$(CONSTRAINTS))
-RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
+# make's job server reaches no process of a recipe, and ninja complains of it.
+RUN := MAKEFLAGS= PATH="$(abspath $(VENV))/bin:$$PATH"
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h)
 SETUP := pyproject.toml setup.py build_backend.py build_config.py cuda_toolkit.py
 PY := fused_reg tests benchmarks examples docs/conf.py $(filter %.py,$(SETUP)) scripts
@@ -36,7 +37,7 @@ $(VENV)/.build: $(VENV)/.environment $(SETUP) $(wildcard csrc/sources.txt csrc/*
 		echo "no GPU is here, so the CUDA kernels are left out: FUSED_REG_CUDA=1 builds them"; \
 		export FUSED_REG_CUDA=0; \
 	fi; \
-	FUSED_REG_WERROR=$(WERROR) $(PIP) --verbose --no-build-isolation --no-deps --editable . >$(VENV)/build.log 2>&1 \
+	MAKEFLAGS= FUSED_REG_WERROR=$(WERROR) $(PIP) --verbose --no-build-isolation --no-deps --editable . >$(VENV)/build.log 2>&1 \
 		|| { cat $(VENV)/build.log; exit 1; }
 	@sed -n 's/^ *fused_reg: /fused_reg: /p' $(VENV)/build.log | sort -u
 	@touch $@
