@@ -95,7 +95,7 @@ def compiler(environ: Mapping[str, str]) -> str:
 
 
 def _words(command: str) -> list[str]:
-    """None if a quotation is not closed."""
+    """No words if a quotation is not closed."""
     try:
         return shlex.split(command)
     except ValueError:
