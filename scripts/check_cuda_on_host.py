@@ -47,12 +47,12 @@ def prepare() -> None:
         include=[str(shim), str(csrc)],
         flags=[*build_config.cxx_flags(werror=False), "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"],
     )
-    (BUILD / "setup.py").write_text(setup)
+    (BUILD / "build.py").write_text(setup)  # a setup.py would say that it hides the package that pip installed
 
 
 def main() -> int:
     prepare()
-    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=BUILD, check=True)
+    subprocess.run([sys.executable, "build.py", "-q", "build_ext", "--inplace"], cwd=BUILD, check=True)
     arguments = sys.argv[1:] or ["-k", f"not ({LARGE})", *(f"tests/test_{name}.py" for name in (*TESTS, "on_host"))]
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "not cuda", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(pytest, cwd=BUILD).returncode
