@@ -104,7 +104,8 @@ test:
 	$(MAKE) --jobs 2 --output-sync lint types docs ctest
 	$(MAKE) pytest
 
-test-rest: ctest-long cuda-compile cuda-on-host cuda-build pytest-long
+test-rest: $(VENV)/.all
+	$(MAKE) --jobs 2 --output-sync ctest-long cuda-compile cuda-on-host cuda-build pytest-long
 
 test-all: test test-rest
 
