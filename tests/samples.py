@@ -39,7 +39,7 @@ STRENGTHS = {
     "one for all and per parameter": {"l1": 0.01, "l2": _DOUBLES},
 }
 
-UPSTREAMS = (1.0, 0.0, -0.0, -2.0, 0.37, 1 / 3, -1e-30, 65536.0, math.inf, -math.inf, math.nan)
+UPSTREAMS = (1.0, 2.0, 0.0, -0.0, -2.0, 0.37, 1 / 3, -1e-30, 65536.0, math.inf, -math.inf, math.nan)
 
 
 def first_quick(*values) -> list:
