@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fused_reg._closures import Closure, closure_of, exchanged, with_penalty
 from fused_reg._parts import Part
+from fused_reg._rates import check_rates, rate_of
 from fused_reg._steps import found_infinity, is_inert, is_nested
 from fused_reg._strengths import KINDS, identity, is_absent, tensor_of
 from fused_reg._table import Entry, Table
@@ -68,6 +69,8 @@ class Attachment:
         self._warned = False
         self._said: set[str] = set()
         self._follow(optimizer)
+        if mode == "prox":
+            check_rates(optimizer.param_groups, self._groups)
         # A compiled step calls them as they are. A decorator would make the package's import take twice as long.
         outside_of_graphs: Any = torch.compiler.disable
         before, after = outside_of_graphs(self._before), outside_of_graphs(self._after)
@@ -123,6 +126,7 @@ class Attachment:
         self._depth = 1  # whatever a step that raised has left
         self._follow(optimizer)
         if self._mode == "prox":
+            check_rates(optimizer.param_groups, self._groups)
             self._unused = self._without_gradient()
         self._is_inert = is_inert(optimizer)
         closure = closure_of(args, kwargs)
@@ -209,8 +213,7 @@ class Attachment:
     def _steps(self, optimizer: Optimizer) -> float | Tensor | list[float | Tensor]:
         """The learning rate, or one for each entry; 0 where a fused optimizer has skipped its step, which the host does
         not know."""
-        given = [optimizer.param_groups[i]["lr"] for i in self._groups]
-        rates = [rate.reshape(()) if isinstance(rate, Tensor) else float(rate) for rate in given]
+        rates = [rate_of(optimizer.param_groups[i]) for i in self._groups]
         found_inf = found_infinity(optimizer)
         if found_inf is not None:
             taken = (found_inf == 0).double()
@@ -250,9 +253,6 @@ class Attachment:
         self._group_of = [group_of[id(e.param)] for e in entries]
         self._groups = sorted(set(self._group_of))
         if self._mode == "prox":
-            for i in self._groups:
-                if not isinstance(rate := optimizer.param_groups[i].get("lr"), float | int | Tensor):
-                    raise ValueError(f'attach: mode "prox" must find a learning rate in each group, got lr={rate!r}')
             self._part, self._shrinking = Part(self._table, entries), Part(self._table, entries)
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
