@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_reg._closures import Closure, closure_of, exchanged, with_penalty
+from fused_reg._lasting import check_lasting
 from fused_reg._parts import Part
 from fused_reg._rates import check_rates, rate_of
 from fused_reg._steps import found_infinity, is_inert, is_nested
@@ -71,6 +72,7 @@ class Attachment:
         self._follow(optimizer)
         if mode == "prox":
             check_rates(optimizer.param_groups, self._groups)
+            check_lasting(optimizer, self._part.params)
         # A compiled step calls them as they are. A decorator would make the package's import take twice as long.
         outside_of_graphs: Any = torch.compiler.disable
         before, after = outside_of_graphs(self._before), outside_of_graphs(self._after)
