@@ -75,6 +75,25 @@ def test_a_number_gets_the_penalty(returned, maximize):
         assert type(objective) is type(results[0])
 
 
+@pytest.mark.parametrize("group", ["tensor", "row"])
+def test_the_objective_of_groups_that_are_maximized_beside_others(group):
+    """The penalty of these has a minus, as their loss has; the value has none."""
+    net = make().double()
+    groups = [{"params": net.weight}, {"params": net.bias, "maximize": True}]
+    rules = [("weight", {"l1": 0.1, "l2_norm": 0.2, "group": group}), ("bias", {"l2_norm": 0.3})]
+    attachment = Regularizer(net, rules=rules).attach(optimizer := torch.optim.SGD(groups, lr=0.1))
+    weight = fused_penalty(net.weight, l1=0.1, l2_norm=0.2, group=group).item()
+    bias = fused_penalty(net.bias, l2_norm=0.3).item()
+
+    def closure():
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(X.double()), Y.double()).backward()
+        return 2.0
+
+    assert optimizer.step(closure) == pytest.approx(2 + weight - bias, rel=1e-14)
+    assert attachment.value.item() == pytest.approx(weight + bias, rel=1e-14)
+
+
 @pytest.mark.parametrize(
     "returned",
     [None, (1.5, "logits"), {"loss": 1.5}, [1.5], "done", True, 1 + 2j, np.arange(3.0), torch.arange(3.0), object()],
