@@ -60,6 +60,7 @@ class Attachment:
         self._depth = 0  # a step that calls the step of its base class calls the hooks again
         self._is_inert = False
         self._awaits_closure = False
+        self._is_open = False  # an optimizer without gradients in .grad has the objective
         self._before_inert: Tensor | None = None  # the penalty
         self._part: Part
         self._shrinking: Part  # with mode "prox" the same without the parameters that the step leaves alone,
@@ -87,8 +88,7 @@ class Attachment:
         each look is a pass over the parameters."""
         if self._value is not None:
             return self._value
-        with torch.no_grad():
-            return self._part.penalty()
+        return self._penalty()
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -131,14 +131,13 @@ class Attachment:
             check_rates(optimizer.param_groups, self._groups)
             self._unused = self._without_gradient()
         self._is_inert = is_inert(optimizer)
+        self._is_open, self._before_inert = False, None
         closure = closure_of(args, kwargs)
         self._awaits_closure = closure is not None
         if closure is not None:
             return exchanged(args, kwargs, closure, self._penalized(closure, optimizer))
-        self._before_inert = None
         if self._is_inert:
-            if not self._is_captured():
-                self._before_inert = self._penalty()
+            self._remember()
         elif self._mode == "grad":
             self._accumulate(optimizer)
         return None
@@ -149,19 +148,21 @@ class Attachment:
             objective = closure(*args, **kwargs)
             self._follow(optimizer)
             is_inert_now = is_inert(optimizer)
-            # Of an objective that nobody has differentiated the optimizer takes the gradient itself.
-            is_open = is_inert_now and isinstance(objective, Tensor) and objective.requires_grad
-            is_open = is_open and all(p.grad is None for group in optimizer.param_groups for p in group["params"])
-            self._is_inert = is_inert_now and not is_open and (self._awaits_closure or self._is_inert)
+            self._is_inert = is_inert_now and (self._awaits_closure or self._is_inert)
             self._awaits_closure = False
-            if self._mode == "prox":
-                if not is_inert_now or is_open:
-                    self._unused = [] if is_open else self._without_gradient()
+            if not is_inert_now:
+                if self._mode == "grad":
+                    return with_penalty(objective, self._accumulate(optimizer))
+                self._unused = self._without_gradient()
                 return objective
-            if is_open:
-                self._value, penalty = self._part.value_and_objective()
-                return with_penalty(objective, penalty)
-            return objective if is_inert_now else with_penalty(objective, self._accumulate(optimizer))
+            self._remember()
+            # Of an objective that nobody has differentiated the optimizer takes the gradient itself, or needs none.
+            is_open = isinstance(objective, Tensor) and (objective.requires_grad or not torch.is_grad_enabled())
+            if is_open and all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+                self._is_open = True
+                if self._mode == "grad":
+                    return with_penalty(objective, self._part.objective())
+            return objective
 
         return penalized
 
@@ -169,6 +170,27 @@ class Attachment:
         if self._include_unused:
             return []
         return [i for i, p in enumerate(self._part.params) if p.grad is None]
+
+    def _remember(self) -> None:
+        """The penalty before what may be no step. Afterwards it tells."""
+        if self._before_inert is None and not self._is_captured():
+            self._before_inert = self._penalty()
+
+    def _is_none(self, optimizer: Optimizer) -> bool:
+        """Whether an inert step was none indeed: the weights are as before, or the penalty could not enter."""
+        before = self._before_inert
+        if before is None or not ((now := self._penalty()) < before or before < now):
+            return True
+        if not self._is_open:
+            self._warn_once(
+                f"attach: a step of {type(optimizer).__name__} changed parameters that have no gradient in .grad, "
+                "where the penalty enters, and had no penalty; add regularizer() to the loss instead"
+            )
+        elif self._mode == "grad":
+            self._value = before
+        else:
+            self._unused = []
+        return not self._is_open
 
     def _penalty(self) -> Tensor:
         with torch.no_grad():
@@ -195,13 +217,7 @@ class Attachment:
                 f"attach: a step of {type(optimizer).__name__} did not call its closure, and had no penalty, which "
                 "follows the closure; call step() without one"
             )
-        if self._is_inert:
-            before, self._before_inert = self._before_inert, None
-            if before is not None and ((now := self._penalty()) < before or before < now):
-                self._warn_once(
-                    f"attach: a step of {type(optimizer).__name__} changed parameters that have no gradient in .grad, "
-                    "where the penalty enters, and had no penalty; add regularizer() to the loss instead"
-                )
+        if self._is_inert and self._is_none(optimizer):
             return
         if self._mode == "prox":
             self._shrinking.prox_(self._steps(optimizer), self._unused)

@@ -129,19 +129,17 @@ class Part:
             return value, value if calls[0].sign > 0 else -value
         for call in calls:  # the first must not write if a later one will fail
             call.check_accumulation(scale, skip_missing)
-        return self._value_and_objective(calls, [call.accumulate_grad_(scale, skip_missing) for call in calls])
-
-    def value_and_objective(self) -> tuple[Tensor, Tensor]:
-        """The same without its gradient, and the second with a graph."""
-        calls = self._current_calls()
-        value, objective = self._value_and_objective(calls, [call.penalty() for call in calls])
-        return value.detach(), objective
-
-    def _value_and_objective(self, calls: Sequence[_Call], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        values = [call.accumulate_grad_(scale, skip_missing) for call in calls]
         value = self._total(calls, values)
-        if all(call.sign > 0 for call in calls):
-            return value, value
-        return value, self._total(calls, [call.sign * v for call, v in zip(calls, values, strict=True)])
+        return value, value if all(call.sign > 0 for call in calls) else self._signed(calls, values)
+
+    def objective(self) -> Tensor:
+        """The second of these, without a gradient and with a graph."""
+        calls = self._current_calls()
+        return self._signed(calls, [call.penalty() for call in calls])
+
+    def _signed(self, calls: Sequence[_Call], values: list[Tensor]) -> Tensor:
+        return self._total(calls, [v if call.sign > 0 else -v for call, v in zip(calls, values, strict=True)])
 
     def prox_(self, step: float | Tensor | list[float | Tensor], without: Collection[int] = ()) -> None:
         """``step``: one, or a list with one for each entry; ``without``: the places of entries to leave alone."""

@@ -272,3 +272,47 @@ def test_a_step_that_the_penalty_does_not_enter_is_said_once():
         optimizer.step([torch.ones(2)])
     optimizer.step([torch.ones(2)])
     assert regularizer.step == 0
+
+
+class Evaluates(torch.optim.SGD):
+    """Needs no derivative: takes the better of two points."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        w = self.param_groups[0]["params"][0]
+        before, first = w.clone(), closure()
+        w.sub_(self.param_groups[0]["lr"])
+        if closure() > first:
+            w.copy_(before)
+        return first
+
+
+def test_an_optimizer_that_needs_no_gradient():
+    """The penalty is in what it compares, and a step that goes nowhere is none."""
+    w = nn.Parameter(torch.tensor([0.75, 0.5]))
+    regularizer = Regularizer([w], l1=lambda step: 1.0 + step)
+    regularizer.attach(optimizer := Evaluates([w], lr=0.5))
+    for objective in (1.25, 2 * 0.25, 2 * 0.25):
+        assert optimizer.step(lambda: torch.zeros(())) == objective
+        assert (w.tolist(), regularizer.step) == ([0.25, 0.0], 1)
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_a_closure_that_skips_its_batch_is_no_step(mode):
+    net = make()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = Regularizer(net, l1=0.5)
+    attachment = regularizer.attach(optimizer, mode)
+    before, value = [p.detach().clone() for p in net.parameters()], attachment.value
+    optimizer.step(lambda: loss_of(net))
+    optimizer.step(lambda: None)
+    assert_same_bits([p.detach() for p in net.parameters()], before)
+    assert_same_bits([attachment.value], [value])
+    assert regularizer.step == 0
+
+
+def test_an_objective_without_a_gradient_in_a_float_is_said():
+    w = nn.Parameter(torch.ones(2))
+    Regularizer([w], l1=0.5).attach(optimizer := Evaluates([w], lr=0.25))
+    with pytest.warns(UserWarning, match=r"Evaluates changed parameters that have no gradient in \.grad"):
+        optimizer.step(lambda: w.sum().item())
