@@ -150,18 +150,18 @@ class Attachment:
             is_inert_now = is_inert(optimizer)
             self._is_inert = is_inert_now and (self._awaits_closure or self._is_inert)
             self._awaits_closure = False
-            if not is_inert_now:
-                if self._mode == "grad":
-                    return with_penalty(objective, self._accumulate(optimizer))
-                self._unused = self._without_gradient()
-                return objective
-            self._remember()
+            if is_inert_now:
+                self._remember()
             # Of an objective that nobody has differentiated the optimizer takes the gradient itself, or needs none.
             is_open = isinstance(objective, Tensor) and (objective.requires_grad or not torch.is_grad_enabled())
-            if is_open and all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
-                self._is_open = True
-                if self._mode == "grad":
-                    return with_penalty(objective, self._part.objective())
+            if is_open and not self._is_open:
+                self._is_open = all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+            if self._mode == "prox":
+                self._unused = self._without_gradient()
+            elif is_open and self._is_open:
+                return with_penalty(objective, self._part.objective())
+            elif not is_inert_now:
+                return with_penalty(objective, self._accumulate(optimizer))
             return objective
 
         return penalized
@@ -186,10 +186,7 @@ class Attachment:
                 f"attach: a step of {type(optimizer).__name__} changed parameters that have no gradient in .grad, "
                 "where the penalty enters, and had no penalty; add regularizer() to the loss instead"
             )
-        elif self._mode == "grad":
-            self._value = before
-        else:
-            self._unused = []
+        self._unused = []
         return not self._is_open
 
     def _penalty(self) -> Tensor:
@@ -219,6 +216,8 @@ class Attachment:
             )
         if self._is_inert and self._is_none(optimizer):
             return
+        if self._is_open and self._mode == "grad":
+            self._value = self._before_inert
         if self._mode == "prox":
             self._shrinking.prox_(self._steps(optimizer), self._unused)
         if next(iter(self._all)) is self and not self._is_captured():  # several optimizers count once

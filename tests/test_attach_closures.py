@@ -274,6 +274,49 @@ def test_a_step_that_the_penalty_does_not_enter_is_said_once():
     assert regularizer.step == 0
 
 
+class SearchesALine(torch.optim.SGD):
+    """Calls backward itself, and halves its step until the objective is smaller, in place of Armijo's rule."""
+
+    def step(self, closure):
+        self.zero_grad()
+        with torch.enable_grad():
+            first = closure()
+        first.backward()
+        with torch.no_grad():
+            params = [p for group in self.param_groups for p in group["params"]]
+            before, grads = [p.clone() for p in params], [p.grad for p in params]
+            rate = 16.0
+            while rate == 16.0 or not closure() < first:
+                rate /= 2
+                for p, w, g in zip(params, before, grads, strict=True):
+                    p.copy_(w - rate * g)
+        return first
+
+
+def test_a_line_search_of_objectives():
+    """To the bit, as with the penalty in the closure: what is evaluated without a gradient adds none."""
+
+    def run(attached):
+        net = make().double()
+        regularizer = Regularizer(net, l1=0.05, l2=0.1)
+        optimizer = SearchesALine(net.parameters(), lr=1.0)
+        attachment = regularizer.attach(optimizer) if attached else None
+
+        def closure():
+            loss = nn.functional.mse_loss(net(X.double()), Y.double())
+            return loss if attached else loss + regularizer()
+
+        for k in range(4):
+            penalty = regularizer().detach()
+            optimizer.step(closure)
+            if attached:
+                assert_same_bits([attachment.value], [penalty])
+                assert regularizer.step == k + 1
+        return [p.detach() for p in net.parameters()]
+
+    assert_same_bits(run(True), run(False))
+
+
 class Evaluates(torch.optim.SGD):
     """Needs no derivative: takes the better of two points."""
 
