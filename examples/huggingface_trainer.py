@@ -55,7 +55,7 @@ class RegularizerCallback(TrainerCallback):
         self.attachment = self.regularizer.attach(getattr(optimizer, "optimizer", optimizer), mode=self.mode)
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **_: Any) -> None:
-        if self.attachment is not None and self.attachment.value is not None:
+        if self.attachment is not None:
             logs["penalty"] = self.attachment.value.item()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -63,7 +63,7 @@ class RegularizerCallback(pl.Callback):
         ]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        values = [a.value for a in self.attachments if a.value is not None]
+        values = [attachment.value for attachment in self.attachments]
         if values:
             self.log("penalty", torch.stack(values).sum())
 

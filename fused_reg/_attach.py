@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from itertools import compress
 from types import CodeType, TracebackType
 from typing import Any, Literal
 
@@ -13,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fused_reg._closures import Closure, closure_of, exchanged, with_penalty
+from fused_reg._lasting import check_lasting
 from fused_reg._parts import Part
+from fused_reg._rates import check_rates, rate_of
 from fused_reg._steps import found_infinity, is_inert, is_nested
 from fused_reg._strengths import KINDS, identity, is_absent, tensor_of
 from fused_reg._table import Entry, Table
@@ -32,10 +34,10 @@ class Attachments:
         """Those that are active."""
         return (a for ref in self._refs if (a := ref()) is not None and a.is_active)
 
-    def add(self, table: Table, optimizer: Optimizer, mode: Mode) -> Attachment:
+    def add(self, table: Table, optimizer: Optimizer, mode: Mode, include_unused: bool) -> Attachment:
         if any(a.optimizer is optimizer for a in self):
             raise ValueError("attach: optimizer must be attached once, got one that is attached already")
-        attachment = Attachment(table, self, optimizer, mode)
+        attachment = Attachment(table, self, optimizer, mode, include_unused)
         self._refs = [weakref.ref(a) for a in (*self, attachment)]
         return attachment
 
@@ -46,20 +48,32 @@ class Attachment:
     The optimizer's hooks keep it alive. It keeps no optimizer alive. A copy of it is detached.
     """
 
-    def __init__(self, table: Table, all_of_them: Attachments, optimizer: Optimizer, mode: Mode) -> None:
+    def __init__(
+        self, table: Table, all_of_them: Attachments, optimizer: Optimizer, mode: Mode, include_unused: bool
+    ) -> None:
         self._table = table
         self._all = all_of_them
         self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
         self._mode = mode
+        self._include_unused = include_unused
         self._seen: tuple[Any, ...] = ()  # what `_follow` found when it last looked
         self._depth = 0  # a step that calls the step of its base class calls the hooks again
         self._is_inert = False
-        self._parts: list[tuple[float, Part]] = []  # with the sign of the gradient
+        self._awaits_closure = False
+        self._is_open = False  # an optimizer without gradients in .grad has the objective
+        self._before_inert: Tensor | None = None  # the penalty
+        self._part: Part
+        self._shrinking: Part  # with mode "prox" the same without the parameters that the step leaves alone,
+        self._unused: list[int] = []  # at these places
         self._group_of: list[int] = []  # the optimizer's, for each entry
         self._groups: list[int] = []
         self._value: Tensor | None = None
         self._warned = False
+        self._said: set[str] = set()
         self._follow(optimizer)
+        if mode == "prox":
+            check_rates(optimizer.param_groups, self._groups)
+            check_lasting(optimizer, self._part.params)
         # A compiled step calls them as they are. A decorator would make the package's import take twice as long.
         outside_of_graphs: Any = torch.compiler.disable
         before, after = outside_of_graphs(self._before), outside_of_graphs(self._after)
@@ -67,15 +81,14 @@ class Attachment:
         self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     @property
-    def value(self) -> Tensor | None:
+    def value(self) -> Tensor:
         """The penalty of the parameters that the optimizer holds, 0-dim, on their device, without a graph or a
-        synchronization. With mode "grad" that of the last step, before it changed them (None before the first step;
-        with a closure: of its last evaluation). With mode "prox" the penalty now: each look is a pass over the
-        parameters, because the proximal step itself needs no value."""
-        if self._mode == "grad":
+        synchronization. With mode "grad" that of the last step, before it changed them (with a closure: of its last
+        evaluation). With mode "prox", which needs no value for its step, and before the first step, the penalty now:
+        each look is a pass over the parameters."""
+        if self._value is not None:
             return self._value
-        with torch.no_grad():
-            return self._parts[0][1].penalty()
+        return self._penalty()
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -106,51 +119,85 @@ class Attachment:
 
     def holds(self) -> set[int]:
         """The identities of the parameters that it handles."""
-        return {id(entry.param) for _, part in self._parts for entry in part.entries}
+        return {id(entry.param) for entry in self._part.entries}
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._depth > 0 and is_nested(optimizer, self._codes[0]):
             self._depth += 1
             return None
         self._depth = 1  # whatever a step that raised has left
-        self._is_inert = is_inert(optimizer)
         self._follow(optimizer)
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            if self._mode == "grad" and not self._is_inert:
-                self._accumulate(optimizer)
-            return None
-        is_first = True
+        if self._mode == "prox":
+            check_rates(optimizer.param_groups, self._groups)
+            self._unused = self._without_gradient()
+        self._is_inert = is_inert(optimizer)
+        self._is_open, self._before_inert = False, None
+        closure = closure_of(args, kwargs)
+        self._awaits_closure = closure is not None
+        if closure is not None:
+            return exchanged(args, kwargs, closure, self._penalized(closure, optimizer))
+        if self._is_inert:
+            self._remember()
+        elif self._mode == "grad":
+            self._accumulate(optimizer)
+        return None
 
-        def with_penalty() -> Any:
+    def _penalized(self, closure: Closure, optimizer: Optimizer) -> Closure:
+        def penalized(*args: Any, **kwargs: Any) -> Any:
             """The step is inert if it is after each evaluation."""
-            nonlocal is_first
-            loss = closure()
+            objective = closure(*args, **kwargs)
             self._follow(optimizer)
-            now = is_inert(optimizer)
-            self._is_inert, is_first = now and (is_first or self._is_inert), False
-            if self._mode == "prox" or now:
-                return loss
-            penalty = self._accumulate(optimizer)
-            return None if loss is None else loss + penalty.to(loss.device if isinstance(loss, Tensor) else "cpu")
+            is_inert_now = is_inert(optimizer)
+            self._is_inert = is_inert_now and (self._awaits_closure or self._is_inert)
+            self._awaits_closure = False
+            if is_inert_now:
+                self._remember()
+            # Of an objective that nobody has differentiated the optimizer takes the gradient itself, or needs none.
+            is_open = isinstance(objective, Tensor) and (objective.requires_grad or not torch.is_grad_enabled())
+            if is_open and not self._is_open:
+                self._is_open = all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+            if self._mode == "prox":
+                self._unused = self._without_gradient()
+            elif is_open and self._is_open:
+                return with_penalty(objective, self._part.objective())
+            elif not is_inert_now:
+                return with_penalty(objective, self._accumulate(optimizer))
+            return objective
 
-        if len(args) > 1:
-            return (args[0], with_penalty, *args[2:]), kwargs
-        return args, {**kwargs, "closure": with_penalty}
+        return penalized
+
+    def _without_gradient(self) -> list[int]:
+        if self._include_unused:
+            return []
+        return [i for i, p in enumerate(self._part.params) if p.grad is None]
+
+    def _remember(self) -> None:
+        """The penalty before what may be no step. Afterwards it tells."""
+        if self._before_inert is None and not self._is_captured():
+            self._before_inert = self._penalty()
+
+    def _is_none(self, optimizer: Optimizer) -> bool:
+        """Whether an inert step was none indeed: the weights are as before, or the penalty could not enter."""
+        before = self._before_inert
+        if before is None or not ((now := self._penalty()) < before or before < now):
+            return True
+        if not self._is_open:
+            self._warn_once(
+                f"attach: a step of {type(optimizer).__name__} changed parameters that have no gradient in .grad, "
+                "where the penalty enters, and had no penalty; add regularizer() to the loss instead"
+            )
+        self._unused = []
+        return not self._is_open
+
+    def _penalty(self) -> Tensor:
+        with torch.no_grad():
+            return self._part.penalty()
 
     def _accumulate(self, optimizer: Optimizer) -> Tensor:
         """The gradient; returns what belongs to the objective: the penalty, negative where that is maximized."""
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves scaled gradients to fused optimizers
         scale = 1.0 if scale is None else scale
-        (sign, part), *more = self._parts
-        if sign == 1 and not more:
-            objective = value = part.accumulate_grad_(scale)
-        else:
-            for _, part in self._parts:
-                part.check_accumulation(scale)
-            values = [part.accumulate_grad_(sign * scale) for sign, part in self._parts]
-            value = sum(values[1:], values[0])
-            objective = sign * values[0] + sum(sign * v for (sign, _), v in zip(more, values[1:], strict=True))
+        value, objective = self._part.accumulate_grad_(scale, skip_missing=not self._include_unused)
         found_inf = found_infinity(optimizer)
         if found_inf is not None and self._value is not None:  # a step that will be skipped leaves the last value
             value = torch.where(found_inf.to(value.device) == 0, value, self._value)
@@ -162,30 +209,36 @@ class Attachment:
             self._depth -= 1
             return
         self._depth = 0
-        if self._is_inert:
+        if self._mode == "grad" and self._awaits_closure and not self._is_inert:
+            self._warn_once(
+                f"attach: a step of {type(optimizer).__name__} did not call its closure, and had no penalty, which "
+                "follows the closure; call step() without one"
+            )
+        if self._is_inert and self._is_none(optimizer):
             return
+        if self._is_open and self._mode == "grad":
+            self._value = self._before_inert
         if self._mode == "prox":
-            self._parts[0][1].prox_(self._steps(optimizer))
+            self._shrinking.prox_(self._steps(optimizer), self._unused)
         if next(iter(self._all)) is self and not self._is_captured():  # several optimizers count once
             self._table.count(found_infinity(optimizer))
 
     def _is_captured(self) -> bool:
         """In a CUDA graph, which would fill in this step's strengths at every replay. The user advances after each."""
-        return self._parts[0][1].entries[0].param.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self._part.entries[0].param.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _steps(self, optimizer: Optimizer) -> float | Tensor | list[float | Tensor]:
         """The learning rate, or one for each entry; 0 where a fused optimizer has skipped its step, which the host does
         not know."""
-        given = [group["lr"] for group in optimizer.param_groups]
-        rates = [rate.reshape(()) if isinstance(rate, Tensor) else float(rate) for rate in given]
+        rates = [rate_of(optimizer.param_groups[i]) for i in self._groups]
         found_inf = found_infinity(optimizer)
         if found_inf is not None:
             taken = (found_inf == 0).double()
             rates = [taken * rate for rate in rates]
-        first = rates[self._group_of[0]]
-        if all(identity(rates[i]) == identity(first) for i in self._groups):
-            return first
-        return [rates[i] for i in self._group_of]
+        if len(rates) == 1 or len({identity(rate) for rate in rates}) == 1:
+            return rates[0]
+        of_group = dict(zip(self._groups, rates, strict=True))
+        return [of_group[i] for i in self._group_of]
 
     def _follow(self, optimizer: Optimizer) -> None:
         """Finds the regularizer's parameters among the optimizer's, which may have changed since, as strengths may."""
@@ -214,23 +267,20 @@ class Attachment:
                         f"attach: {kind} of {entry.name!r} must be a constant, got a tensor that requires grad, and an "
                         "attached penalty gives it none; add regularizer() to the loss"
                     )
-        if self._mode == "prox":
-            for i in {group_of[id(e.param)] for e in entries}:
-                if not isinstance(rate := optimizer.param_groups[i].get("lr"), float | int | Tensor):
-                    raise ValueError(f'attach: mode "prox" must find a learning rate in each group, got lr={rate!r}')
-        maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
-        self._parts = self._split(entries, [maximized[group_of[id(e.param)]] for e in entries])
         self._group_of = [group_of[id(e.param)] for e in entries]
         self._groups = sorted(set(self._group_of))
+        if self._mode == "prox":
+            self._part, self._shrinking = Part(self._table, entries), Part(self._table, entries)
+        else:
+            maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
+            self._part = Part(self._table, entries, [maximized[i] for i in self._group_of])
         self._seen = seen
         self._warn_of_weight_decay(optimizer, entries)
 
-    def _split(self, entries: list[Entry], maximized: list[bool]) -> list[tuple[float, Part]]:
-        """A gradient that the optimizer will negate (``maximize=True``) is subtracted: a penalty always shrinks."""
-        if self._mode == "prox" or not any(maximized):
-            return [(1.0, Part(self._table, entries))]
-        signed = [(1.0, [not m for m in maximized]), (-1.0, maximized)]
-        return [(sign, Part(self._table, list(compress(entries, chosen)))) for sign, chosen in signed if any(chosen)]
+    def _warn_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, UserWarning, stacklevel=5)
 
     def _warn_of_weight_decay(self, optimizer: Optimizer, entries: list[Entry]) -> None:
         for entry, i in zip(entries, self._group_of, strict=True):

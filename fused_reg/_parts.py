@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fused_reg import _devices
 from fused_reg._arguments import Group, Strengths, as_scale, as_step, as_strengths, relabelled
 from fused_reg._strengths import Column, is_absent
 from fused_reg._table import Entry, Table
@@ -19,12 +20,19 @@ _T = TypeVar("_T")
 
 
 class _Call:
-    """The arguments of one fused call."""
+    """The arguments of one fused call; ``sign``: of the gradient."""
 
-    def __init__(self, entries: Sequence[Entry], places: list[int], group: Group) -> None:
+    def __init__(self, entries: Sequence[Entry], places: list[int], group: Group, sign: float, is_one_of: bool) -> None:
+        self.params = [entries[i].param for i in places]
+        self.sign = sign
+        if is_one_of:  # an empty float64 tensor, with any strength: the value is float64, not rounded before the sum
+            places = [*places, places[0]]
         own = [entries[i] for i in places]
         self._places = places
         self._params = [entry.param for entry in own]
+        if is_one_of:
+            with torch.inference_mode(False):
+                self._params[-1] = torch.empty(0, dtype=torch.float64, device=self.params[0].device)
         self._names = [entry.name for entry in own]
         self._group: Group = group
         self._columns = [Column(strengths) for strengths in zip(*(entry.strengths for entry in own), strict=True)]
@@ -43,14 +51,17 @@ class _Call:
         l1, l2, l2_norm = (column.get() for column in self._columns)
         return self._run(lambda: fused_penalty(self._params, l1, l2, l2_norm=l2_norm, group=self._group))
 
-    def accumulate_grad_(self, scale: float | Tensor) -> Tensor:
-        name = "accumulate_grad_"
-        return self._run(accumulate, name, self._params, self._strengths(), as_scale(name, scale, self._params))
+    def accumulate_grad_(self, scale: float | Tensor, skip_missing: bool) -> Tensor:
+        name, factor = "accumulate_grad_", self._factor(scale)
+        return self._run(accumulate, name, self._params, self._strengths(), factor, skip_missing)
 
-    def check_accumulation(self, scale: float | Tensor) -> None:
+    def check_accumulation(self, scale: float | Tensor, skip_missing: bool) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
-        name = "accumulate_grad_"
-        self._run(check_accumulation, name, self._params, self._strengths(), as_scale(name, scale, self._params))
+        name, factor = "accumulate_grad_", self._factor(scale)
+        self._run(check_accumulation, name, self._params, self._strengths(), factor, skip_missing)
+
+    def _factor(self, scale: float | Tensor) -> tuple[float, Tensor | None]:
+        return as_scale("accumulate_grad_", scale if self.sign > 0 else -scale, self._params)
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
         self._run(shrink, *self._shrinkage(step))
@@ -82,64 +93,79 @@ class Part:
     """Some entries of a table. What is constant between calls is prepared once; whether a parameter is frozen is seen
     at every call."""
 
-    def __init__(self, table: Table, entries: Sequence[Entry]) -> None:
+    def __init__(self, table: Table, entries: Sequence[Entry], maximized: Sequence[bool] = ()) -> None:
+        """``maximized``: of which an optimizer will negate the gradient, which is subtracted: a penalty shrinks."""
         self.entries = list(entries)
         self._table = table
-        self._params = [entry.param for entry in entries]
+        self.params = [entry.param for entry in entries]
+        self._maximized = list(maximized) or [False] * len(self.entries)
         self._version = -1
-        self._trained: list[bool] = []
+        self._chosen: list[bool] = []
         self._device = torch.device("meta")
         self._calls: list[_Call] = []
         self._current_calls()  # now, not inside a graph that is being compiled
 
-    def _current_calls(self) -> list[_Call]:
-        trained = [p.requires_grad for p in self._params]
-        if trained != self._trained or self._version != self._table.version or self._params[0].device != self._device:
+    def _current_calls(self, without: Collection[int] = ()) -> list[_Call]:
+        chosen = [p.requires_grad for p in self.params]
+        for place in without:
+            chosen[place] = False
+        if chosen != self._chosen or self._version != self._table.version or self.params[0].device != self._device:
             self._table.place_cells()
-            self._calls = list(_calls(self.entries, trained))
-            self._trained, self._version, self._device = trained, self._table.version, self._params[0].device
+            self._calls = list(_calls(self.entries, chosen, self._maximized))
+            self._chosen, self._version, self._device = chosen, self._table.version, self.params[0].device
         return self._calls
 
     def penalty(self) -> Tensor:
-        return self._total([call.penalty() for call in self._current_calls()])
+        calls = self._current_calls()
+        return self._total(calls, [call.penalty() for call in calls])
 
-    def accumulate_grad_(self, scale: float | Tensor) -> Tensor:
+    def accumulate_grad_(self, scale: float | Tensor, skip_missing: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns the penalty, and what of it belongs to the objective, negative where that is maximized.
+
+        ``skip_missing``: a parameter whose gradient is None gets none."""
         calls = self._current_calls()
         if len(calls) == 1:
-            return calls[0].accumulate_grad_(scale)
-        self.check_accumulation(scale)
-        return self._total([call.accumulate_grad_(scale) for call in calls])
+            value = calls[0].accumulate_grad_(scale, skip_missing)
+            return value, value if calls[0].sign > 0 else -value
+        for call in calls:  # the first must not write if a later one will fail
+            call.check_accumulation(scale, skip_missing)
+        values = [call.accumulate_grad_(scale, skip_missing) for call in calls]
+        value = self._total(calls, values)
+        return value, value if all(call.sign > 0 for call in calls) else self._signed(calls, values)
 
-    def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
-        """``step``: one, or a list with one for each entry."""
+    def objective(self) -> Tensor:
+        """The second of these, without a gradient and with a graph."""
         calls = self._current_calls()
+        return self._signed(calls, [call.penalty() for call in calls])
+
+    def _signed(self, calls: Sequence[_Call], values: list[Tensor]) -> Tensor:
+        return self._total(calls, [v if call.sign > 0 else -v for call, v in zip(calls, values, strict=True)])
+
+    def prox_(self, step: float | Tensor | list[float | Tensor], without: Collection[int] = ()) -> None:
+        """``step``: one, or a list with one for each entry; ``without``: the places of entries to leave alone."""
+        calls = self._current_calls(without)
         if len(calls) > 1:
             for call in calls:
                 call.check_writable(step)
         for call in calls:
             call.prox_(step)
 
-    def check_accumulation(self, scale: float | Tensor) -> None:
-        """Of several calls the first must not write if a later one will fail."""
-        for call in self._current_calls():
-            call.check_accumulation(scale)
-
-    def _total(self, values: list[Tensor]) -> Tensor:
+    def _total(self, calls: Sequence[_Call], values: list[Tensor]) -> Tensor:
         if len(values) == 1:
             return values[0]
         if not values:
             return torch.zeros((), dtype=torch.float32, device=self._device)
-        return torch.stack([value.to(values[0].device) for value in values]).sum()
+        return _devices.total(values, [p for call in calls for p in call.params])
 
 
-def _calls(entries: Sequence[Entry], trained: Sequence[bool]) -> list[_Call]:
-    """One call; two where there are norms of tensors as well as norms of rows. A parameter without any strength is not
-    even read."""
-    places = [i for i, entry in enumerate(entries) if trained[i] and not all(map(is_absent, entry.strengths))]
+def _calls(entries: Sequence[Entry], chosen: Sequence[bool], maximized: Sequence[bool]) -> Iterator[_Call]:
+    """One call; more where there are norms of rows beside norms of tensors, and where some gradients are subtracted. A
+    parameter without any strength is not even read."""
+    places = [i for i, entry in enumerate(entries) if chosen[i] and not all(map(is_absent, entry.strengths))]
     kinds = list(dict.fromkeys(entries[i].group for i in places if not is_absent(entries[i].l2_norm))) or ["tensor"]
-    calls = []
-    for kind in kinds:
-        own = [i for i in places if (kinds[0] if is_absent(entries[i].l2_norm) else entries[i].group) == kind]
-        if own:
-            calls.append(_Call(entries, own, kind))
-    return calls
+    split: dict[tuple[bool, Group], list[int]] = {}
+    for i in places:
+        kind = kinds[0] if is_absent(entries[i].l2_norm) else entries[i].group
+        split.setdefault((maximized[i], kind), []).append(i)
+    for (is_maximized, kind), own in split.items():
+        yield _Call(entries, own, kind, -1.0 if is_maximized else 1.0, len(split) > 1)

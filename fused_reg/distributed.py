@@ -129,13 +129,13 @@ def check_distinct(params: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def with_grads(params: list[Tensor]) -> list[Tensor]:
-    """The same, with the shards of ``.grad`` in theirs."""
+def with_grads(params: list[Tensor], skip_missing: bool) -> list[Tensor]:
+    """The same, with the shards of ``.grad`` in theirs; ``skip_missing``: without one a shard is frozen."""
     check_distinct(params)
-    return [_with_grad(i, p) if is_dtensor(p) else p for i, p in enumerate(params)]
+    return [_with_grad(i, p, skip_missing) if is_dtensor(p) else p for i, p in enumerate(params)]
 
 
-def _with_grad(i: int, p: Any) -> Tensor:
+def _with_grad(i: int, p: Any, skip_missing: bool) -> Tensor:
     shard: Tensor = p.to_local().detach()
     if p.requires_grad and not p.is_leaf:
         raise ValueError(f"params[{i}] must be a leaf, as a parameter is, got the result of {p.grad_fn}")
@@ -147,7 +147,7 @@ def _with_grad(i: int, p: Any) -> Tensor:
         shard.requires_grad_()
         shard.grad_dtype = None  # any
         shard.grad = p.grad.to_local()
-    return shard.requires_grad_(p.requires_grad)
+    return shard.requires_grad_(p.requires_grad and not (skip_missing and p.grad is None))
 
 
 class _Layout(NamedTuple):

@@ -79,18 +79,27 @@ def accumulate_grad_(
     return accumulate(name, tensors, strengths, as_scale(name, scale, tensors))
 
 
-def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None]) -> Tensor:
-    """`accumulate_grad_` for arguments that have been checked, in the name of a function."""
+def accumulate(
+    name: str,
+    tensors: list[Tensor],
+    strengths: Strengths,
+    factor: tuple[float, Tensor | None],
+    skip_missing: bool = False,
+) -> Tensor:
+    """`accumulate_grad_` for arguments that have been checked, in the name of a function.
+
+    ``skip_missing``: a parameter whose gradient is None gets none, and counts in the value."""
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     if distributed.is_sharded(tensors):
-        shards = _checked_shards(name, tensors, strengths, factor)
+        shards = _checked_shards(name, tensors, strengths, factor, skip_missing)
+        on_shards = partial(accumulate, name, skip_missing=skip_missing)
         try:
-            return distributed.accumulate_grad_(partial(accumulate, name), tensors, shards, strengths, factor)
+            return distributed.accumulate_grad_(on_shards, tensors, shards, strengths, factor)
         except Exception as error:
             raise_explained(name, tensors, error)
     try:
-        modes, grads = _grads_of(tensors)
+        modes, grads = _grads_of(tensors, _SKIP if skip_missing else _WRITE)
         missing = [p for p, mode in zip(tensors, modes, strict=True) if mode == _WRITE] if _WRITE in modes else []
         try:
             fresh = _ops.empty_grads(missing) if missing else []
@@ -105,7 +114,7 @@ def accumulate(name: str, tensors: list[Tensor], strengths: Strengths, factor: t
     except Exception as error:
         negated = [p for p in tensors if isinstance(p, Tensor) and p.is_leaf and p.grad is not None and p.grad.is_neg()]
         if negated:  # the dispatcher writes to no such view
-            return _through_copies(negated, lambda: accumulate(name, tensors, strengths, factor))
+            return _through_copies(negated, lambda: accumulate(name, tensors, strengths, factor, skip_missing))
         raise_explained(name, tensors, error)
     for p, grad in zip(missing, fresh, strict=True):
         _set_grad(p, grad)
@@ -135,19 +144,19 @@ def _through_copies(params: list[Tensor], accumulate: Callable[[], Tensor]) -> T
 
 
 def check_accumulation(
-    name: str, tensors: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None]
+    name: str, tensors: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None], skip_missing: bool
 ) -> None:
     """Raises what `accumulate` would of these arguments."""
-    _checked_shards(name, tensors, strengths, factor)
+    _checked_shards(name, tensors, strengths, factor, skip_missing)
 
 
 def _checked_shards(
-    name: str, tensors: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None]
+    name: str, tensors: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None], skip_missing: bool
 ) -> list[Tensor]:
     try:
-        shards = distributed.with_grads(tensors) if distributed.is_sharded(tensors) else tensors
+        shards = distributed.with_grads(tensors, skip_missing) if distributed.is_sharded(tensors) else tensors
         check_devices(name, shards, {**strengths.tensors(), "scale": factor[1]})
-        modes, grads = _grads_of(shards)
+        modes, grads = _grads_of(shards, _WRITE)
         _ops.check_accumulation(shards, grads, [mode if mode == _ADD else _SKIP for mode in modes])
     except Exception as error:
         raise_explained(name, tensors, error)
@@ -178,7 +187,7 @@ def _set_grad(p: Tensor, grad: Tensor) -> None:
         p.grad = grad.to(p.grad_dtype)
 
 
-def _grads_of(params: list[Tensor]) -> tuple[list[int], list[Tensor]]:
+def _grads_of(params: list[Tensor], if_missing: int) -> tuple[list[int], list[Tensor]]:
     """What to do with the gradient of each parameter, and those to add to."""
     modes, grads = [], []
     for i, p in enumerate(params):
@@ -187,7 +196,7 @@ def _grads_of(params: list[Tensor]) -> tuple[list[int], list[Tensor]]:
         elif not p.is_leaf:
             raise ValueError(f"params[{i}] must be a leaf, as a parameter is, got the result of {p.grad_fn}")
         elif (grad := p.grad) is None:
-            modes.append(_WRITE)
+            modes.append(if_missing)
         else:
             modes.append(_ADD)
             grads.append(grad)

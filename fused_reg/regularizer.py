@@ -152,7 +152,7 @@ class Regularizer(Adjustable):
             The penalty, not scaled, without a graph.
         """
         self._check_params()
-        return self._whole.accumulate_grad_(scale)
+        return self._whole.accumulate_grad_(scale)[0]
 
     def prox_(self, step: float | Tensor) -> None:
         """The proximal operator of ``step * penalty``, in place, as :func:`prox_` takes it.
@@ -166,7 +166,7 @@ class Regularizer(Adjustable):
         self._check_params()
         self._whole.prox_(step)
 
-    def attach(self, optimizer: Optimizer, mode: Mode = "grad") -> Attachment:
+    def attach(self, optimizer: Optimizer, mode: Mode = "grad", *, include_unused: bool = False) -> Attachment:
         r"""Makes the penalty a part of every ``optimizer.step()``.
 
         With ``mode="grad"`` its gradient is added to ``.grad`` before the step, as ``weight_decay`` is:
@@ -177,11 +177,18 @@ class Regularizer(Adjustable):
         - Gradients are clipped before the step, so that the penalty's is not clipped; clip to the loss's own norm.
         - With gradient accumulation it is added once per step, not per micro-batch; with ``GradScaler`` to the unscaled
           gradients, or scaled as they are where a fused optimizer unscales them itself.
-        - A closure (LBFGS) is followed by it each time, and the penalty is added to what the closure returns.
+        - A closure (LBFGS) is followed by it each time, and the penalty is added to what the closure returns, if that
+          is one number: a tuple, a dictionary or None comes back as it is. An objective that the optimizer
+          differentiates by itself has the penalty in its graph. Other arguments of ``step`` are passed on.
         - A step without any gradient is none, nor is one that a ``GradScaler`` skips, or one with learning rates and
           gradients of 0 (by which ``torch.distributed.checkpoint`` makes the optimizer's state): it leaves moments,
           schedules and ``value`` as they are. A learning rate of 0 with gradients, as in a warm-up, is a step.
-        - A parameter without ``.grad`` gets one, as it would from a loss that has the penalty.
+        - A parameter whose ``.grad`` is None in a step (one that the loss does not use) is left alone, as
+          ``weight_decay`` and every optimizer do; ``include_unused=True`` gives it the penalty's gradient, as a loss
+          that has the penalty would.
+        - The gradient of the penalty stays in ``.grad``, where ``weight_decay`` leaves nothing: a second step without
+          ``zero_grad`` has it twice, and a norm of gradients that is taken after the step counts it. Call ``zero_grad``
+          between steps, and take norms before them.
         - A penalty shrinks the weights also in a group with ``maximize=True``, as ``weight_decay`` does.
 
         With ``mode="prox"`` the proximal operator follows the step, with each parameter group's learning rate:
@@ -192,25 +199,34 @@ class Regularizer(Adjustable):
         penalized loss. Adam and others take their step in a metric of their own, and the proximal step is not in it:
         it is decoupled, as AdamW decouples decay. The weights shrink by ``lr * strength`` whatever the size of their
         gradients; the zeros are exact; but the point of rest is not that minimum. Where a ``GradScaler`` skips a step,
-        the proximal step is skipped, too.
+        the proximal step is skipped, too. An optimizer whose weights are a function of its state (schedule-free, dual
+        averaging as FTRL and MADGRAD, master copies) would undo it, and with a rate other than ``lr`` (``lr * d`` of
+        Prodigy and D-Adaptation) it would be too large: both are refused. To find out, copies of an optimizer that is
+        not torch's take 40 steps with small parameters.
 
         Args:
             optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later.
                 Several optimizers may each hold some; schedules then count the steps of the one attached first.
             mode: ``"grad"`` or ``"prox"``.
+            include_unused: whether parameters whose ``.grad`` is None take part in a step, in both modes. They count in
+                ``value`` either way. A step without any gradient stays none.
 
         Returns:
             An :class:`.Attachment`; ``remove()`` detaches (as leaving ``with regularizer.attach(optimizer):`` does),
-            ``value`` is the last value. A copied or unpickled optimizer is not attached, nor is a copied regularizer
-            or attachment.
+            ``value`` is the last value, before the first step the penalty now. A copied or unpickled optimizer is not
+            attached, nor is a copied regularizer or attachment.
 
         Raises:
             TypeError: ``optimizer`` is no torch optimizer.
             ValueError: an unknown mode; the optimizer holds none of the parameters; it is attached already, or another
-                attachment handles one of its parameters; a strength requires grad, which it would never get.
+                attachment handles one of its parameters; a strength requires grad, which it would never get; with mode
+                "prox", a learning rate is missing, negative, infinite or NaN (also before each step), or the optimizer
+                would undo proximal steps.
 
         Warns:
-            UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``.
+            UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``; it cannot be
+                found out whether a proximal step lasts; a step did not call its closure, or changed parameters without
+                ``.grad``, so that it had no penalty.
 
         Example:
             >>> import torch
@@ -230,7 +246,7 @@ class Regularizer(Adjustable):
             raise TypeError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if mode not in ("grad", "prox"):
             raise ValueError(f'attach: mode must be "grad" or "prox", got {mode!r}')
-        return self._attachments.add(self._table, optimizer, mode)
+        return self._attachments.add(self._table, optimizer, mode, include_unused)
 
     def report(self) -> Report:
         """The penalty, norm and exact zeros of every parameter and strength group, in a few launches and one transfer.

@@ -86,8 +86,10 @@ def test_the_same_as_in_the_loss(set_to_none, device):
     """To the bit: the gradient of the loss, plus that of the penalty."""
     expected, actual = make(device), make(device)
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in (expected, actual)]
-    attachment = Regularizer(actual, l1=1e-2, l2=1e-3).attach(optimizers[1])
-    assert attachment.value is None
+    regularizer = Regularizer(actual, l1=1e-2, l2=1e-3)
+    attachment = regularizer.attach(optimizers[1])
+    assert_same_bits([attachment.value], [regularizer().detach()])  # before the first step the penalty now
+    assert f"{attachment.value:.3f}" == f"{regularizer():.3f}"
     for _ in range(10):
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=set_to_none)
@@ -346,7 +348,8 @@ def test_state_dicts_and_copies():
             lambda net: torch.optim.Adafactor([{"params": net.parameters(), "lr": None}]),
             "prox",
             ValueError,
-            'attach: mode "prox" must find a learning rate in each group, got lr=None',
+            'attach: mode "prox" must find a learning rate in each group of a regularized parameter, got lr=None in '
+            'group 0; mode "grad" needs none',
         ),
     ],
 )

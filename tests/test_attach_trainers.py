@@ -103,6 +103,29 @@ def test_grad_scaler(kind, fused, unscale_first, device):
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("maximized", [(True, True), (False, True)])
+def test_grad_scaler_where_gradients_are_maximized(maximized, fused, device):
+    """Sign and scale are the gradient's; the value has neither."""
+
+    def run(scale):
+        net = make(device)
+        groups = [{"params": p, "maximize": m} for p, m in zip(net.parameters(), maximized, strict=True)]
+        optimizer = torch.optim.SGD(groups, lr=0.1, fused=fused)
+        attachment = Regularizer(net, **BOTH).attach(optimizer)
+        scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=scale > 0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(net)).backward()
+            before = fused_penalty(net.parameters(), **BOTH).detach()
+            scaler.step(optimizer)
+            scaler.update()
+            assert_same_bits([attachment.value], [before])
+        return [p.detach() for p in net.parameters()]
+
+    torch.testing.assert_close(run(1024.0), run(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("rates", [(0.5, 0.5), (0.5, 0.25)])
 def test_grad_scaler_and_prox(fused, rates, device):
     """A step that is skipped because of an infinite gradient has no proximal step either."""
