@@ -24,8 +24,17 @@ def test_every_kind_of_bias():
     net = nn.ModuleList([nn.LSTM(3, 4), nn.MultiheadAttention(4, 2, add_bias_kv=True), nn.LayerNorm(3)])
     assert names_of(Regularizer(regularized(net, l1=0.5))) == [
         *("0.weight_ih_l0", "0.weight_hh_l0", "1.in_proj_weight", "1.out_proj.weight"),
-        "2.weight",  # named by its mark
     ]
+
+
+def test_weights_of_a_normalization_layer():
+    """They are meant where that very layer is marked, wrapped or parametrized or not."""
+    for mark in (lambda layer: regularized(layer, l1=0.5), lambda layer: regularized(nn.DataParallel(layer), l1=0.5)):
+        net = nn.ModuleList([nn.Linear(3, 4), mark(nn.LayerNorm(4))])
+        assert names_of(Regularizer(net)) == ["1.weight"]
+    net = nn.Sequential(regularized(nn.LayerNorm(4), l1=0.5))
+    nn.utils.parametrize.register_parametrization(net[0], "weight", nn.Softplus())
+    assert names_of(Regularizer(net)) == ["0.parametrizations.weight.original"]
 
 
 def test_parametrized_layers_are_still_in_their_layer():
@@ -44,8 +53,7 @@ def test_the_innermost_wins():
     assert strengths_of(Regularizer(net)) == {
         "0.weight": (0, 0.25, 0),
         "0.bias": (0.5, 0, 0),  # of which the inner mark does not speak
-        "1.weight": (0.5, 0, 0),
-        "1.bias": (0.5, 0, 0),
+        "1.bias": (0.5, 0, 0),  # and not the weight, as for weights_only
         "2.weight": (0.5, 0, 0),
         "2.bias": (0.5, 0, 0),
         "3.weight": (0, 0, 0.125),
@@ -65,7 +73,9 @@ def test_marks_and_the_other_choices():
     regularized(net[0], l1=0.5, bias=True)
     regularized(net[1], l1=0.5, bias=True)
     assert names_of(Regularizer(net, exclude="1.bias")) == ["0.weight", "0.bias", "1.weight"]
-    assert names_of(Regularizer(net, weights_only=True)) == ["0.weight"]
+    regularized(net[0], l1=0.5)
+    assert names_of(Regularizer(net, weights_only=True, exclude="1.*")) == ["0.weight"]
+    regularized(net[0], l1=0.5, bias=True)
     net[0].weight.requires_grad_(False)
     assert names_of(Regularizer(net, include="0.*")) == ["0.bias"]
 

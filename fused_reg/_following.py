@@ -1,0 +1,171 @@
+"""What a `Regularizer` was built of. A module is followed: it is read again where its parameters are others by now."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from fused_reg import _marks
+from fused_reg._candidates import Candidate, candidates_of
+from fused_reg._marks import Mark
+from fused_reg._selection import Choice
+from fused_reg._strengths import KINDS, Given, Penalty
+from fused_reg._warnings import warn
+from fused_reg.distributed import cuts
+
+_NAMES_SHOWN = 4
+_END = object()
+_tables_of = attrgetter("_parameters", "_modules")
+_values_of = methodcaller("values")
+
+
+class Source:
+    """A module or a list, what is chosen of it, and which strengths that is given."""
+
+    def __init__(self, params: Any, choice: Choice) -> None:
+        self._choice = choice
+        self._module: Module | weakref.ref[Module] | None = params if isinstance(params, Module) else None
+        self._is_copy = False  # whose parameters may be nobody's
+        self._changes: dict[tuple[str | None, str], Given] = {}  # by where and kind, in their order
+        self._marks: dict[str, Mark] = {}  # by the names
+        self._candidates: list[Candidate] = []
+        self._modules: list[Module] = []
+        self._places: dict[tuple[int, str], Any] = {}  # what was in these modules when they were last read
+        self._content: list[Any] = [None]  # the same in a row
+        self._mark_count = -1
+        self.chosen: list[tuple[Candidate, Penalty]] = []
+        self._read(params)
+
+    @property
+    def module(self) -> Module | None:
+        """None for a list, and where a copy's is gone."""
+        return self._module() if isinstance(self._module, weakref.ref) else self._module
+
+    def has_changed(self) -> bool:
+        """Whether a module or a parameter is another one by now, or a mark was set."""
+        if self._module is None:
+            return False
+        now = chain.from_iterable(map(_values_of, chain.from_iterable(map(_tables_of, self._modules))))
+        if all(map(is_, chain(now, (_END,)), self._content)) and _marks.count() == self._mark_count:
+            return False
+        gathered = self._gathered()
+        shown = [gathered.get((id(m), key), x) for m, key, x in _contents(self._modules)]
+        is_same = len(shown) + 1 == len(self._content) and all(map(is_, shown, self._content))
+        return self.module is not None and not (is_same and _marks.count() == self._mark_count)
+
+    def read_again(self) -> str:
+        """Reads the module, and says what has changed in what is chosen."""
+        problems: list[str] = []
+        before = [c for c, _ in self.chosen]
+        self._read(self.module, problems.append)
+        now = [c for c, _ in self.chosen]
+        new, gone = _without(now, before), _without(before, now)
+        replaced = new.keys() & gone.keys()
+        said = [
+            f"{_listed(names)} {what}"
+            for names, what in (
+                ([n for n in new if n in replaced], "replaced"),
+                ([n for n in new if n not in replaced], "new"),
+                ([n for n in gone if n not in replaced], "gone"),
+            )
+            if names
+        ]
+        problems = [problem.removeprefix("Regularizer: ") for problem in problems]
+        if not said and not problems:
+            return ""
+        changes = ", ".join(said) or "names changed"
+        return "; ".join([f"Regularizer: it follows its module: {changes}; an optimizer must hold these", *problems])
+
+    def _read(self, params: Any, *complain: Callable[[str], object]) -> None:
+        """Keeps what it has read only if all of it is right."""
+        modules = list(params.modules()) if isinstance(params, Module) else []
+        gathered = self._gathered()
+        candidates = candidates_of(params, self._marks, gathered)
+        taken = {name for c in candidates for name in c.names}
+        known = {id(c.param): c.names for c in self._candidates}
+        for c in candidates:
+            c.names += [name for name in known.get(id(c.param), []) if name not in taken]
+        self.chosen = self._choice.of(params, candidates, *complain)
+        self._candidates = candidates
+        self._marks = {**self._marks, **{name: mark for c in candidates for name, mark in c.marks.items()}}
+        self._mark_count = _marks.count()
+        self._places = {(id(m), key): gathered.get((id(m), key), x) for m, key, x in _contents(modules)}
+        self._modules, self._content = modules, [*self._places.values(), _END]
+
+    def _gathered(self) -> dict[tuple[int, str], Tensor]:
+        """Where ``fully_shard`` shows whole parameters, between forward and backward: what they are cut into."""
+        return {
+            (id(m), key): known
+            for m, key, x in _contents(self._modules)
+            if isinstance(known := self._places.get((id(m), key)), Tensor) and cuts(known) > cuts(x)
+        }
+
+    def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Given]:
+        """The strengths that a parameter has by its penalty and by what was changed since."""
+        given: dict[str, Given] = {kind: getattr(penalty, kind) for kind in KINDS}
+        for (where, kind), strength in self._changes.items():
+            if given[kind] is not None if where is None else candidate.matches(where):
+                given[kind] = strength
+        return given
+
+    def note(self, where: str | None, kind: str, strength: Given) -> None:
+        """That these were given a strength."""
+        self._changes.pop((where, kind), None)
+        self._changes[where, kind] = strength
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": self.module, "_modules": [], "_places": {}, "_content": [None]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The module of a copy is held from `claim` on, if anybody has it."""
+        vars(self).update(state)
+        self._is_copy = True
+        if isinstance(self._module, Module):
+            self._module = weakref.ref(self._module)
+
+    def claim(self, entries: Sequence[Any]) -> None:
+        """Before the first use of a copy: warns if nobody else has its parameters, which nothing trains then."""
+        if not self._is_copy:
+            return
+        self._is_copy = False
+        gc.collect()  # modules in cycles are gone, too
+        self._module = self.module
+        if self._module is None:
+            one = _Held(object())
+            other = _Held(one.param)  # as an entry and a candidate hold a parameter
+            alone = sys.getrefcount(other.param)
+            name = next((entry.name for entry in entries if sys.getrefcount(entry.param) <= alone), None)
+            if name is not None:
+                warn(
+                    f"Regularizer: it is a copy whose parameter {name!r} no model has, so that its penalty is of "
+                    "no effect; copy or pickle it together with its model, or build another one"
+                )
+
+
+class _Held:
+    """Holds something that nothing else holds, as an entry of a table does."""
+
+    def __init__(self, param: object) -> None:
+        self.param = param
+
+
+def _contents(modules: Iterable[Module]) -> Iterator[tuple[Module, str, Any]]:
+    return ((m, key, x) for m in modules for table in _tables_of(m) for key, x in table.items())
+
+
+def _without(candidates: Iterable[Candidate], others: Iterable[Candidate]) -> dict[str, Candidate]:
+    """Those whose parameters are not among the others', by their names."""
+    known = {id(c.param) for c in others}
+    return {c.names[0]: c for c in candidates if id(c.param) not in known}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*map(repr, names[:_NAMES_SHOWN]), *["..."] * (len(names) > _NAMES_SHOWN)])
