@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
-from fused_reg._marks import Mark, mark_of, marks_on
+from fused_reg._marks import Mark, marks_of, marks_on
 from fused_reg._patterns import Named
 from fused_reg._walk import Place, dims, is_bias, walk
 
@@ -26,6 +26,7 @@ class Candidate(Named):
     param: Tensor
     names: list[str]
     marks: dict[str, Mark] = field(default_factory=dict)
+    can_train: bool = True
 
     @property
     def is_weight(self) -> bool:
@@ -50,9 +51,8 @@ class Candidate(Named):
         if not param.is_leaf:
             raise ValueError(f"{where} must be a leaf, as a parameter is, got the result of {param.grad_fn}")
         if param.requires_grad and (param.dtype not in _DTYPES or param.is_nested):
-            raise TypeError(
-                f"{where} must be one tensor of float32, float64, bfloat16 or float16, got {param.dtype}{out}"
-            )
+            got = "a nested tensor" if param.is_nested else param.dtype
+            raise TypeError(f"{where} must be one tensor of float32, float64, bfloat16 or float16, got {got}{out}")
         if param.requires_grad and param.layout is not torch.strided:
             raise TypeError(f"{where} must be dense (torch.strided), got {param.layout}{out}")
 
@@ -62,36 +62,32 @@ def candidates_of(params: Any, known: Mapping[str, Mark], shown: Mapping[tuple[i
     before, ``shown`` the parameters in whose places others are shown for a while."""
     found: dict[int, Candidate] = {}
     if isinstance(params, Module):
-        places = [p._replace(param=shown.get((id(p.module), p.key), p.param)) for p in walk(params)]
-        for place, name in zip(places, _names(places), strict=True):
-            candidate = found.setdefault(id(place.param), Candidate(place.param, []))
-            candidate.names.append(name)
-            mark = mark_of(place, known.get(name))
-            if mark is not None:
-                candidate.marks[name] = mark
-        for place in places:
-            candidate = found[id(place.param)]
-            names = (place.full_name, *place.plain_names)
-            candidate.names += [name for name in dict.fromkeys(names) if name not in candidate.names]
+        places: dict[int, list[Place]] = {}
+        for place in walk(params):
+            param = shown.get((id(place.module), place.key), place.param)
+            places.setdefault(id(param), []).append(place._replace(param=param))
+        with_wrappers = _have_collisions([place for own in places.values() for place in own])
+        for i, own in places.items():
+            short = [place.full_name if with_wrappers else place.name for place in own]
+            others = [name for place in own for name in (place.full_name, *place.plain_names)]
+            names = list(dict.fromkeys([*short, *others]))
+            found[i] = Candidate(own[0].param, names, marks_of(own, known), _can_train(own[0].param))
+        if found and not any(c.can_train for c in found.values()):
+            raise ValueError("Regularizer: params must hold a dense floating point parameter, got none")
     else:
         for name, param in _named(params):
-            found.setdefault(id(param), Candidate(param, [])).names.append(name)
+            names = found.setdefault(id(param), Candidate(param, [])).names
+            names += [] if name in names else [name]
     if not found:
-        raise ValueError(
-            "Regularizer: params must hold a parameter, got none; a generator that something else has read is empty"
-        )
-    usable = [c for c in found.values() if not isinstance(params, Module) or _can_train(c.param)]
-    if not usable:
-        raise ValueError("Regularizer: params must hold a dense floating point parameter, got none")
-    return usable
+        hint = "" if isinstance(params, Module) else "; a generator that something else has read is empty"
+        raise ValueError(f"Regularizer: params must hold a parameter, got none{hint}")
+    return list(found.values())
 
 
-def _names(places: list[Place]) -> list[str]:
-    """Without the parts of wrappers, unless two parameters had one name then."""
+def _have_collisions(places: list[Place]) -> bool:
+    """Whether two parameters had one name without the parts of wrappers."""
     taken: dict[str, Tensor] = {}
-    if all(taken.setdefault(place.name, place.param) is place.param for place in places):
-        return [place.name for place in places]
-    return [place.full_name for place in places]
+    return any(taken.setdefault(place.name, place.param) is not place.param for place in places)
 
 
 def _named(params: Any) -> Iterator[tuple[str, Tensor]]:
@@ -104,7 +100,7 @@ def _named(params: Any) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(params, Iterable):
         raise TypeError(
             "Regularizer: params must be a module, an iterable of tensors or of (name, tensor) pairs, got "
-            + (f"{params!r}; call it" if callable(params) else type(params).__name__)
+            + (type(params).__name__ + "; call it" * callable(params))
         )
     taken: dict[str, Tensor] = {}
     for i, item in enumerate(params):

@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,6 @@ from fused_reg.distributed import cuts
 _NAMES_SHOWN = 4
 _END = object()
 _tables_of = attrgetter("_parameters", "_modules")
-_values_of = methodcaller("values")
 
 
 class Source:
@@ -39,7 +38,9 @@ class Source:
         self._candidates: list[Candidate] = []
         self._modules: list[Module] = []
         self._places: dict[tuple[int, str], Any] = {}  # what was in these modules when they were last read
-        self._content: list[Any] = [None]  # the same in a row
+        self._content: list[Any] = [_END]  # the same in a row
+        self._views: list[Iterable[Any]] = [(_END,)]  # where this is looked up again
+        self._empty: list[Any] = []  # tables of modules without content
         self._mark_count = -1
         self.chosen: list[tuple[Candidate, Penalty]] = []
         self._read(params)
@@ -51,15 +52,13 @@ class Source:
 
     def has_changed(self) -> bool:
         """Whether a module or a parameter is another one by now, or a mark was set."""
-        if self._module is None:
-            return False
-        now = chain.from_iterable(map(_values_of, chain.from_iterable(map(_tables_of, self._modules))))
-        if all(map(is_, chain(now, (_END,)), self._content)) and _marks.count() == self._mark_count:
+        is_same = all(map(is_, chain.from_iterable(self._views), self._content)) and not any(self._empty)
+        if is_same and _marks.count == self._mark_count:
             return False
         gathered = self._gathered()
         shown = [gathered.get((id(m), key), x) for m, key, x in _contents(self._modules)]
         is_same = len(shown) + 1 == len(self._content) and all(map(is_, shown, self._content))
-        return self.module is not None and not (is_same and _marks.count() == self._mark_count)
+        return self.module is not None and not (is_same and _marks.count == self._mark_count)
 
     def read_again(self) -> str:
         """Reads the module, and says what has changed in what is chosen."""
@@ -81,8 +80,8 @@ class Source:
         problems = [problem.removeprefix("Regularizer: ") for problem in problems]
         if not said and not problems:
             return ""
-        changes = ", ".join(said) or "names changed"
-        return "; ".join([f"Regularizer: it follows its module: {changes}; an optimizer must hold these", *problems])
+        changes = f"{', '.join(said)}; an optimizer must hold these" if said else "names have changed"
+        return "; ".join([f"Regularizer: it follows its module: {changes}", *problems])
 
     def _read(self, params: Any, *complain: Callable[[str], object]) -> None:
         """Keeps what it has read only if all of it is right."""
@@ -96,9 +95,12 @@ class Source:
         self.chosen = self._choice.of(params, candidates, *complain)
         self._candidates = candidates
         self._marks = {**self._marks, **{name: mark for c in candidates for name, mark in c.marks.items()}}
-        self._mark_count = _marks.count()
+        self._mark_count = _marks.count
         self._places = {(id(m), key): gathered.get((id(m), key), x) for m, key, x in _contents(modules)}
         self._modules, self._content = modules, [*self._places.values(), _END]
+        tables = [table for m in modules for table in _tables_of(m)]
+        self._views = [*(table.values() for table in tables if table), (_END,)]
+        self._empty = [table for table in tables if not table]
 
     def _gathered(self) -> dict[tuple[int, str], Tensor]:
         """Where ``fully_shard`` shows whole parameters, between forward and backward: what they are cut into."""
@@ -107,6 +109,14 @@ class Source:
             for m, key, x in _contents(self._modules)
             if isinstance(known := self._places.get((id(m), key)), Tensor) and cuts(known) > cuts(x)
         }
+
+    def watched(self) -> list[Module]:
+        """The modules in their places. A compiler that traces this guards them and what it looks at, the parameters."""
+        found = self._modules[:1]
+        for module in self._modules:
+            [param is None for param in module._parameters.values()]
+            found += [child for child in module._modules.values() if child is not None]
+        return found
 
     def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Given]:
         """The strengths that a parameter has by its penalty and by what was changed since."""
@@ -122,11 +132,19 @@ class Source:
         self._changes[where, kind] = strength
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_module": self.module, "_modules": [], "_places": {}, "_content": [None]}
+        unread: dict[str, Any] = {
+            "_modules": [],
+            "_places": {},
+            "_content": None,
+            "_views": None,
+            "_empty": [],
+            "_mark_count": -1,
+        }
+        return {**vars(self), "_module": self.module, **unread}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The module of a copy is held from `claim` on, if anybody has it."""
-        vars(self).update(state)
+        vars(self).update(state, _content=[_END], _views=[(_END,)])
         self._is_copy = True
         if isinstance(self._module, Module):
             self._module = weakref.ref(self._module)

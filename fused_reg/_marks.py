@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -22,7 +22,8 @@ _ATTRIBUTE = "_fused_reg_mark"
 # The last mark that spoke about a parameter, for when a conversion puts the parameter into another module.
 _remembered: Any = WeakIdKeyDictionary()
 
-_count = 0
+#: How many marks have been set.
+count = 0
 
 
 class Mark:
@@ -116,7 +117,7 @@ def regularized(
 
     Source: the ``kernel_regularizer`` and ``bias_regularizer`` of Keras layers.
     """
-    global _count
+    global count
     if not isinstance(module, Module):
         raise TypeError(f"regularized: module must be a torch.nn.Module, got {type(module).__name__}")
     penalty = as_penalty("regularized: ", l1=l1, l2=l2, l2_norm=l2_norm, group=group)
@@ -126,12 +127,12 @@ def regularized(
         raise ValueError('regularized: group="row" must have an l2_norm, got none')
     as_flag("regularized: bias", bias)
     mark = Mark(penalty, bias)
-    holder = module._modules.get("_orig_mod") or module  # what torch.compile wraps holds the attributes
+    holder: Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps holds the attributes
     for old in marks_on(holder):
         old.is_replaced = True
     setattr(holder, _ATTRIBUTE, mark)
     mark.remember(place.param for place in walk(holder) if next(_speaking(place), None) is mark)
-    _count += 1
+    count += 1
     if type(holder)._get_name is Module._get_name:
         name = _Name(type(holder).__name__)
         name.mark = ", ".join([*_described(penalty), *(["bias"] if bias else [])])
@@ -151,19 +152,17 @@ def marks_on(module: Module) -> tuple[Mark, ...]:
     return (mark,) if isinstance(mark, Mark) else ()
 
 
-def mark_of(place: Place, known: Mark | None) -> Mark | None:
-    """The innermost mark that speaks about the parameter, also where a module that had it is not around it any more:
-    ``known`` is the last of this name."""
-    lost = _remembered.get(place.param, known)
-    if lost is not None and not lost.is_replaced and all(lost not in marks_on(module) for module, _ in place.around):
-        return lost  # type: ignore[no-any-return]
-    return next(_speaking(place), None)
+def marks_of(places: Sequence[Place], known: Mapping[str, Mark]) -> dict[str, Mark]:
+    """By the places of a parameter the innermost marks that speak about it; where the module that had its mark is not
+    around it any more, that mark. ``known`` are those of these names before."""
+    param, names = places[0].param, [place.name for place in places]
+    lost = _remembered.get(param, next((known[name] for name in names if name in known), None))
+    around = (m for place in places for module, _ in place.around for m in marks_on(module))
+    if lost is not None and not lost.is_replaced and lost not in around:
+        return {names[0]: lost}
+    found = {place.name: next(_speaking(place), None) for place in places}
+    return {name: mark for name, mark in found.items() if mark is not None}
 
 
 def _speaking(place: Place) -> Iterator[Mark]:
     return (m for module, own in place.around for m in marks_on(module) if m.speaks_about(place, own))
-
-
-def count() -> int:
-    """How many marks have been set."""
-    return _count

@@ -44,11 +44,10 @@ def _near(pattern: str, names: Sequence[str]) -> Iterator[str]:
     """What was meant, the likeliest first: a part of a name, a path, a regular expression, a slip of the pen."""
     dots = pattern.replace("/", ".").strip(".")
     glob = re.sub(r"\\d[+*]?", "[0-9]*", re.sub(r"(?<!\\)\.[*+]", "*", pattern)).replace("\\", "").strip("^$")
-    for tried in (dots, f"{dots}.*", f"*.{dots}", f"*.{dots}.*", f"*{dots}*", glob, f"{glob}*", f"*{glob}"):
+    inside = dots.partition(".")[2] or dots  # without the name of the model
+    around = [x for part in (dots, inside) for x in (part, f"{part}.*", f"*.{part}", f"*.{part}.*")]
+    for tried in (*around, f"*{dots}*", glob, f"{glob}*", f"*{glob}"):
         if any(fnmatchcase(name, tried) for name in names):
             yield tried
-    inner = dots.partition(".")[2]  # the name of the model before it
-    if inner and any(fnmatchcase(name, inner) for name in names):
-        yield inner
     parts = {".".join(name.split(".")[:n]) + ".*" for name in names for n in range(1, name.count(".") + 1)}
     yield from get_close_matches(pattern, [*names, *sorted(parts)], n=1, cutoff=0.75)

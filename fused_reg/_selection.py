@@ -54,7 +54,7 @@ class Choice:
 
     def _is_meant(self, candidate: Candidate) -> bool:
         included = self.include is None or any(map(candidate.matches, self.include))
-        return included and not any(map(candidate.matches, self.exclude))
+        return candidate.can_train and included and not any(map(candidate.matches, self.exclude))
 
     def _rule_of(self, candidate: Candidate) -> Rule | None:
         return next((rule for rule in self.rules if candidate.matches(rule[0])), None)

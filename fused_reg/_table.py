@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from fused_reg._arguments import Group
 from fused_reg._following import Source
@@ -69,6 +70,9 @@ class Table:
             and self._skipped is None
             and any(cell.schedule is not None for cell in self.cells().values())
         )
+
+    def watched(self) -> list[Module]:
+        return self._source.watched()
 
     def claim(self) -> None:
         """Before a use that matters."""

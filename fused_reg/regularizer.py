@@ -151,9 +151,11 @@ class Regularizer(Adjustable):
         """All of it as it is now, to train with."""
         if is_compiling():
             _follow_while_tracing(self)
+            _guard(*self._table.watched())
             return self._whole
         self._table.claim()
-        self._watch_schedules()
+        if self._states is not None and self._table.cells():
+            self._watch_schedules(self._states)
         return self._current()
 
     def _current(self) -> Part:
@@ -163,20 +165,15 @@ class Regularizer(Adjustable):
             self._whole = Part(self._table, self._entries)
         return self._whole
 
-    def _watch_schedules(self) -> None:
+    def _watch_schedules(self, states: list[int]) -> None:
         """Warns of a schedule that stands still while an optimizer changes the parameters."""
-        if (
-            self._states is None
-            or not torch.is_grad_enabled()
-            or not self._table.is_standing()
-            or any(self._attachments)
-        ):
+        if not torch.is_grad_enabled() or not self._table.is_standing() or any(self._attachments):
             return
         params = [entry.param for entry in self._table.entries if entry.param.requires_grad]
         state = sum(p._version for p in params if not p.is_inference())
-        if state not in self._states:
-            self._states.append(state)
-        if len(self._states) == 3:
+        if state not in states:
+            states.append(state)
+        if len(states) == 3:
             self._states = None
             warn(
                 "Regularizer: a schedule stands at step 0, but the parameters have changed twice since; call "
@@ -338,4 +335,9 @@ def _follow_while_tracing(regularizer: Regularizer) -> None:
     regularizer._current()
 
 
+def _guard(*modules: Module) -> None:
+    """The compiler takes its arguments for constants, and compiles again where they are others."""
+
+
 _follow_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_guard._dynamo_marked_constant = True  # type: ignore[attr-defined]
