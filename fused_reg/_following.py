@@ -110,13 +110,10 @@ class Source:
             if isinstance(known := self._places.get((id(m), key)), Tensor) and cuts(known) > cuts(x)
         }
 
-    def watched(self) -> list[Module]:
-        """The modules in their places. A compiler that traces this guards them and what it looks at, the parameters."""
-        found = self._modules[:1]
-        for module in self._modules:
-            [param is None for param in module._parameters.values()]
-            found += [child for child in module._modules.values() if child is not None]
-        return found
+    def look_at_all(self) -> None:
+        """Nothing but a look: a compiler that traces it compiles again where a place has another parameter by then."""
+        if isinstance(self._module, Module):
+            _look_at_all(self._module)
 
     def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Given]:
         """The strengths that a parameter has by its penalty and by what was changed since."""
@@ -173,6 +170,14 @@ class _Held:
 
     def __init__(self, param: object) -> None:
         self.param = param
+
+
+def _look_at_all(module: Module) -> None:
+    for param in module._parameters.values():
+        assert param is None or isinstance(param, Tensor)
+    for child in module._modules.values():
+        if child is not None:
+            _look_at_all(child)
 
 
 def _contents(modules: Iterable[Module]) -> Iterator[tuple[Module, str, Any]]:

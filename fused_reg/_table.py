@@ -8,7 +8,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from fused_reg._arguments import Group
 from fused_reg._following import Source
@@ -71,8 +70,9 @@ class Table:
             and any(cell.schedule is not None for cell in self.cells().values())
         )
 
-    def watched(self) -> list[Module]:
-        return self._source.watched()
+    def look_at_all(self) -> None:
+        """For a compiler: see `Source.look_at_all`."""
+        self._source.look_at_all()
 
     def claim(self) -> None:
         """Before a use that matters."""

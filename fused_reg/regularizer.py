@@ -132,6 +132,7 @@ class Regularizer(Adjustable):
             "rules": None if rules is None else [(pattern, dict(given)) for pattern, given in rules],
         }
         self._begin(Table(Source(params, choice)))
+        self._current()
 
     def _begin(self, table: Table) -> None:
         self._table = table
@@ -142,7 +143,7 @@ class Regularizer(Adjustable):
 
     def _followed(self) -> Table:
         if is_compiling():
-            _follow_while_tracing(self)
+            self._current_while_tracing()
         else:
             self._table.follow()
         return self._table
@@ -150,8 +151,8 @@ class Regularizer(Adjustable):
     def _used(self) -> Part:
         """All of it as it is now, to train with."""
         if is_compiling():
-            _follow_while_tracing(self)
-            _guard(*self._table.watched())
+            self._current_while_tracing()
+            self._table.look_at_all()
             return self._whole
         self._table.claim()
         if self._states is not None and self._table.cells():
@@ -164,6 +165,13 @@ class Regularizer(Adjustable):
             self._entries = self._table.entries
             self._whole = Part(self._table, self._entries)
         return self._whole
+
+    def _current_while_tracing(self) -> None:
+        """Once for each compilation: the compiler takes what it gives for a constant."""
+        self._table.claim()
+        self._current()
+
+    _current_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _watch_schedules(self, states: list[int]) -> None:
         """Warns of a schedule that stands still while an optimizer changes the parameters."""
@@ -328,16 +336,3 @@ class Regularizer(Adjustable):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._config = state["config"]
         self._begin(state["table"])
-
-
-def _follow_while_tracing(regularizer: Regularizer) -> None:
-    """Once for each compilation."""
-    regularizer._current()
-
-
-def _guard(*modules: Module) -> None:
-    """The compiler takes its arguments for constants, and compiles again where they are others."""
-
-
-_follow_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_guard._dynamo_marked_constant = True  # type: ignore[attr-defined]

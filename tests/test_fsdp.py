@@ -214,8 +214,8 @@ def test_training_with_tensor_parallel(world_and_shards):
 
 
 def check_parameters_replaced() -> None:
-    """By tensor parallel, by fully_shard, and by fully_shard after tensor parallel: these are followed, and not what the
-    root shows as gathered for a while."""
+    """By tensor parallel, by fully_shard, and by fully_shard after tensor parallel: these are followed. What the root
+    shows as gathered for a while is not."""
     from torch.distributed.device_mesh import init_device_mesh
 
     calls = (
