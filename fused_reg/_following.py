@@ -33,6 +33,7 @@ class Source:
         self._choice = choice
         self._module: Module | weakref.ref[Module] | None = params if isinstance(params, Module) else None
         self._is_copy = False  # whose parameters may be nobody's
+        self._lonely: str | None = None  # the name of one that is
         self._changes: dict[tuple[str | None, str], Given] = {}  # by where and kind, in their order
         self._marks: dict[str, Mark] = {}  # by the names
         self._candidates: list[Candidate] = []
@@ -55,10 +56,12 @@ class Source:
         is_same = all(map(is_, chain.from_iterable(self._views), self._content)) and not any(self._empty)
         if is_same and _marks.count == self._mark_count:
             return False
+        if self._is_copy:
+            self._settle()
         gathered = self._gathered()
         shown = [gathered.get((id(m), key), x) for m, key, x in _contents(self._modules)]
         is_same = len(shown) + 1 == len(self._content) and all(map(is_, shown, self._content))
-        return self.module is not None and not (is_same and _marks.count == self._mark_count)
+        return self._module is not None and not (is_same and _marks.count == self._mark_count)
 
     def read_again(self) -> str:
         """Reads the module, and says what has changed in what is chosen."""
@@ -140,29 +143,32 @@ class Source:
         return {**vars(self), "_module": self.module, **unread}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """The module of a copy is held from `claim` on, if anybody has it."""
-        vars(self).update(state, _content=[_END], _views=[(_END,)])
-        self._is_copy = True
+        """The module of a copy is held when it is first looked at, if anybody has it."""
+        vars(self).update(state, _content=[_END], _views=[(_END,)], _is_copy=True)
         if isinstance(self._module, Module):
             self._module = weakref.ref(self._module)
 
-    def claim(self, entries: Sequence[Any]) -> None:
-        """Before the first use of a copy: warns if nobody else has its parameters, which nothing trains then."""
-        if not self._is_copy:
-            return
-        self._is_copy = False
+    def _settle(self) -> None:
+        """Finds out whether anybody else has the module of a copy, or its parameters."""
         gc.collect()  # modules in cycles are gone, too
-        self._module = self.module
+        self._is_copy, self._module = False, self.module
+        one = _Held(object())
+        other = _Held(one.param)  # as an entry and a candidate hold a parameter
+        alone = sys.getrefcount(other.param)
         if self._module is None:
-            one = _Held(object())
-            other = _Held(one.param)  # as an entry and a candidate hold a parameter
-            alone = sys.getrefcount(other.param)
-            name = next((entry.name for entry in entries if sys.getrefcount(entry.param) <= alone), None)
-            if name is not None:
-                warn(
-                    f"Regularizer: it is a copy whose parameter {name!r} no model has, so that its penalty is of "
-                    "no effect; copy or pickle it together with its model, or build another one"
-                )
+            lonely = (c.names[0] for c, _ in self.chosen if sys.getrefcount(c.param) <= alone)
+            self._lonely = next(lonely, None)
+
+    def claim(self) -> None:
+        """Before a use that matters: warns once of a copy that nothing trains."""
+        if self._is_copy:
+            self._settle()
+        if self._lonely is not None:
+            name, self._lonely = self._lonely, None
+            warn(
+                f"Regularizer: it is a copy whose parameter {name!r} no model has, so that its penalty is of no "
+                "effect; copy or pickle it together with its model, or build another one"
+            )
 
 
 class _Held:

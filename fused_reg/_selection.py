@@ -106,10 +106,8 @@ class Choice:
                 continue  # said already, or nothing to lose
             own = [c for c in _only(chosen, pattern) if self._rule_of(c) is rule]
             if not own:
-                behind = (
-                    "rules before it speak" if _only(chosen, pattern) else "weights_only, include or exclude speaks"
-                )
-                yield f"Regularizer: rules[{i}] must apply to a parameter, but {behind} about all of {pattern!r}"
+                other = "a rule before it" if _only(chosen, pattern) else "weights_only, include, exclude or a dtype"
+                yield f"Regularizer: rules[{i}] must apply to a parameter, but {other} takes all of {pattern!r}"
             elif "group" in given and all(self._norms_of(c) is None for c in own):
                 yield f"Regularizer: rules[{i}] {pattern!r}: group must have an l2_norm, got none"
         yield from self._idle_defaults(chosen)

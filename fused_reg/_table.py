@@ -76,7 +76,7 @@ class Table:
 
     def claim(self) -> None:
         """Before a use that matters."""
-        self._source.claim(self.entries)
+        self._source.claim()
 
     def _chosen_entries(self) -> list[Entry]:
         """What is given as it was before is held as it was, of the same parameter, of one with its name, or of others

@@ -122,6 +122,73 @@ def test_marks_are_no_business_of_compiled_code():
     torch.testing.assert_close(compiled(x), net(x))
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def exchanged(net):
+    """Another layer around the same parameters, as ``from_float`` makes it."""
+    layer = nn.Linear(3, 3)
+    layer.weight, layer.bias = net[0].weight, net[0].bias
+    return nn.Sequential(layer, net[1])
+
+
+CONVERSIONS = {
+    "syncbn": (lambda: nn.BatchNorm1d(3), nn.SyncBatchNorm.convert_sync_batchnorm, "0.weight"),
+    "exchanged": (lambda: nn.Linear(3, 3), exchanged, "0.weight"),
+    "fx": (Block, torch.fx.symbolic_trace, "0.layer.weight"),
+    "slice": (lambda: nn.Linear(3, 3), lambda net: net[:2], "0.weight"),
+}
+
+
+@pytest.mark.parametrize("before", [lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_a_mark_that_a_conversion_loses_is_remembered(conversion, before):
+    """Also where it is made of a copy, and where the new layer is in another one that is marked."""
+    make, convert, name = CONVERSIONS[conversion]
+    net = nn.Sequential(regularized(make(), l1=0.5), nn.Linear(3, 3))
+    assert strengths_of(Regularizer(convert(before(net)))) == {name: (0.5, 0, 0)}
+    outer = regularized(nn.Sequential(regularized(make(), l1=0.5), nn.Linear(3, 3)), l2=0.25)
+    found = strengths_of(Regularizer(convert(before(outer))))
+    assert (found[name], found["1.weight"]) == ((0.5, 0, 0), (0, 0.25, 0))
+
+
+def test_a_mark_that_is_replaced_is_not_remembered():
+    net = make_net()
+    regularized(net[0], l1=0.5, bias=True)
+    regularized(net[0], l2=0.25)
+    compiled = torch.compile(net[1], backend="eager")
+    regularized(compiled, l1=0.5, bias=True)
+    regularized(compiled, l2=0.25)
+    assert strengths_of(Regularizer(net)) == {"0.weight": (0, 0.25, 0), "1.weight": (0, 0.25, 0)}
+
+
+def test_print_shows_marks():
+    net = nn.Sequential(regularized(nn.Linear(2, 2), l1=1e-4, l2_norm=0.5, group="row", bias=True), nn.ReLU())
+    shown = '(0): Linear[l1=0.0001, l2_norm=0.5, group="row", bias](in_features=2, out_features=2, bias=True)'
+    for each in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert shown in str(each)
+    assert net[0]._get_name() == "Linear"
+    regularized(net[0], l2=torch.tensor(0.5))
+    regularized(net[0], l2=lambda step: 0.5)
+    assert str(net[0]) == "Linear[l2: function](in_features=2, out_features=2, bias=True)"
+    assert str(regularized(nn.Sequential(), l1=0.5)) == "Sequential[l1=0.5]()"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_marks_are_no_business_of_torchscript():
+    net = nn.Sequential(regularized(nn.Linear(3, 2), l1=0.5))
+    x = torch.ones(1, 3)
+    for compiled in (torch.jit.script(net), torch.jit.trace(net, x)):
+        torch.testing.assert_close(compiled(x), net(x))
+    assert names_of(Regularizer(nn.Sequential(regularized(torch.jit.script(nn.Linear(3, 2)), l1=0.5)))) == ["0.weight"]
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed's own
 def test_fully_shard(tmp_path):
     dist = torch.distributed
