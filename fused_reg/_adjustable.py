@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
+from fused_reg._patterns import check_matches
 from fused_reg._saved import parsed, state_of
-from fused_reg._selection import check_matches
 from fused_reg._strengths import KINDS, Given, checked
 from fused_reg._table import Table
 
@@ -16,6 +16,10 @@ class Adjustable:
     """The part of a `Regularizer` that changes its strengths."""
 
     _table: Table
+
+    def _followed(self) -> Table:
+        """The table as the module is now."""
+        raise NotImplementedError
 
     @property
     def step(self) -> int:
@@ -53,7 +57,8 @@ class Adjustable:
             l1: a finite float >= 0, a 0-dim tensor, or a schedule.
             l2: likewise.
             l2_norm: likewise.
-            where: a pattern of names (``fnmatch``): only these parameters. None: all that are regularized.
+            where: a pattern of names (``fnmatch``): these parameters, and "*" is all. None: all that have such a term
+                (not those that a rule gives 0, or that have rules or marks without it); where none has one, all.
 
         Raises:
             TypeError: a strength is no number; none is given.
@@ -70,22 +75,28 @@ class Adjustable:
         given = {kind: s for kind, s in zip(KINDS, (l1, l2, l2_norm), strict=True) if s is not None}
         if not given:
             raise TypeError("set_strength: l1, l2 or l2_norm must be given, got none")
+        for kind, strength in given.items():
+            if isinstance(strength, str):
+                raise TypeError(
+                    f"set_strength: {kind} must be a float, a 0-dim tensor or a schedule, got str; for parameters of "
+                    f"some names say where={strength!r}"
+                )
         strengths = {kind: checked(f"set_strength: {kind}", s) for kind, s in given.items()}
-        entries = self._table.entries
+        table = self._followed()
         if where is not None:
-            check_matches("set_strength", "where", where, entries)
-            entries = [entry for entry in entries if entry.matches(where)]
-        self._table.change(entries, strengths)
+            check_matches("set_strength", "where", where, table.entries)
+        table.change(strengths, where)
 
     def state_dict(self) -> dict[str, Any]:
         """The step count and the strengths as they are now, in plain numbers and names.
 
         ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets.
         """
-        return {"step": self.step, "groups": state_of(self._table)}
+        return {"step": self.step, "groups": state_of(self._followed())}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave, of a regularizer of parameters with the same names.
+        """Takes what `state_dict` gave, of a regularizer of parameters with the same names. A schedule goes on as the
+        one that this regularizer has: it gives the strength for that step.
 
         Args:
             state_dict: of :meth:`state_dict`. Strengths in tensors are filled in place.
@@ -96,7 +107,8 @@ class Adjustable:
         if not isinstance(state_dict, Mapping) or set(state_dict) != {"step", "groups"}:
             raise ValueError("load_state_dict: state_dict must have the keys step and groups, as `state_dict` gives it")
         step = as_count("load_state_dict: step", state_dict["step"])
-        self._table.load(step, parsed(state_dict["groups"], self._table.entries))
+        table = self._followed()
+        table.load(step, parsed(state_dict["groups"], table.entries))
 
 
 def as_count(name: str, value: Any) -> int:

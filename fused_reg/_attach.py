@@ -242,6 +242,7 @@ class Attachment:
 
     def _follow(self, optimizer: Optimizer) -> None:
         """Finds the regularizer's parameters among the optimizer's, which may have changed since, as strengths may."""
+        self._table.follow()
         seen = (
             self._table.version,
             [

@@ -2,24 +2,65 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+from torch import Tensor
 from torch.nn import Module
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fused_reg._arguments import Group
-from fused_reg._strengths import Given, Penalty, as_penalty
+from fused_reg._strengths import KINDS, Given, Penalty, as_flag, as_penalty
+from fused_reg._walk import Place, dims, is_bias, walk
 
 M = TypeVar("M", bound=Module)
 
 # A plain attribute: deepcopy, pickle, torch.compile and fully_shard keep it, and state_dict does not see it.
 _ATTRIBUTE = "_fused_reg_mark"
 
+# The last mark that spoke about a parameter, for when a conversion puts the parameter into another module.
+_remembered: Any = WeakIdKeyDictionary()
 
-class Mark(NamedTuple):
-    """What a module says about the parameters in it."""
+#: How many marks have been set.
+count = 0
 
-    penalty: Penalty
-    bias: bool
+
+class Mark:
+    """What a module says about the parameters in it. Copies and pickles are remembered for their parameters, too."""
+
+    def __init__(self, penalty: Penalty, bias: bool) -> None:
+        self.penalty = penalty
+        self.bias = bias
+        self.is_replaced = False
+        self._params: list[weakref.ref[Tensor]] = []
+
+    def remember(self, params: Iterable[Tensor]) -> None:
+        """For parameters that this is the innermost mark of."""
+        self._params = [weakref.ref(param) for param in params]
+        _remembered.update((param, self) for ref in self._params if (param := ref()) is not None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_params": [p for ref in self._params if (p := ref()) is not None]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.remember(state["_params"])
+
+    def speaks_about(self, place: Place, is_of_the_module: bool) -> bool:
+        return self.bias if is_bias(place.name) else is_of_the_module or dims(place.param) >= 2
+
+
+class _Name(str):
+    """The name of a module's class, which is shown with the mark by ``print(module)``, and compares as it is."""
+
+    mark: str
+
+    def __call__(self) -> _Name:
+        return self
+
+    def __add__(self, other: str) -> str:
+        return f"{self}[{self.mark}]{other}"
 
 
 def regularized(
@@ -35,27 +76,33 @@ def regularized(
 
     .. math:: l1 \sum_i |w_i| + l2 \sum_i w_i^2 + l2\_norm \sum_g \lVert w_g \rVert_2
 
-    for each of its parameters, as ``kernel_regularizer`` does in Keras. The mark alone changes nothing in training;
-    ``Regularizer(net)`` finds it. The mark is an attribute of the module: copies, pickles, ``torch.compile`` and
-    ``fully_shard`` keep it, and the ``state_dict`` is as before.
+    for each of its weights, as ``kernel_regularizer`` does in Keras. The mark alone changes nothing in training;
+    ``Regularizer(net)`` finds it. The mark is an attribute of the module, which ``print`` shows: copies, pickles,
+    ``torch.compile`` and ``fully_shard`` keep it, and the ``state_dict`` is as before. Its parameters keep it where a
+    conversion puts them into another module (``convert_sync_batchnorm``, ``torch.fx``).
+
+    Weights are what ``weights_only`` of a :class:`Regularizer` means, parameters of two dimensions or more whose names
+    do not say bias; and of the very module that is marked all but the biases: the weight of a normalization layer
+    counts where that layer is marked, and not where it is inside. (The arguments of a :class:`Regularizer` itself are
+    for all parameters, as ``weight_decay`` is.)
 
     Args:
-        module: any module; its submodules' parameters are meant as well. A mark inside of it is stronger: the innermost
+        module: any module; its submodules' weights are meant as well. A mark inside of it is stronger: the innermost
             that speaks about a parameter wins. Marking a module again replaces its mark.
         l1: the strength of the sum of absolute values: a finite float >= 0, a 0-dim tensor, or a schedule (a function
             of the number of steps taken).
         l2: the strength of the sum of squares, likewise. ``l2 * sum(w ** 2)``, as in Keras.
         l2_norm: the strength of the sum of norms, likewise.
         group: what the norms are of: ``"tensor"`` or ``"row"``, as for :func:`fused_penalty`.
-        bias: also the biases. Without it all parameters are meant whose names do not say bias; the weight of a
-            normalization layer is, if that layer is marked.
+        bias: also the biases.
 
     Returns:
         The same module.
 
     Raises:
-        TypeError: ``module`` is no module, or a strength no number.
-        ValueError: no strength is given, or one is negative, infinite or NaN; an unknown group.
+        TypeError: ``module`` is no module, a strength no number, or ``bias`` no bool.
+        ValueError: no strength is given, or one is negative, infinite or NaN; an unknown group, or one without
+            ``l2_norm``.
 
     Example:
         >>> import torch
@@ -65,19 +112,57 @@ def regularized(
         >>> _ = torch.nn.init.constant_(net[0].weight, -3.0)
         >>> Regularizer(net)()  # 0.5 * 4 * 3
         tensor(6., grad_fn=<...>)
+        >>> layer
+        Linear[l1=0.5](in_features=2, out_features=2, bias=True)
 
     Source: the ``kernel_regularizer`` and ``bias_regularizer`` of Keras layers.
     """
+    global count
     if not isinstance(module, Module):
         raise TypeError(f"regularized: module must be a torch.nn.Module, got {type(module).__name__}")
     penalty = as_penalty("regularized: ", l1=l1, l2=l2, l2_norm=l2_norm, group=group)
     if penalty.is_empty:
         raise ValueError("regularized: l1, l2 or l2_norm must give a strength, got none")
-    setattr(module, _ATTRIBUTE, Mark(penalty, bias))
+    if group == "row" and l2_norm is None:
+        raise ValueError('regularized: group="row" must have an l2_norm, got none')
+    as_flag("regularized: bias", bias)
+    mark = Mark(penalty, bias)
+    holder: Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps holds the attributes
+    for old in marks_on(holder):
+        old.is_replaced = True
+    setattr(holder, _ATTRIBUTE, mark)
+    mark.remember(place.param for place in walk(holder) if next(_speaking(place), None) is mark)
+    count += 1
+    if type(holder)._get_name is Module._get_name:
+        name = _Name(type(holder).__name__)
+        name.mark = ", ".join([*_described(penalty), *(["bias"] if bias else [])])
+        vars(holder)["_get_name"] = name
     return module
+
+
+def _described(penalty: Penalty) -> list[str]:
+    given = {kind: strength for kind in KINDS if (strength := getattr(penalty, kind)) is not None}
+    words = [f"{k}={s:g}" if isinstance(s, float) else f"{k}: {type(s).__name__}" for k, s in given.items()]
+    return [*words, 'group="row"'] if penalty.group == "row" else words
 
 
 def marks_on(module: Module) -> tuple[Mark, ...]:
     """The mark of the module itself, if it has one. Wrappers that look attributes up in what they wrap do not count."""
     mark = vars(module).get(_ATTRIBUTE)
     return (mark,) if isinstance(mark, Mark) else ()
+
+
+def marks_of(places: Sequence[Place], known: Mapping[str, Mark]) -> dict[str, Mark]:
+    """By the places of a parameter the innermost marks that speak about it; where the module that had its mark is not
+    around it any more, that mark. ``known`` are those of these names before."""
+    param, names = places[0].param, [place.name for place in places]
+    lost = _remembered.get(param, next((known[name] for name in names if name in known), None))
+    around = (m for place in places for module, _ in place.around for m in marks_on(module))
+    if lost is not None and not lost.is_replaced and lost not in around:
+        return {names[0]: lost}
+    found = {place.name: next(_speaking(place), None) for place in places}
+    return {name: mark for name, mark in found.items() if mark is not None}
+
+
+def _speaking(place: Place) -> Iterator[Mark]:
+    return (m for module, own in place.around for m in marks_on(module) if m.speaks_about(place, own))

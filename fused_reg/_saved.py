@@ -38,12 +38,14 @@ def parsed(state: Any, entries: Sequence[Entry]) -> dict[str, Wishes]:
             if name in found:
                 raise ValueError(f"load_state_dict: groups must name each parameter once, got {name!r} twice")
             found[name] = wishes, group["group"]
-    own = {entry.name for entry in entries}
-    for only, what in ((own - found.keys(), "lacks"), (found.keys() - own, "has the unknown")):
+    # By one of the names of each: the state may be of the module before it was wrapped, or after.
+    own = {entry.name: next((name for name in entry.names if name in found), entry.name) for entry in entries}
+    used = set(own.values())
+    for only, what in ((used - found.keys(), "lacks"), (found.keys() - used, "has the unknown")):
         if only:
             raise ValueError(f"load_state_dict: state_dict must have the same parameters, but {what} {min(only)!r}")
     for entry in entries:
-        wishes, kind_of_group = found[entry.name]
+        wishes, kind_of_group = found[own[entry.name]]
         if kind_of_group != entry.group:
             raise ValueError(
                 f"load_state_dict: group of {entry.name!r} must be {entry.group!r} as here, got {kind_of_group!r}"
@@ -54,7 +56,7 @@ def parsed(state: Any, entries: Sequence[Entry]) -> dict[str, Wishes]:
                     f"load_state_dict: {kind} of {entry.name!r} must have a schedule, as in the state_dict, got "
                     f"{number(own_strength)}"
                 )
-    return {name: wishes for name, (wishes, _) in found.items()}
+    return {name: found[saved][0] for name, saved in own.items()}
 
 
 def _wishes(where: str, group: Any) -> Wishes:

@@ -1,40 +1,24 @@
-"""Which parameters a `Regularizer` holds, under which names, and which penalty each of them carries."""
+"""Which parameters a `Regularizer` regularizes, and which penalty each of them carries."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-from torch import Tensor
-from torch.nn import Module, Parameter
-from torch.nn.parameter import UninitializedParameter
+from torch.nn import Module
 
-from fused_reg._marks import marks_on
-from fused_reg._strengths import Penalty, as_penalty
+from fused_reg._candidates import Candidate, marked_modules
+from fused_reg._marks import Mark
+from fused_reg._patterns import check_matches
+from fused_reg._strengths import KINDS, Penalty, as_penalty, is_absent
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-# The names under which torch's wrappers hold the module that they wrap. They are no part of a parameter's name.
-_ALWAYS_A_WRAPPER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
-
-_BIAS = re.compile(r"(^|_)bias(_|$)")
+#: A rule: its pattern, and what it names of a penalty.
+Rule = tuple[str, dict[str, Any]]
 
 
-@dataclass
-class Candidate:
-    """A parameter, all of its names (a tied one has several), and the innermost marks that speak about it."""
-
-    param: Tensor
-    names: list[str]
-    mark: Penalty | None = None
-
-    def matches(self, pattern: str) -> bool:
-        return any(fnmatchcase(name, pattern) for name in self.names)
+def _refuse(problem: str) -> NoReturn:
+    raise ValueError(problem)
 
 
 @dataclass
@@ -45,58 +29,131 @@ class Choice:
     weights_only: bool = False
     include: list[str] | None = None
     exclude: list[str] = field(default_factory=list)
-    rules: list[tuple[str, Penalty]] = field(default_factory=list)
+    rules: list[Rule] = field(default_factory=list)
 
-    def of(self, candidates: Sequence[Candidate]) -> list[tuple[Candidate, Penalty]]:
-        """Those chosen, each with its penalty: of the first rule that matches, else of its mark, else the default."""
-        for argument, patterns in (
-            ("include", self.include or []),
-            ("exclude", self.exclude),
-            ("rules", [pattern for pattern, _ in self.rules]),
-        ):
-            for pattern in patterns:
-                check_matches("Regularizer", argument, pattern, candidates)
-        if self.default.is_empty and not self.rules and not any(c.mark for c in candidates):
-            raise ValueError(
-                "Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none"
-            )
+    def of(
+        self, params: Any, candidates: Sequence[Candidate], complain: Callable[[str], object] = _refuse
+    ) -> list[tuple[Candidate, Penalty]]:
+        """Those chosen, each with its penalty: what the first rule that matches says; what that does not name is of the
+        mark, or else the default. What is given and has no effect is complained of."""
+        chosen = [(c, penalty) for c in candidates if self._includes(c) and (penalty := self._penalty_of(c))]
+        if self.default.is_empty and not self.rules and not any(c.marks for c in candidates):
+            _refuse("Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none")
         if self.include == []:
-            raise ValueError("Regularizer: include must have a pattern, got an empty list; leave it out for all")
-        chosen = [(c, penalty) for c in candidates if (penalty := self._penalty_of(c)) is not None]
+            _refuse("Regularizer: include must have a pattern, got an empty list; leave it out for all")
+        for problem in (*self._unmatched(candidates), *([] if chosen else [_NOTHING]), *self._idle(params, candidates)):
+            complain(problem)
         if not chosen:
-            raise ValueError("Regularizer: include, exclude, weights_only and rules must leave a parameter, got none")
-        if not self.default.is_empty and all(penalty is not self.default for _, penalty in chosen):
-            raise ValueError(
-                "Regularizer: l1, l2 or l2_norm must apply to a parameter, but rules or marks by `regularized` speak "
-                "about all of them"
-            )
+            _refuse(_NOTHING)
+        for candidate, _ in chosen:
+            candidate.check()
         return chosen
 
+    def _includes(self, candidate: Candidate) -> bool:
+        return self._is_meant(candidate) and (candidate.is_weight or not self.weights_only)
+
+    def _is_meant(self, candidate: Candidate) -> bool:
+        included = self.include is None or any(map(candidate.matches, self.include))
+        return candidate.can_train and included and not any(map(candidate.matches, self.exclude))
+
+    def _rule_of(self, candidate: Candidate) -> Rule | None:
+        return next((rule for rule in self.rules if candidate.matches(rule[0])), None)
+
     def _penalty_of(self, candidate: Candidate) -> Penalty | None:
-        if self.include is not None and not any(map(candidate.matches, self.include)):
-            return None
-        if any(map(candidate.matches, self.exclude)):
-            return None
-        if self.weights_only and (candidate.param.ndim < 2 or all(map(is_bias, candidate.names))):
-            return None
-        rule = next((penalty for pattern, penalty in self.rules if candidate.matches(pattern)), None)
-        penalty = rule or candidate.mark or self.default
-        return None if penalty.is_empty else penalty
+        rule, base = self._rule_of(candidate), self._base_of(candidate)
+        if rule is None:
+            return None if base.is_empty else base
+        given = rule[1]
+        strengths = {kind: given.get(kind, getattr(base, kind)) for kind in KINDS}
+        # A rule's number 0 drops the term: `set_strength` for all that have it passes by.
+        kept = {k: None if k in given and is_absent(s) else s for k, s in strengths.items()}
+        return Penalty(**kept, group=given.get("group", base.group))
+
+    def _base_of(self, candidate: Candidate) -> Penalty:
+        marks = {mark.penalty.key: name for name, mark in candidate.marks.items()}
+        if len(marks) > 1:
+            one, other, *_ = marks.values()
+            _refuse(
+                f"Regularizer: a tied parameter must have one mark by `regularized`, got one as {one!r} and another as "
+                f"{other!r}"
+            )
+        return next((mark.penalty for mark in candidate.marks.values()), self.default)
+
+    def _unmatched(self, candidates: Sequence[Candidate]) -> Iterable[str]:
+        for argument, pattern in self._patterns():
+            try:
+                check_matches("Regularizer", argument, pattern, candidates)
+            except ValueError as error:
+                yield str(error)
+
+    def _patterns(self) -> list[tuple[str, str]]:
+        given = {
+            "include": self.include or [],
+            "exclude": self.exclude,
+            "rules": [pattern for pattern, _ in self.rules],
+        }
+        return [(argument, pattern) for argument, patterns in given.items() for pattern in patterns]
+
+    def _idle(self, params: Any, candidates: Sequence[Candidate]) -> Iterable[str]:
+        """What is given and has no effect."""
+        chosen = [c for c in candidates if self._includes(c)]
+        for pattern in self.include or []:
+            if _only(candidates, pattern) and not _only(chosen, pattern):
+                yield f"Regularizer: include must leave a parameter, but exclude or weights_only removes {pattern!r}"
+        for i, rule in enumerate(self.rules):
+            pattern, given = rule
+            if not _only(candidates, pattern) or all(map(_is_nothing, given.values())):
+                continue  # said already, or nothing to lose
+            own = [c for c in _only(chosen, pattern) if self._rule_of(c) is rule]
+            if not own:
+                other = "a rule before it" if _only(chosen, pattern) else "weights_only, include, exclude or a dtype"
+                yield f"Regularizer: rules[{i}] must apply to a parameter, but {other} takes all of {pattern!r}"
+            elif "group" in given and all(self._norms_of(c) is None for c in own):
+                yield f"Regularizer: rules[{i}] {pattern!r}: group must have an l2_norm, got none"
+        yield from self._idle_defaults(chosen)
+        if isinstance(params, Module):
+            yield from self._idle_marks(marked_modules(params), candidates)
+
+    def _idle_defaults(self, chosen: Sequence[Candidate]) -> Iterable[str]:
+        takers = [(c, (self._rule_of(c) or ("", {}))[1]) for c in chosen if not c.marks]
+        for kind in KINDS:
+            strength = getattr(self.default, kind)
+            if not _is_nothing(strength) and all(kind in given for _, given in takers):
+                yield (
+                    f"Regularizer: {kind} must apply to a parameter, but rules or marks by `regularized` speak about "
+                    "all of them"
+                )
+        if self.default.group != "tensor" and all("group" in g or self._norms_of(c) is None for c, g in takers):
+            yield f'Regularizer: group="{self.default.group}" must have an l2_norm, got none'
+
+    def _norms_of(self, candidate: Candidate) -> Any:
+        rule = self._rule_of(candidate)
+        return (rule[1] if rule else {}).get("l2_norm", self._base_of(candidate).l2_norm)
+
+    def _idle_marks(self, marked: Mapping[Mark, str], candidates: Sequence[Candidate]) -> Iterable[str]:
+        for mark, where in marked.items():
+            own = [c for c in candidates if mark in c.marks.values()]
+            if not own:
+                yield (
+                    f"Regularizer: the mark by `regularized` on {where} must speak about a parameter, but there is "
+                    "none in it, or other marks speak about all of them; biases need bias=True"
+                )
+            meant = [c for c in own if self._is_meant(c)] if self.weights_only else []
+            if meant and not any(c.is_weight for c in meant):
+                yield f"Regularizer: weights_only leaves out all that the mark by `regularized` on {where} speaks about"
+            elif mark.bias and any(c.is_bias for c in meant):
+                yield f"Regularizer: weights_only leaves out the biases that the mark on {where} names by bias=True"
 
 
-def check_matches(function: str, argument: str, pattern: str, candidates: Iterable[Any]) -> None:
-    """A pattern that matches nothing is a slip of the pen: the penalty would silently be absent."""
-    if not isinstance(pattern, str):
-        raise TypeError(f"{function}: {argument} must be a pattern of names, got {type(pattern).__name__}")
-    if not any(c.matches(pattern) for c in candidates):
-        raise ValueError(f"{function}: {argument} must match the name of a parameter, got {pattern!r}")
+_NOTHING = "Regularizer: include, exclude, weights_only and rules must leave a parameter, got none"
 
 
-def is_bias(name: str) -> bool:
-    """Whether the name says bias: ``bias``, ``in_proj_bias``, ``bias_ih_l0``, ``parametrizations.bias.original``."""
-    parts = name.split(".")
-    own = parts[parts.index("parametrizations") + 1] if "parametrizations" in parts[:-1] else parts[-1]
-    return _BIAS.search(own) is not None
+def _only(candidates: Iterable[Candidate], pattern: str) -> list[Candidate]:
+    return [c for c in candidates if c.matches(pattern)]
+
+
+def _is_nothing(strength: Any) -> bool:
+    return strength is None or (isinstance(strength, float) and strength == 0)
 
 
 def as_patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str] | None:
@@ -113,7 +170,7 @@ def as_patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str
     return found
 
 
-def as_rules(rules: Iterable[tuple[str, Mapping[str, Any]]] | None) -> list[tuple[str, Penalty]]:
+def as_rules(rules: Iterable[tuple[str, Mapping[str, Any]]] | None) -> list[Rule]:
     allowed = [f.name for f in fields(Penalty)]
     checked_rules = []
     for i, rule in enumerate(rules or ()):
@@ -126,87 +183,8 @@ def as_rules(rules: Iterable[tuple[str, Mapping[str, Any]]] | None) -> list[tupl
         if unknown:
             raise ValueError(f"Regularizer: rules[{i}] must have keys of {', '.join(allowed)}, got {unknown[0]!r}")
         penalty = as_penalty(f"Regularizer: rules[{i}] {pattern!r}: ", **given)
-        if penalty.is_empty:
+        named = {key: getattr(penalty, key) for key in given if given[key] is not None}
+        if not named:
             raise ValueError(f"Regularizer: rules[{i}] must give l1, l2 or l2_norm, got {dict(given)!r}")
-        checked_rules.append((pattern, penalty))
+        checked_rules.append((pattern, named))
     return checked_rules
-
-
-def candidates_of(params: Any) -> list[Candidate]:
-    """The parameters, read once, each once, with their names."""
-    named = _named(params)
-    found: dict[int, Candidate] = {}
-    taken: dict[str, Tensor] = {}
-    for name, param, mark in named:
-        _check_tensor(name, param)
-        if taken.setdefault(name, param) is not param:
-            raise ValueError(f"Regularizer: params must have a name each, got {name!r} for two tensors")
-        candidate = found.setdefault(id(param), Candidate(param, []))
-        if name not in candidate.names:
-            candidate.names.append(name)
-        candidate.mark = candidate.mark or mark
-    if not found:
-        raise ValueError(
-            "Regularizer: params must hold a parameter, got none; a generator that something else has read is empty"
-        )
-    usable = [c for c in found.values() if not isinstance(params, Module) or _can_train(c)]
-    if not usable:
-        raise ValueError("Regularizer: params must hold a dense floating point parameter, got none")
-    return usable
-
-
-def _named(params: Any) -> Iterator[tuple[str, Tensor, Penalty | None]]:
-    if isinstance(params, Module):
-        yield from _walk(params, "", ())
-        return
-    if isinstance(params, Tensor):
-        params = [params]
-    if isinstance(params, Mapping):
-        raise TypeError(
-            f"Regularizer: params must be tensors or pairs, got {type(params).__name__}; pass its `.items()`"
-        )
-    if not isinstance(params, Iterable):
-        raise TypeError(
-            "Regularizer: params must be a module, an iterable of tensors or of (name, tensor) pairs, "
-            f"got {type(params).__name__}"
-        )
-    for i, item in enumerate(params):
-        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-            yield item[0], item[1], None
-        else:
-            yield str(i), item, None
-
-
-def _walk(module: Module, path: str, marks: tuple[Any, ...]) -> Iterator[tuple[str, Tensor, Penalty | None]]:
-    """In the order of ``named_parameters``, tied ones at each of their places."""
-    marks = (*marks_on(module), *marks)  # innermost first
-    for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-        bias = is_bias(path + name)
-        yield path + name, param, next((mark.penalty for mark in marks if mark.bias or not bias), None)
-    for name, child in module._modules.items():
-        if child is not None:
-            wrapped = name in _ALWAYS_A_WRAPPER or (name == "module" and isinstance(module, _WRAPPERS))
-            yield from _walk(child, path if wrapped else f"{path}{name}.", marks)
-
-
-def _can_train(candidate: Candidate) -> bool:
-    """Not so: the frozen integers of a quantized layer. A module may hold such parameters; nothing will train them."""
-    return candidate.param.requires_grad or candidate.param.dtype in _DTYPES
-
-
-def _check_tensor(name: str, param: Any) -> None:
-    where = f"Regularizer: params[{name!r}]"
-    if isinstance(param, UninitializedParameter):
-        raise TypeError(
-            f"{where} must be initialized, got {type(param).__name__}; run the module once so that it knows its shapes"
-        )
-    if not isinstance(param, Tensor):
-        raise TypeError(f"{where} must be a tensor, got {type(param).__name__}")
-    if not isinstance(param, Parameter) and not param.requires_grad:
-        raise ValueError(f"{where} must be a parameter, got a tensor without grad; pass it itself, not its `.data`")
-    if not param.is_leaf:
-        raise ValueError(f"{where} must be a leaf, as a parameter is, got the result of {param.grad_fn}")
-    if param.requires_grad and (param.dtype not in _DTYPES or param.is_nested):
-        raise TypeError(f"{where} must be one tensor of float32, float64, bfloat16 or float16, got {param.dtype}")
-    if param.requires_grad and param.layout is not torch.strided:
-        raise TypeError(f"{where} must be dense (torch.strided), got {param.layout}")

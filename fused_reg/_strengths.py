@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from fused_reg._arguments import Group, as_number, is_number
 
@@ -57,24 +60,60 @@ class Penalty:
     def is_empty(self) -> bool:
         return self.l1 is None and self.l2 is None and self.l2_norm is None
 
+    @property
+    def key(self) -> object:
+        """Equal for penalties that are."""
+        return (*map(identity, (self.l1, self.l2, self.l2_norm)), self.group)
+
 
 def checked(name: str, strength: Any) -> float | Tensor | Schedule:
     """A strength as given, checked; ``name`` begins the message of an error."""
     if isinstance(strength, Tensor):
         if strength.ndim != 0:
+            hint = "give its `reshape(())`" if strength.numel() == 1 else "for strengths per parameter give rules"
             raise ValueError(
                 f"{name} must be a float, a 0-dim tensor or a schedule, got a tensor of shape "
-                f"{tuple(strength.shape)}; for strengths per parameter give rules"
+                f"{tuple(strength.shape)}; {hint}"
             )
         if not strength.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {strength.dtype}")
+        if not is_compiling() and _is_at_hand(strength):
+            as_number(name, strength.item())
         return strength
     if is_number(strength):
         return as_number(name, strength)
     if callable(strength):
+        if not is_compiling():
+            _check_signature(name, strength)
         return cast(Schedule, strength)
     hint = "; for strengths per parameter give rules" if isinstance(strength, Sequence) else ""
     raise TypeError(f"{name} must be a float, a 0-dim tensor or a schedule, got {type(strength).__name__}{hint}")
+
+
+def _is_at_hand(tensor: Tensor) -> bool:
+    """Whether a look at its value is free: neither on a GPU nor one of those that have none yet."""
+    is_plain = type(tensor) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_plain and tensor.is_cpu
+
+
+def _check_signature(name: str, schedule: Schedule) -> None:
+    """A schedule must take the step alone. What Python cannot inspect is seen when it is called."""
+    try:
+        signature = inspect.signature(schedule)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(0)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a schedule that takes the step as its one argument, got a function of {signature}"
+        ) from error
+
+
+def as_flag(name: str, given: Any) -> None:
+    """Raises TypeError where it is no bool: text, also "no", would be true."""
+    if not isinstance(given, bool):
+        raise TypeError(f"{name} must be True or False, got {given!r}")
 
 
 def as_penalty(where: str, **given: Any) -> Penalty:
@@ -178,6 +217,6 @@ class Column:
         return row.index_select(0, self._index)
 
 
-def identity(strength: Held) -> object:
-    """Equal for numbers that are equal, and for tensors and cells that are one."""
-    return strength if isinstance(strength, float) else (id(strength),)
+def identity(strength: Held | Given) -> object:
+    """Equal for numbers that are equal, and for tensors, cells and schedules that are one."""
+    return strength if isinstance(strength, float) or strength is None else (id(strength),)

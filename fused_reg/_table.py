@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_reg._arguments import Group
-from fused_reg._selection import Candidate
-from fused_reg._strengths import KINDS, Cell, Given, Held, Penalty, held, identity, scheduled, tensor_of
+from fused_reg._following import Source
+from fused_reg._patterns import Named
+from fused_reg._strengths import KINDS, Cell, Given, Held, Schedule, held, identity, scheduled, tensor_of
+from fused_reg._warnings import warn
 
 #: For each kind of strength its number, and whether a schedule goes on from there.
 Wishes: TypeAlias = "Mapping[str, tuple[float, bool]]"
 
 
 @dataclass(eq=False)
-class Entry:
-    """A parameter and its strengths."""
+class Entry(Named):
+    """A parameter and its strengths, also as they were given."""
 
     param: Tensor
     names: list[str]
@@ -28,6 +29,7 @@ class Entry:
     l1: Held
     l2: Held
     l2_norm: Held
+    given: dict[str, Given]
 
     @property
     def name(self) -> str:
@@ -37,25 +39,69 @@ class Entry:
     def strengths(self) -> tuple[Held, Held, Held]:
         return self.l1, self.l2, self.l2_norm
 
-    def matches(self, pattern: str) -> bool:
-        return any(fnmatchcase(name, pattern) for name in self.names)
-
 
 class Table:
     """The entries. ``version`` counts changes other than those in place."""
 
-    def __init__(self, chosen: Iterable[tuple[Candidate, Penalty]]) -> None:
+    def __init__(self, source: Source) -> None:
         self.version = 0
+        self._source = source
         self._step = 0
         self._skipped: Tensor | None = None  # how many of these steps were none, which a GPU knows
         self._cells: dict[str, Cell] = {}
         self._cells_version = -1
-        hold = _holder(0)
         self.entries: list[Entry] = []
-        for candidate, penalty in chosen:
-            names = candidate.names
-            own = (hold(f"Regularizer: {kind} of {names[0]!r}", getattr(penalty, kind)) for kind in KINDS)
-            self.entries.append(Entry(candidate.param, names, penalty.group, *own))
+        self.entries = self._chosen_entries()
+
+    def follow(self) -> None:
+        """Reads the module again where it has changed."""
+        if self._source.has_changed():
+            said = self._source.read_again()
+            self.entries = self._chosen_entries()
+            self.version += 1
+            if said:
+                warn(said)
+
+    def is_standing(self) -> bool:
+        """Whether it has a schedule, and no step was counted or set."""
+        return (
+            self._step == 0
+            and self._skipped is None
+            and any(cell.schedule is not None for cell in self.cells().values())
+        )
+
+    def look_at_all(self) -> None:
+        """For a compiler: see `Source.look_at_all`."""
+        self._source.look_at_all()
+
+    def claim(self) -> None:
+        """Before a use that matters."""
+        self._source.claim()
+
+    def _chosen_entries(self) -> list[Entry]:
+        """What is given as it was before is held as it was, of the same parameter, of one with its name, or of others
+        that have it alike."""
+        hold = _holder(self.step)
+        known = {name: e for e in self.entries for name in e.names} | {id(e.param): e for e in self.entries}
+        alike: dict[object, list[Held]] = {}
+        for e in self.entries:
+            for kind in KINDS:
+                alike.setdefault((kind, identity(e.given[kind])), []).append(getattr(e, kind))
+        entries = []
+        for candidate, penalty in self._source.chosen:
+            names, given = candidate.names, self._source.given(candidate, penalty)
+            before = next((known[key] for key in (id(candidate.param), *names) if key in known), None)
+            own: dict[str, Held] = {}
+            for kind, strength in given.items():
+                others = alike.get((kind, identity(strength)), [])
+                if before is not None and identity(before.given[kind]) == identity(strength):
+                    own[kind] = getattr(before, kind)
+                elif len({identity(other): other for other in others}) == 1:
+                    own[kind] = others[0]
+                else:
+                    own[kind] = hold(f"Regularizer: {kind} of {names[0]!r}", strength)
+            entries.append(Entry(candidate.param, names, penalty.group, **own, given=given))
+        return entries
 
     def groups(self) -> list[list[Entry]]:
         """The strength groups: the entries with the same strengths, of the same kind."""
@@ -111,19 +157,28 @@ class Table:
         for _, cell, schedule in due:
             _fill(cell.value, values[id(schedule)])
 
-    def change(self, entries: Sequence[Entry], strengths: Mapping[str, Given]) -> None:
-        """Gives these entries strengths of some kinds, checked before. A number is written into the tensor that holds
-        the old one, if no entry or kind outside uses it."""
+    def change(self, strengths: Mapping[str, Given], where: str | None) -> None:
+        """Gives the entries that ``where`` means strengths of some kinds, checked before. A number is written into the
+        tensor that holds the old one, if no entry or kind outside uses it."""
         hold = _holder(self.step)
         new = {kind: hold(f"set_strength: {kind}", strength) for kind, strength in strengths.items()}
-        places = {(id(entry), kind) for entry in entries for kind in new}
+        # For all is for all that have such a term, and where none has one yet, for all.
+        meant = {k: "*" if where is None and all(e.given[k] is None for e in self.entries) else where for k in new}
+        own = {
+            kind: [e for e in self.entries if (e.given[kind] is not None if names is None else e.matches(names))]
+            for kind, names in meant.items()
+        }
+        places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
         for kind, strength in new.items():
             if isinstance(strength, float):
-                for old in _in_tensors(entries, kind):
+                for old in _in_tensors(own[kind], kind):
                     if self._uses(old) <= places:
                         _check_fits(f"set_strength: {kind}", old, strength)
         for kind, strength in new.items():
-            self._replace(entries, kind, strength)
+            self._replace(own[kind], kind, strength)
+            for entry in own[kind]:
+                entry.given[kind] = strengths[kind]
+            self._source.note(meant[kind], kind, strengths[kind])
 
     def _replace(self, entries: Sequence[Entry], kind: str, strength: Held) -> None:
         fresh: dict[object, Held] = {}  # for what is in a tensor and shall be a number
@@ -143,29 +198,44 @@ class Table:
         return {(id(entry), kind) for entry in self.entries for kind in KINDS if getattr(entry, kind) is strength}
 
     def load(self, step: int, saved: Mapping[str, Wishes]) -> None:
-        """Takes a step and, for each name, strengths, checked before."""
+        """Takes a step and, for each name, strengths, checked before. A schedule that goes on gives its own strength
+        for that step."""
         wanted: dict[object, dict[tuple[float, bool], Held]] = {}  # of each tensor: what its users shall have
         for e in self.entries:
             for kind in KINDS:
                 wanted.setdefault(identity(getattr(e, kind)), {})[saved[e.name][kind]] = getattr(e, kind)
+        values: dict[int, float] = {}  # of the schedules that go on
         for e in self.entries:
             for kind in KINDS:
-                if len(wanted[identity(old := getattr(e, kind))]) == 1:
-                    _check_fits(f"load_state_dict: {kind} of {e.name!r}", old, saved[e.name][kind][0])
+                old, (value, keep), name = (
+                    getattr(e, kind),
+                    saved[e.name][kind],
+                    f"load_state_dict: {kind} of {e.name!r}",
+                )
+                schedule = _schedule_of(old, keep)
+                if schedule is not None and id(schedule) not in values:
+                    values[id(schedule)] = scheduled(name, schedule, step)
+                if len(wanted[identity(old)]) == 1:
+                    _check_fits(name, old, values.get(id(schedule), value))
         for wishes in wanted.values():
             for (value, keep), old in list(wishes.items()):
-                schedule = old.schedule if isinstance(old, Cell) and keep else None
+                schedule = _schedule_of(old, keep)
+                now = values.get(id(schedule), value)
                 if tensor_of(old) is None:
                     wishes[value, keep] = value
                 elif len(wishes) == 1:
-                    _set_in_place(old, value, schedule)
+                    _set_in_place(old, now, schedule)
                 else:
-                    wishes[value, keep] = Cell.holding(value, schedule)
+                    wishes[value, keep] = Cell.holding(now, schedule)
         for e in self.entries:
             for kind in KINDS:
                 setattr(e, kind, wanted[identity(getattr(e, kind))][saved[e.name][kind]])
         self._step, self._skipped = step, None
         self.version += 1
+
+
+def _schedule_of(strength: Held, keep: bool) -> Schedule | None:
+    return strength.schedule if isinstance(strength, Cell) and keep else None
 
 
 def _holder(step: int) -> Callable[[str, Given], Held]:

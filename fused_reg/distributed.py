@@ -11,8 +11,7 @@ one before it where a parameter is also cut between its groups (its rows along o
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, compress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -94,19 +93,8 @@ def prox_(
     increment_version([p for p in params if is_dtensor(p)])
 
 
-def check_not_replaced(module: torch.nn.Module, params: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises where a module has other parameters by now: DTensors in the place of these, or cut in more dimensions.
-    (Between its forward and its backward ``fully_shard`` shows those that it has gathered, which are cut in fewer.)"""
-    own = dict(module.named_parameters(remove_duplicate=False)) if "torch.distributed.tensor" in sys.modules else {}
-    for name, p in params:
-        if _cuts(own.get(name)) > _cuts(p):
-            raise RuntimeError(
-                f"Regularizer: {name!r} has been replaced by a DTensor; build the Regularizer after fully_shard and "
-                "parallelize_module, as the optimizer"
-            )
-
-
-def _cuts(p: Any) -> int:
+def cuts(p: Any) -> int:
+    """In how many dimensions of a mesh it is cut: 0 unless it is a DTensor."""
     return p.device_mesh.ndim if is_dtensor(p) else 0
 
 

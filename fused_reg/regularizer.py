@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from fused_reg import distributed
 from fused_reg._adjustable import Adjustable
 from fused_reg._arguments import Group, is_number
 from fused_reg._attach import Attachment, Attachments, Mode
+from fused_reg._following import Source
 from fused_reg._parts import Part
 from fused_reg._report import Report, report_of, summary_of
-from fused_reg._selection import Choice, as_patterns, as_rules, candidates_of
-from fused_reg._strengths import Given, as_penalty
-from fused_reg._table import Table
+from fused_reg._selection import Choice, as_patterns, as_rules
+from fused_reg._strengths import Given, as_flag, as_penalty
+from fused_reg._table import Entry, Table
+from fused_reg._warnings import warn
 
 
 class Regularizer(Adjustable):
@@ -35,21 +36,26 @@ class Regularizer(Adjustable):
     - ``regularizer.attach(optimizer)``: in the optimizer, like ``weight_decay``;
     - ``regularizer.attach(optimizer, mode="prox")``: proximal, with weights that are *exactly* zero.
 
-    The strength of a parameter is that of the first rule that matches it; else of the innermost :func:`regularized`
-    module around it; else ``l1``, ``l2`` and ``l2_norm``. If these are not given, parameters without rule and mark are
-    not regularized. All strengths are in one fused call.
+    The strength of a parameter is that of the first rule that matches it; what this does not name, and without a rule
+    all, is of the innermost :func:`regularized` module around it; without a mark it is ``l1``, ``l2`` and ``l2_norm``.
+    If these are not given, parameters without rule and mark are not regularized. All strengths are in one fused call.
+
+    A module is followed: if its parameters, its modules or its marks are others by now (a new head, pruning,
+    ``load_state_dict(assign=True)``, ``fully_shard``), they have what their rules, marks and names say, from the next
+    use or attached step on, and a warning says which. The parameters of a list are those that it had.
 
     **The L2 convention** is ``l2 * sum(w ** 2)``, as in Keras: ``torch.optim.SGD(weight_decay=wd)`` is ``l2 = wd / 2``.
 
     Args:
         params: a module (every parameter once, also where it is tied), an iterable of tensors (named "0", "1", ...), or
-            an iterable of (name, tensor) pairs. Read once and kept. Build it when you build the optimizer: after
-            ``fully_shard``, which replaces parameters. Names are without the parts that ``torch.compile`` and
-            ``DistributedDataParallel`` add; a tied parameter has the names of all its places.
+            an iterable of (name, tensor) pairs, read once and kept. Names are without the parts that wrappers as
+            ``torch.compile`` and ``DistributedDataParallel`` add; a tied parameter has the names of all its places.
+            Patterns may be of the whole names too, and of those before ``weight_norm`` or pruning.
         l1: the strength of the sum of absolute values (lasso): a finite float >= 0, a 0-dim tensor, or a schedule.
             A tensor may change between calls, and gets its gradient from the differentiable penalty if it requires one.
             A schedule is a function of the number of optimizer steps taken, from 0, as for ``LambdaLR``; its strength
-            is kept in a tensor on the parameters' device that `advance` fills.
+            is kept in a tensor on the parameters' device that `advance` fills. Strengths are for all parameters, also
+            biases, as ``weight_decay`` is; see ``weights_only``.
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
         group: what norms are of: ``"tensor"`` or ``"row"``, as for :func:`fused_penalty`.
@@ -57,12 +63,17 @@ class Regularizer(Adjustable):
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
         exclude: likewise; these are not.
         rules: pairs of a pattern and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, with the keys ``l1``,
-            ``l2``, ``l2_norm`` and ``group``; the first that matches counts, and what it does not name is 0 there.
+            ``l2``, ``l2_norm`` and ``group``; the first that matches counts. What it does not name is inherited, as in
+            a parameter group of an optimizer, and 0.0 drops a term.
 
     Raises:
-        TypeError: ``params`` are no parameters of a supported kind, or a strength is no number.
-        ValueError: a pattern matches no parameter; nothing is regularized, or nothing by ``l1``, ``l2`` and
-            ``l2_norm`` though given; a strength is negative, infinite or NaN.
+        TypeError: chosen parameters are of no supported kind, or a strength is no number.
+        ValueError: something has no effect: a pattern that matches no parameter or none that is left, a rule behind
+            others, a term, ``group`` or mark that is nobody's; a tied parameter with two marks; a strength that is
+            negative, infinite or NaN.
+
+    Warns:
+        UserWarning: its module has changed; a schedule is never advanced; it was copied without its module.
 
     Example:
         >>> import torch
@@ -101,10 +112,11 @@ class Regularizer(Adjustable):
     ) -> None:
         if rules is not None and not isinstance(rules, Iterable):
             raise TypeError(f"Regularizer: rules must be pairs (pattern, dict(l1=...)), got {type(rules).__name__}")
+        as_flag("Regularizer: weights_only", weights_only)
         rules = None if rules is None else list(rules)
         choice = Choice(
             as_penalty("Regularizer: ", l1=l1, l2=l2, l2_norm=l2_norm, group=group),
-            bool(weights_only),
+            weights_only,
             as_patterns("include", include),
             as_patterns("exclude", exclude) or [],
             as_rules(rules),
@@ -114,33 +126,75 @@ class Regularizer(Adjustable):
             "l2": l2,
             "l2_norm": l2_norm,
             "group": group,
-            "weights_only": bool(weights_only),
+            "weights_only": weights_only,
             "include": choice.include,
             "exclude": choice.exclude or None,
             "rules": None if rules is None else [(pattern, dict(given)) for pattern, given in rules],
         }
-        self._table = Table(choice.of(candidates_of(params)))
-        self._whole = Part(self._table, self._table.entries)
-        self._attachments = Attachments()
-        self._unchecked = weakref.ref(params) if isinstance(params, Module) else None
+        self._begin(Table(Source(params, choice)))
+        self._current()
 
-    def _check_params(self) -> None:
-        """Until a call has passed: what cuts a module replaces its parameters, and these would have no part in it."""
-        if is_compiling() or self._unchecked is None:
+    def _begin(self, table: Table) -> None:
+        self._table = table
+        self._entries: list[Entry] | None = None  # those of `_whole`
+        self._whole: Part
+        self._attachments = Attachments()
+        self._states: list[int] | None = []  # of the parameters, in which the penalty was used; None: enough
+
+    def _followed(self) -> Table:
+        if is_compiling():
+            self._current_while_tracing()
+        else:
+            self._table.follow()
+        return self._table
+
+    def _used(self) -> Part:
+        """All of it as it is now, to train with."""
+        if is_compiling():
+            self._current_while_tracing()
+            self._table.look_at_all()
+            return self._whole
+        self._table.claim()
+        if self._states is not None and self._table.cells():
+            self._watch_schedules(self._states)
+        return self._current()
+
+    def _current(self) -> Part:
+        self._table.follow()
+        if self._entries is not self._table.entries:
+            self._entries = self._table.entries
+            self._whole = Part(self._table, self._entries)
+        return self._whole
+
+    def _current_while_tracing(self) -> None:
+        """Once for each compilation: the compiler takes what it gives for a constant."""
+        self._table.claim()
+        self._current()
+
+    _current_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _watch_schedules(self, states: list[int]) -> None:
+        """Warns of a schedule that stands still while an optimizer changes the parameters."""
+        if not torch.is_grad_enabled() or not self._table.is_standing() or any(self._attachments):
             return
-        module = self._unchecked()
-        if module is not None:
-            distributed.check_not_replaced(module, self.named_parameters())
-        self._unchecked = None
+        params = [entry.param for entry in self._table.entries if entry.param.requires_grad]
+        state = sum(p._version for p in params if not p.is_inference())
+        if state not in states:
+            states.append(state)
+        if len(states) == 3:
+            self._states = None
+            warn(
+                "Regularizer: a schedule stands at step 0, but the parameters have changed twice since; call "
+                "regularizer.advance() after each optimizer.step(), or attach it to the optimizer, which does"
+            )
 
     def __call__(self) -> Tensor:
         """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
-        self._check_params()
-        return self._whole.penalty()
+        return self._used().penalty()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The regularized parameters with their (first) names, also those that are frozen now."""
-        return ((entry.name, entry.param) for entry in self._table.entries)
+        return ((entry.name, entry.param) for entry in self._followed().entries)
 
     def accumulate_grad_(self, scale: float | Tensor = 1.0) -> Tensor:
         """``p.grad += scale * d(penalty)/dp``, as :func:`accumulate_grad_` does.
@@ -151,8 +205,7 @@ class Regularizer(Adjustable):
         Returns:
             The penalty, not scaled, without a graph.
         """
-        self._check_params()
-        return self._whole.accumulate_grad_(scale)[0]
+        return self._used().accumulate_grad_(scale)[0]
 
     def prox_(self, step: float | Tensor) -> None:
         """The proximal operator of ``step * penalty``, in place, as :func:`prox_` takes it.
@@ -163,8 +216,7 @@ class Regularizer(Adjustable):
         if not is_number(step) and not (isinstance(step, Tensor) and step.ndim == 0):
             got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
             raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
-        self._check_params()
-        self._whole.prox_(step)
+        self._used().prox_(step)
 
     def attach(self, optimizer: Optimizer, mode: Mode = "grad", *, include_unused: bool = False) -> Attachment:
         r"""Makes the penalty a part of every ``optimizer.step()``.
@@ -246,7 +298,7 @@ class Regularizer(Adjustable):
             raise TypeError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if mode not in ("grad", "prox"):
             raise ValueError(f'attach: mode must be "grad" or "prox", got {mode!r}')
-        return self._attachments.add(self._table, optimizer, mode, include_unused)
+        return self._attachments.add(self._followed(), optimizer, mode, include_unused)
 
     def report(self) -> Report:
         """The penalty, norm and exact zeros of every parameter and strength group, in a few launches and one transfer.
@@ -264,8 +316,7 @@ class Regularizer(Adjustable):
               w             3                         6     5  1 (33.3 %)
             total           3                         6     5  1 (33.3 %)
         """
-        self._check_params()
-        return report_of(self._table)
+        return report_of(self._followed())
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments but for the parameters; tensors and schedules as the objects that they are."""
@@ -287,13 +338,17 @@ class Regularizer(Adjustable):
         return cls(params, **config)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(\n{summary_of(self._table)})"
+        return f"{type(self).__name__}(\n{summary_of(self._followed())})"
+
+    def _is_no_number(self, *_: object) -> NoReturn:
+        raise TypeError("Regularizer: the penalty is what its call gives, as in `loss + regularizer()`, got no call")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = _is_no_number
+    __float__ = backward = item = _is_no_number
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self._config, "table": self._table}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._config, self._table = state["config"], state["table"]
-        self._whole = Part(self._table, self._table.entries)
-        self._attachments = Attachments()
-        self._unchecked = None
+        self._config = state["config"]
+        self._begin(state["table"])

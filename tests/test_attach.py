@@ -138,7 +138,8 @@ def test_prox_takes_each_groups_own_learning_rate(tensor_lr, device):
         ],
         lr=1.0,
     )
-    regularizer = Regularizer(net, l1=0.1, rules=[("3.*", {"l2": 0.25}), ("0.*", {"l2_norm": 0.3, "group": "row"})])
+    rules = [("3.*", {"l1": 0, "l2": 0.25}), ("0.*", {"l1": 0, "l2_norm": 0.3, "group": "row"})]
+    regularizer = Regularizer(net, l1=0.1, rules=rules)
     regularizer.attach(optimizer, mode="prox")
     step(optimizer)
     for i, lr in zip((2, 3, 4), (0.5, 0.5, 0.5), strict=True):

@@ -61,6 +61,7 @@ def test_values(scale, strengths, group, device):
 @EVERY_END
 def test_reports(scale, strengths, group, device):
     params = [nn.Parameter(p) for p in weights(scale, device)]
+    group = group if "l2_norm" in strengths else "tensor"
     *rows, total = Regularizer(params, **strengths, group=group).report().rows[1:]
     for p, row in zip([*params, params], [*rows, total], strict=True):
         some = [p] if isinstance(p, nn.Parameter) else p

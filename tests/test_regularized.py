@@ -24,8 +24,17 @@ def test_every_kind_of_bias():
     net = nn.ModuleList([nn.LSTM(3, 4), nn.MultiheadAttention(4, 2, add_bias_kv=True), nn.LayerNorm(3)])
     assert names_of(Regularizer(regularized(net, l1=0.5))) == [
         *("0.weight_ih_l0", "0.weight_hh_l0", "1.in_proj_weight", "1.out_proj.weight"),
-        "2.weight",  # named by its mark
     ]
+
+
+def test_weights_of_a_normalization_layer():
+    """They are meant where that very layer is marked, wrapped or parametrized or not."""
+    for mark in (lambda layer: regularized(layer, l1=0.5), lambda layer: regularized(nn.DataParallel(layer), l1=0.5)):
+        net = nn.ModuleList([nn.Linear(3, 4), mark(nn.LayerNorm(4))])
+        assert names_of(Regularizer(net)) == ["1.weight"]
+    net = nn.Sequential(regularized(nn.LayerNorm(4), l1=0.5))
+    nn.utils.parametrize.register_parametrization(net[0], "weight", nn.Softplus())
+    assert names_of(Regularizer(net)) == ["0.parametrizations.weight.original"]
 
 
 def test_parametrized_layers_are_still_in_their_layer():
@@ -44,8 +53,7 @@ def test_the_innermost_wins():
     assert strengths_of(Regularizer(net)) == {
         "0.weight": (0, 0.25, 0),
         "0.bias": (0.5, 0, 0),  # of which the inner mark does not speak
-        "1.weight": (0.5, 0, 0),
-        "1.bias": (0.5, 0, 0),
+        "1.bias": (0.5, 0, 0),  # and not the weight, as for weights_only
         "2.weight": (0.5, 0, 0),
         "2.bias": (0.5, 0, 0),
         "3.weight": (0, 0, 0.125),
@@ -65,7 +73,9 @@ def test_marks_and_the_other_choices():
     regularized(net[0], l1=0.5, bias=True)
     regularized(net[1], l1=0.5, bias=True)
     assert names_of(Regularizer(net, exclude="1.bias")) == ["0.weight", "0.bias", "1.weight"]
-    assert names_of(Regularizer(net, weights_only=True)) == ["0.weight"]
+    regularized(net[0], l1=0.5)
+    assert names_of(Regularizer(net, weights_only=True, exclude="1.*")) == ["0.weight"]
+    regularized(net[0], l1=0.5, bias=True)
     net[0].weight.requires_grad_(False)
     assert names_of(Regularizer(net, include="0.*")) == ["0.bias"]
 
@@ -110,6 +120,73 @@ def test_marks_are_no_business_of_compiled_code():
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     x = torch.ones(2, 7)
     torch.testing.assert_close(compiled(x), net(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def exchanged(net):
+    """Another layer around the same parameters, as ``from_float`` makes it."""
+    layer = nn.Linear(3, 3)
+    layer.weight, layer.bias = net[0].weight, net[0].bias
+    return nn.Sequential(layer, net[1])
+
+
+CONVERSIONS = {
+    "syncbn": (lambda: nn.BatchNorm1d(3), nn.SyncBatchNorm.convert_sync_batchnorm, "0.weight"),
+    "exchanged": (lambda: nn.Linear(3, 3), exchanged, "0.weight"),
+    "fx": (Block, torch.fx.symbolic_trace, "0.layer.weight"),
+    "slice": (lambda: nn.Linear(3, 3), lambda net: net[:2], "0.weight"),
+}
+
+
+@pytest.mark.parametrize("before", [lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_a_mark_that_a_conversion_loses_is_remembered(conversion, before):
+    """Also where it is made of a copy, and where the new layer is in another one that is marked."""
+    make, convert, name = CONVERSIONS[conversion]
+    net = nn.Sequential(regularized(make(), l1=0.5), nn.Linear(3, 3))
+    assert strengths_of(Regularizer(convert(before(net)))) == {name: (0.5, 0, 0)}
+    outer = regularized(nn.Sequential(regularized(make(), l1=0.5), nn.Linear(3, 3)), l2=0.25)
+    found = strengths_of(Regularizer(convert(before(outer))))
+    assert (found[name], found["1.weight"]) == ((0.5, 0, 0), (0, 0.25, 0))
+
+
+def test_a_mark_that_is_replaced_is_not_remembered():
+    net = make_net()
+    regularized(net[0], l1=0.5, bias=True)
+    regularized(net[0], l2=0.25)
+    compiled = torch.compile(net[1], backend="eager")
+    regularized(compiled, l1=0.5, bias=True)
+    regularized(compiled, l2=0.25)
+    assert strengths_of(Regularizer(net)) == {"0.weight": (0, 0.25, 0), "1.weight": (0, 0.25, 0)}
+
+
+def test_print_shows_marks():
+    net = nn.Sequential(regularized(nn.Linear(2, 2), l1=1e-4, l2_norm=0.5, group="row", bias=True), nn.ReLU())
+    shown = '(0): Linear[l1=0.0001, l2_norm=0.5, group="row", bias](in_features=2, out_features=2, bias=True)'
+    for each in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert shown in str(each)
+    assert net[0]._get_name() == "Linear"
+    regularized(net[0], l2=torch.tensor(0.5))
+    regularized(net[0], l2=lambda step: 0.5)
+    assert str(net[0]) == "Linear[l2: function](in_features=2, out_features=2, bias=True)"
+    assert str(regularized(nn.Sequential(), l1=0.5)) == "Sequential[l1=0.5]()"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_marks_are_no_business_of_torchscript():
+    net = nn.Sequential(regularized(nn.Linear(3, 2), l1=0.5))
+    x = torch.ones(1, 3)
+    for compiled in (torch.jit.script(net), torch.jit.trace(net, x)):
+        torch.testing.assert_close(compiled(x), net(x))
+    assert names_of(Regularizer(nn.Sequential(regularized(torch.jit.script(nn.Linear(3, 2)), l1=0.5)))) == ["0.weight"]
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed's own

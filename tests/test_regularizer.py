@@ -109,18 +109,21 @@ def test_include_and_exclude():
     ],
 )
 def test_a_pattern_that_matches_nothing(argument, given):
-    with pytest.raises(ValueError, match=rf"^Regularizer: {argument} must match the name .*, got '0.wieght'$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^Regularizer: {argument} must match the name .*, got '0.wieght'; did you mean '0.weight'\?$",
+    ):
         Regularizer(make_net(), l2=0.5, **given)
 
 
 def test_rules_marks_and_arguments():
-    """The first rule that matches, else the innermost mark, else the arguments."""
+    """The first rule that matches; what it does not name is of the innermost mark, else of the arguments."""
     net = make_net()
     regularized(net[3], l1=0.5)
     rules = [("0.weight", {"l2": 0.25}), ("0.*", {"l2_norm": 0.75}), ("3.bias", {"l1": 0, "l2": 1})]
     assert strengths_of(Regularizer(net, l1=0.125, rules=rules)) == {
-        "0.weight": (0, 0.25, 0),
-        "0.bias": (0, 0, 0.75),
+        "0.weight": (0.125, 0.25, 0),
+        "0.bias": (0.125, 0, 0.75),
         "1.weight": (0.125, 0, 0),
         "1.bias": (0.125, 0, 0),
         "2.weight": (0.125, 0, 0),
@@ -135,10 +138,10 @@ def test_mixed_strengths_and_groups(device):
     net = make_net(device)
     params = list(net.parameters())
     rules = [
-        ("0.weight", {"l1": 0.1, "l2_norm": 0.3, "group": "row"}),
+        ("0.weight", {"l1": 0.1, "l2": 0, "l2_norm": 0.3, "group": "row"}),
         ("1.*", {"l2": 0.2}),
-        ("2.*", {"l2_norm": 0.4}),
-        ("3.*", {"l1": 0.0}),
+        ("2.*", {"l2": 0, "l2_norm": 0.4}),
+        ("3.*", {"l2": 0.0}),
     ]
     regularizer = Regularizer(net, l2=0.7, rules=rules)
     row, rest = params[:1], [params[i] for i in (1, 2, 3, 4, 5)]
@@ -202,7 +205,7 @@ def test_names_through_wrappers():
 
 def test_deepcopy_and_pickle(tmp_path):
     net = make_net()
-    regularizer = Regularizer(net, l1=HALVED, rules=[("3.*", {"l2": torch.tensor(0.25)})])
+    regularizer = Regularizer(net, l1=HALVED, rules=[("3.*", {"l1": 0, "l2": torch.tensor(0.25)})])
     regularizer.advance()
     torch.save((net, regularizer), tmp_path / "both.pt")
     for other, copied in (copy.deepcopy((net, regularizer)), torch.load(tmp_path / "both.pt", weights_only=False)):
@@ -229,7 +232,7 @@ HALVED = Halved()
 
 def test_config():
     config = Regularizer(
-        make_net(), l1=HALVED, group="row", weights_only=True, exclude="1.*", rules=iter([("0.*", {"l2": 0.5})])
+        make_net(), l1=HALVED, weights_only=True, exclude="1.*", rules=iter([("0.*", {"l1": 0, "l2": 0.5})])
     ).get_config()
     net = make_net()
     again = Regularizer.from_config(config, net)
@@ -238,8 +241,11 @@ def test_config():
     assert config["l1"] is HALVED
 
 
+RULE = {"l1": 0, "l2": 0, "l2_norm": 1e-3, "group": "row"}
+
+
 def test_repr():
-    regularizer = Regularizer(make_net(), l1=HALVED, l2=0.5, rules=[("0.*", {"l2_norm": 1e-3, "group": "row"})])
+    regularizer = Regularizer(make_net(), l1=HALVED, l2=0.5, rules=[("0.*", RULE)])
     assert repr(regularizer) == (
         "Regularizer(\n"
         '  l2_norm=0.001, group="row": 2 parameters, 40 elements: 0.weight, 0.bias\n'

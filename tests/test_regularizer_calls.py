@@ -68,11 +68,11 @@ def test_an_empty_list_of_patterns_is_an_error():
 
 @pytest.mark.parametrize(
     ("net", "rules"),
-    [(regularized(nn.Linear(2, 2), l1=1e-4, bias=True), None), (nn.Linear(2, 2), [("*", {"l2": 0.1})])],
+    [(regularized(nn.Linear(2, 2), l1=1e-4, bias=True), None), (nn.Linear(2, 2), [("*", {"l1": 0.1})])],
     ids=["marks", "rules"],
 )
 def test_strengths_that_nothing_takes_are_an_error(net, rules):
-    with pytest.raises(ValueError, match="l1, l2 or l2_norm must apply to a parameter"):
+    with pytest.raises(ValueError, match="Regularizer: l1 must apply to a parameter"):
         Regularizer(net, l1=0.03, rules=rules)
 
 

@@ -49,6 +49,7 @@ PARAMETER = nn.Parameter(torch.ones(3))
         ),
         ([], ValueError, "Regularizer: params must hold a parameter, got none"),
         (nn.ReLU(), ValueError, "Regularizer: params must hold a parameter, got none"),
+        (nn.Linear(2, 2).parameters, TypeError, "or of (name, tensor) pairs, got method; call it"),
     ],
 )
 def test_params(params, error, message):
@@ -67,9 +68,15 @@ def test_params(params, error, message):
         ("0.1", TypeError, "must be a float, a 0-dim tensor or a schedule, got str"),
         ([0.1, 0.2], TypeError, "got list; for strengths per parameter give rules"),
         (torch.ones(2), ValueError, "got a tensor of shape (2,); for strengths per parameter give rules"),
+        (nn.Parameter(torch.zeros(1)), ValueError, "got a tensor of shape (1,); give its `reshape(())`"),
         (torch.tensor(1), TypeError, "must be floating point, got torch.int64"),
+        (torch.tensor(-1.0), ValueError, "must be finite and >= 0, got -1.0"),
+        (nn.Parameter(torch.tensor(math.nan)), ValueError, "must be finite and >= 0, got nan"),
+        (torch.tensor(math.inf, dtype=torch.bfloat16), ValueError, "must be finite and >= 0, got inf"),
         (lambda step: -1.0, ValueError, "what the schedule gives at step 0 must be finite and >= 0, got -1.0"),
         (lambda step: "1", TypeError, "the schedule must give a number at step 0, got str"),
+        (lambda: 0.5, TypeError, "must be a schedule that takes the step as its one argument, got a function of ()"),
+        (lambda step, epoch: 0.5, TypeError, "as its one argument, got a function of (step, epoch)"),
     ],
 )
 def test_strengths(strength, error, message):
@@ -104,6 +111,8 @@ def test_strengths(strength, error, message):
             "Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none",
         ),
         ({"l1": 0.5, "group": "column"}, ValueError, 'Regularizer: group must be "tensor" or "row", got \'column\''),
+        ({"l1": 0.5, "weights_only": "yes"}, TypeError, "Regularizer: weights_only must be True or False, got 'yes'"),
+        ({"l1": 0.5, "weights_only": 1}, TypeError, "Regularizer: weights_only must be True or False, got 1"),
         ({"l1": 0.5, "include": 3}, TypeError, "include must be a pattern or a list of them, got int"),
         ({"l1": 0.5, "include": [3]}, TypeError, "Regularizer: include must be a pattern or a list of them, got int"),
         (
@@ -136,6 +145,8 @@ def test_choice(given, error, message):
     [
         (PARAMETER, {"l1": 0.5}, TypeError, "regularized: module must be a torch.nn.Module, got Parameter"),
         (nn.ReLU(), {}, ValueError, "regularized: l1, l2 or l2_norm must give a strength, got none"),
+        (nn.ReLU(), {"l1": 1, "bias": 1}, TypeError, "regularized: bias must be True or False, got 1"),
+        (nn.ReLU(), {"l1": 1, "group": "row"}, ValueError, 'regularized: group="row" must have an l2_norm, got none'),
         (nn.ReLU(), {"l1": 1, "group": "x"}, ValueError, 'regularized: group must be "tensor" or "row", got \'x\''),
     ],
 )
@@ -150,6 +161,34 @@ def test_set_strength():
         regularizer.set_strength()
     with pytest.raises(ValueError, match=r"set_strength: where must match the name of a parameter, got '9\.\*'"):
         regularizer.set_strength(l1=0.25, where="9.*")
+
+
+def test_a_pattern_in_the_place_of_a_strength():
+    with pytest.raises(TypeError, match=r"^set_strength: l2 must be a float, .*, got str; .* say where='0.\*'$"):
+        Regularizer(make_net(), l1=0.5).set_strength(1e-3, "0.*")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda r: torch.ones(()) + r,
+        lambda r: r + torch.ones(()),
+        lambda r: 0.5 * r,
+        lambda r: torch.ones(()) * r,
+        lambda r: r / 2,
+        lambda r: 1.0 - r,
+        lambda r: -r,
+        lambda r: sum([r, r]),
+        float,
+        lambda r: r.backward(),
+        lambda r: r.item(),
+    ],
+)
+def test_a_regularizer_is_no_number(use):
+    with pytest.raises(
+        TypeError, match=r"^Regularizer: the penalty is what its call gives, as in `loss \+ regularizer"
+    ):
+        use(Regularizer(make_net(), l1=0.5))
 
 
 @pytest.mark.parametrize(

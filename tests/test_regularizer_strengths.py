@@ -38,7 +38,9 @@ def test_a_schedule_is_evaluated_once_a_step_however_many_parameters_have_it():
 
 def test_schedule_and_numbers_by_rule(device):
     params = three(device)
-    regularizer = Regularizer(params, l1=lambda step: 1 + step, rules=[("1", {"l1": 0.25}), ("2", {"l2": 0.5})])
+    regularizer = Regularizer(
+        params, l1=lambda step: 1 + step, rules=[("1", {"l1": 0.25}), ("2", {"l1": 0, "l2": 0.5})]
+    )
     for step in range(3):
         assert_penalty(regularizer, params, l1=[1.0 + step, 0.25, 0], l2=[0, 0, 0.5])
         regularizer.advance()
@@ -88,7 +90,7 @@ def test_a_tensor_of_the_user(dtype, device):
     """Changed in place by the user, by `set_strength`, and differentiable."""
     params = three(device)
     strength = torch.tensor(0.5, dtype=dtype, device=device, requires_grad=True)
-    regularizer = Regularizer(params, l1=strength, rules=[("2", {"l2": 0.25})])
+    regularizer = Regularizer(params, l1=strength, rules=[("2", {"l1": 0, "l2": 0.25})])
     assert_penalty(regularizer, params, l1=[0.5, 0.5, 0], l2=[0, 0, 0.25])
     with torch.no_grad():
         strength.fill_(0.75)
@@ -151,9 +153,8 @@ def test_a_schedule_on_the_meta_device_keeps_its_value():
 
 def test_state_dict():
     def build():
-        return Regularizer(
-            three(), l1=lambda step: 1 + step, l2=torch.tensor(0.5), rules=[("2", {"l2": 0.25, "l2_norm": lambda s: s})]
-        )
+        rules = [("2", {"l1": 0, "l2": 0.25, "l2_norm": lambda step: step})]
+        return Regularizer(three(), l1=lambda step: 1 + step, l2=torch.tensor(0.5), rules=rules)
 
     regularizer = build()
     regularizer.advance()
@@ -230,7 +231,7 @@ def test_a_schedule_is_asked_once_by_set_strength_and_once_a_step():
     assert calls == [0, 0, 1]
     regularizer.step = 4
     regularizer.load_state_dict(regularizer.state_dict())
-    assert calls == [0, 0, 1, 4]
+    assert calls == [0, 0, 1, 4, 4]
     assert strengths_of(regularizer) == {"0": (4.5, 4.5, 4.5), "1": (4.5, 4.5, 0), "2": (4.5, 4.5, 0)}
 
 

@@ -19,9 +19,11 @@ def test_numbers(device):
         net[0].weight[1] = 0
         net[0].weight[3, 2] = -0.0
         net[3].bias[:] = 0
-    regularizer = Regularizer(
-        net, **GROUP, rules=[("0.*", {"l2_norm": 0.75, "group": "row"}), ("1.*", {"l1": lambda step: 2.0 + step})]
-    )
+    rules = [
+        ("0.*", {"l1": 0, "l2": 0, "l2_norm": 0.75, "group": "row"}),
+        ("1.*", {"l1": lambda step: 2.0 + step, "l2": 0}),
+    ]
+    regularizer = Regularizer(net, **GROUP, rules=rules)
     regularizer.advance()
     report = regularizer.report()
     rows = {row["name"]: row for row in report.rows}
@@ -92,7 +94,7 @@ def test_text():
     weight = torch.zeros(2, 3)
     weight[1] = torch.tensor([2.0, -1.0, 2.0])
     params = [("layer.weight", nn.Parameter(weight)), ("scale", nn.Parameter(torch.full((1000,), 0.5)))]
-    report = Regularizer(params, l1=1.0, rules=[("layer.*", {"l2_norm": 1e-3, "group": "row"})]).report()
+    report = Regularizer(params, l1=1.0, rules=[("layer.*", {"l1": 0, "l2_norm": 1e-3, "group": "row"})]).report()
     assert str(report) == (
         "                elements  l1  l2  l2_norm    value     norm       zeros  zero rows\n"
         "group 0                6   0   0    0.001    0.003        3  3 (50.0 %)     1 of 2\n"

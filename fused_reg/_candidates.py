@@ -1,0 +1,127 @@
+"""The parameters that a `Regularizer` may choose from, their names, and the marks that speak about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.parameter import UninitializedParameter
+
+from fused_reg._marks import Mark, marks_of, marks_on
+from fused_reg._patterns import Named
+from fused_reg._walk import Place, dims, is_bias, walk
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(eq=False)
+class Candidate(Named):
+    """A parameter, all of its names (a tied one has several, a wrapped or converted one those of before), and the
+    innermost marks that speak about it, by its places."""
+
+    param: Tensor
+    names: list[str]
+    marks: dict[str, Mark] = field(default_factory=dict)
+    can_train: bool = True
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether ``weights_only`` leaves it."""
+        return dims(self.param) >= 2 and not self.is_bias
+
+    @property
+    def is_bias(self) -> bool:
+        return all(map(is_bias, self.names))
+
+    def check(self) -> None:
+        """Raises unless it is a parameter that can be regularized."""
+        param, where = self.param, f"Regularizer: params[{self.names[0]!r}]"
+        out = f"; leave it out with exclude={self.names[0]!r}"
+        if isinstance(param, UninitializedParameter):
+            raise TypeError(
+                f"{where} must be initialized, got {type(param).__name__}; run the module once so that it knows its "
+                f"shapes, or leave it out with exclude={self.names[0]!r}"
+            )
+        if not isinstance(param, Parameter) and not param.requires_grad:
+            raise ValueError(f"{where} must be a parameter, got a tensor without grad; pass it itself, not its `.data`")
+        if not param.is_leaf:
+            raise ValueError(f"{where} must be a leaf, as a parameter is, got the result of {param.grad_fn}")
+        if param.requires_grad and (param.dtype not in _DTYPES or param.is_nested):
+            got = "a nested tensor" if param.is_nested else param.dtype
+            raise TypeError(f"{where} must be one tensor of float32, float64, bfloat16 or float16, got {got}{out}")
+        if param.requires_grad and param.layout is not torch.strided:
+            raise TypeError(f"{where} must be dense (torch.strided), got {param.layout}{out}")
+
+
+def candidates_of(params: Any, known: Mapping[str, Mark], shown: Mapping[tuple[int, str], Tensor]) -> list[Candidate]:
+    """The parameters, read once, each once, with their names. Of a module: ``known`` are the marks by the names of
+    before, ``shown`` the parameters in whose places others are shown for a while."""
+    found: dict[int, Candidate] = {}
+    if isinstance(params, Module):
+        places: dict[int, list[Place]] = {}
+        for place in walk(params):
+            param = shown.get((id(place.module), place.key), place.param)
+            places.setdefault(id(param), []).append(place._replace(param=param))
+        with_wrappers = _have_collisions([place for own in places.values() for place in own])
+        for i, own in places.items():
+            short = [place.full_name if with_wrappers else place.name for place in own]
+            others = [name for place in own for name in (place.full_name, *place.plain_names)]
+            names = list(dict.fromkeys([*short, *others]))
+            found[i] = Candidate(own[0].param, names, marks_of(own, known), _can_train(own[0].param))
+        if found and not any(c.can_train for c in found.values()):
+            raise ValueError("Regularizer: params must hold a dense floating point parameter, got none")
+    else:
+        for name, param in _named(params):
+            names = found.setdefault(id(param), Candidate(param, [])).names
+            names += [] if name in names else [name]
+    if not found:
+        hint = "" if isinstance(params, Module) else "; a generator that something else has read is empty"
+        raise ValueError(f"Regularizer: params must hold a parameter, got none{hint}")
+    return list(found.values())
+
+
+def _have_collisions(places: list[Place]) -> bool:
+    """Whether two parameters had one name without the parts of wrappers."""
+    taken: dict[str, Tensor] = {}
+    return any(taken.setdefault(place.name, place.param) is not place.param for place in places)
+
+
+def _named(params: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(params, Tensor):
+        params = [params]
+    if isinstance(params, Mapping):
+        raise TypeError(
+            f"Regularizer: params must be tensors or pairs, got {type(params).__name__}; pass its `.items()`"
+        )
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            "Regularizer: params must be a module, an iterable of tensors or of (name, tensor) pairs, got "
+            + (type(params).__name__ + "; call it" * callable(params))
+        )
+    taken: dict[str, Tensor] = {}
+    for i, item in enumerate(params):
+        is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        name, param = item if is_pair else (str(i), item)
+        if not isinstance(param, Tensor):
+            raise TypeError(f"Regularizer: params[{name!r}] must be a tensor, got {type(param).__name__}")
+        if taken.setdefault(name, param) is not param:
+            raise ValueError(f"Regularizer: params must have a name each, got {name!r} for two tensors")
+        yield name, param
+
+
+def _can_train(param: Tensor) -> bool:
+    """Not so: the frozen integers of a quantized layer. A module may hold such parameters; nothing will train them."""
+    return param.requires_grad or param.dtype in _DTYPES
+
+
+def marked_modules(module: Module) -> dict[Mark, str]:
+    """The marks in a module, by the modules that have them, in words."""
+    return {
+        mark: f"{path or 'the module'} ({type(child).__name__})"
+        for path, child in module.named_modules()
+        for mark in marks_on(child)
+    }

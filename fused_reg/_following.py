@@ -1,0 +1,200 @@
+"""What a `Regularizer` was built of. A module is followed: it is read again where its parameters are others by now."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from fused_reg import _marks
+from fused_reg._candidates import Candidate, candidates_of
+from fused_reg._marks import Mark
+from fused_reg._selection import Choice
+from fused_reg._strengths import KINDS, Given, Penalty
+from fused_reg._warnings import warn
+from fused_reg.distributed import cuts
+
+_NAMES_SHOWN = 4
+_END = object()
+_tables_of = attrgetter("_parameters", "_modules")
+
+
+class Source:
+    """A module or a list, what is chosen of it, and which strengths that is given."""
+
+    def __init__(self, params: Any, choice: Choice) -> None:
+        self._choice = choice
+        self._module: Module | weakref.ref[Module] | None = params if isinstance(params, Module) else None
+        self._is_copy = False  # whose parameters may be nobody's
+        self._lonely: str | None = None  # the name of one that is
+        self._changes: dict[tuple[str | None, str], Given] = {}  # by where and kind, in their order
+        self._marks: dict[str, Mark] = {}  # by the names
+        self._candidates: list[Candidate] = []
+        self._modules: list[Module] = []
+        self._places: dict[tuple[int, str], Any] = {}  # what was in these modules when they were last read
+        self._content: list[Any] = [_END]  # the same in a row
+        self._views: list[Iterable[Any]] = [(_END,)]  # where this is looked up again
+        self._empty: list[Any] = []  # tables of modules without content
+        self._mark_count = -1
+        self.chosen: list[tuple[Candidate, Penalty]] = []
+        self._read(params)
+
+    @property
+    def module(self) -> Module | None:
+        """None for a list, and where a copy's is gone."""
+        return self._module() if isinstance(self._module, weakref.ref) else self._module
+
+    def has_changed(self) -> bool:
+        """Whether a module or a parameter is another one by now, or a mark was set."""
+        is_same = all(map(is_, chain.from_iterable(self._views), self._content)) and not any(self._empty)
+        if is_same and _marks.count == self._mark_count:
+            return False
+        if self._is_copy:
+            self._settle()
+        gathered = self._gathered()
+        shown = [gathered.get((id(m), key), x) for m, key, x in _contents(self._modules)]
+        is_same = len(shown) + 1 == len(self._content) and all(map(is_, shown, self._content))
+        return self._module is not None and not (is_same and _marks.count == self._mark_count)
+
+    def read_again(self) -> str:
+        """Reads the module, and says what has changed in what is chosen."""
+        problems: list[str] = []
+        before = [c for c, _ in self.chosen]
+        self._read(self.module, problems.append)
+        now = [c for c, _ in self.chosen]
+        new, gone = _without(now, before), _without(before, now)
+        replaced = new.keys() & gone.keys()
+        said = [
+            f"{_listed(names)} {what}"
+            for names, what in (
+                ([n for n in new if n in replaced], "replaced"),
+                ([n for n in new if n not in replaced], "new"),
+                ([n for n in gone if n not in replaced], "gone"),
+            )
+            if names
+        ]
+        problems = [problem.removeprefix("Regularizer: ") for problem in problems]
+        if not said and not problems:
+            return ""
+        changes = f"{', '.join(said)}; an optimizer must hold these" if said else "names have changed"
+        return "; ".join([f"Regularizer: it follows its module: {changes}", *problems])
+
+    def _read(self, params: Any, *complain: Callable[[str], object]) -> None:
+        """Keeps what it has read only if all of it is right."""
+        modules = list(params.modules()) if isinstance(params, Module) else []
+        gathered = self._gathered()
+        candidates = candidates_of(params, self._marks, gathered)
+        taken = {name for c in candidates for name in c.names}
+        known = {id(c.param): c.names for c in self._candidates}
+        for c in candidates:
+            c.names += [name for name in known.get(id(c.param), []) if name not in taken]
+        self.chosen = self._choice.of(params, candidates, *complain)
+        self._candidates = candidates
+        self._marks = {**self._marks, **{name: mark for c in candidates for name, mark in c.marks.items()}}
+        self._mark_count = _marks.count
+        self._places = {(id(m), key): gathered.get((id(m), key), x) for m, key, x in _contents(modules)}
+        self._modules, self._content = modules, [*self._places.values(), _END]
+        tables = [table for m in modules for table in _tables_of(m)]
+        self._views = [*(table.values() for table in tables if table), (_END,)]
+        self._empty = [table for table in tables if not table]
+
+    def _gathered(self) -> dict[tuple[int, str], Tensor]:
+        """Where ``fully_shard`` shows whole parameters, between forward and backward: what they are cut into."""
+        return {
+            (id(m), key): known
+            for m, key, x in _contents(self._modules)
+            if isinstance(known := self._places.get((id(m), key)), Tensor) and cuts(known) > cuts(x)
+        }
+
+    def look_at_all(self) -> None:
+        """Nothing but a look: a compiler that traces it compiles again where a place has another parameter by then."""
+        if isinstance(self._module, Module):
+            _look_at_all(self._module)
+
+    def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Given]:
+        """The strengths that a parameter has by its penalty and by what was changed since."""
+        given: dict[str, Given] = {kind: getattr(penalty, kind) for kind in KINDS}
+        for (where, kind), strength in self._changes.items():
+            if given[kind] is not None if where is None else candidate.matches(where):
+                given[kind] = strength
+        return given
+
+    def note(self, where: str | None, kind: str, strength: Given) -> None:
+        """That these were given a strength."""
+        self._changes.pop((where, kind), None)
+        self._changes[where, kind] = strength
+
+    def __getstate__(self) -> dict[str, Any]:
+        unread: dict[str, Any] = {
+            "_modules": [],
+            "_places": {},
+            "_content": None,
+            "_views": None,
+            "_empty": [],
+            "_mark_count": -1,
+        }
+        return {**vars(self), "_module": self.module, **unread}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The module of a copy is held when it is first looked at, if anybody has it."""
+        vars(self).update(state, _content=[_END], _views=[(_END,)], _is_copy=True)
+        if isinstance(self._module, Module):
+            self._module = weakref.ref(self._module)
+
+    def _settle(self) -> None:
+        """Finds out whether anybody else has the module of a copy, or its parameters."""
+        gc.collect()  # modules in cycles are gone, too
+        self._is_copy, self._module = False, self.module
+        one = _Held(object())
+        other = _Held(one.param)  # as an entry and a candidate hold a parameter
+        alone = sys.getrefcount(other.param)
+        if self._module is None:
+            lonely = (c.names[0] for c, _ in self.chosen if sys.getrefcount(c.param) <= alone)
+            self._lonely = next(lonely, None)
+
+    def claim(self) -> None:
+        """Before a use that matters: warns once of a copy that nothing trains."""
+        if self._is_copy:
+            self._settle()
+        if self._lonely is not None:
+            name, self._lonely = self._lonely, None
+            warn(
+                f"Regularizer: it is a copy whose parameter {name!r} no model has, so that its penalty is of no "
+                "effect; copy or pickle it together with its model, or build another one"
+            )
+
+
+class _Held:
+    """Holds something that nothing else holds, as an entry of a table does."""
+
+    def __init__(self, param: object) -> None:
+        self.param = param
+
+
+def _look_at_all(module: Module) -> None:
+    for param in module._parameters.values():
+        assert param is None or isinstance(param, Tensor)
+    for child in module._modules.values():
+        if child is not None:
+            _look_at_all(child)
+
+
+def _contents(modules: Iterable[Module]) -> Iterator[tuple[Module, str, Any]]:
+    return ((m, key, x) for m in modules for table in _tables_of(m) for key, x in table.items())
+
+
+def _without(candidates: Iterable[Candidate], others: Iterable[Candidate]) -> dict[str, Candidate]:
+    """Those whose parameters are not among the others', by their names."""
+    known = {id(c.param) for c in others}
+    return {c.names[0]: c for c in candidates if id(c.param) not in known}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*map(repr, names[:_NAMES_SHOWN]), *["..."] * (len(names) > _NAMES_SHOWN)])

@@ -1,0 +1,84 @@
+"""A `Regularizer` that is copied, pickled or resumed."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from test_regularizer import HALVED, assert_penalty, make_net, strengths_of
+from torch import nn
+
+from fused_reg import Regularizer
+
+
+def saved(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved])
+FORMS = pytest.mark.parametrize("form", [lambda net: net, nn.Module.named_parameters], ids=["module", "list"])
+USES = {"call": Regularizer.__call__, "accumulate": Regularizer.accumulate_grad_, "prox": lambda r: r.prox_(0.1)}
+
+
+@COPIES
+@FORMS
+@pytest.mark.parametrize("use", USES)
+def test_a_copy_without_its_model_warns_once(copied, form, use):
+    net = make_net()
+    net[0].parent = [net]  # a cycle, which the garbage collector breaks
+    regularizer = copied(Regularizer(form(net), l1=0.5))
+    regularizer.report()
+    regularizer.load_state_dict(regularizer.state_dict())
+    with pytest.warns(UserWarning, match="^Regularizer: it is a copy whose parameter '0.weight' no model has"):
+        USES[use](regularizer)
+    USES[use](regularizer)
+
+
+@COPIES
+@FORMS
+def test_a_copy_with_its_model_is_quiet(copied, form):
+    net = make_net()
+    other, regularizer = copied((net, Regularizer(form(net), l1=0.5)))
+    assert_penalty(regularizer, list(other.parameters()), l1=0.5)
+    net.regularizer = Regularizer(form(net), l1=0.5)
+    other = copied(net)
+    assert_penalty(other.regularizer, list(other.parameters()), l1=0.5)
+    assert_penalty(net.regularizer, list(net.parameters()), l1=0.5)
+    params, regularizer = copied((list(net.parameters()), Regularizer(form(net), l1=0.5)))
+    assert_penalty(regularizer, params, l1=0.5)
+
+
+def test_a_copy_is_not_attached_to_the_first_optimizer():
+    net = make_net()
+    regularizer = copy.deepcopy(Regularizer(net, l1=0.5))
+    with pytest.raises(ValueError, match="optimizer must hold a parameter of the regularizer, got one that holds none"):
+        regularizer.attach(torch.optim.SGD(net.parameters(), lr=0.1))
+
+
+def test_a_new_schedule_goes_on_at_the_loaded_step():
+    net = make_net()
+    regularizer = Regularizer(net, l1=HALVED, rules=[("3.*", {"l1": 0, "l2": HALVED})])
+    regularizer.step = 3
+    state = regularizer.state_dict()
+    held = Regularizer(net, l1=lambda step: 10.0 + step, rules=[("3.*", {"l1": 0, "l2": HALVED})])
+    held.load_state_dict(state)
+    assert (held.step, strengths_of(held)["0.weight"], strengths_of(held)["3.bias"]) == (3, (13, 0, 0), (0, 0.125, 0))
+    held.advance()
+    assert strengths_of(held)["0.weight"] == (14, 0, 0)
+
+
+def test_a_new_schedule_that_fails_there_changes_nothing():
+    net = make_net()
+    regularizer = Regularizer(net, l1=HALVED, l2=0.5)
+    regularizer.step = 3
+    other = Regularizer(net, l1=lambda step: 1.0 - step, l2=0.25)
+    before = other.state_dict()
+    with pytest.raises(
+        ValueError, match=r"load_state_dict: l1 of '0.weight': what the schedule gives at step 3 must be"
+    ):
+        other.load_state_dict(regularizer.state_dict())
+    assert other.state_dict() == before
