@@ -20,6 +20,7 @@ from fused_reg._report import Report, report_of, summary_of
 from fused_reg._selection import Choice, as_patterns, as_rules, candidates_of
 from fused_reg._strengths import Given, as_penalty
 from fused_reg._table import Table
+from fused_reg._twice import warn_if_attached, watched
 
 
 class Regularizer(Adjustable):
@@ -136,7 +137,7 @@ class Regularizer(Adjustable):
     def __call__(self) -> Tensor:
         """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
         self._check_params()
-        return self._whole.penalty()
+        return watched(self._whole.penalty(), self._attachments)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The regularized parameters with their (first) names, also those that are frozen now."""
@@ -152,6 +153,7 @@ class Regularizer(Adjustable):
             The penalty, not scaled, without a graph.
         """
         self._check_params()
+        warn_if_attached(self._attachments, "by accumulate_grad_")
         return self._whole.accumulate_grad_(scale)
 
     def prox_(self, step: float | Tensor) -> None:
@@ -164,6 +166,7 @@ class Regularizer(Adjustable):
             got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
             raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
         self._check_params()
+        warn_if_attached(self._attachments, "by prox_")
         self._whole.prox_(step)
 
     def attach(self, optimizer: Optimizer, mode: Mode = "grad") -> Attachment:
@@ -183,6 +186,8 @@ class Regularizer(Adjustable):
           schedules and ``value`` as they are. A learning rate of 0 with gradients, as in a warm-up, is a step.
         - A parameter without ``.grad`` gets one, as it would from a loss that has the penalty.
         - A penalty shrinks the weights also in a group with ``maximize=True``, as ``weight_decay`` does.
+        - It moves every element, also those whose gradient a hook masks (frozen rows of an embedding), as
+          ``weight_decay`` does, in both modes: :doc:`/guides/proximal` says how to leave them out.
 
         With ``mode="prox"`` the proximal operator follows the step, with each parameter group's learning rate:
 
@@ -191,8 +196,9 @@ class Regularizer(Adjustable):
         After SGD without momentum this is proximal gradient descent (ISTA): it comes to rest at the minimum of the
         penalized loss. Adam and others take their step in a metric of their own, and the proximal step is not in it:
         it is decoupled, as AdamW decouples decay. The weights shrink by ``lr * strength`` whatever the size of their
-        gradients; the zeros are exact; but the point of rest is not that minimum. Where a ``GradScaler`` skips a step,
-        the proximal step is skipped, too.
+        gradients; the zeros are exact; but the point of rest is not that minimum. :doc:`/guides/proximal` has
+        numbers, also for momentum, averaged weights, batch normalization and sparse gradients. Where a ``GradScaler``
+        skips a step, the proximal step is skipped, too.
 
         Args:
             optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later.
@@ -210,7 +216,8 @@ class Regularizer(Adjustable):
                 attachment handles one of its parameters; a strength requires grad, which it would never get.
 
         Warns:
-            UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``.
+            UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``; later, once, if
+                the penalty also comes from a loss or by hand, and counts twice.
 
         Example:
             >>> import torch
