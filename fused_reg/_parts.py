@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg._arguments import Group, Strengths, as_scale, as_step, as_strengths, relabelled
+from fused_reg._partitioned import check_whole
 from fused_reg._strengths import Column, is_absent
 from fused_reg._table import Entry, Table
 from fused_reg.functional import fused_penalty
@@ -86,6 +87,7 @@ class Part:
         self.entries = list(entries)
         self._table = table
         self._params = [entry.param for entry in entries]
+        self._names = [entry.name for entry in entries]
         self._version = -1
         self._trained: list[bool] = []
         self._device = torch.device("meta")
@@ -93,6 +95,8 @@ class Part:
         self._current_calls()  # now, not inside a graph that is being compiled
 
     def _current_calls(self) -> list[_Call]:
+        if not is_compiling():
+            check_whole("Regularizer", self._params, self._names)
         trained = [p.requires_grad for p in self._params]
         if trained != self._trained or self._version != self._table.version or self._params[0].device != self._device:
             self._table.place_cells()

@@ -14,6 +14,7 @@ from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
 from fused_reg._marks import marks_on
+from fused_reg._partitioned import check_whole
 from fused_reg._strengths import Penalty, as_penalty
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -62,7 +63,10 @@ class Choice:
             )
         if self.include == []:
             raise ValueError("Regularizer: include must have a pattern, got an empty list; leave it out for all")
-        chosen = [(c, penalty) for c in candidates if (penalty := self._penalty_of(c)) is not None]
+        meant = [c for c in candidates if self._is_meant(c)]
+        # Before weights_only looks at their dimensions, of which a piece has one.
+        check_whole("Regularizer", [c.param for c in meant], [c.names[0] for c in meant])
+        chosen = [(c, penalty) for c in meant if (penalty := self._penalty_of(c)) is not None]
         if not chosen:
             raise ValueError("Regularizer: include, exclude, weights_only and rules must leave a parameter, got none")
         if not self.default.is_empty and all(penalty is not self.default for _, penalty in chosen):
@@ -72,11 +76,11 @@ class Choice:
             )
         return chosen
 
+    def _is_meant(self, candidate: Candidate) -> bool:
+        included = self.include is None or any(map(candidate.matches, self.include))
+        return included and not any(map(candidate.matches, self.exclude))
+
     def _penalty_of(self, candidate: Candidate) -> Penalty | None:
-        if self.include is not None and not any(map(candidate.matches, self.include)):
-            return None
-        if any(map(candidate.matches, self.exclude)):
-            return None
         if self.weights_only and (candidate.param.ndim < 2 or all(map(is_bias, candidate.names))):
             return None
         rule = next((penalty for pattern, penalty in self.rules if candidate.matches(pattern)), None)
