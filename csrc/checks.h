@@ -3,10 +3,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 #include <c10/util/irange.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -91,6 +93,14 @@ inline void check_strength(const char* name, size_t count, size_t params) {
                     "), got ", count);
 }
 
+inline void check_values(const char* name, Floats values) {
+  for (const auto i : c10::irange(values.size())) {
+    TORCH_CHECK_VALUE(values[i] >= 0 && values[i] <= std::numeric_limits<double>::max(), name,
+                      values.size() > 1 ? "[" + std::to_string(i) + "]" : "", " must be finite and >= 0, got ",
+                      values[i]);
+  }
+}
+
 // Called by fused_reg alone, which keeps these: the checks guard the memory.
 inline void check_needs_grad(size_t count, size_t params) {
   TORCH_CHECK_VALUE(count == params, "needs_grad must belong to the parameters (", params, "), got ", count);
@@ -126,6 +136,19 @@ inline at::ScalarType value_dtype(at::TensorList params) {
     }
   }
   return at::kFloat;
+}
+
+// What is written outside of autograd: torch's own functions record themselves or raise. A view of a leaf is the leaf.
+inline bool is_in_graph(const at::Tensor& t) {
+  return t.requires_grad() && !t.is_leaf() && !(t.is_view() && t._base().is_leaf());
+}
+
+inline void check_not_in_graph(at::TensorList params) {
+  for (const auto t : c10::irange(at::GradMode::is_enabled() ? params.size() : 0)) {
+    TORCH_CHECK_VALUE(!is_in_graph(params[t]), "params[", t,
+                      "] must be a leaf, as a parameter is, got the result of an operation, whose graph would not know "
+                      "of the change; call it under torch.no_grad()");
+  }
 }
 
 // Parameters that prox_ may write to.

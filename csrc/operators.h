@@ -157,6 +157,7 @@ struct Operators {
 
   static void prox_(at::TensorList params, Floats step, const OptionalTensor& step_tensor, const OptionalTensor& norms,
                     at::IntArrayRef first_groups, FUSED_REG_STRENGTHS) {
+    check_not_in_graph(params);
     const at::NoGradGuard no_grad;
     check_params(params);
     check_number_device("step", step_tensor, params[0].device());

@@ -66,6 +66,7 @@ TORCH_LIBRARY(fused_reg, m) {
         });
   m.def("check_writable(Tensor[] params) -> ()", [](at::TensorList params) {
     fused_reg::check_dtypes(params);
+    fused_reg::check_not_in_graph(params);
     fused_reg::check_writable(params);
   });
 

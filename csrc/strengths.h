@@ -70,7 +70,7 @@ inline Selection selection_of(const c10::List<bool>& needs_grad, size_t params) 
   return some;
 }
 
-// The strengths of a selection, read on the host.
+// The strengths of a selection, read on the host: what costs nothing there is checked, as Python checks floats.
 class Strength {
  public:
   Strength(const StrengthArg& arg, const Selection& selection) {
@@ -89,6 +89,7 @@ class Strength {
  private:
   void fill(at::ArrayRef<double> values, const char* name, const Selection& selection) {
     check_strength(name, values.size(), selection.list);
+    check_values(name, values);
     if (values.size() <= 1) {
       values_.assign(1, values.empty() ? 0 : values[0]);
       return;

@@ -20,6 +20,8 @@ from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fused_reg import _ops
+from fused_reg._iterators import read
+from fused_reg._partitioned import check_whole
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
@@ -96,14 +98,17 @@ def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
         raise TypeError(
             f"{function}: params must be tensors, got the module {type(params).__name__}; pass its `.parameters()`"
         )
+    is_eager = not is_compiling()
     try:
-        tensors = list(params)
+        tensors = read(function, params) if is_eager else list(params)
     except TypeError:
         if isinstance(params, Iterable):
             raise  # from inside the iterable
         raise TypeError(
-            f"{function}: params must be a tensor or an iterable of tensors, got {type(params).__name__}"
+            f"{function}: params must be a tensor or an iterable of tensors, got {_described(params)}"
         ) from None
+    if is_eager:
+        check_whole(function, tensors)
     for i, p in enumerate(tensors if forward_ad._current_level >= 0 else ()):
         _check_no_tangent(f"{function}: params[{i}]", p)
     return tensors
@@ -125,6 +130,8 @@ def as_strengths(
     """The strengths, checked, for these parameters."""
     if group not in ("tensor", "row"):
         raise ValueError(f'{function}: group must be "tensor" or "row", got {group!r}')
+    if group == "row" and l2_norm is None:
+        raise ValueError(f'{function}: group="row" must come with l2_norm, whose norms it is about, got none')
     if l1 is None and l2 is None and l2_norm is None:
         return SUM_OF_SQUARES
     l1_floats, l1_tensor = _as_strength(function, "l1", l1, params)
@@ -160,15 +167,43 @@ def as_scale(function: str, scale: float | Tensor, params: Sequence[Tensor]) -> 
     return (1.0, _in_graph(factor, params)) if is_compiling() else (factor, None)
 
 
-def check_devices(function: str, params: list[Tensor], numbers: Mapping[str, Tensor | None]) -> None:
-    """Raises unless every number is on the CPU or where one of the parameters is."""
+def check_leaf(i: int, p: Tensor, hint: str = "") -> None:
+    """A leaf, or a constant."""
+    if p.requires_grad and not p.is_leaf:
+        raise ValueError(f"params[{i}] must be a leaf, as a parameter is, got the result of {p.grad_fn}{hint}")
+
+
+def check_numbers(function: str, params: list[Tensor], numbers: Mapping[str, Tensor | None]) -> None:
+    """Raises unless every number is on the CPU, finite and >= 0, or where one of the parameters is."""
     devices = {p.device for p in params if isinstance(p, Tensor)}
+    check_values(f"{function}: ", numbers)
     for name, number in numbers.items():
         if number is not None and not number.is_cpu and number.device not in devices:
             raise ValueError(
                 f"{function}: {name} must be on the CPU or on the parameters' device "
                 f"({', '.join(sorted(map(str, devices)))}), got {number.device}"
             )
+
+
+def check_values(where: str, numbers: Mapping[str, Tensor | None]) -> None:
+    """What the kernels check of the numbers that they read on the CPU, where they read some late or none."""
+    for name, number in numbers.items():
+        if number is None or name == "scale" or not number.is_cpu or not _has_value(number):
+            continue
+        for i, value in enumerate(number.detach().reshape(-1).tolist()):
+            if not 0 <= value < math.inf:
+                place = f"[{i}]" if number.ndim > 0 else ""
+                raise ValueError(f"{where}{name}{place} must be finite and >= 0, got {value}")
+
+
+def _has_value(number: Tensor) -> bool:
+    """Not so what a compiler, or ``torch.func``, traces with."""
+    return (
+        type(number) in PLAIN_TYPES
+        and not is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def _as_strength(
@@ -184,9 +219,10 @@ def _as_strength(
             return (), None
         return ((), _in_graph(value, params)) if is_compiling() else ((value,), None)
     if not _is_sequence(strength):
+        hint = "; give its value, or the schedule to a Regularizer" if callable(strength) else ""
         raise TypeError(
             f"{function}: {name} must be a float, a 0-dim tensor or a sequence with one per parameter, "
-            f"got {type(strength).__name__}"
+            f"got {type(strength).__name__}{hint}"
         )
     items: list[Any] = list(strength)
     if len(items) != len(params):
@@ -215,7 +251,8 @@ def _as_float64(item: float | Tensor, device: torch.device) -> Tensor:
 def _item_strength(function: str, name: str, item: Any) -> float | Tensor:
     if isinstance(item, Tensor):
         if not item.is_nested and item.ndim != 0:
-            raise ValueError(f"{function}: {name} must be 0-dim, got shape {tuple(item.shape)}")
+            hint = "; use `.reshape(())`" if item.numel() == 1 else ""
+            raise ValueError(f"{function}: {name} must be 0-dim, got shape {tuple(item.shape)}{hint}")
         return _tensor_strength(function, name, item, 1)
     if is_number(item):
         return as_number(f"{function}: {name}", item)
@@ -224,7 +261,7 @@ def _item_strength(function: str, name: str, item: Any) -> float | Tensor:
 
 def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> Tensor:
     _check_plain(f"{function}: {name}", strength)
-    # Its value is not looked at: it may change between calls, and on a GPU a look would wait for the device.
+    # Its value is not looked at: on a GPU a look would wait for the device, and on the CPU the kernels check it.
     if strength.layout is not torch.strided or strength.is_nested:
         raise TypeError(f"{function}: {name} must be dense (torch.strided), got {_kind_of(strength)}")
     if forward_ad._current_level >= 0:
@@ -232,9 +269,10 @@ def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> 
     if not strength.is_floating_point():
         raise TypeError(f"{function}: {name} must be floating point, got {strength.dtype}")
     if strength.ndim != 0 and strength.shape != (count,):
+        hint = "; use `.reshape(())`" if strength.numel() == 1 else ""
         raise ValueError(
             f"{function}: {name} must be 0-dim or have one strength per parameter ({count}), "
-            f"got shape {tuple(strength.shape)}"
+            f"got shape {tuple(strength.shape)}{hint}"
         )
     return strength
 
@@ -322,9 +360,21 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
                 )
             if p.device.type not in ("cpu", "cuda", "meta"):
                 return TypeError(f"{function}: params[{i}] must be on the CPU or a CUDA device, got {p.device}")
-    if isinstance(error, TypeError | ValueError) and str(error).startswith(("params", "strengths ", "scale ", "step ")):
-        return type(error)(f"{function}: {error}")
+    if isinstance(error, TypeError | ValueError) and _OF_AN_ARGUMENT.match(str(error)):
+        return type(error)(f"{function}: {error}{_hint_of(params, str(error))}")
     return error
+
+
+_OF_AN_ARGUMENT = re.compile(r"(params|strengths|l1|l2|l2_norm|scale|step)\b")
+
+
+def _hint_of(params: list[Tensor], reason: str) -> str:
+    """Of the frozen base weights of a quantized model."""
+    index = re.match(r"params\[(\d+)\] must be float", reason)
+    if index is None or (p := params[int(index[1])]).requires_grad or p.is_complex():
+        return ""
+    others_train = any(p.requires_grad for p in params)
+    return "; of a quantized model pass the parameters that require grad" if others_train else ""
 
 
 def relabelled(error: Exception, labels: Sequence[object]) -> Exception:
@@ -339,4 +389,6 @@ def _described(p: object) -> str:
         return "str; pass `.values()` of a dictionary"
     if isinstance(p, torch.nn.Module):
         return f"the module {type(p).__name__}; pass its `.parameters()`"
+    if callable(p) and hasattr(p, "__name__"):
+        return f"{type(p).__name__} {p.__name__}; call it: `{p.__name__}()`"
     return type(p).__name__

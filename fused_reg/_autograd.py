@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from fused_reg import _ops
-from fused_reg._arguments import PLAIN_TYPES, Strengths
+from fused_reg._arguments import PLAIN_TYPES, Strengths, check_values
 from fused_reg._composed import composed_penalty, gradient, group_count, rows_of, scattered, table_of
 from fused_reg._merged import can_merge, merged_penalty, specified_penalty
 
@@ -42,6 +42,7 @@ def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | N
     if not torch.is_grad_enabled():
         return _ops.penalty(params, *strengths)
     if strengths.are_trained():
+        check_values("", strengths.tensors())
         return composed_penalty(params, strengths)
     if strengths.has_norms() or is_compiling():  # compiled code comes here with shards only
         return _in_two_launches(strengths, None, params)

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 
 from fused_reg import _devices
 from fused_reg._arguments import Group, Strengths, as_scale, as_step, as_strengths, relabelled
+from fused_reg._partitioned import check_whole
 from fused_reg._strengths import Column, is_absent
 from fused_reg._table import Entry, Table
 from fused_reg.functional import fused_penalty
@@ -98,6 +99,7 @@ class Part:
         self.entries = list(entries)
         self._table = table
         self.params = [entry.param for entry in entries]
+        self._names = [entry.name for entry in entries]
         self._maximized = list(maximized) or [False] * len(self.entries)
         self._version = -1
         self._chosen: list[bool] = []
@@ -106,6 +108,8 @@ class Part:
         self._current_calls()  # now, not inside a graph that is being compiled
 
     def _current_calls(self, without: Collection[int] = ()) -> list[_Call]:
+        if not is_compiling():
+            check_whole("Regularizer", self.params, self._names)
         chosen = [p.requires_grad for p in self.params]
         for place in without:
             chosen[place] = False

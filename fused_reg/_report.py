@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_reg import _ops
 from fused_reg._arguments import Strengths, explained
 from fused_reg._composed import group_count
+from fused_reg._partitioned import check_whole
 from fused_reg._parts import named
 from fused_reg._penalty import penalty
 from fused_reg._strengths import KINDS, Cell, Held, identity, tensor_of
@@ -117,7 +118,9 @@ def report_of(table: Table) -> Report:
     """The report of the parameters that are not frozen now."""
     groups = [[e for e in group if e.param.requires_grad] for group in table.groups()]
     groups = [group for group in groups if group]
-    measured = _measure([e for group in groups for e in group])
+    entries = [e for group in groups for e in group]
+    check_whole("Regularizer", [e.param for e in entries], [e.name for e in entries])
+    measured = _measure(entries)
     rows: list[Row] = []
     leaves: list[Row] = []
     for i, group in enumerate(groups):

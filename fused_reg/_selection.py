@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from fused_reg._candidates import Candidate, marked_modules
 from fused_reg._marks import Mark
+from fused_reg._partitioned import check_whole
 from fused_reg._patterns import check_matches
 from fused_reg._strengths import KINDS, Penalty, as_penalty, is_absent
 
@@ -36,7 +37,10 @@ class Choice:
     ) -> list[tuple[Candidate, Penalty]]:
         """Those chosen, each with its penalty: what the first rule that matches says; what that does not name is of the
         mark, or else the default. What is given and has no effect is complained of."""
-        chosen = [(c, penalty) for c in candidates if self._includes(c) and (penalty := self._penalty_of(c))]
+        meant = [c for c in candidates if self._is_meant(c)]
+        # Before weights_only looks at their dimensions, of which a piece has one.
+        check_whole("Regularizer", [c.param for c in meant], [c.names[0] for c in meant])
+        chosen = [(c, penalty) for c in meant if self._includes(c) and (penalty := self._penalty_of(c))]
         if self.default.is_empty and not self.rules and not any(c.marks for c in candidates):
             _refuse("Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none")
         if self.include == []:

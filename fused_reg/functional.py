@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch.nn import Parameter
 from fused_reg import _devices, _ops, distributed
 from fused_reg._arguments import Group, Strength, Strengths, as_list, as_strengths, raise_explained
 from fused_reg._penalty import penalty, penalty_in_graph
+
+_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def fused_penalty(
@@ -38,15 +41,15 @@ def fused_penalty(
             float32, float64, bfloat16 or float16, also mixed. It is read once. With DTensors (``fully_shard``, tensor
             parallel) the penalty is that of the whole, and every process that has a shard must call.
         l1: the strength of the sum of absolute values (lasso): a finite float >= 0, a 0-dim tensor, or a sequence or
-            1-D tensor with one per parameter. A tensor that requires grad gets its gradient; the values of tensors are
-            not checked.
+            1-D tensor with one per parameter. A tensor that requires grad gets its gradient; the values of tensors on
+            a GPU, and in compiled code, are not checked.
         l2: the strength of the sum of squares (ridge), likewise. Both together are the elastic net.
             A strength not given is 0, and a strength of 0.0 drops its term. If none is given the penalty is the plain
             sum of squares (``l2=1``), for the caller to scale.
         l2_norm: the strength of the sum of Euclidean norms, not squared (group lasso), likewise. Its gradient is
             ``l2_norm * w / ||w||``, and 0 where the norm is 0.
         group: what the norms are of: ``"tensor"``, whole tensors, or ``"row"``, the slices of each tensor along
-            dimension 0 (a neuron's weights, an output channel); a 0-dim tensor is one row.
+            dimension 0 (a neuron's weights, an output channel); a 0-dim tensor is one row. Given with ``l2_norm``.
 
     Returns:
         A 0-dim tensor on the first parameter's device, float64 if any parameter is float64, else float32. Parameters
@@ -54,7 +57,13 @@ def fused_penalty(
 
     Raises:
         TypeError: a parameter is not a dense tensor of a supported dtype, or a strength is not a number.
-        ValueError: a strength is negative, infinite or NaN, or there is not one per parameter; an unknown group.
+        ValueError: a strength is negative, infinite or NaN, or there is not one per parameter; an unknown group, or
+            rows without ``l2_norm``; a generator that something else has read; a parameter of which this process has
+            a piece that looks like a plain tensor (FSDP1, DeepSpeed ZeRO-3).
+
+    Warns:
+        UserWarning: no parameter requires grad (``.data``, ``.detach()``, all frozen) where a graph was expected: call
+            it under ``torch.no_grad()`` for the value; an iterator gives no parameter.
 
     Example:
         >>> import torch
@@ -68,7 +77,8 @@ def fused_penalty(
         tensor(-5.2200, grad_fn=<AddBackward0>)
         >>> model.weight.grad  # 1 - 0.1 - 0.01 * 6
         tensor([[0.8400, 0.8400]])
-        >>> fused_penalty(torch.tensor([[3.0, 4.0], [0.0, 5.0]]), l2_norm=0.1, group="row")
+        >>> with torch.no_grad():
+        ...     fused_penalty(torch.tensor([[3.0, 4.0], [0.0, 5.0]]), l2_norm=0.1, group="row")
         tensor(1.)
 
     Source: Tibshirani 1996 (L1), Hoerl and Kennard 1970 (L2), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006
@@ -81,7 +91,16 @@ def fused_penalty(
             return value
     tensors = as_list("fused_penalty", params)
     strengths = as_strengths("fused_penalty", l1, l2, l2_norm, group, tensors)
-    return penalty(tensors, strengths) if tensors else torch.zeros((), dtype=torch.float32, device="cpu")
+    if not tensors:
+        return torch.zeros((), dtype=torch.float32, device="cpu")
+    value = penalty(tensors, strengths)
+    if not value.requires_grad and torch.is_grad_enabled() and not is_compiling() and not _transforms_active():
+        warnings.warn(
+            "fused_penalty: no parameter requires grad, so that the penalty trains nothing; pass the parameters "
+            "themselves, not `.data`, and for the value alone call it under torch.no_grad()",
+            stacklevel=2,
+        )
+    return value
 
 
 def _plain_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None, l2: Strength | None) -> Tensor | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fused_reg import _devices, _ops, distributed
 from fused_reg._arguments import (
@@ -18,7 +20,9 @@ from fused_reg._arguments import (
     as_scale,
     as_step,
     as_strengths,
-    check_devices,
+    check_leaf,
+    check_numbers,
+    check_values,
     raise_explained,
 )
 
@@ -53,6 +57,9 @@ def accumulate_grad_(
         scale: a finite float, or a 0-dim tensor on the CPU or on the parameters' device: a loss scale (``GradScaler``),
             or 1 / the number of accumulation steps.
 
+    It moves every element, also those whose gradient a hook masks (frozen rows of an embedding), as ``weight_decay``
+    does: see :doc:`/guides/proximal`.
+
     Returns:
         The penalty, not scaled, as :func:`fused_penalty` returns it, without a graph.
 
@@ -60,6 +67,9 @@ def accumulate_grad_(
         TypeError: as :func:`fused_penalty`; a ``.grad`` is sparse, or of a dtype that parameters cannot have.
         ValueError: as :func:`fused_penalty`; parameters or gradients share memory; a parameter is not a leaf.
             Nothing has been written then.
+
+    Warns:
+        UserWarning: no parameter requires grad, so that nothing is added; an iterator gives no parameter.
 
     Example:
         >>> import torch, fused_reg
@@ -76,7 +86,14 @@ def accumulate_grad_(
     name = "accumulate_grad_"
     tensors = as_list(name, params)
     strengths = as_strengths(name, l1, l2, l2_norm, group, tensors)
-    return accumulate(name, tensors, strengths, as_scale(name, scale, tensors))
+    value = accumulate(name, tensors, strengths, as_scale(name, scale, tensors))
+    if tensors and not is_compiling() and not any(p.requires_grad for p in tensors):
+        warnings.warn(
+            f"{name}: no parameter requires grad, so that nothing was added; pass the parameters themselves, not "
+            "`.data`, and for the value alone take fused_penalty under torch.no_grad()",
+            stacklevel=2,
+        )
+    return value
 
 
 def accumulate(
@@ -108,6 +125,7 @@ def accumulate(
         except Exception as error:
             if not _devices.is_mixed(tensors, error):
                 raise
+            check_values("", strengths.tensors())
             fresh = _devices.empty_grads(missing)
             own = _merged(modes, grads, fresh)
             value = _devices.accumulate_grad_(tensors, own, modes, *factor, *strengths)
@@ -155,7 +173,7 @@ def _checked_shards(
 ) -> list[Tensor]:
     try:
         shards = distributed.with_grads(tensors, skip_missing) if distributed.is_sharded(tensors) else tensors
-        check_devices(name, shards, {**strengths.tensors(), "scale": factor[1]})
+        check_numbers(name, shards, {**strengths.tensors(), "scale": factor[1]})
         modes, grads = _grads_of(shards, _WRITE)
         _ops.check_accumulation(shards, grads, [mode if mode == _ADD else _SKIP for mode in modes])
     except Exception as error:
@@ -172,7 +190,10 @@ def check_writable(
         if distributed.is_sharded(tensors):
             distributed.check_distinct(tensors)
             shards = distributed.shards_of(tensors)
-        check_devices(name, shards, {**strengths.tensors(), "step": step[1]})
+            if torch.is_grad_enabled():
+                for i, p in enumerate(tensors):  # the operators see the shards only
+                    check_leaf(i, p, "; call it under torch.no_grad()")
+        check_numbers(name, shards, {**strengths.tensors(), "step": step[1]})
         _ops.check_writable(shards)
     except Exception as error:
         raise_explained(name, tensors, error)
@@ -194,7 +215,7 @@ def _grads_of(params: list[Tensor], if_missing: int) -> tuple[list[int], list[Te
         if not p.requires_grad:
             modes.append(_SKIP)
         elif not p.is_leaf:
-            raise ValueError(f"params[{i}] must be a leaf, as a parameter is, got the result of {p.grad_fn}")
+            check_leaf(i, p)
         elif (grad := p.grad) is None:
             modes.append(if_missing)
         else:
@@ -236,9 +257,12 @@ def prox_(
 
     Raises:
         TypeError: as :func:`fused_penalty`.
-        ValueError: as :func:`fused_penalty`; parameters share memory. Nothing has been written then.
+        ValueError: as :func:`fused_penalty`; parameters share memory; in grad mode, a tensor is the result of an
+            operation, whose graph would not know of the step (a view of a parameter writes to the parameter). Nothing
+            has been written then.
 
-    NaN stays NaN, and makes its group NaN under ``l2_norm``.
+    Every element is shrunk, also a row of an embedding that the batch has not touched (``sparse=True``) or whose
+    gradient a hook masks. NaN stays NaN, and makes its group NaN under ``l2_norm``.
 
     Example:
         >>> import torch, fused_reg
@@ -274,6 +298,7 @@ def shrink(
         except Exception as error:
             if not _devices.is_mixed(tensors, error):
                 raise
+            check_values("", {**strengths.tensors(), "step": step[1]})
             _devices.prox_(tensors, step, strengths)
     except Exception as error:
         if any(isinstance(p, Tensor) and p.is_neg() for p in tensors):

@@ -20,6 +20,7 @@ from fused_reg._report import Report, report_of, summary_of
 from fused_reg._selection import Choice, as_patterns, as_rules
 from fused_reg._strengths import Given, as_flag, as_penalty
 from fused_reg._table import Entry, Table
+from fused_reg._twice import warn_if_attached, watched
 from fused_reg._warnings import warn
 
 
@@ -190,7 +191,7 @@ class Regularizer(Adjustable):
 
     def __call__(self) -> Tensor:
         """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
-        return self._used().penalty()
+        return watched(self._used().penalty(), self._attachments)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The regularized parameters with their (first) names, also those that are frozen now."""
@@ -205,7 +206,9 @@ class Regularizer(Adjustable):
         Returns:
             The penalty, not scaled, without a graph.
         """
-        return self._used().accumulate_grad_(scale)[0]
+        part = self._used()
+        warn_if_attached(self._attachments, "by accumulate_grad_")
+        return part.accumulate_grad_(scale)[0]
 
     def prox_(self, step: float | Tensor) -> None:
         """The proximal operator of ``step * penalty``, in place, as :func:`prox_` takes it.
@@ -216,7 +219,9 @@ class Regularizer(Adjustable):
         if not is_number(step) and not (isinstance(step, Tensor) and step.ndim == 0):
             got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
             raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
-        self._used().prox_(step)
+        part = self._used()
+        warn_if_attached(self._attachments, "by prox_")
+        part.prox_(step)
 
     def attach(self, optimizer: Optimizer, mode: Mode = "grad", *, include_unused: bool = False) -> Attachment:
         r"""Makes the penalty a part of every ``optimizer.step()``.
@@ -242,6 +247,8 @@ class Regularizer(Adjustable):
           ``zero_grad`` has it twice, and a norm of gradients that is taken after the step counts it. Call ``zero_grad``
           between steps, and take norms before them.
         - A penalty shrinks the weights also in a group with ``maximize=True``, as ``weight_decay`` does.
+        - It moves every element, also those whose gradient a hook masks (frozen rows of an embedding), as
+          ``weight_decay`` does, in both modes: :doc:`/guides/proximal` says how to leave them out.
 
         With ``mode="prox"`` the proximal operator follows the step, with each parameter group's learning rate:
 
@@ -250,11 +257,12 @@ class Regularizer(Adjustable):
         After SGD without momentum this is proximal gradient descent (ISTA): it comes to rest at the minimum of the
         penalized loss. Adam and others take their step in a metric of their own, and the proximal step is not in it:
         it is decoupled, as AdamW decouples decay. The weights shrink by ``lr * strength`` whatever the size of their
-        gradients; the zeros are exact; but the point of rest is not that minimum. Where a ``GradScaler`` skips a step,
-        the proximal step is skipped, too. An optimizer whose weights are a function of its state (schedule-free, dual
-        averaging as FTRL and MADGRAD, master copies) would undo it, and with a rate other than ``lr`` (``lr * d`` of
-        Prodigy and D-Adaptation) it would be too large: both are refused. To find out, copies of an optimizer that is
-        not torch's take 40 steps with small parameters.
+        gradients; the zeros are exact; but the point of rest is not that minimum. :doc:`/guides/proximal` has
+        numbers, also for momentum, averaged weights, batch normalization and sparse gradients. Where a ``GradScaler``
+        skips a step, the proximal step is skipped, too. An optimizer whose weights are a function of its state
+        (schedule-free, dual averaging as FTRL and MADGRAD, master copies) would undo it, and with a rate other than
+        ``lr`` (``lr * d`` of Prodigy and D-Adaptation) it would be too large: both are refused. To find out, copies of
+        an optimizer that is not torch's take 40 steps with small parameters.
 
         Args:
             optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later.
@@ -278,7 +286,7 @@ class Regularizer(Adjustable):
         Warns:
             UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``; it cannot be
                 found out whether a proximal step lasts; a step did not call its closure, or changed parameters without
-                ``.grad``, so that it had no penalty.
+                ``.grad``, so that it had no penalty; the penalty also comes from a loss or by hand, and counts twice.
 
         Example:
             >>> import torch

@@ -306,7 +306,8 @@ def test_thread_counts(group, strengths, dtype, device, threads):
         threads(count)
         trained = with_grads(params)
         trained[0].grad = trained[3].grad = None
-        value = accumulate_grad_(trained, **strengths, group=group, scale=0.37)
+        of = {"group": group} if "l2_norm" in strengths else {}
+        value = accumulate_grad_(trained, **strengths, **of, scale=0.37)
         results.append([value, *(p.grad for p in trained)])
     for other in results[1:]:
         assert_same_bits(other, results[0])

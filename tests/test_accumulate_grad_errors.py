@@ -202,7 +202,10 @@ def test_wrong_arguments(wrong, error, text, device):
     [
         (3, "must be a tensor, got int"),
         (None, "must be a tensor, got NoneType"),
-        (torch.ones(3, dtype=torch.int32), "must be floating point, got torch.int32"),
+        (
+            torch.ones(3, dtype=torch.int32),
+            "must be floating point, got torch.int32; of a quantized model pass the parameters that require grad",
+        ),
         (torch.ones(3, dtype=torch.complex64), "must be floating point, got torch.complex64"),
         (torch.eye(3).to_sparse(), "must be dense (torch.strided), got torch.sparse_coo"),
         (torch.nn.UninitializedParameter(), "must be initialized, got UninitializedParameter; run the module once so "

@@ -28,7 +28,7 @@ def strengths_that_require_grad(device):
 
     return {
         "0-dim": (tensor(0.3), tensor(0.7)),
-        "1-D": (tensor([0.1, 0.2, 0.3, 0.4, 0.5]), tensor([0.5, 0.0, 0.25, 0.7, 0.9])),
+        "1-D": (tensor([0.1, 0.2, 0.3, 0.4, 0.5]), tensor([0.5, 1e-3, 0.25, 0.7, 0.9])),
         "0-dim and 1-D": (tensor(0.3), tensor([0.5, 0.1, 0.25, 0.7, 0.9])),
     }
 

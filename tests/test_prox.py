@@ -5,6 +5,7 @@ No formula of the answer is used here. The tests of its memory, and of wrong inp
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -57,9 +58,10 @@ def assert_optimal(x, w, l1, l2, l2_norm, step, group, dtype=None) -> None:
     assert (excess <= allowed)[is_zero_group].all()
 
 
-def stepped(params, **arguments) -> list[torch.Tensor]:
+def stepped(params, *, group="tensor", **arguments) -> list[torch.Tensor]:
     """What prox_ makes of copies."""
     copies = [p.clone() for p in params]
+    arguments |= {"group": group} if "l2_norm" in arguments else {}
     assert prox_(copies, **arguments) is None
     return copies
 
@@ -329,10 +331,12 @@ def test_thread_counts(group, dtype, device, threads):
 
 
 @EVERY_DTYPE
-def test_a_strength_that_is_nan_makes_nan(dtype, device):
-    """A broken strength on the device must not pass for a threshold that everything is below."""
-    nan = torch.tensor(torch.nan)
+def test_a_strength_that_is_nan_does_not_make_zeros(dtype, device):
+    """A broken strength must not pass for a threshold that everything is below: on a GPU it makes NaN, which the CPU
+    refuses."""
+    nan = torch.tensor(torch.nan, device=device)
     for given in ({"l1": nan}, {"l2": nan}, {"l2_norm": nan}, {"l1": 0.1, "step": nan}):
         w = draw(40, dtype, device)
-        prox_(w, **{"step": 0.1} | given)
-        assert w.isnan().all()
+        with nullcontext() if w.is_cuda else pytest.raises(ValueError, match="must be finite and >= 0, got nan"):
+            prox_(w, **{"step": 0.1} | given)
+        assert w.isnan().all() if w.is_cuda else (w != 0).any()

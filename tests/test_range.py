@@ -47,12 +47,13 @@ def trained(strengths) -> dict[str, torch.Tensor]:
 def test_values(scale, strengths, group, device):
     params = weights(scale, device)
     some = leaves(params)
+    of = {"group": group} if "l2_norm" in strengths else {}
     for value in (
-        fused_penalty(params, **strengths, group=group),
-        fused_penalty(some, **strengths, group=group).detach(),
-        fused_penalty(params, **trained(strengths), group=group).detach(),
-        value_and_grad(params, **strengths, group=group)[0],
-        accumulate_grad_(some, **strengths, group=group),
+        fused_penalty(params, **strengths, **of),
+        fused_penalty(some, **strengths, **of).detach(),
+        fused_penalty(params, **trained(strengths), **of).detach(),
+        value_and_grad(params, **strengths, **of)[0],
+        accumulate_grad_(some, **strengths, **of),
     ):
         assert_value(value, params, **strengths, group=group)
 

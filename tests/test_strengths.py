@@ -85,9 +85,10 @@ def test_wrong_length(make, count, name, function):
 @pytest.mark.parametrize("shape", [(0,), (1,), (3,), (1, 1), (2, 1), (1, 2)])
 def test_wrong_shape(shape, name, function):
     """Hard case 26."""
-    rule = f" must be 0-dim or have one strength per parameter (2), got shape {shape}"
+    hint = "; use `.reshape(())`" if math.prod(shape) == 1 else ""
+    rule = f" must be 0-dim or have one strength per parameter (2), got shape {shape}{hint}"
     assert_refused(function, name, ValueError, torch.ones(shape), rule)
-    rule = f"[0] must be 0-dim, got shape {shape}"
+    rule = f"[0] must be 0-dim, got shape {shape}{hint}"
     assert_refused(function, name, ValueError, [torch.ones(shape), 0.5], rule)
 
 
