@@ -142,39 +142,41 @@ def test_what_stays_in_the_gradient(device):
 
 
 def of_shards(mode, include_unused):
-    """What two steps do to the penalty, which is that of the whole, and to a parameter without a gradient."""
+    """What two steps do to the penalty, which is that of the whole, and to parameters without a gradient."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
     values = [draw((5, 3), seed=i).double() for i in range(2)]
     used, unused = (nn.Parameter(distribute_tensor(x, mesh, [Shard(i)])) for i, x in enumerate(values))
-    optimizer = torch.optim.SGD([used, unused], lr=0.125)
-    attachment = Regularizer([used, unused], l1=0.25, l2_norm=0.5).attach(
-        optimizer, mode, include_unused=include_unused
-    )
+    plain = nn.Parameter(draw(4, seed=2).double())
+    params = [used, unused, plain]
+    optimizer = torch.optim.SGD(params, lr=0.125)
+    attachment = Regularizer(params, l1=0.25, l2_norm=0.5).attach(optimizer, mode, include_unused=include_unused)
     penalties = [attachment.value.item()]
     for _ in range(2):
         used.grad, unused.grad = distribute_tensor(torch.ones(5, 3).double(), mesh, [Shard(0)]), None
+        plain.grad = None
         optimizer.step()
         penalties.append(attachment.value.item())
-    return penalties, used.full_tensor().tolist(), unused.full_tensor().tolist(), unused.grad is None
+    weights = [used.full_tensor().tolist(), unused.full_tensor().tolist(), plain.tolist()]
+    return penalties, weights, unused.grad is None, plain.grad is None
 
 
 @pytest.mark.parametrize("include_unused", [False, True])
 @pytest.mark.parametrize("mode", ["grad", "prox"])
 def test_shards_without_gradient(mode, include_unused):
-    params = [nn.Parameter(draw((5, 3), seed=i).double()) for i in range(2)]
-    before = params[1].tolist()
+    params = [nn.Parameter(draw(shape, seed=i).double()) for i, shape in enumerate([(5, 3), (5, 3), 4])]
+    before = [p.tolist() for p in params[1:]]
     optimizer = torch.optim.SGD(params, lr=0.125)
     attachment = Regularizer(params, l1=0.25, l2_norm=0.5).attach(optimizer, mode, include_unused=include_unused)
     penalties = [attachment.value.item()]
     for _ in range(2):
-        params[0].grad, params[1].grad = torch.ones(5, 3).double(), None
+        params[0].grad, params[1].grad, params[2].grad = torch.ones(5, 3).double(), None, None
         optimizer.step()
         penalties.append(attachment.value.item())
     for found in ranks(2).run(of_shards, mode, include_unused):
         assert found[0] == pytest.approx(penalties, rel=1e-14)
-        torch.testing.assert_close(found[1:3], tuple(p.tolist() for p in params), rtol=1e-14, atol=1e-15)
-        assert found[3] == (params[1].grad is None) == (mode == "prox" or not include_unused)
-        assert (found[2] == before) == (not include_unused)
+        torch.testing.assert_close(found[1], [p.tolist() for p in params], rtol=1e-14, atol=1e-15)
+        assert (found[1][1:] == before) == (not include_unused)
+        assert found[2:] == (mode == "prox" or not include_unused,) * 2
