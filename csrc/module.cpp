@@ -149,9 +149,21 @@ PyObject* build_info_dict(PyObject*, PyObject*) {
                        info.cuda_architectures.c_str(), "cpu_capability", info.cpu_capability);
 }
 
+// In Python, a look at the attributes of many small parameters would take as long as their penalty.
+PyObject* have_attributes(PyObject*, PyObject* list) {
+  bool found = false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list) && !found; ++i) {
+    THPObjectPtr attributes(PyObject_GenericGetDict(PyList_GET_ITEM(list, i), nullptr));
+    PyErr_Clear();  // of an object without
+    found = attributes && PyDict_GET_SIZE(attributes.get()) > 0;
+  }
+  return PyBool_FromLong(found);
+}
+
 PyMethodDef functions[] = {
     {"build_info", build_info_dict, METH_NOARGS,
      "Versions of torch and the compiler that this library was built with, and the CPU capability in use."},
+    {"have_attributes", have_attributes, METH_O, "Whether an object of a list has attributes of its own."},
     {}};
 
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", "The compiled part of fused_reg.", -1, functions};

@@ -46,7 +46,10 @@ html_theme_options = {theme: {"code-font-size": "0.76rem"} for theme in ("light_
 html_show_sourcelink = False
 
 # The order of the pages. It stands here, so that the pages are plain Markdown.
-GUIDES = "guides/loop guides/weight_decay guides/keras guides/group_lasso cuda compile distributed torch examples/index"
+GUIDES = (
+    "guides/loop guides/weight_decay guides/keras guides/group_lasso guides/proximal cuda compile distributed torch "
+    "examples/index"
+)
 CONTENTS = {
     "index": {
         "": "install quickstart",

@@ -167,12 +167,6 @@ def as_scale(function: str, scale: float | Tensor, params: Sequence[Tensor]) -> 
     return (1.0, _in_graph(factor, params)) if is_compiling() else (factor, None)
 
 
-def check_leaf(i: int, p: Tensor, hint: str = "") -> None:
-    """A leaf, or a constant."""
-    if p.requires_grad and not p.is_leaf:
-        raise ValueError(f"params[{i}] must be a leaf, as a parameter is, got the result of {p.grad_fn}{hint}")
-
-
 def check_numbers(function: str, params: list[Tensor], numbers: Mapping[str, Tensor | None]) -> None:
     """Raises unless every number is on the CPU, finite and >= 0, or where one of the parameters is."""
     devices = {p.device for p in params if isinstance(p, Tensor)}
@@ -347,6 +341,11 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
             )
     if "forward mode AD" in str(error):  # of torch, where the tangent is hidden below another transform
         return NotImplementedError(f"{function}: {_FORWARD_MODE}")
+    if torch._C._get_tracing_state() is not None:
+        return NotImplementedError(
+            f"{function}: torch.jit.trace is not supported; trace without the penalty, or take torch.compile or "
+            "torch.export"
+        )
     if "Batching rule not implemented" in str(error):
         return NotImplementedError(f"{function}: torch.func.vmap is not supported, but for fused_penalty")
     if isinstance(error, NotImplementedError):  # of the dispatcher, if no kernels are registered for a device

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from fused_reg import _ops
+
 _ZERO_3 = (
     "a placeholder, as of DeepSpeed ZeRO-3; take the value inside `deepspeed.zero.GatheredParameters`, and train with "
     "`fully_shard` (FSDP2) or with the optimizer's weight_decay"
@@ -19,15 +21,12 @@ _FSDP_1 = (
 )
 
 
-def check_whole(function: str, params: Sequence[Any], names: Sequence[str] | None = None) -> None:
+def check_whole(function: str, params: list[Any], names: Sequence[str] | None = None) -> None:
     """Raises where a parameter is not whole. Who cuts parameters leaves attributes, which few have."""
-    try:
-        if not any(map(vars, params)):
-            return
-    except TypeError:  # of what is no tensor, the other checks speak
+    if not _ops.library.have_attributes(params):
         return
     lazy = (UninitializedParameter, UninitializedBuffer)
-    if not all(isinstance(p, Tensor) and not isinstance(p, lazy) for p in params):
+    if not all(isinstance(p, Tensor) and not isinstance(p, lazy) for p in params):  # the other checks speak of these
         return
     # FSDP1 shows what it has gathered in the old shapes and one memory, and pieces in one dimension.
     gathered = {_memory(p) for p in params if "_fsdp_flattened" in vars(p) and p.ndim != 1}

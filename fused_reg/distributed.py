@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from fused_reg import _autograd, _devices, _ops
-from fused_reg._arguments import PLAIN_TYPES, Strengths, check_leaf, is_dtensor, relabelled, strength_at
+from fused_reg._arguments import PLAIN_TYPES, Strengths, is_dtensor, relabelled, strength_at
 from fused_reg._collectives import gathered, hypot, processes, scale_of, shared, total
 from fused_reg._composed import composed_penalty, group_count, group_norms, table_of
 
@@ -125,7 +125,8 @@ def with_grads(params: list[Tensor], skip_missing: bool) -> list[Tensor]:
 
 def _with_grad(i: int, p: Any, skip_missing: bool) -> Tensor:
     shard: Tensor = p.to_local().detach()
-    check_leaf(i, p)
+    if p.requires_grad and not p.is_leaf:
+        raise ValueError(f"params[{i}] must be a leaf, as a parameter is, got the result of {p.grad_fn}")
     if p.requires_grad and p.grad is not None:
         if not is_dtensor(p.grad):
             raise ValueError(f"params[{i}].grad must be a DTensor as its parameter is, got {type(p.grad).__name__}")

@@ -362,6 +362,28 @@ def check_ddp(options) -> None:
             assert_near(net.module, expected)
 
 
+def check_ddp_with_an_unused_layer() -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    for find, raises in ((False, False), (True, True)):
+        net = DistributedDataParallel(Net(True), find_unused_parameters=find)
+        net.module.unused = net.module.c
+        net.module.c = nn.Identity()
+        expected = 0.2 * 2 * net.module.unused.weight.detach()
+        loss = loss_of(net, own_rows()) + fused_penalty(net.parameters(), l2=0.2)
+        if raises:
+            with pytest.raises(RuntimeError, match="ready only once"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert torch.allclose(net.module.unused.weight.grad, expected)
+
+
+def test_ddp_with_an_unused_layer():
+    """In the loss the penalty uses it: what docs/distributed.md says of `find_unused_parameters`."""
+    ranks(2).run(check_ddp_with_an_unused_layer)
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("options", DDP_OPTIONS, ids=lambda options: next(iter(options), "plain"))
 def test_ddp(options, world):

@@ -284,3 +284,32 @@ def test_prox_writes_through_views_of_parameters(kind):
     assert torch.equal(t.grad, 2 * expected)
     tensor = draw(3)
     prox_(tensor * 1, l1=0.5, step=1.0)  # in no graph
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of Dynamo
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_prox_in_compiled_code(backend):
+    """Where the operator runs, nothing is a leaf any more."""
+
+    def stepped(t, view):
+        y = t.T if view else t * 1
+        prox_([y], l1=0.5, step=1.0)
+        return y.square().sum()
+
+    t = nn.Parameter(draw((4, 3)))
+    compiled = torch.compile(stepped, backend=backend)
+    with pytest.raises(Exception, match="must be a leaf"):
+        compiled(t, False)
+    expected = t.detach().clone()
+    prox_(expected, l1=0.5, step=1.0)
+    compiled(t, True).backward()
+    assert torch.equal(t, expected)
+    assert torch.equal(t.grad, 2 * expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("strengths", [{"l1": 0.1}, {"l2": torch.tensor(0.1)}])
+def test_jit_trace_is_refused(strengths):
+    w = nn.Parameter(draw((4, 3)))
+    with pytest.raises(NotImplementedError, match=r"^fused_penalty: torch.jit.trace is not supported"):
+        torch.jit.trace(lambda w: fused_penalty([w], **strengths), (w,))
