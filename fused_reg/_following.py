@@ -35,6 +35,7 @@ class Source:
         self._is_copy = False  # whose parameters may be nobody's
         self._lonely: str | None = None  # the name of one that is
         self._changes: dict[tuple[str | None, str], Given] = {}  # by where and kind, in their order
+        self._said: set[str] = set()
         self._marks: dict[str, Mark] = {}  # by the names
         self._candidates: list[Candidate] = []
         self._modules: list[Module] = []
@@ -64,7 +65,7 @@ class Source:
         return self._module is not None and not (is_same and _marks.count == self._mark_count)
 
     def read_again(self) -> str:
-        """Reads the module, and says what has changed in what is chosen."""
+        """Reads the module, and says what has changed in what is chosen, the same once."""
         problems: list[str] = []
         before = [c for c, _ in self.chosen]
         self._read(self.module, problems.append)
@@ -84,7 +85,10 @@ class Source:
         if not said and not problems:
             return ""
         changes = f"{', '.join(said)}; an optimizer must hold these" if said else "names have changed"
-        return "; ".join([f"Regularizer: it follows its module: {changes}", *problems])
+        text = "; ".join([f"Regularizer: it follows its module: {changes}", *problems])
+        is_known = text in self._said
+        self._said.add(text)
+        return "" if is_known else text
 
     def _read(self, params: Any, *complain: Callable[[str], object]) -> None:
         """Keeps what it has read only if all of it is right."""

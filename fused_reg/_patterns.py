@@ -44,7 +44,8 @@ def _near(pattern: str, names: Sequence[str]) -> Iterator[str]:
     """What was meant, the likeliest first: a part of a name, a path, a regular expression, a slip of the pen."""
     dots = pattern.replace("/", ".").strip(".")
     glob = re.sub(r"\\d[+*]?", "[0-9]*", re.sub(r"(?<!\\)\.[*+]", "*", pattern)).replace("\\", "").strip("^$")
-    inside = dots.partition(".")[2] or dots  # without the name of the model
+    inside = dots.partition(".")[2]  # without the name of the model
+    inside = inside if inside.strip("*.") else dots
     around = [x for part in (dots, inside) for x in (part, f"{part}.*", f"*.{part}", f"*.{part}.*")]
     for tried in (*around, f"*{dots}*", glob, f"{glob}*", f"*{glob}"):
         if any(fnmatchcase(name, tried) for name in names):

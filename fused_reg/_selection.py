@@ -135,8 +135,12 @@ class Choice:
         return (rule[1] if rule else {}).get("l2_norm", self._base_of(candidate).l2_norm)
 
     def _idle_marks(self, marked: Mapping[Mark, str], candidates: Sequence[Candidate]) -> Iterable[str]:
+        owned: dict[Mark, list[Candidate]] = {mark: [] for mark in marked}
+        for c in candidates:
+            for mark in set(c.marks.values()):
+                owned.setdefault(mark, []).append(c)
         for mark, where in marked.items():
-            own = [c for c in candidates if mark in c.marks.values()]
+            own = owned[mark]
             if not own:
                 yield (
                     f"Regularizer: the mark by `regularized` on {where} must speak about a parameter, but there is "

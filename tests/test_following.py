@@ -224,9 +224,8 @@ def test_marks_that_come_later():
     net[0] = nn.Linear(7, 5)  # keeps the mark of its name
     with replaced("0.weight", "0.bias"):
         assert strengths_of(regularizer)["0.weight"] == (0.5, 0, 0)
-    net[0] = regularized(nn.Linear(7, 5), l1=0.75)  # has its own
-    with replaced("0.weight", "0.bias"):
-        assert strengths_of(regularizer)["0.weight"] == (0.75, 0, 0)
+    net[0] = regularized(nn.Linear(7, 5), l1=0.75)  # has its own; the same change is said once
+    assert strengths_of(regularizer)["0.weight"] == (0.75, 0, 0)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
@@ -268,6 +267,26 @@ def test_compiled_code_follows(change):
     change(net)
     torch.testing.assert_close(loss(regularizer, []), 0.125 * sum(p.abs().sum() for p in net.parameters()))
     assert compiled == 3
+
+
+def test_a_functional_call_is_followed():
+    """A penalty in a module's forward is that of the parameters which the call puts there."""
+
+    class Penalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.regularizer = Regularizer(self.layer, l1=0.125)
+
+        def forward(self):
+            return self.regularizer()
+
+    net = Penalized()
+    params = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    with pytest.warns(UserWarning, match="follows its module: 'weight', 'bias' replaced"):
+        grads = torch.func.grad(lambda params: torch.func.functional_call(net, params, ()))(params)
+    torch.testing.assert_close(grads, {name: 0.125 * p.sign() for name, p in params.items()})
+    assert_penalty(net.regularizer, list(net.parameters()), l1=0.125)
 
 
 def test_a_list_is_kept():
