@@ -11,7 +11,7 @@ from samples import draw
 from torch import nn
 from torch.optim import Optimizer
 
-from fused_reg import Regularizer, prox_
+from fused_reg import Regularizer, _lasting, prox_
 
 
 def kind(update, base=Optimizer, **defaults):
@@ -83,7 +83,7 @@ def ftrl(p, g, state, group):
     n = state["n"] + g * g
     state["z"].add_(g - (n.sqrt() - state["n"].sqrt()) / group["lr"] * p)
     state["n"].copy_(n)
-    p.copy_(-state["z"] / ((1 + n.sqrt()) / group["lr"]))
+    p.copy_(-state["z"] / ((1e-6 + n.sqrt()) / group["lr"]))
 
 
 def dual_averaging(p, g, state, group):
@@ -127,6 +127,7 @@ def distance_over_gradients(p, g, state, group):
         (kind(ftrl), "function of its state"),
         (kind(dual_averaging, momentum=0.0), "function of its state"),
         (kind(dual_averaging, momentum=0.9), "function of its state"),
+        (kind(dual_averaging, momentum=0.98), "function of its state"),
         (kind(d_adapted_sgd, d=1e-6), "function of its state"),
         (kind(master_copy), "function of its state"),
         (kind(d_adapted_adam, d=1e-6), "steps by lr"),
@@ -312,6 +313,13 @@ def test_what_cannot_be_tried_is_said(made):
     with pytest.warns(UserWarning, match=message) as caught:
         Regularizer(net, l1=0.1).attach(made(net.parameters()), "prox")
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_torchs_own_are_not_tried(monkeypatch):
+    monkeypatch.setattr(_lasting, "_tried", lambda *_: pytest.fail("tried"))
+    net = nn.Linear(3, 2)
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW, torch.optim.ASGD):
+        Regularizer(net, l1=0.1).attach(optimizer(net.parameters()), "prox")
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1), (3, 1, 2, 2)])
