@@ -106,6 +106,10 @@ def master_copy(p, g, state, group):
     p.copy_(master.sub_(g.double(), alpha=group["lr"]))
 
 
+def of_vectors_alone(p, g, state, group):
+    (sgd if p.ndim == 2 else ftrl)(p, g, state, group)
+
+
 def d_adapted_adam(p, g, state, group):
     m = first(state, m=torch.zeros_like(p))["m"].lerp_(g, 0.1)
     group["d"] *= 1.02
@@ -130,6 +134,7 @@ def distance_over_gradients(p, g, state, group):
         (kind(dual_averaging, momentum=0.98), "function of its state"),
         (kind(d_adapted_sgd, d=1e-6), "function of its state"),
         (kind(master_copy), "function of its state"),
+        (kind(of_vectors_alone), "function of its state"),
         (kind(d_adapted_adam, d=1e-6), "steps by lr"),
         (kind(d_adapted_adam, d=0.5), "steps by lr"),
         (kind(distance_over_gradients), "steps by lr"),
@@ -206,8 +211,16 @@ def averaged(p, g, state, group):
     first(state, average=p)["average"].lerp_(p, 0.01)
 
 
-class ItsStateIsMadeFirst(torch.optim.Adagrad):
-    pass
+class MakesItsStateFirst(kind(sgd)):
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.state.update((p, {"sum": torch.zeros_like(p)}) for group in self.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / self.state[p]["sum"].add_(p.grad.square()).sqrt())
 
 
 class NeedsAClosure(torch.optim.SGD):
@@ -217,7 +230,7 @@ class NeedsAClosure(torch.optim.SGD):
 
 
 HONEST = [kind(f) for f in (sgd, decoupled, sign, lars, lamb, adafactor, noisy, lookahead, averaged)]
-HONEST += [kind(lion, weight_decay=0.5), kind(muon, use_muon=True), ItsStateIsMadeFirst, NeedsAClosure]
+HONEST += [kind(lion, weight_decay=3.0), kind(muon, use_muon=True), MakesItsStateFirst, NeedsAClosure]
 
 
 def groups_of(net):
@@ -255,10 +268,17 @@ def test_accepted(optimizer, dtype):
     assert_same_bits(run(True), run(False))
 
 
+class ErasesGradients(kind(noisy)):
+    def step(self, closure=None):
+        super().step(closure)
+        self.zero_grad()
+
+
 def test_nothing_is_touched():
     """In the middle of a training: weights, gradients, state, groups, hooks, and random numbers."""
     net = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 1))
-    optimizer = kind(noisy)(net.parameters())
+    optimizer = ErasesGradients(net.parameters())
+    optimizer.zero_grad = lambda: net.zero_grad()  # of the real one, as the step of a scheduler
     optimizer.state[net[0].weight]["m"] = torch.ones(9, 12)
     torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # replaces optimizer.step, which is the real one's
     calls = []
