@@ -26,8 +26,8 @@ _STEPS = 40
 _SHRUNK_AFTER = 8  # FTRL keeps more of what is done after its very first step
 _LARGEST = 8  # elements along each dimension
 _RATE = 0.01
-_LEFT = 0.4  # the least share that must be left in the end, also of the weights of the model: Lookahead keeps a half
-_LEFT_OF_HALF = 0.8  # and of what was left half-way, by the weights of the training
+_LEFT = 0.4  # the least share that must be left in the end (Lookahead keeps a half)
+_LEFT_OF_HALF = 0.8  # and of what was left half-way (slow averages)
 _LEAST_MOVE = 1e-4  # in units of lr: gradients are of size 1, and so are weights
 
 _Copy: TypeAlias = "tuple[Any, list[Parameter]]"
@@ -86,7 +86,8 @@ def _tried(
         (_, own), (_, shrunk) = pair
         before = [p.detach().clone() for p in own]
         for copied, _ in pair:
-            _call(copied, "train")
+            if callable(train := getattr(type(copied), "train", None)):  # of schedule-free optimizers
+                train(copied)
         for k in range(_STEPS):
             grads = [_wave(p, k) for p in own]
             for copied, params in pair:
@@ -97,12 +98,9 @@ def _tried(
             if k == _STEPS // 2:
                 half, moves = _distances(own, shrunk), _distances(own, before, norm=torch.inf)
         last = _distances(own, shrunk)
-        for copied, _ in pair:
-            _call(copied, "eval")
-        least = torch.minimum(last, _distances(own, shrunk))
-    if not (torch.stack([first, half, least, moves]).isfinite().all() and moves.all()):
+    if not (torch.stack([first, half, last, moves]).isfinite().all() and moves.all()):
         raise _NotTriedError(f"weights that moved by {moves.tolist()}")
-    lasts = (least > _LEFT * first) & (last > _LEFT_OF_HALF * half)
+    lasts = (last > _LEFT * first) & (last > _LEFT_OF_HALF * half)
     return bool(lasts.all()), float(moves.min()) / _RATE
 
 
@@ -177,12 +175,6 @@ def _step(optimizer: Any, params: Sequence[Parameter], grads: Sequence[Tensor], 
     closure()
     step: Callable[..., Any] = type(optimizer).step
     step(optimizer, closure) if with_closure else step(optimizer)
-
-
-def _call(optimizer: Any, name: str) -> None:
-    """What schedule-free optimizers have, to change between the weights of the training and those of the model."""
-    if callable(method := getattr(type(optimizer), name, None)):
-        method(optimizer)
 
 
 def _distances(params: Sequence[Tensor], others: Sequence[Tensor], norm: float = 2) -> Tensor:

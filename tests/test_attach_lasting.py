@@ -11,7 +11,7 @@ from samples import draw
 from torch import nn
 from torch.optim import Optimizer
 
-from fused_reg import Regularizer, prox_
+from fused_reg import Regularizer, _lasting, prox_
 
 
 def kind(update, base=Optimizer, **defaults):
@@ -83,7 +83,7 @@ def ftrl(p, g, state, group):
     n = state["n"] + g * g
     state["z"].add_(g - (n.sqrt() - state["n"].sqrt()) / group["lr"] * p)
     state["n"].copy_(n)
-    p.copy_(-state["z"] / ((1 + n.sqrt()) / group["lr"]))
+    p.copy_(-state["z"] / ((1e-6 + n.sqrt()) / group["lr"]))
 
 
 def dual_averaging(p, g, state, group):
@@ -104,6 +104,10 @@ def d_adapted_sgd(p, g, state, group):
 def master_copy(p, g, state, group):
     master = first(state, master=p.double())["master"]
     p.copy_(master.sub_(g.double(), alpha=group["lr"]))
+
+
+def of_vectors_alone(p, g, state, group):
+    (sgd if p.ndim == 2 else ftrl)(p, g, state, group)
 
 
 def d_adapted_adam(p, g, state, group):
@@ -127,8 +131,10 @@ def distance_over_gradients(p, g, state, group):
         (kind(ftrl), "function of its state"),
         (kind(dual_averaging, momentum=0.0), "function of its state"),
         (kind(dual_averaging, momentum=0.9), "function of its state"),
+        (kind(dual_averaging, momentum=0.98), "function of its state"),
         (kind(d_adapted_sgd, d=1e-6), "function of its state"),
         (kind(master_copy), "function of its state"),
+        (kind(of_vectors_alone), "function of its state"),
         (kind(d_adapted_adam, d=1e-6), "steps by lr"),
         (kind(d_adapted_adam, d=0.5), "steps by lr"),
         (kind(distance_over_gradients), "steps by lr"),
@@ -205,8 +211,16 @@ def averaged(p, g, state, group):
     first(state, average=p)["average"].lerp_(p, 0.01)
 
 
-class ItsStateIsMadeFirst(torch.optim.Adagrad):
-    pass
+class MakesItsStateFirst(kind(sgd)):
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.state.update((p, {"sum": torch.zeros_like(p)}) for group in self.param_groups for p in group["params"])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / self.state[p]["sum"].add_(p.grad.square()).sqrt())
 
 
 class NeedsAClosure(torch.optim.SGD):
@@ -216,7 +230,7 @@ class NeedsAClosure(torch.optim.SGD):
 
 
 HONEST = [kind(f) for f in (sgd, decoupled, sign, lars, lamb, adafactor, noisy, lookahead, averaged)]
-HONEST += [kind(lion, weight_decay=0.5), kind(muon, use_muon=True), ItsStateIsMadeFirst, NeedsAClosure]
+HONEST += [kind(lion, weight_decay=3.0), kind(muon, use_muon=True), MakesItsStateFirst, NeedsAClosure]
 
 
 def groups_of(net):
@@ -254,10 +268,17 @@ def test_accepted(optimizer, dtype):
     assert_same_bits(run(True), run(False))
 
 
+class ErasesGradients(kind(noisy)):
+    def step(self, closure=None):
+        super().step(closure)
+        self.zero_grad()
+
+
 def test_nothing_is_touched():
     """In the middle of a training: weights, gradients, state, groups, hooks, and random numbers."""
     net = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 1))
-    optimizer = kind(noisy)(net.parameters())
+    optimizer = ErasesGradients(net.parameters())
+    optimizer.zero_grad = lambda: net.zero_grad()  # of the real one, as the step of a scheduler
     optimizer.state[net[0].weight]["m"] = torch.ones(9, 12)
     torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # replaces optimizer.step, which is the real one's
     calls = []
@@ -312,6 +333,13 @@ def test_what_cannot_be_tried_is_said(made):
     with pytest.warns(UserWarning, match=message) as caught:
         Regularizer(net, l1=0.1).attach(made(net.parameters()), "prox")
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_torchs_own_are_not_tried(monkeypatch):
+    monkeypatch.setattr(_lasting, "_tried", lambda *_: pytest.fail("tried"))
+    net = nn.Linear(3, 2)
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW, torch.optim.ASGD):
+        Regularizer(net, l1=0.1).attach(optimizer(net.parameters()), "prox")
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1), (3, 1, 2, 2)])

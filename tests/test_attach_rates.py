@@ -83,6 +83,7 @@ def test_a_rate_that_is_learned():
         (np.array([0.1, 0.2]), "a learning rate in each group of a regularized parameter, got lr=array("),
         (-0.5, "learning rates that are finite and >= 0, got lr=-0.5 in group 0"),
         (float("nan"), "learning rates that are finite and >= 0, got lr=nan in group 0"),
+        (float("inf"), "learning rates that are finite and >= 0, got lr=inf in group 0"),
         (np.float32("inf"), "learning rates that are finite and >= 0, got lr=inf in group 0"),
         (torch.tensor(-0.5), "learning rates that are finite and >= 0, got lr=-0.5 in group 0"),
         (torch.tensor([float("nan")]), "learning rates that are finite and >= 0, got lr=nan in group 0"),
