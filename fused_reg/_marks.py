@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fused_reg._arguments import Group
 from fused_reg._strengths import KINDS, Given, Penalty, as_flag, as_penalty
@@ -19,36 +19,47 @@ M = TypeVar("M", bound=Module)
 # A plain attribute: deepcopy, pickle, torch.compile and fully_shard keep it, and state_dict does not see it.
 _ATTRIBUTE = "_fused_reg_mark"
 
-# The last mark that spoke about a parameter, for when a conversion puts the parameter into another module.
-_remembered: Any = WeakIdKeyDictionary()
-
 #: How many marks have been set.
 count = 0
 
 
 class Mark:
-    """What a module says about the parameters in it. Copies and pickles are remembered for their parameters, too."""
+    """What a module says about the parameters in it. These have a note of it, so that it is found again where a
+    conversion puts them into another module. (No weak reference: torch cannot swap a tensor that has one.)"""
 
-    def __init__(self, penalty: Penalty, bias: bool) -> None:
+    def __init__(self, module: Module, penalty: Penalty, bias: bool) -> None:
         self.penalty = penalty
         self.bias = bias
         self.is_replaced = False
-        self._params: list[weakref.ref[Tensor]] = []
+        self._module: weakref.ref[Module] = weakref.ref(module)
 
-    def remember(self, params: Iterable[Tensor]) -> None:
-        """For parameters that this is the innermost mark of."""
-        self._params = [weakref.ref(param) for param in params]
-        _remembered.update((param, self) for ref in self._params if (param := ref()) is not None)
+    def note_on(self, params: Iterable[Tensor]) -> None:
+        for param in params:
+            vars(param)[_ATTRIBUTE] = _Note(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_params": [p for ref in self._params if (p := ref()) is not None]}
+        module = self._module()
+        noted = [p for p in module.parameters() if _noted_on(p) is self] if module is not None else []
+        return {**vars(self), "_module": module, "noted": noted}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.remember(state["_params"])
+        """Copies of the module's parameters have the note, too."""
+        self.note_on(state.pop("noted"))
+        module = state.pop("_module")
+        vars(self).update(state, _module=weakref.ref(module) if module is not None else lambda: None)
 
     def speaks_about(self, place: Place, is_of_the_module: bool) -> bool:
         return self.bias if is_bias(place.name) else is_of_the_module or dims(place.param) >= 2
+
+
+class _Note:
+    """A mark, as an attribute of a parameter that is pickled as nothing: a file of tensors stays one."""
+
+    def __init__(self, mark: Mark) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # which `torch.load(weights_only=True)` takes
 
 
 class _Name(str):
@@ -126,12 +137,12 @@ def regularized(
     if group == "row" and l2_norm is None:
         raise ValueError('regularized: group="row" must have an l2_norm, got none')
     as_flag("regularized: bias", bias)
-    mark = Mark(penalty, bias)
     holder: Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps holds the attributes
+    mark = Mark(holder, penalty, bias)
     for old in marks_on(holder):
         old.is_replaced = True
     setattr(holder, _ATTRIBUTE, mark)
-    mark.remember(place.param for place in walk(holder) if next(_speaking(place), None) is mark)
+    mark.note_on(place.param for place in walk(holder) if next(_speaking(place), None) is mark)
     count += 1
     if type(holder)._get_name is Module._get_name:
         name = _Name(type(holder).__name__)
@@ -156,12 +167,17 @@ def marks_of(places: Sequence[Place], known: Mapping[str, Mark]) -> dict[str, Ma
     """By the places of a parameter the innermost marks that speak about it; where the module that had its mark is not
     around it any more, that mark. ``known`` are those of these names before."""
     param, names = places[0].param, [place.name for place in places]
-    lost = _remembered.get(param, next((known[name] for name in names if name in known), None))
+    lost = _noted_on(param) or next((known[name] for name in names if name in known), None)
     around = (m for place in places for module, _ in place.around for m in marks_on(module))
     if lost is not None and not lost.is_replaced and lost not in around:
         return {names[0]: lost}
     found = {place.name: next(_speaking(place), None) for place in places}
     return {name: mark for name, mark in found.items() if mark is not None}
+
+
+def _noted_on(param: Tensor) -> Mark | None:
+    note = vars(param).get(_ATTRIBUTE)
+    return note.mark if isinstance(note, _Note) else None
 
 
 def _speaking(place: Place) -> Iterator[Mark]:

@@ -144,6 +144,12 @@ def test_one_that_is_chosen_is_an_error_that_says_how_to_leave_it_out(kind):
         Regularizer(Odd(ODD[kind]), l1=0.5)
 
 
+def test_a_lazy_weight_is_one_for_weights_only():
+    """Whose dimensions are not known yet: left out it would be for ever."""
+    with pytest.raises(TypeError, match=r"^Regularizer: params\['0.weight'\] must be initialized"):
+        Regularizer(nn.Sequential(nn.LazyLinear(3)), l1=0.5, weights_only=True)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_frozen_torchscript_beside_other_layers():
     scripted = torch.jit.script(nn.Linear(3, 3).eval())

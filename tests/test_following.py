@@ -173,6 +173,28 @@ def test_strengths_that_were_changed():
     assert [found[name][0] for name in ("0.weight", "3.weight", "3.bias")] == [0.375, 0.5, 0.75]
 
 
+def test_strengths_that_were_changed_in_turn():
+    """The last change counts, and one for all that have the term is none for others."""
+    net = make_net()
+    regularizer = Regularizer(net, l2=0.25, rules=[("3.*", {"l1": 0.5}), ("0.*", {"l1": 0.5})])
+    regularizer.set_strength(l1=0.75, where="3.*")
+    regularizer.set_strength(l1=0.125)
+    regularizer.set_strength(l1=0.375, where="3.*")
+    net[0], net[2], net[3] = nn.Linear(7, 5), nn.Linear(3, 3), nn.Linear(3, 2)
+    with pytest.warns(UserWarning, match="replaced"):
+        found = strengths_of(regularizer)
+    assert [found[f"{i}.weight"] for i in (0, 2, 3)] == [(0.125, 0.25, 0), (0, 0.25, 0), (0.375, 0.25, 0)]
+
+
+def test_a_layer_inside_of_one_that_had_none():
+    net = make_net()
+    regularizer = Regularizer(net, l1=0.125)
+    net[1].inner = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="'1.inner.weight', '1.inner.bias' new"):
+        regularizer()
+    assert_penalty(regularizer, list(net.parameters()), l1=0.125)
+
+
 CONVERSIONS = {
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     "parametrized": nn.utils.parametrizations.weight_norm,

@@ -60,9 +60,9 @@ def test_what_is_no_wrapper_is_in_the_names():
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self._encoder, self._decoder = nn.Linear(2, 2), nn.Linear(2, 2)
+            self._encoder, self._decoder = nn.Linear(2, 2), nn.ModuleDict({"inner": nn.Linear(2, 2)})
 
-    assert names_of(Regularizer(Net(), l1=0.5))[0] == "_encoder.weight"
+    assert names_of(Regularizer(Net(), l1=0.5))[::2] == ["_encoder.weight", "_decoder.inner.weight"]
     assert names_of(Regularizer(nn.ModuleDict({"module": Net()}), l1=0.5))[0] == "module._encoder.weight"
     scaled = wrapper("module")(nn.Linear(2, 2))
     scaled.scale = nn.Parameter(torch.ones(1))

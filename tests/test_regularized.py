@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from oracle import assert_same_bits
 from test_regularizer import assert_penalty, make_net, names_of, strengths_of
 from torch import nn
 
@@ -166,6 +167,19 @@ def test_a_mark_that_is_replaced_is_not_remembered():
     regularized(compiled, l1=0.5, bias=True)
     regularized(compiled, l2=0.25)
     assert strengths_of(Regularizer(net)) == {"0.weight": (0, 0.25, 0), "1.weight": (0, 0.25, 0)}
+
+
+def test_marked_parameters_are_as_others_to_torch(tmp_path):
+    """They can be swapped, and a file of them has tensors only."""
+    net = regularized(nn.Linear(3, 2), l1=0.5)
+    torch.save(list(net.parameters()), tmp_path / "parameters.pt")
+    assert_same_bits(torch.load(tmp_path / "parameters.pt", weights_only=True), list(net.parameters()))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert strengths_of(Regularizer(net)) == {"weight": (0.5, 0, 0)}
 
 
 def test_print_shows_marks():
