@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from fused_reg import distributed
 from fused_reg._adjustable import Adjustable
 from fused_reg._arguments import Group, is_number
-from fused_reg._attach import Attachment, Attachments, Mode
+from fused_reg._attach import Attachment, Mode
+from fused_reg._attachments import Attachments
 from fused_reg._parts import Part
 from fused_reg._report import Report, report_of, summary_of
 from fused_reg._selection import Choice, as_patterns, as_rules, candidates_of
@@ -183,6 +184,8 @@ class Regularizer(Adjustable):
           schedules and ``value`` as they are. A learning rate of 0 with gradients, as in a warm-up, is a step.
         - A parameter without ``.grad`` gets one, as it would from a loss that has the penalty.
         - A penalty shrinks the weights also in a group with ``maximize=True``, as ``weight_decay`` does.
+        - It enters where ``weight_decay`` does: within a wrapper (Lookahead, SAM, Accelerate's, Fabric's, Opacus's) in
+          the optimizer that it holds; in a subclass that clips or replaces gradients, in the step of the base class.
 
         With ``mode="prox"`` the proximal operator follows the step, with each parameter group's learning rate:
 
@@ -192,11 +195,14 @@ class Regularizer(Adjustable):
         penalized loss. Adam and others take their step in a metric of their own, and the proximal step is not in it:
         it is decoupled, as AdamW decouples decay. The weights shrink by ``lr * strength`` whatever the size of their
         gradients; the zeros are exact; but the point of rest is not that minimum. Where a ``GradScaler`` skips a step,
-        the proximal step is skipped, too.
+        the proximal step is skipped, too. It follows the whole step, with what a subclass does to the weights after
+        ``super().step()``; within a wrapper it follows that of the optimizer which the wrapper holds.
 
         Args:
-            optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later.
-                Several optimizers may each hold some; schedules then count the steps of the one attached first.
+            optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later, or a
+                wrapper of one, which may be none itself. Several optimizers may each hold some; schedules then count
+                the steps of the one attached first. One that is attached later takes over what an earlier one holds,
+                too, as in the next fit; a step of the earlier one is an error then.
             mode: ``"grad"`` or ``"prox"``.
 
         Returns:
@@ -205,12 +211,14 @@ class Regularizer(Adjustable):
             or attachment.
 
         Raises:
-            TypeError: ``optimizer`` is no torch optimizer.
-            ValueError: an unknown mode; the optimizer holds none of the parameters; it is attached already, or another
-                attachment handles one of its parameters; a strength requires grad, which it would never get.
+            TypeError: ``optimizer`` is no torch optimizer, and wraps none.
+            ValueError: an unknown mode; the optimizer holds none of the parameters; it is attached already; a strength
+                requires grad, which it would never get.
 
         Warns:
-            UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``.
+            UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``. And once, later:
+                no attached optimizer holds a parameter that may be trained; another one, as one created anew, steps
+                what the attached one had; parameters change between gradients without an attached step.
 
         Example:
             >>> import torch
@@ -226,8 +234,6 @@ class Regularizer(Adjustable):
         Source: Parikh and Boyd 2014, "Proximal Algorithms", section 4.2; Loshchilov and Hutter 2019, "Decoupled Weight
         Decay Regularization".
         """
-        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise TypeError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if mode not in ("grad", "prox"):
             raise ValueError(f'attach: mode must be "grad" or "prox", got {mode!r}')
         return self._attachments.add(self._table, optimizer, mode)
