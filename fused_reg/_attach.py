@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Iterator
 from types import CodeType, TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fused_reg import _strays
 from fused_reg._closures import Closure, closure_of, exchanged, with_penalty
 from fused_reg._lasting import check_lasting
+from fused_reg._nesting import Nesting
 from fused_reg._parts import Part
 from fused_reg._rates import check_rates, rate_of
-from fused_reg._steps import found_infinity, is_inert, is_nested
+from fused_reg._steps import found_infinity, is_inert
 from fused_reg._strengths import KINDS, identity, is_absent, tensor_of
 from fused_reg._table import Entry, Table
+from fused_reg._warnings import warn
+from fused_reg._watch import Watch
+
+if TYPE_CHECKING:
+    from fused_reg._attachments import Attachments
 
 #: The gradient before the step, or the proximal step after it.
 Mode = Literal["grad", "prox"]
-
-
-class Attachments:
-    """Those of a regularizer, in their order. They are kept alive by the optimizers' hooks, not from here."""
-
-    def __init__(self) -> None:
-        self._refs: list[weakref.ref[Attachment]] = []
-
-    def __iter__(self) -> Iterator[Attachment]:
-        """Those that are active."""
-        return (a for ref in self._refs if (a := ref()) is not None and a.is_active)
-
-    def add(self, table: Table, optimizer: Optimizer, mode: Mode, include_unused: bool) -> Attachment:
-        if any(a.optimizer is optimizer for a in self):
-            raise ValueError("attach: optimizer must be attached once, got one that is attached already")
-        attachment = Attachment(table, self, optimizer, mode, include_unused)
-        self._refs = [weakref.ref(a) for a in (*self, attachment)]
-        return attachment
 
 
 class Attachment:
@@ -56,8 +43,12 @@ class Attachment:
         self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
         self._mode = mode
         self._include_unused = include_unused
+        self._hooks: list[Any] = []
         self._seen: tuple[Any, ...] = ()  # what `_follow` found when it last looked
-        self._depth = 0  # a step that calls the step of its base class calls the hooks again
+        self._is_checked = False  # what it found then, by `warn_of_missing`
+        self._taken_over = ""  # the name of a parameter that a later attachment handles
+        self.entered = 0  # steps, as `_strays` counts them
+        self._is_taken = False  # the step, by itself or by one within it
         self._is_inert = False
         self._awaits_closure = False
         self._is_open = False  # an optimizer without gradients in .grad has the objective
@@ -68,17 +59,19 @@ class Attachment:
         self._group_of: list[int] = []  # the optimizer's, for each entry
         self._groups: list[int] = []
         self._value: Tensor | None = None
-        self._warned = False
+        self._has_decay = False
         self._said: set[str] = set()
         self._follow(optimizer)
         if mode == "prox":
             check_rates(optimizer.param_groups, self._groups)
             check_lasting(optimizer, self._part.params)
+        self._nesting = Nesting(optimizer)
         # A compiled step calls them as they are. A decorator would make the package's import take twice as long.
         outside_of_graphs: Any = torch.compiler.disable
         before, after = outside_of_graphs(self._before), outside_of_graphs(self._after)
         self._codes: tuple[CodeType, CodeType] = before.__code__, after.__code__
-        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        self._watch = Watch(self)
 
     @property
     def value(self) -> Tensor:
@@ -97,14 +90,27 @@ class Attachment:
 
     @property
     def is_active(self) -> bool:
-        """Whether the hooks are still there."""
-        return bool(self._hooks) and self.optimizer is not None
+        """Whether the hooks are still there, and no later attachment has taken a parameter over."""
+        return bool(self._hooks) and self.optimizer is not None and not self._taken_over
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step of the optimizer runs."""
+        return self._nesting.depth > 0
 
     def remove(self) -> None:
         """Takes the hooks away. A second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if self._hooks:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            self._watch.end()
+            _strays.forget(weakref.ref(self))
+
+    def end(self, name: str) -> None:
+        """Another attachment has taken this parameter over. A step of this one is an error from now on."""
+        self._taken_over = name
+        self._watch.end()
 
     def __enter__(self) -> Attachment:
         return self
@@ -115,30 +121,54 @@ class Attachment:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_hooks": [], "_codes": None, "_optimizer": None, "_all": None, "_seen": (), "_depth": 0}
+        gone = dict.fromkeys(("_codes", "_optimizer", "_all", "_nesting", "_watch"))
+        return {**vars(self), **gone, "_hooks": [], "_seen": ()}
 
-    def holds(self) -> set[int]:
-        """The identities of the parameters that it handles."""
-        return {id(entry.param) for entry in self._part.entries}
+    def __repr__(self) -> str:
+        optimizer = self.optimizer
+        state = "active" if self.is_active else "taken over" if self._taken_over else "detached"
+        count = len(self.entries)
+        return (
+            f"Attachment({self._mode!r}, {'no optimizer' if optimizer is None else type(optimizer).__name__}, "
+            f"{count} parameter{'s' * (count != 1)}, {state})"
+        )
+
+    @property
+    def entries(self) -> list[Entry]:
+        """What it handles."""
+        return self._part.entries
+
+    def _params(self) -> list[Tensor]:
+        return self._part.params
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._depth > 0 and is_nested(optimizer, self._codes[0]):
-            self._depth += 1
+        closure = closure_of(args, kwargs)
+        depth = self._nesting.enter(optimizer, self._codes[0], self._params)
+        if depth == 1:
+            self._is_taken = False
+            if self._taken_over and (closure is not None or not is_inert(optimizer)):
+                raise ValueError(
+                    f"attach: {self._taken_over!r} must be stepped by the optimizer that was attached last, but an "
+                    f"earlier {type(optimizer).__name__} steps; attach it again, or call remove() of its attachment"
+                )
+        if depth != self._nesting.levels:
             return None
-        self._depth = 1  # whatever a step that raised has left
+        self.entered += 1
         self._follow(optimizer)
         if self._mode == "prox":
             check_rates(optimizer.param_groups, self._groups)
             self._unused = self._without_gradient()
         self._is_inert = is_inert(optimizer)
         self._is_open, self._before_inert = False, None
-        closure = closure_of(args, kwargs)
         self._awaits_closure = closure is not None
         if closure is not None:
+            self._check()
             return exchanged(args, kwargs, closure, self._penalized(closure, optimizer))
         if self._is_inert:
             self._remember()
-        elif self._mode == "grad":
+            return None
+        self._check()
+        if self._mode == "grad" and not self._nesting.has_penalty(self._params):
             self._accumulate(optimizer)
         return None
 
@@ -202,26 +232,50 @@ class Attachment:
         if found_inf is not None and self._value is not None:  # a step that will be skipped leaves the last value
             value = torch.where(found_inf.to(value.device) == 0, value, self._value)
         self._value = value
+        self._nesting.added(self._params)
         return objective
 
+    def _check(self) -> None:
+        """At a step, because another optimizer may be attached before the first."""
+        self._watch.end()
+        if not self._is_checked:
+            self._is_checked = True
+            self._all.warn_of_missing(self._table)
+
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._depth > 1 and is_nested(optimizer, self._codes[1]):
-            self._depth -= 1
+        depth, levels = self._nesting.leave(optimizer, self._codes[1]), self._nesting.levels
+        if depth == levels:
+            self._is_taken |= self._has_stepped(optimizer)
+        if depth > 1:
             return
-        self._depth = 0
+        if not self._is_taken and self._nesting.has_missed(self._params):
+            self._is_taken = True
+            self._unused = self._without_gradient()
+            if self._mode == "grad":
+                self._warn_once(
+                    f"attach: a step of {type(optimizer).__name__} changed {self.entries[0].name!r} without the step "
+                    "of its base class, in which the penalty enters, and so without it; call accumulate_grad_() before "
+                    "such a step"
+                )
+        if not self._is_taken:
+            return
+        if self._mode == "prox":
+            self._shrinking.prox_(self._steps(optimizer), self._unused)
+        if next(iter(self._all), None) is self and not self._is_captured():  # several optimizers count once
+            self._table.count(found_infinity(optimizer))
+
+    def _has_stepped(self, optimizer: Optimizer) -> bool:
+        """Whether the step that ends was one."""
         if self._mode == "grad" and self._awaits_closure and not self._is_inert:
             self._warn_once(
                 f"attach: a step of {type(optimizer).__name__} did not call its closure, and had no penalty, which "
                 "follows the closure; call step() without one"
             )
         if self._is_inert and self._is_none(optimizer):
-            return
+            return False
         if self._is_open and self._mode == "grad":
             self._value = self._before_inert
-        if self._mode == "prox":
-            self._shrinking.prox_(self._steps(optimizer), self._unused)
-        if next(iter(self._all)) is self and not self._is_captured():  # several optimizers count once
-            self._table.count(found_infinity(optimizer))
+        return True
 
     def _is_captured(self) -> bool:
         """In a CUDA graph, which would fill in this step's strengths at every replay. The user advances after each."""
@@ -256,7 +310,7 @@ class Attachment:
         entries = [e for e in self._table.entries if id(e.param) in group_of]
         if not entries:
             raise ValueError("attach: optimizer must hold a parameter of the regularizer, got one that holds none")
-        elsewhere = set().union(*(a.holds() for a in self._all if a is not self))
+        elsewhere = self._all.handled(but=self) if self._hooks else set()  # one that begins takes them over
         for entry in entries:
             if id(entry.param) in elsewhere:
                 raise ValueError(
@@ -275,24 +329,24 @@ class Attachment:
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
             self._part = Part(self._table, entries, [maximized[i] for i in self._group_of])
-        self._seen = seen
+        self._seen, self._is_checked = seen, False
+        if self._hooks:
+            self._all.register(self)
         self._warn_of_weight_decay(optimizer, entries)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
-            warnings.warn(message, UserWarning, stacklevel=5)
+            warn(message)
 
     def _warn_of_weight_decay(self, optimizer: Optimizer, entries: list[Entry]) -> None:
         for entry, i in zip(entries, self._group_of, strict=True):
             decay = optimizer.param_groups[i].get("weight_decay", 0)
-            if not self._warned and decay is not None and not isinstance(decay, Tensor) and decay > 0:
-                if is_absent(entry.l2):
-                    continue
-                self._warned = True
-                warnings.warn(
+            if decay is None or isinstance(decay, Tensor) or not decay > 0 or is_absent(entry.l2):
+                continue
+            if not self._has_decay:
+                self._has_decay = True
+                warn(
                     f"attach: L2 counts twice for {entry.name!r}: l2 of the regularizer, and weight_decay={decay} in "
-                    f"the optimizer's group {i}; set one of them to 0",
-                    UserWarning,
-                    stacklevel=6,
+                    f"the optimizer's group {i}; set one of them to 0"
                 )

@@ -1,4 +1,4 @@
-"""What is to know of an optimizer's step in its hooks: whether it is part of another step, and whether it is one."""
+"""What is to know of an optimizer's step in its hooks: how many steps it is part of, and whether it is one."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def is_nested(optimizer: Optimizer, hook: CodeType) -> bool:
-    """Whether the step that called the hook of this code was called by another step of the same optimizer (that of a
-    subclass, which goes on to its base class), in whichever thread.
+def depth_of(optimizer: Optimizer, hook: CodeType) -> int:
+    """How many steps of the same optimizer run, of which the innermost called the hook of this code (a subclass goes on
+    to the step of its base class), in whichever threads.
 
-    Counting cannot tell, because a step that raises leaves without its second hook. But what called the hook is then
-    running twice for this optimizer.
+    Counting cannot tell, because a step that raises leaves without its second hook. But what called the hook is running
+    as often for this optimizer.
     """
     caller = next(frame.f_back for frame in _up(sys._getframe()) if frame.f_code is hook)
     if caller is None or not _is_about(caller, optimizer):
         raise RuntimeError(
             "attach: torch must call the hooks of a step from a function that has the optimizer, but this one does not"
         )
-    return any(
-        frame is not caller and _place(frame) == _place(caller) and _is_about(frame, optimizer)
+    return sum(
+        _place(frame) == _place(caller) and _is_about(frame, optimizer)
         for top in sys._current_frames().values()
         for frame in _up(top)
     )
@@ -56,9 +56,8 @@ def is_inert(optimizer: Optimizer) -> bool:
     found_inf = found_infinity(optimizer)
     if found_inf is not None and found_inf.is_cpu and bool(found_inf):
         return True
-    for group in optimizer.param_groups:
-        if not _is_zero(group.get("lr")) and any(p.grad is not None for p in group["params"]):
-            return False
+    if may_change(optimizer):
+        return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if any(g.is_cuda for g in grads) and torch.cuda.is_current_stream_capturing():
         return False
@@ -66,6 +65,19 @@ def is_inert(optimizer: Optimizer) -> bool:
     # All before the first is looked at: that of a DTensor takes every process, and a GPU is waited for once.
     moved = [f.full_tensor() if hasattr(f, "full_tensor") else f for f in found]
     return not any(map(bool, moved))
+
+
+def has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a step with these arguments makes gradients of its own."""
+    return any(map(callable, (*args[1:], *kwargs.values())))
+
+
+def may_change(optimizer: Optimizer, evaluates: bool = False) -> bool:
+    """Whether the step may change a parameter, for all that is known without a look at its gradient."""
+    return any(
+        not _is_zero(group.get("lr")) and (evaluates or any(p.grad is not None for p in group["params"]))
+        for group in optimizer.param_groups
+    )
 
 
 def found_infinity(optimizer: Optimizer) -> Tensor | None:

@@ -9,7 +9,7 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fused_reg._attach import Attachments
+from fused_reg._attachments import Attachments
 
 _warned: WeakSet[Attachments] = WeakSet()
 

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from fused_reg._adjustable import Adjustable
 from fused_reg._arguments import Group, is_number
-from fused_reg._attach import Attachment, Attachments, Mode
+from fused_reg._attach import Attachment, Mode
+from fused_reg._attachments import Attachments
 from fused_reg._following import Source
 from fused_reg._parts import Part
 from fused_reg._report import Report, report_of, summary_of
@@ -249,6 +250,8 @@ class Regularizer(Adjustable):
         - A penalty shrinks the weights also in a group with ``maximize=True``, as ``weight_decay`` does.
         - It moves every element, also those whose gradient a hook masks (frozen rows of an embedding), as
           ``weight_decay`` does, in both modes: :doc:`/guides/proximal` says how to leave them out.
+        - It enters where ``weight_decay`` does: within a wrapper (Lookahead, SAM, Accelerate's, Fabric's, Opacus's) in
+          the optimizer that it holds; in a subclass that clips or replaces gradients, in the step of the base class.
 
         With ``mode="prox"`` the proximal operator follows the step, with each parameter group's learning rate:
 
@@ -259,14 +262,18 @@ class Regularizer(Adjustable):
         it is decoupled, as AdamW decouples decay. The weights shrink by ``lr * strength`` whatever the size of their
         gradients; the zeros are exact; but the point of rest is not that minimum. :doc:`/guides/proximal` has
         numbers, also for momentum, averaged weights, batch normalization and sparse gradients. Where a ``GradScaler``
-        skips a step, the proximal step is skipped, too. An optimizer whose weights are a function of its state
-        (schedule-free, dual averaging as FTRL and MADGRAD, master copies) would undo it, and with a rate other than
-        ``lr`` (``lr * d`` of Prodigy and D-Adaptation) it would be too large: both are refused. To find out, copies of
-        an optimizer that is not torch's take 40 steps with small parameters.
+        skips a step, the proximal step is skipped, too. It follows the whole step, with what a subclass does to the
+        weights after ``super().step()``; within a wrapper it follows that of the optimizer which the wrapper holds. An
+        optimizer whose weights are a function of its state (schedule-free, dual averaging as FTRL and MADGRAD, master
+        copies) would undo it, and with a rate other than ``lr`` (``lr * d`` of Prodigy and D-Adaptation) it would be
+        too large: both are refused. To find out, copies of an optimizer that is not torch's take 40 steps with small
+        parameters.
 
         Args:
-            optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later.
-                Several optimizers may each hold some; schedules then count the steps of the one attached first.
+            optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later, or a
+                wrapper of one, which may be none itself. Several optimizers may each hold some; schedules then count
+                the steps of the one attached first. One that is attached later takes over what an earlier one holds,
+                too, as in the next fit; a step of the earlier one is an error then.
             mode: ``"grad"`` or ``"prox"``.
             include_unused: whether parameters whose ``.grad`` is None take part in a step, in both modes. They count in
                 ``value`` either way. A step without any gradient stays none.
@@ -277,16 +284,17 @@ class Regularizer(Adjustable):
             attached, nor is a copied regularizer or attachment.
 
         Raises:
-            TypeError: ``optimizer`` is no torch optimizer.
-            ValueError: an unknown mode; the optimizer holds none of the parameters; it is attached already, or another
-                attachment handles one of its parameters; a strength requires grad, which it would never get; with mode
-                "prox", a learning rate is missing, negative, infinite or NaN (also before each step), or the optimizer
-                would undo proximal steps.
+            TypeError: ``optimizer`` is no torch optimizer, and wraps none.
+            ValueError: an unknown mode; the optimizer holds none of the parameters; it is attached already; a strength
+                requires grad, which it would never get; with mode "prox", a learning rate is missing, negative,
+                infinite or NaN (also before each step), or the optimizer would undo proximal steps.
 
         Warns:
             UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``; it cannot be
-                found out whether a proximal step lasts; a step did not call its closure, or changed parameters without
-                ``.grad``, so that it had no penalty; the penalty also comes from a loss or by hand, and counts twice.
+                found out whether a proximal step lasts. And once, later: the penalty also comes from a loss or by hand,
+                and counts twice; a step did not call its closure, or changed parameters without ``.grad``, so that it
+                had no penalty; no attached optimizer holds a parameter that may be trained; another one, as one created
+                anew, steps what the attached one had; parameters change between gradients without an attached step.
 
         Example:
             >>> import torch
@@ -302,8 +310,6 @@ class Regularizer(Adjustable):
         Source: Parikh and Boyd 2014, "Proximal Algorithms", section 4.2; Loshchilov and Hutter 2019, "Decoupled Weight
         Decay Regularization".
         """
-        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise TypeError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if mode not in ("grad", "prox"):
             raise ValueError(f'attach: mode must be "grad" or "prox", got {mode!r}')
         return self._attachments.add(self._followed(), optimizer, mode, include_unused)

@@ -141,7 +141,8 @@ def test_prox_takes_each_groups_own_learning_rate(tensor_lr, device):
     rules = [("3.*", {"l1": 0, "l2": 0.25}), ("0.*", {"l1": 0, "l2_norm": 0.3, "group": "row"})]
     regularizer = Regularizer(net, l1=0.1, rules=rules)
     regularizer.attach(optimizer, mode="prox")
-    step(optimizer)
+    with pytest.warns(UserWarning, match="of the regularizer must be in an attached optimizer"):
+        step(optimizer)
     for i, lr in zip((2, 3, 4), (0.5, 0.5, 0.5), strict=True):
         reference.prox_([before[i]], l1=0.1, step=lr)
     reference.prox_([before[5]], l1=0.1, step=0.25)
@@ -264,8 +265,9 @@ def test_parameters_that_an_optimizer_gets_later():
     net = make_net()
     params = list(net.parameters())
     optimizer = torch.optim.SGD(params[:2], lr=0.5)
-    Regularizer(net, l1=0.25).attach(optimizer, mode="prox")
-    step(optimizer)
+    Regularizer(params[:4], l1=0.25).attach(optimizer, mode="prox")
+    with pytest.warns(UserWarning, match="'2' and 1 more of the regularizer must be in an attached optimizer"):
+        step(optimizer)
     before = [p.detach().clone() for p in params[:4]]
     optimizer.add_param_group({"params": params[2:4], "lr": 0.25})
     step(optimizer)
@@ -363,15 +365,13 @@ def test_errors(optimizer, mode, error, message):
 def test_attached_twice():
     net = make()
     regularizer = Regularizer(net, l1=0.5)
-    optimizer, other = (torch.optim.SGD(net.parameters(), lr=0.1) for _ in range(2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     attachment = regularizer.attach(optimizer)
     for mode in ("grad", "prox"):
         with pytest.raises(
             ValueError, match="attach: optimizer must be attached once, got one that is attached already"
         ):
             regularizer.attach(optimizer, mode)
-        with pytest.raises(ValueError, match="but another attachment handles 'weight' already"):
-            regularizer.attach(other, mode)
     Regularizer(net, l2=0.5).attach(optimizer)  # another penalty is welcome
     step(optimizer)
     torch.testing.assert_close(attachment.value, reference.fused_penalty([*make().parameters()], l1=0.5).detach())

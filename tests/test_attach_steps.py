@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from fused_reg import Regularizer, _attach, fused_penalty
-from fused_reg._steps import is_nested
+from fused_reg._steps import depth_of
 
 MODES = pytest.mark.parametrize("mode", ["grad", "prox"])
 
@@ -298,7 +298,7 @@ def test_hooks_that_are_called_from_nowhere_are_an_error():
     optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)]
 
     def hook():
-        return is_nested(optimizers[0], hook.__code__)
+        return depth_of(optimizers[0], hook.__code__)
 
     with pytest.raises(RuntimeError, match="attach: torch must call the hooks of a step from a function that has the"):
         hook()

@@ -198,9 +198,11 @@ def test_a_parameter_that_an_optimizer_exchanges_is_followed():
     first, old, new = (nn.Parameter(torch.ones(1)) for _ in range(3))
     optimizer = torch.optim.SGD([first, old], lr=0.125)
     Regularizer([first, old, new], l1=1.0).attach(optimizer, "prox")
-    step(optimizer)
+    with pytest.warns(UserWarning, match="^attach: '2' of the regularizer must be in an attached optimizer"):
+        step(optimizer)
     optimizer.param_groups[0]["params"][1] = new
-    step(optimizer)
+    with pytest.warns(UserWarning, match="^attach: '1' of the regularizer must be in an attached optimizer"):
+        step(optimizer)
     assert (first.item(), old.item(), new.item()) == (0.75, 0.875, 0.875)
 
 

@@ -1,0 +1,66 @@
+"""The attachments of a `Regularizer`: which parameter is handled by which, and which by none."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from fused_reg import _strays
+from fused_reg._attach import Attachment, Mode
+from fused_reg._table import Table
+from fused_reg._wrapped import innermost
+
+
+class Attachments:
+    """In their order. They are kept alive by the optimizers' hooks, not from here."""
+
+    def __init__(self) -> None:
+        self._refs: list[weakref.ref[Attachment]] = []
+        self._regularizer = object()  # stands for it where its parameters outlive it
+        self._missing: set[int] = set()  # parameters of which was said that no optimizer holds them
+
+    def __iter__(self) -> Iterator[Attachment]:
+        """Those that are active."""
+        return (a for ref in self._refs if (a := ref()) is not None and a.is_active)
+
+    def add(self, table: Table, given: Any, mode: Mode, include_unused: bool) -> Attachment:
+        """A new one, which takes its parameters over from earlier ones."""
+        optimizer = innermost(given, {id(entry.param) for entry in table.entries})
+        if any(a.optimizer is optimizer for a in self):
+            raise ValueError("attach: optimizer must be attached once, got one that is attached already")
+        earlier = list(self)
+        attachment = Attachment(table, self, optimizer, mode, include_unused)
+        own = {id(entry.param) for entry in attachment.entries}
+        for other in earlier:
+            if name := next((e.name for e in other.entries if id(e.param) in own), None):
+                other.end(name)
+        alive = [a for ref in self._refs if (a := ref()) is not None]
+        for other in alive:
+            if other.optimizer is optimizer:  # which is attached again, after another one was
+                other.remove()
+        self._refs = [weakref.ref(a) for a in (*alive, attachment)]
+        self.register(attachment)
+        return attachment
+
+    def handled(self, but: Attachment | None = None) -> set[int]:
+        """The identities of the parameters that the active ones handle."""
+        return {id(entry.param) for a in self if a is not but for entry in a.entries}
+
+    def register(self, attachment: Attachment) -> None:
+        _strays.handle(attachment, self._regularizer)
+
+    def warn_of_missing(self, table: Table) -> None:
+        """Of parameters that may be trained, but by no optimizer that is attached."""
+        known = self.handled() | self._missing
+        missing = [e for e in table.entries if e.param.requires_grad and id(e.param) not in known]
+        if missing:
+            self._missing |= {id(entry.param) for entry in missing}
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            warnings.warn(
+                f"attach: {missing[0].name!r}{more} of the regularizer must be in an attached optimizer to get a "
+                "penalty, but is in none; attach to the one that holds it, or build the Regularizer of what is trained",
+                UserWarning,
+                stacklevel=6,
+            )

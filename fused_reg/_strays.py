@@ -1,0 +1,107 @@
+"""Steps of optimizers that are without the penalty that their parameters have in the steps of another one."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fused_reg._steps import has_closure, may_change
+from fused_reg._wrapped import optimizers_in
+
+if TYPE_CHECKING:
+    from fused_reg._attach import Attachment
+
+_Ref: TypeAlias = "weakref.ref[Attachment]"
+#: Of a parameter, by the regularizer: its name there, and the attachment that handles it and dies with its optimizer.
+_handled: Any = WeakTensorKeyDictionary()
+#: Optimizers of which is known, since the last attachment, whether they step without a penalty.
+_known: dict[int, weakref.ref[Optimizer]] = {}
+#: Steps within which that of an attached optimizer may come.
+_begun: dict[int, list[tuple[str, Attachment, int]]] = {}
+_hooks: list[Any] = []
+
+
+def handle(attachment: Attachment, regularizer: object) -> None:
+    """Its parameters are handled by it from now on: instead of an earlier one of the same regularizer, and of those
+    to other optimizers where the regularizer is new."""
+    if not _hooks:
+        _hooks.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
+    handler = weakref.ref(attachment)
+    for entry in attachment.entries:
+        own = _handled.setdefault(entry.param, {})
+        if regularizer not in own:
+            for key, (_, ref) in list(own.items()):
+                if (other := ref()) is None or other.optimizer is not attachment.optimizer:
+                    del own[key]
+        own[regularizer] = entry.name, handler
+    _known.clear()
+
+
+def forget(attachment: _Ref) -> None:
+    """It was removed, because no penalty is meant; or what there is to say of it was said."""
+    for own in _handled.values():
+        for key, (_, ref) in list(own.items()):
+            if ref is attachment:
+                del own[key]
+    _known.clear()
+
+
+def is_handled(p: Tensor, attachment: Attachment) -> bool:
+    return any(ref() is attachment for _, ref in _handled.get(p, {}).values())
+
+
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Of every optimizer's step. A compiler that traces it finds nothing."""
+    if is_compiling():
+        return
+    if _begun:
+        _begun.pop(id(optimizer), None)  # of a step that raised
+    known = _known.get(id(optimizer))
+    if known is None or known() is not optimizer:
+        _look(optimizer, has_closure(args, kwargs))
+
+
+def _look(optimizer: Optimizer, evaluates: bool) -> None:
+    groups = getattr(optimizer, "param_groups", ())
+    found = [row for group in groups for p in group["params"] for row in _handled.get(p, {}).values()]
+    if found and not may_change(optimizer, evaluates):
+        return
+    _known[id(optimizer)] = weakref.ref(optimizer)
+    own = [optimizer, *optimizers_in(optimizer).values()]
+    begun = []
+    for name, ref in found:
+        attachment = ref()
+        if attachment is None or not attachment.is_active:
+            forget(ref)
+            _warn(optimizer, name, "an optimizer that is gone")
+            return
+        if not attachment.is_stepping and all(x is not attachment.optimizer for x in own):
+            begun.append((name, attachment, attachment.entered))
+    if begun:
+        _begun[id(optimizer)] = begun
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if is_compiling() or not _begun:
+        return
+    for name, attachment, entered in _begun.pop(id(optimizer), ()):
+        if attachment.entered == entered:
+            forget(weakref.ref(attachment))
+            _warn(optimizer, name, f"another optimizer, {type(attachment.optimizer).__name__}")
+            return
+
+
+def _warn(optimizer: Optimizer, name: str, where: str) -> None:
+    warnings.warn(
+        f"attach: {name!r} has its penalty in the steps of {where}, and {type(optimizer).__name__} steps it without; "
+        "call attach(optimizer) of its Regularizer, or remove() of what attach returned where no penalty is meant",
+        UserWarning,
+        stacklevel=5,
+    )
