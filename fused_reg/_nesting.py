@@ -30,6 +30,7 @@ class Nesting:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.levels = _hook_steps(optimizer)
+        self._is_single = "step" not in vars(optimizer) and len(list(_steps_of(type(optimizer)))) == 1
         self.depth = 0
         self._deepest = 0
         self._has_entered = False
@@ -55,7 +56,9 @@ class Nesting:
         return depth
 
     def added(self, params: _Params) -> None:
-        """The penalty, to their gradients."""
+        """The penalty, to their gradients. A single step is in no other one."""
+        if self._is_single:
+            return
         grad = next((p.grad for p in params() if p.grad is not None), None)
         self._penalized = None if grad is None else (weakref.ref(grad), grad._version)
 

@@ -211,6 +211,7 @@ def test_parameters_that_no_optimizer_holds():
     message = r"^attach: '2' and 1 more of the regularizer must be in an attached optimizer to get a penalty, but is in"
     with pytest.warns(UserWarning, match=message):
         train(net, optimizer, 1)
+    optimizer.param_groups[0]["weight_decay"] = 0.5  # the groups are looked at again
     train(net, optimizer, 1)  # said once
 
 
