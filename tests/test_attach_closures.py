@@ -349,6 +349,7 @@ def test_a_closure_that_skips_its_batch_is_no_step(mode):
     before, value = [p.detach().clone() for p in net.parameters()], attachment.value
     optimizer.step(lambda: loss_of(net))
     optimizer.step(lambda: None)
+    assert optimizer.step(lambda: torch.tensor(1.5)) == 1.5
     assert_same_bits([p.detach() for p in net.parameters()], before)
     assert_same_bits([attachment.value], [value])
     assert regularizer.step == 0
