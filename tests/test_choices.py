@@ -189,6 +189,10 @@ def test_strengths_are_set_where_the_term_is():
     assert [s[0] for s in strengths_of(regularizer).values()] == [0.75, 0.75, 0, 0, 0, 0]
     regularizer.set_strength(l1=0.125, where="*")
     assert [s[0] for s in strengths_of(regularizer).values()] == [0.125] * 6
+    regularizer.set_strength(l2_norm=0.25, where="0.*")
+    regularizer.set_strength(l2_norm=0.75)  # which these have now
+    assert [s[2] for s in strengths_of(regularizer).values()] == [0.75, 0.75, 0, 0, 0, 0]
+    regularizer = Regularizer(net, rules=[("[0-2].*", {"l1": 0.5})])
     regularizer.set_strength(l2_norm=0.5)  # nobody has it yet
     assert [s[2] for s in strengths_of(regularizer).values()] == [0.5] * 6
 

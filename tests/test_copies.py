@@ -71,6 +71,16 @@ def test_a_new_schedule_goes_on_at_the_loaded_step():
     assert strengths_of(held)["0.weight"] == (14, 0, 0)
 
 
+def test_a_new_schedule_goes_on_beside_what_has_left_it():
+    net = make_net()
+    regularizer = Regularizer(net, l1=HALVED)
+    regularizer.step = 3
+    regularizer.set_strength(l1=0.75, where="0.weight")
+    other = Regularizer(net, l1=lambda step: 10.0 + step)
+    other.load_state_dict(regularizer.state_dict())
+    assert [s[0] for s in strengths_of(other).values()] == [0.75] + [13] * 7
+
+
 def test_a_new_schedule_that_fails_there_changes_nothing():
     net = make_net()
     regularizer = Regularizer(net, l1=HALVED, l2=0.5)

@@ -186,6 +186,18 @@ def test_strengths_that_were_changed_in_turn():
     assert [found[f"{i}.weight"] for i in (0, 2, 3)] == [(0.125, 0.25, 0), (0, 0.25, 0), (0.375, 0.25, 0)]
 
 
+def test_loaded_strengths_stay_with_their_names():
+    net = make_net()
+    changed = Regularizer(net, l1=0.5)
+    changed.set_strength(l1=0.25, where="3.weight")
+    regularizer = Regularizer(net, l1=0.5)
+    regularizer.load_state_dict(changed.state_dict())
+    new_head(net)
+    with replaced("3.weight", "3.bias"):
+        found = strengths_of(regularizer)
+    assert (found["0.weight"], found["3.weight"], found["3.bias"]) == ((0.5, 0, 0), (0.25, 0, 0), (0.5, 0, 0))
+
+
 def test_a_layer_inside_of_one_that_had_none():
     net = make_net()
     regularizer = Regularizer(net, l1=0.125)
