@@ -89,4 +89,4 @@ def found_infinity(optimizer: Optimizer) -> Tensor | None:
 def _is_zero(rate: Any) -> bool:
     if isinstance(rate, Tensor):
         return rate.is_cpu and not bool(rate.any())
-    return bool(rate == 0)
+    return getattr(rate, "ndim", 0) == 0 and bool(rate == 0)

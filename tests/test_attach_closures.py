@@ -244,8 +244,10 @@ def attach(regularizer, optimizer, mode):
 
 
 class LeavesTheClosure(torch.optim.SGD):
+    @torch.no_grad()
     def step(self, closure=None):
-        return super().step()
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad)
 
 
 class TakesGradients(torch.optim.SGD):

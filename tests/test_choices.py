@@ -202,10 +202,10 @@ def test_a_schedule_that_never_advances():
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
 
-    def train(regularizer, steps, after=lambda: None):
+    def train(regularizer, steps, after=lambda: None, use=torch.Tensor.backward):
         for _ in range(steps):
             for _ in range(2):  # micro-batches
-                regularizer().backward()
+                use(regularizer())
             optimizer.step()
             after()
 
@@ -219,4 +219,4 @@ def test_a_schedule_that_never_advances():
     train(Regularizer(net, l1=0.5), 4)
     regularizer = Regularizer(net, l1=HALVED)
     with regularizer.attach(optimizer):  # which advances it; called for a log
-        train(regularizer, 4)
+        train(regularizer, 4, use=torch.Tensor.detach)
