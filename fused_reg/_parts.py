@@ -95,8 +95,7 @@ class Part:
         self._current_calls()  # now, not inside a graph that is being compiled
 
     def _current_calls(self) -> list[_Call]:
-        if not is_compiling():
-            check_whole("Regularizer", self._params, self._names)
+        check_whole("Regularizer", self._params, self._names)
         trained = [p.requires_grad for p in self._params]
         if trained != self._trained or self._version != self._table.version or self._params[0].device != self._device:
             self._table.place_cells()

@@ -297,7 +297,7 @@ def test_prox_in_compiled_code(backend):
         return y.square().sum()
 
     t = nn.Parameter(draw((4, 3)))
-    compiled = torch.compile(stepped, backend=backend)
+    compiled = torch.compile(stepped, backend=backend, fullgraph=True)
     with pytest.raises(Exception, match="must be a leaf"):
         compiled(t, False)
     expected = t.detach().clone()
