@@ -44,6 +44,7 @@ def _sample(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     return [p.to(device, dtype) for p in params]
 
 
+@torch.no_grad()
 def _failures(dtype: torch.dtype, device: torch.device) -> list[str]:
     params = _sample(dtype, device)
     host = [p.cpu() for p in params]

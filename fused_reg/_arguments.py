@@ -98,17 +98,15 @@ def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
         raise TypeError(
             f"{function}: params must be tensors, got the module {type(params).__name__}; pass its `.parameters()`"
         )
-    is_eager = not is_compiling()
     try:
-        tensors = read(function, params) if is_eager else list(params)
+        tensors = read(function, params)
     except TypeError:
         if isinstance(params, Iterable):
             raise  # from inside the iterable
         raise TypeError(
             f"{function}: params must be a tensor or an iterable of tensors, got {_described(params)}"
         ) from None
-    if is_eager:
-        check_whole(function, tensors)
+    check_whole(function, tensors)
     for i, p in enumerate(tensors if forward_ad._current_level >= 0 else ()):
         _check_no_tangent(f"{function}: params[{i}]", p)
     return tensors

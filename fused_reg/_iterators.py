@@ -8,6 +8,8 @@ from inspect import GEN_CREATED, getgeneratorstate
 from types import GeneratorType
 from typing import Any, TypeVar
 
+from torch.compiler import is_compiling
+
 _T = TypeVar("_T")
 
 _LIST_ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())))
@@ -15,7 +17,7 @@ _LIST_ITERATORS: tuple[type, ...] = (type(iter([])), type(iter(())))
 
 def read(function: str, items: Iterable[_T]) -> list[_T]:
     """All of them. What is empty by itself is an empty list."""
-    if type(items) is list or not hasattr(items, "__next__"):
+    if type(items) is list or is_compiling() or not hasattr(items, "__next__"):
         return list(items)
     begun = _is_begun(items)
     if begun == _AT_END:

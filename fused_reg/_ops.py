@@ -43,14 +43,29 @@ library = _load()
 _operators = torch.ops.fused_reg
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    """The operator, called directly where nothing traces: through ``torch.ops`` a small call takes twice as long."""
+def _operator(name: str, check: Callable[[str, list[Tensor]], None] | None = None) -> Callable[..., Any]:
+    """The operator, called directly where nothing traces: through ``torch.ops`` a small call takes twice as long.
+    ``check``: of the parameters, in the frame that is traced, behind any graph break."""
     direct, traced = getattr(library, name), getattr(_operators, name).default
 
     def operator(*args: Any) -> Any:
-        return traced(*args) if is_compiling() else direct(*args)
+        if not is_compiling():
+            return direct(*args)
+        if check is not None:
+            check("prox_: ", args[0])
+        return traced(*args)
 
     return operator
+
+
+def check_not_in_graph(where: str, params: list[Tensor]) -> None:
+    """What `prox_` writes outside of autograd. A view of a leaf is the leaf."""
+    for i, p in enumerate(params if torch.is_grad_enabled() else ()):
+        if p.requires_grad and not p.is_leaf and not (p._base is not None and p._base.is_leaf):
+            raise ValueError(
+                f"{where}params[{i}] must be a leaf, as a parameter is, got the result of an operation, whose graph "
+                "would not know of the change; call it under torch.no_grad()"
+            )
 
 
 penalty: Callable[..., Tensor] = _operator("penalty")
@@ -60,7 +75,7 @@ penalty_grad: Callable[..., list[Tensor]] = _operator("penalty_grad")
 rescale_grad_: Callable[..., None] = _operator("rescale_grad_")
 accumulate_grad_: Callable[..., Tensor] = _operator("accumulate_grad_")
 empty_grads: Callable[..., list[Tensor]] = _operator("empty_grads")
-prox_: Callable[..., None] = _operator("prox_")
+prox_: Callable[..., None] = _operator("prox_", check_not_in_graph)
 soft_norms: Callable[..., Tensor] = _operator("soft_norms")
 group_norms: Callable[..., Tensor] = _operator("group_norms")
 term_sums: Callable[..., Tensor] = _operator("term_sums")

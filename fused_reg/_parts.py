@@ -108,8 +108,7 @@ class Part:
         self._current_calls()  # now, not inside a graph that is being compiled
 
     def _current_calls(self, without: Collection[int] = ()) -> list[_Call]:
-        if not is_compiling():
-            check_whole("Regularizer", self.params, self._names)
+        check_whole("Regularizer", self.params, self._names)
         chosen = [p.requires_grad for p in self.params]
         for place in without:
             chosen[place] = False

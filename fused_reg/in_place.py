@@ -189,21 +189,11 @@ def check_writable(
         if distributed.is_sharded(tensors):
             distributed.check_distinct(tensors)
             shards = distributed.shards_of(tensors)
-            _check_not_in_graph("", tensors)  # the operators see the shards only
+            _ops.check_not_in_graph("", tensors)  # the operators see the shards only
         check_numbers(name, shards, {**strengths.tensors(), "step": step[1]})
         _ops.check_writable(shards)
     except Exception as error:
         raise_explained(name, tensors, error)
-
-
-def _check_not_in_graph(where: str, params: list[Tensor]) -> None:
-    """What `prox_` writes outside of autograd. A view of a leaf is the leaf."""
-    for i, p in enumerate(params if torch.is_grad_enabled() else ()):
-        if p.requires_grad and not p.is_leaf and not (p._base is not None and p._base.is_leaf):
-            raise ValueError(
-                f"{where}params[{i}] must be a leaf, as a parameter is, got the result of an operation, whose graph "
-                "would not know of the change; call it under torch.no_grad()"
-            )
 
 
 def _set_grad(p: Tensor, grad: Tensor) -> None:
@@ -294,7 +284,7 @@ def shrink(
     if not tensors:
         return
     if is_compiling():  # where the operator runs, nothing is a leaf any more
-        _check_not_in_graph(f"{name}: ", tensors)
+        _ops.check_not_in_graph(f"{name}: ", tensors)
     if distributed.is_sharded(tensors):
         check_writable(name, tensors, strengths, step)
         try:

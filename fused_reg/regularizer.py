@@ -86,7 +86,7 @@ class Regularizer(Adjustable):
         >>> regularizer = Regularizer(model, l2=1e-3, weights_only=True, rules=rules)
         >>> regularizer
         Regularizer(
-          l1=0.0001: 1 parameter, 200 elements: 0.weight
+          l1=0.0001, l2=0.001: 1 parameter, 200 elements: 0.weight
           l2=0.001: 1 parameter, 10 elements: 2.weight
         )
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
