@@ -11,6 +11,7 @@ opposite one, and the two run in turn; the very first is the step without a pena
 """
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,8 +28,7 @@ from benchmarks.checks import MODES, Errors, Problem, Strengths, Tensors, WrongR
 from benchmarks.contenders import OURS, Contender, Peer, Work
 from fused_reg import reference
 
-# One step moves the weights far enough to be checked; the one that is timed leaves them as they are, or they would
-# be zeros before long.
+# One step moves the weights enough to be checked; the timed one leaves them, or they would be zeros before long.
 _CHECKED_STEP, _TIMED_STEP = 100.0, 1e-9
 _ZEROS_TOLERANCE = 1e-4  # of the elements that are exactly zero: those whose threshold is a rounding away may differ
 
@@ -147,13 +147,13 @@ def _step_work(problem: Problem, form: Form, kind: Callable[..., Optimizer], sta
         for p, source, grad in zip(params, problem.params, grads, strict=True):
             p.detach().copy_(source.detach())
             p.grad = grad.clone()
-        value = call()
+        with warnings.catch_warnings():  # of optimizers that step what is attached to others
+            warnings.simplefilter("ignore")
+            value = call()
         error = _step_error(form, optimizer, problem.params, grads)
-        if form.attach == "grad":
-            value = attached.value
-        if value is None:
-            return None, error
-        return problem.check(form.role, form.strengths, value, c.gradients(params), grads)
+        value = attached.value if form.attach == "grad" else value
+        checked = None if value is None else problem.check(form.role, form.strengths, value, c.gradients(params), grads)
+        return checked or (None, error)
 
     return Work(call, verify)
 

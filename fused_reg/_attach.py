@@ -225,7 +225,7 @@ class Attachment:
 
     def _accumulate(self, optimizer: Optimizer) -> Tensor:
         """The gradient; returns what belongs to the objective: the penalty, negative where that is maximized."""
-        scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves scaled gradients to fused optimizers
+        scale = optimizer.__dict__.get("grad_scale")  # GradScaler leaves scaled gradients to fused optimizers
         scale = 1.0 if scale is None else scale
         value, objective = self._part.accumulate_grad_(scale, skip_missing=not self._include_unused)
         found_inf = found_infinity(optimizer)
@@ -261,7 +261,7 @@ class Attachment:
             return
         if self._mode == "prox":
             self._shrinking.prox_(self._steps(optimizer), self._unused)
-        if next(iter(self._all), None) is self and not self._is_captured():  # several optimizers count once
+        if self._all.is_first(self) and not self._is_captured():  # several optimizers count once
             self._table.count(found_infinity(optimizer))
 
     def _has_stepped(self, optimizer: Optimizer) -> bool:

@@ -25,6 +25,10 @@ class Attachments:
         """Those that are active."""
         return (a for ref in self._refs if (a := ref()) is not None and a.is_active)
 
+    def is_first(self, attachment: Attachment) -> bool:
+        """Whether it is the one whose steps are counted."""
+        return self._refs[0]() is attachment or next(iter(self), None) is attachment
+
     def add(self, table: Table, given: Any, mode: Mode, include_unused: bool) -> Attachment:
         """A new one, which takes its parameters over from earlier ones."""
         optimizer = innermost(given, {id(entry.param) for entry in table.entries})

@@ -74,19 +74,25 @@ def has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def may_change(optimizer: Optimizer, evaluates: bool = False) -> bool:
     """Whether the step may change a parameter, for all that is known without a look at its gradient."""
-    return any(
-        not _is_zero(group.get("lr")) and (evaluates or any(p.grad is not None for p in group["params"]))
-        for group in optimizer.param_groups
-    )
+    for group in optimizer.param_groups:
+        if not _is_zero(group.get("lr")):
+            if evaluates:
+                return True
+            for p in group["params"]:
+                if p.grad is not None:
+                    return True
+    return False
 
 
 def found_infinity(optimizer: Optimizer) -> Tensor | None:
     """What ``GradScaler`` leaves to a fused optimizer: not 0 if its step will be skipped."""
-    found_inf = getattr(optimizer, "found_inf", None)
+    found_inf = optimizer.__dict__.get("found_inf")
     return found_inf.reshape(()) if isinstance(found_inf, Tensor) else None
 
 
 def _is_zero(rate: Any) -> bool:
+    if type(rate) is float:
+        return rate == 0
     if isinstance(rate, Tensor):
         return rate.is_cpu and not bool(rate.any())
     return getattr(rate, "ndim", 0) == 0 and bool(rate == 0)
