@@ -115,6 +115,7 @@ FORMS = (
 def optimizer_steps(problem: Problem, mode: str = "step", peers: Sequence[Peer] = ()) -> Iterator[Contender]:
     """Every optimizer and tier of the device, in every form. All step one copy of the parameters, and those of a family
     share the optimizer's state, so that none has the better memory."""
+    warnings.filterwarnings("ignore", "attach: .* steps it without")  # what is attached to others: on purpose
     if problem.params[0].dtype == torch.bfloat16:  # it moves by less than its rounding: a step cannot be checked
         return
     params = [p.detach().clone().requires_grad_() for p in problem.params]
@@ -147,9 +148,7 @@ def _step_work(problem: Problem, form: Form, kind: Callable[..., Optimizer], sta
         for p, source, grad in zip(params, problem.params, grads, strict=True):
             p.detach().copy_(source.detach())
             p.grad = grad.clone()
-        with warnings.catch_warnings():  # of optimizers that step what is attached to others
-            warnings.simplefilter("ignore")
-            value = call()
+        value = call()
         error = _step_error(form, optimizer, problem.params, grads)
         value = attached.value if form.attach == "grad" else value
         checked = None if value is None else problem.check(form.role, form.strengths, value, c.gradients(params), grads)
