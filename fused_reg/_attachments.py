@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from fused_reg import _strays
 from fused_reg._attach import Attachment, Mode
 from fused_reg._table import Table
+from fused_reg._warnings import warn
 from fused_reg._wrapped import innermost
 
 
@@ -62,9 +62,7 @@ class Attachments:
         if missing:
             self._missing |= {id(entry.param) for entry in missing}
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            warnings.warn(
+            warn(
                 f"attach: {missing[0].name!r}{more} of the regularizer must be in an attached optimizer to get a "
                 "penalty, but is in none; attach to the one that holds it, or build the Regularizer of what is trained",
-                UserWarning,
-                stacklevel=6,
             )

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from fused_reg._rates import rate_of
+from fused_reg._warnings import warn
 from fused_reg.in_place import prox_
 
 _STEPS = 40
@@ -53,11 +54,9 @@ def check_lasting(optimizer: Optimizer, regularized: Sequence[Tensor]) -> None:
             # Groups of Prodigy and D-Adaptation have a d, which may begin as large as one likes.
             has_own_rate = move < _LEAST_MOVE or any("d" in group for group in optimizer.param_groups)
             return _judge(kind.__name__, lasts, has_own_rate)
-    warnings.warn(
+    warn(
         f"attach: could not try whether {kind.__name__} keeps what a proximal step does ({reasons[0]}); it does not "
         'where weights are a function of its state (schedule-free, dual averaging), and mode "grad" is right there',
-        UserWarning,
-        stacklevel=5,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_reg._steps import has_closure, may_change
+from fused_reg._warnings import warn
 from fused_reg._wrapped import optimizers_in
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _warn(optimizer: Optimizer, name: str, where: str) -> None:
-    warnings.warn(
+    warn(
         f"attach: {name!r} has its penalty in the steps of {where}, and {type(optimizer).__name__} steps it without; "
         "call attach(optimizer) of its Regularizer, or remove() of what attach returned where no penalty is meant",
-        UserWarning,
-        stacklevel=5,
     )

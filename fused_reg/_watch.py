@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_reg import _strays
+from fused_reg._warnings import warn
 
 if TYPE_CHECKING:
     from fused_reg._attach import Attachment
@@ -62,12 +62,10 @@ class Watch:
                 self._warn(next(entry.name for entry in attachment.entries if entry.param is p), attachment)
 
     def _warn(self, name: str, attachment: Attachment) -> None:
-        warnings.warn(
+        warn(
             f"attach: {name!r} is trained without its penalty: it changes from gradient to gradient, but no step of "
             f"the attached {type(attachment.optimizer).__name__} comes; attach to the optimizer whose step() is "
             "called, or add regularizer() to the loss",
-            UserWarning,
-            stacklevel=6,
         )
 
 
