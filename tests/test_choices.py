@@ -216,6 +216,9 @@ def test_a_schedule_that_never_advances():
     train(regularizer, 3)  # said once
     regularizer = Regularizer(net, l1=HALVED)
     train(regularizer, 4, regularizer.advance)
+    regularizer = Regularizer(net, l1=HALVED)
+    regularizer.step = 0  # of epochs
+    train(regularizer, 4)
     train(Regularizer(net, l1=0.5), 4)
     regularizer = Regularizer(net, l1=HALVED)
     with regularizer.attach(optimizer):  # which advances it; called for a log
