@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 from weakref import WeakSet
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg._attachments import Attachments
+from fused_reg._warnings import warn
 
 _warned: WeakSet[Attachments] = WeakSet()
 
@@ -26,8 +26,7 @@ def warn_if_attached(attachments: Attachments, way: str) -> None:
     """Once for each regularizer; ``way``: where else the penalty is."""
     if not is_compiling() and attachments not in _warned and any(True for _ in attachments):
         _warned.add(attachments)
-        warnings.warn(
+        warn(
             f"Regularizer: the penalty counts twice, {way} and in the optimizer that it is attached to; take one of "
-            "them (`attachment.value` is the penalty to log)",
-            stacklevel=3,
+            "them (`attachment.value` is the penalty to log)"
         )
