@@ -107,6 +107,7 @@ def accumulate(
     ``skip_missing``: a parameter whose gradient is None gets none, and counts in the value."""
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
+    _check_not_traced(name, tensors)
     if distributed.is_sharded(tensors):
         shards = _checked_shards(name, tensors, strengths, factor, skip_missing)
         on_shards = partial(accumulate, name, skip_missing=skip_missing)
@@ -196,6 +197,12 @@ def check_writable(
         raise_explained(name, tensors, error)
 
 
+def _check_not_traced(name: str, tensors: list[Tensor]) -> None:
+    """``torch.jit.trace`` would lose what is written."""
+    if not is_compiling() and torch._C._is_tracing():
+        raise_explained(name, tensors, NotImplementedError())
+
+
 def _set_grad(p: Tensor, grad: Tensor) -> None:
     try:
         p.grad = grad
@@ -283,7 +290,8 @@ def shrink(
     """`prox_` for arguments that have been checked, in the name of a function."""
     if not tensors:
         return
-    if is_compiling():  # where the operator runs, nothing is a leaf any more
+    _check_not_traced(name, tensors)
+    if is_compiling() or torch._C._are_functorch_transforms_active():  # where the operator runs, everything is a leaf
         _ops.check_not_in_graph(f"{name}: ", tensors)
     if distributed.is_sharded(tensors):
         check_writable(name, tensors, strengths, step)
