@@ -123,8 +123,10 @@ class Source:
         }
 
     def look_at_all(self) -> None:
-        """Nothing but a look: a compiler that traces it compiles again where a place has another parameter by then."""
+        """Nothing but a look: a compiler that traces it compiles again where a place has another parameter by then, or
+        a mark was set."""
         if isinstance(self._module, Module):
+            assert str(_marks.count)  # of the number itself the compiler would make a variable
             _look_at_all(self._module)
 
     def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Given]:

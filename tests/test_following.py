@@ -301,6 +301,18 @@ def test_compiled_code_follows(change):
     assert compiled == 3
 
 
+def test_compiled_code_sees_a_mark():
+    torch.compiler.reset()
+    net = make_net()
+    regularizer = Regularizer(net, l1=0.125)
+    compiled = torch.compile(lambda: regularizer(), fullgraph=True, backend="eager")
+    compiled()
+    for strength in (0.25, 0.5, 0.75):
+        regularized(net[0], l1=strength, bias=True)
+        torch.testing.assert_close(compiled(), regularizer())
+        assert strengths_of(regularizer)["0.weight"] == (strength, 0, 0)
+
+
 def test_a_functional_call_is_followed():
     """A penalty in a module's forward is that of the parameters which the call puts there, for as long as it lasts."""
 
