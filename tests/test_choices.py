@@ -66,6 +66,11 @@ def marked(*indices: int, **mark) -> nn.Sequential:
             "on 1 (ReLU) must speak about a parameter",
         ),
         (
+            nn.Sequential(nn.Linear(2, 2), regularized(nn.ReLU(), l1=0.5)),
+            {"l2": None},
+            "on 1 (ReLU) must speak about a",
+        ),
+        (
             nn.ModuleList([nn.Linear(2, 2), regularized(nn.ParameterDict({"bias": torch.ones(2)}), l1=0.5)]),
             {},
             "on 1 (ParameterDict) must speak about a parameter, but there is none in it, or other marks speak",
