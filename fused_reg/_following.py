@@ -11,7 +11,7 @@ from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from fused_reg import _marks
 from fused_reg._candidates import Candidate, candidates_of
@@ -70,7 +70,11 @@ class Source:
         before = [c for c, _ in self.chosen]
         self._read(self.module, problems.append)
         now = [c for c, _ in self.chosen]
+        lent = {c.names[0] for c in (*before, *now) if not isinstance(c.param, Parameter)}  # for a functional call
         new, gone = _without(now, before), _without(before, now)
+        for name in lent:
+            new.pop(name, None)
+            gone.pop(name, None)
         replaced = new.keys() & gone.keys()
         said = [
             f"{_listed(names)} {what}"
@@ -84,7 +88,8 @@ class Source:
         problems = [problem.removeprefix("Regularizer: ") for problem in problems]
         if not said and not problems:
             return ""
-        changes = f"{', '.join(said)}; an optimizer must hold these" if said else "names have changed"
+        changes = ", ".join(said) or "names have changed"
+        changes += "; an optimizer must hold these" if new else ""
         text = "; ".join([f"Regularizer: it follows its module: {changes}", *problems])
         is_known = text in self._said
         self._said.add(text)
@@ -118,8 +123,10 @@ class Source:
         }
 
     def look_at_all(self) -> None:
-        """Nothing but a look: a compiler that traces it compiles again where a place has another parameter by then."""
+        """Nothing but a look: a compiler that traces it compiles again where a place has another parameter by then, or
+        a mark was set."""
         if isinstance(self._module, Module):
+            assert str(_marks.count)  # of the number itself the compiler would make a variable
             _look_at_all(self._module)
 
     def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Given]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
 from torch.compiler import is_compiling
 
 from fused_reg import _library
@@ -59,9 +60,10 @@ def _operator(name: str, check: Callable[[str, list[Tensor]], None] | None = Non
 
 
 def check_not_in_graph(where: str, params: list[Tensor]) -> None:
-    """What `prox_` writes outside of autograd. A view of a leaf is the leaf."""
+    """What `prox_` writes outside of autograd. A view of a leaf is the leaf; the inputs of ``torch.func`` are none."""
     for i, p in enumerate(params if torch.is_grad_enabled() else ()):
-        if p.requires_grad and not p.is_leaf and not (p._base is not None and p._base.is_leaf):
+        is_leaf = p.is_leaf or (p._base is not None and p._base.is_leaf)
+        if p.requires_grad and (not is_leaf or (not is_compiling() and is_gradtrackingtensor(p))):
             raise ValueError(
                 f"{where}params[{i}] must be a leaf, as a parameter is, got the result of an operation, whose graph "
                 "would not know of the change; call it under torch.no_grad()"

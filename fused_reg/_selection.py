@@ -41,11 +41,13 @@ class Choice:
         # Before weights_only looks at their dimensions, of which a piece has one.
         check_whole("Regularizer", [c.param for c in meant], [c.names[0] for c in meant])
         chosen = [(c, penalty) for c in meant if self._includes(c) and (penalty := self._penalty_of(c))]
-        if self.default.is_empty and not self.rules and not any(c.marks for c in candidates):
+        marked = marked_modules(params) if isinstance(params, Module) else {}
+        if self.default.is_empty and not self.rules and not marked and not any(c.marks for c in candidates):
             _refuse("Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none")
         if self.include == []:
             _refuse("Regularizer: include must have a pattern, got an empty list; leave it out for all")
-        for problem in (*self._unmatched(candidates), *([] if chosen else [_NOTHING]), *self._idle(params, candidates)):
+        problems = (*self._unmatched(candidates), *self._idle_marks(marked, candidates))
+        for problem in (*problems, *([] if chosen else [_NOTHING]), *self._idle(candidates)):
             complain(problem)
         if not chosen:
             _refuse(_NOTHING)
@@ -98,7 +100,7 @@ class Choice:
         }
         return [(argument, pattern) for argument, patterns in given.items() for pattern in patterns]
 
-    def _idle(self, params: Any, candidates: Sequence[Candidate]) -> Iterable[str]:
+    def _idle(self, candidates: Sequence[Candidate]) -> Iterable[str]:
         """What is given and has no effect."""
         chosen = [c for c in candidates if self._includes(c)]
         for pattern in self.include or []:
@@ -115,8 +117,6 @@ class Choice:
             elif "group" in given and all(self._norms_of(c) is None for c in own):
                 yield f"Regularizer: rules[{i}] {pattern!r}: group must have an l2_norm, got none"
         yield from self._idle_defaults(chosen)
-        if isinstance(params, Module):
-            yield from self._idle_marks(marked_modules(params), candidates)
 
     def _idle_defaults(self, chosen: Sequence[Candidate]) -> Iterable[str]:
         takers = [(c, (self._rule_of(c) or ("", {}))[1]) for c in chosen if not c.marks]

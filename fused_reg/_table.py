@@ -47,6 +47,7 @@ class Table:
         self.version = 0
         self._source = source
         self._step = 0
+        self._is_led = False  # whether somebody counts or sets the step
         self._skipped: Tensor | None = None  # how many of these steps were none, which a GPU knows
         self._cells: dict[str, Cell] = {}
         self._cells_version = -1
@@ -64,11 +65,7 @@ class Table:
 
     def is_standing(self) -> bool:
         """Whether it has a schedule, and no step was counted or set."""
-        return (
-            self._step == 0
-            and self._skipped is None
-            and any(cell.schedule is not None for cell in self.cells().values())
-        )
+        return self._step == 0 and not self._is_led and any(cell.schedule is not None for cell in self.cells().values())
 
     def look_at_all(self) -> None:
         """For a compiler: see `Source.look_at_all`."""
@@ -153,7 +150,7 @@ class Table:
         for name, _, schedule in due:
             if id(schedule) not in values:
                 values[id(schedule)] = scheduled(f"Regularizer: {name}", schedule, step)
-        self._step, self._skipped = step, None
+        self._step, self._skipped, self._is_led = step, None, True
         for _, cell, schedule in due:
             _fill(cell.value, values[id(schedule)])
 

@@ -28,5 +28,5 @@ def warn_if_attached(attachments: Attachments, way: str) -> None:
         _warned.add(attachments)
         warn(
             f"Regularizer: the penalty counts twice, {way} and in the optimizer that it is attached to; take one of "
-            "them (`attachment.value` is the penalty to log)",
+            "them (`attachment.value` is the penalty to log)"
         )

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.compiler import is_compiling
 
 from fused_reg import _devices, _ops, distributed
@@ -107,6 +108,8 @@ def accumulate(
     ``skip_missing``: a parameter whose gradient is None gets none, and counts in the value."""
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
+    if not is_compiling() and _is_tracing():  # which would lose what is written
+        raise_explained(name, tensors, NotImplementedError())
     if distributed.is_sharded(tensors):
         shards = _checked_shards(name, tensors, strengths, factor, skip_missing)
         on_shards = partial(accumulate, name, skip_missing=skip_missing)
@@ -283,8 +286,10 @@ def shrink(
     """`prox_` for arguments that have been checked, in the name of a function."""
     if not tensors:
         return
-    if is_compiling():  # where the operator runs, nothing is a leaf any more
+    if is_compiling() or _are_functorch_transforms_active():  # where the operator runs, everything is a leaf
         _ops.check_not_in_graph(f"{name}: ", tensors)
+    elif _is_tracing():
+        raise_explained(name, tensors, NotImplementedError())
     if distributed.is_sharded(tensors):
         check_writable(name, tensors, strengths, step)
         try:

@@ -187,7 +187,8 @@ class Regularizer(Adjustable):
             self._states = None
             warn(
                 "Regularizer: a schedule stands at step 0, but the parameters have changed twice since; call "
-                "regularizer.advance() after each optimizer.step(), or attach it to the optimizer, which does"
+                "regularizer.advance() after each optimizer.step(), or attach it to the optimizer, which does; set "
+                "regularizer.step where you count otherwise"
             )
 
     def __call__(self) -> Tensor:

@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda_on_host"
 #: What the kernels and operators decide. The rest is Python, or about the CPU's own threads and memory.
 TESTS = ("autograd", "gradient", "layout", "list", "strengths", "value", "sums", "accumulate_grad", "prox")
-#: Fibers take their time, most of all for rows of one element; test_cuda_operators.cpp has norms of all kinds.
-LARGE = (
-    "thousand or million or roundings or thread_counts or step_zero"
+#: Fibers take their time, most of all for rows of one element; test_cuda_operators.cpp has norms of all kinds. And the
+#: CPU's operators alone look at a strength before anything is written.
+LEFT_OUT = (
+    "thousand or million or roundings or thread_counts or step_zero or strength_that_is_nan"
     " or (row and (test_norms or test_optimal or sizes or strengths))"
 )
 
@@ -53,7 +54,7 @@ def prepare() -> None:
 def main() -> int:
     prepare()
     subprocess.run([sys.executable, "build.py", "-q", "build_ext", "--inplace"], cwd=BUILD, check=True)
-    arguments = sys.argv[1:] or ["-k", f"not ({LARGE})", *(f"tests/test_{name}.py" for name in (*TESTS, "on_host"))]
+    arguments = sys.argv[1:] or ["-k", f"not ({LEFT_OUT})", *(f"tests/test_{name}.py" for name in (*TESTS, "on_host"))]
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "not cuda", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(pytest, cwd=BUILD).returncode
 

@@ -66,6 +66,11 @@ def marked(*indices: int, **mark) -> nn.Sequential:
             "on 1 (ReLU) must speak about a parameter",
         ),
         (
+            nn.Sequential(nn.Linear(2, 2), regularized(nn.ReLU(), l1=0.5)),
+            {"l2": None},
+            "on 1 (ReLU) must speak about a",
+        ),
+        (
             nn.ModuleList([nn.Linear(2, 2), regularized(nn.ParameterDict({"bias": torch.ones(2)}), l1=0.5)]),
             {},
             "on 1 (ParameterDict) must speak about a parameter, but there is none in it, or other marks speak",
@@ -216,6 +221,9 @@ def test_a_schedule_that_never_advances():
     train(regularizer, 3)  # said once
     regularizer = Regularizer(net, l1=HALVED)
     train(regularizer, 4, regularizer.advance)
+    regularizer = Regularizer(net, l1=HALVED)
+    regularizer.step = 0  # of epochs
+    train(regularizer, 4)
     train(Regularizer(net, l1=0.5), 4)
     regularizer = Regularizer(net, l1=HALVED)
     with regularizer.attach(optimizer):  # which advances it; called for a log

@@ -286,6 +286,17 @@ def test_prox_writes_through_views_of_parameters(kind):
     prox_(tensor * 1, l1=0.5, step=1.0)  # in no graph
 
 
+@pytest.mark.parametrize("is_input", [True, False])
+def test_prox_refuses_what_torch_func_differentiates(is_input):
+    def stepped(x):
+        y = x if is_input else x * 1
+        prox_([y], l1=0.5, step=1.0)
+        return y.sum()
+
+    with pytest.raises(ValueError, match=r"^prox_: params\[0\] must be a leaf"):
+        torch.func.grad(stepped)(draw(3))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of Dynamo
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_prox_in_compiled_code(backend):
@@ -315,3 +326,12 @@ def test_jit_trace_is_refused(strengths):
     w = nn.Parameter(draw((4, 3)))
     with pytest.raises(NotImplementedError, match=r"^fused_penalty: torch.jit.trace is not supported"):
         torch.jit.trace(lambda w: fused_penalty([w], **strengths), (w,))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning")
+@pytest.mark.parametrize(
+    "change", [lambda w: prox_([w], l1=0.1, step=0.1), lambda w: accumulate_grad_([w], l1=0.1)], ids=["prox", "grad"]
+)
+def test_jit_trace_loses_no_change(change):
+    with pytest.raises(NotImplementedError, match=r"^[a-z_]+: torch.jit.trace is not supported"):
+        torch.jit.trace(lambda w: (change(w), w * 2)[1], (draw((4, 3)),))
