@@ -46,6 +46,7 @@ class Attachment:
         self._hooks: list[Any] = []
         self._seen: tuple[Any, ...] = ()  # what `_follow` found when it last looked
         self._is_checked = False  # what it found then, by `warn_of_missing`
+        self._frozen: list[Tensor] = []  # what no optimizer held then, and may train later
         self._taken_over = ""  # the name of a parameter that a later attachment handles
         self.entered = 0  # steps, as `_strays` counts them
         self._is_taken = False  # the step, by itself or by one within it
@@ -238,9 +239,9 @@ class Attachment:
     def _check(self) -> None:
         """At a step, because another optimizer may be attached before the first."""
         self._watch.end()
-        if not self._is_checked:
+        if not self._is_checked or any(p.requires_grad for p in self._frozen):
             self._is_checked = True
-            self._all.warn_of_missing(self._table)
+            self._frozen = self._all.warn_of_missing(self._table)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         depth, levels = self._nesting.leave(optimizer, self._codes[1]), self._nesting.levels

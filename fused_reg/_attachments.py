@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from fused_reg import _strays
 from fused_reg._attach import Attachment, Mode
 from fused_reg._table import Table
@@ -51,10 +53,11 @@ class Attachments:
     def register(self, attachment: Attachment) -> None:
         _strays.handle(attachment, self._regularizer)
 
-    def warn_of_missing(self, table: Table) -> None:
-        """Of parameters that may be trained, but by no optimizer that is attached."""
+    def warn_of_missing(self, table: Table) -> list[Tensor]:
+        """Of parameters that may be trained, but by no optimizer that is attached. Returns those that are frozen."""
         known = self.handled() | self._missing
-        missing = [e for e in table.entries if e.param.requires_grad and id(e.param) not in known]
+        unheld = [e for e in table.entries if id(e.param) not in known]
+        missing = [e for e in unheld if e.param.requires_grad]
         if missing:
             self._missing |= {id(entry.param) for entry in missing}
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -64,3 +67,4 @@ class Attachments:
                 UserWarning,
                 stacklevel=6,
             )
+        return [e.param for e in unheld if not e.param.requires_grad]
