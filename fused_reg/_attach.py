@@ -62,6 +62,7 @@ class Attachment:
         self._value: Tensor | None = None
         self._has_decay = False
         self._said: set[str] = set()
+        self.handler = _strays.Handler(weakref.ref(self))
         self._follow(optimizer)
         if mode == "prox":
             check_rates(optimizer.param_groups, self._groups)
@@ -106,7 +107,7 @@ class Attachment:
                 hook.remove()
             self._hooks = []
             self._watch.end()
-            _strays.forget(weakref.ref(self))
+            self.handler.is_over = True
 
     def end(self, name: str) -> None:
         """Another attachment has taken this parameter over. A step of this one is an error from now on."""
@@ -122,7 +123,7 @@ class Attachment:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = dict.fromkeys(("_codes", "_optimizer", "_all", "_nesting", "_watch"))
+        gone = dict.fromkeys(("_codes", "_optimizer", "_all", "_nesting", "_watch", "handler"))
         return {**vars(self), **gone, "_hooks": [], "_seen": ()}
 
     def __repr__(self) -> str:

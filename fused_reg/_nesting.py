@@ -53,6 +53,8 @@ class Nesting:
     def leave(self, optimizer: Optimizer, hook: CodeType) -> int:
         depth = self.depth if self.depth < 2 else depth_of(optimizer, hook)
         self.depth = depth - 1
+        if depth == 1:
+            self._penalized = None  # torch cannot swap a tensor that has a weak reference
         return depth
 
     def added(self, params: _Params) -> None:

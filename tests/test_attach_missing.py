@@ -234,8 +234,8 @@ def test_parameters_of_two_optimizers_and_frozen_ones():
     train(net, first, 1)
     train(net, second, 1)
     net[2].requires_grad_(True)
+    train(net, SGD(net[2].parameters(), lr=0.1), 1)
     with pytest.warns(UserWarning, match=r"^attach: '2.weight' and 1 more of the regularizer must be in an attached"):
-        train(net, SGD(net[2].parameters(), lr=0.1), 1)
         train(net, first, 1)
     train(net, second, 1)  # said once
 
