@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_reg import _strays
 from fused_reg._attach import Attachment, Mode
+from fused_reg._lasting import check_wrapper
 from fused_reg._table import Table
 from fused_reg._wrapped import innermost
 
@@ -32,6 +33,8 @@ class Attachments:
         optimizer = innermost(given, {id(entry.param) for entry in table.entries})
         if any(a.optimizer is optimizer for a in self):
             raise ValueError("attach: optimizer must be attached once, got one that is attached already")
+        if mode == "prox" and given is not optimizer:
+            check_wrapper(given, optimizer, [entry.param for entry in table.entries])
         earlier = list(self)
         attachment = Attachment(table, self, optimizer, mode, include_unused)
         own = {id(entry.param) for entry in attachment.entries}

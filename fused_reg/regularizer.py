@@ -266,8 +266,8 @@ class Regularizer(Adjustable):
         weights after ``super().step()``; within a wrapper it follows that of the optimizer which the wrapper holds. An
         optimizer whose weights are a function of its state (schedule-free, dual averaging as FTRL and MADGRAD, master
         copies) would undo it, and with a rate other than ``lr`` (``lr * d`` of Prodigy and D-Adaptation) it would be
-        too large: both are refused. To find out, copies of an optimizer that is not torch's take 40 steps with small
-        parameters.
+        too large: both are refused. To find out, copies of an optimizer or wrapper that is not torch's take 40 steps
+        with small parameters.
 
         Args:
             optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later, or a
