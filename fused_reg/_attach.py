@@ -100,6 +100,16 @@ class Attachment:
         """Whether a step of the optimizer runs."""
         return self._nesting.depth > 0
 
+    def look_within(self, other: Optimizer) -> None:
+        """At the first step of another optimizer that holds the same parameters, within a step of this one."""
+        first = next((e for e in self.entries if e.param.grad is not None), None)
+        is_held = first is not None and any(p is first.param for group in other.param_groups for p in group["params"])
+        if is_held and self._nesting.has_lost(self._params):
+            self._warn_once(
+                f"attach: a step of {type(self.optimizer).__name__} changes gradients after the penalty has entered "
+                f"and before {type(other).__name__} within it steps; attach to each optimizer that it holds instead"
+            )
+
     def remove(self) -> None:
         """Takes the hooks away. A second call does nothing."""
         if self._hooks:

@@ -95,7 +95,9 @@ def _look(optimizer: Optimizer, evaluates: bool) -> None:
             handler.is_over = True
             _warn(optimizer, name, "an optimizer that is gone")
             return
-        if not attachment.is_stepping and all(x is not attachment.optimizer for x in own):
+        if attachment.is_stepping and optimizer is not attachment.optimizer:
+            attachment.look_within(optimizer)
+        elif all(x is not attachment.optimizer for x in own):
             begun.append((name, attachment, attachment.entered))
     if begun:
         _begun[id(optimizer)] = begun

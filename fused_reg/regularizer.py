@@ -293,8 +293,9 @@ class Regularizer(Adjustable):
             UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``; it cannot be
                 found out whether a proximal step lasts. And once, later: the penalty also comes from a loss or by hand,
                 and counts twice; a step did not call its closure, or changed parameters without ``.grad``, so that it
-                had no penalty; no attached optimizer holds a parameter that may be trained; another one, as one created
-                anew, steps what the attached one had; parameters change between gradients without an attached step.
+                had no penalty; a wrapper of several optimizers changes gradients before their steps; no attached one
+                holds a parameter that may be trained; another one, as one created anew, steps what the attached one
+                had; parameters change between gradients without an attached step.
 
         Example:
             >>> import torch

@@ -315,3 +315,31 @@ def test_a_wrapper_that_undoes_it(trained):
     for wrapper in (Passing(base), base):
         Regularizer(net, l1=0.1).attach(wrapper, "prox").remove()
     Regularizer(net, l1=0.1).attach(Averaging(base))
+
+
+class Several(Optimizer):
+    """Two optimizers, each of a part."""
+
+    def __init__(self, params, clips):
+        params = list(params)
+        super().__init__(params, {"lr": 0.1})
+        self.parts, self.clips = [SGD(params[:1], lr=0.1), Adam(params[1:], lr=0.1)], clips
+
+    def step(self, closure=None):
+        if self.clips:
+            nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.1)
+        for part in self.parts:
+            part.step()
+
+
+def test_a_wrapper_of_several_that_changes_gradients_is_said():
+    for clips in (False, True):
+        net = make()
+        optimizer = Several(net.parameters(), clips)
+        Regularizer(net, l2=L2).attach(optimizer)
+        sum(p.sum() for p in net.parameters()).backward()
+        if clips:
+            message = r"^attach: a step of Several changes gradients after the penalty has entered and before SGD"
+            with pytest.warns(UserWarning, match=message):
+                optimizer.step()
+        optimizer.step()
