@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.__future__ import get_swap_module_params_on_conversion
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_reg._steps import has_closure, may_change
 from fused_reg._wrapped import optimizers_in
@@ -20,7 +23,10 @@ from fused_reg._wrapped import optimizers_in
 if TYPE_CHECKING:
     from fused_reg._attach import Attachment
 
-_ATTRIBUTE = "_fused_reg_handled"  # of a parameter: torch cannot swap a tensor that has a weak reference
+#: The rows of parameters; of those that torch may swap, which a weak reference forbids, an attribute. (With one, every
+#: operator takes longer.)
+_handled: Any = WeakTensorKeyDictionary()
+_ATTRIBUTE = "_fused_reg_handled"
 #: Optimizers of which is known, since the last attachment, whether they step without a penalty.
 _known: dict[int, weakref.ref[Optimizer]] = {}
 #: Steps within which that of an attached optimizer may come.
@@ -56,12 +62,15 @@ def handle(attachment: Attachment, regularizer: object) -> None:
                 if (other := handler.attachment()) is None or other.optimizer is not attachment.optimizer:
                     del own[key]
         own[regularizer] = entry.name, attachment.handler
-        vars(entry.param)[_ATTRIBUTE] = own
+        if is_traceable_wrapper_subclass(entry.param) or get_swap_module_params_on_conversion():
+            vars(entry.param)[_ATTRIBUTE] = own
+        else:
+            _handled[entry.param] = own
     _known.clear()
 
 
 def _rows_of(p: Tensor) -> dict[object, tuple[str, Handler]]:
-    rows: dict[object, tuple[str, Handler]] = vars(p).get(_ATTRIBUTE, {})
+    rows: dict[object, tuple[str, Handler]] = vars(p).get(_ATTRIBUTE) or _handled.get(p, {})
     return {key: row for key, row in rows.items() if not row[1].is_over}
 
 

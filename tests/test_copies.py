@@ -105,7 +105,11 @@ def test_parameters_that_an_optimizer_has_are_as_others_to_torch(tmp_path, kind)
     """They can be swapped, as those that are distributed are by ``net.cpu()``, and a file of them has tensors only."""
     net = make_net()
     optimizer = kind(net.parameters(), lr=0.1)
-    Regularizer(net, l2=0.5).attach(optimizer)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        Regularizer(net, l2=0.5).attach(optimizer)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
     torch.save(list(net.parameters()), tmp_path / "parameters.pt")
     torch.load(tmp_path / "parameters.pt", weights_only=True)
     sum(p.sum() for p in net.parameters()).backward()
