@@ -46,6 +46,7 @@ class Attachment:
         self._hooks: list[Any] = []
         self._seen: tuple[Any, ...] = ()  # what `_follow` found when it last looked
         self._is_checked = False  # what it found then, by `warn_of_missing`
+        self._frozen: list[Tensor] = []  # what no optimizer held then, and may train later
         self._taken_over = ""  # the name of a parameter that a later attachment handles
         self.entered = 0  # steps, as `_strays` counts them
         self._is_taken = False  # the step, by itself or by one within it
@@ -61,6 +62,7 @@ class Attachment:
         self._value: Tensor | None = None
         self._has_decay = False
         self._said: set[str] = set()
+        self.handler = _strays.Handler(weakref.ref(self))
         self._follow(optimizer)
         if mode == "prox":
             check_rates(optimizer.param_groups, self._groups)
@@ -98,6 +100,16 @@ class Attachment:
         """Whether a step of the optimizer runs."""
         return self._nesting.depth > 0
 
+    def look_within(self, other: Optimizer) -> None:
+        """At the first step of another optimizer that holds the same parameters, within a step of this one."""
+        first = next((e for e in self.entries if e.param.grad is not None), None)
+        is_held = first is not None and any(p is first.param for group in other.param_groups for p in group["params"])
+        if is_held and self._nesting.has_lost(self._params):
+            self._warn_once(
+                f"attach: a step of {type(self.optimizer).__name__} changes gradients after the penalty has entered "
+                f"and before {type(other).__name__} within it steps; attach to each optimizer that it holds instead"
+            )
+
     def remove(self) -> None:
         """Takes the hooks away. A second call does nothing."""
         if self._hooks:
@@ -105,7 +117,7 @@ class Attachment:
                 hook.remove()
             self._hooks = []
             self._watch.end()
-            _strays.forget(weakref.ref(self))
+            self.handler.is_over = True
 
     def end(self, name: str) -> None:
         """Another attachment has taken this parameter over. A step of this one is an error from now on."""
@@ -121,7 +133,7 @@ class Attachment:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = dict.fromkeys(("_codes", "_optimizer", "_all", "_nesting", "_watch"))
+        gone = dict.fromkeys(("_codes", "_optimizer", "_all", "_nesting", "_watch", "handler"))
         return {**vars(self), **gone, "_hooks": [], "_seen": ()}
 
     def __repr__(self) -> str:
@@ -238,9 +250,9 @@ class Attachment:
     def _check(self) -> None:
         """At a step, because another optimizer may be attached before the first."""
         self._watch.end()
-        if not self._is_checked:
+        if not self._is_checked or any(p.requires_grad for p in self._frozen):
             self._is_checked = True
-            self._all.warn_of_missing(self._table)
+            self._frozen = self._all.warn_of_missing(self._table)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         depth, levels = self._nesting.leave(optimizer, self._codes[1]), self._nesting.levels

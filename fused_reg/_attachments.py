@@ -6,8 +6,11 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from fused_reg import _strays
 from fused_reg._attach import Attachment, Mode
+from fused_reg._lasting import check_wrapper
 from fused_reg._table import Table
 from fused_reg._warnings import warn
 from fused_reg._wrapped import innermost
@@ -34,6 +37,8 @@ class Attachments:
         optimizer = innermost(given, {id(entry.param) for entry in table.entries})
         if any(a.optimizer is optimizer for a in self):
             raise ValueError("attach: optimizer must be attached once, got one that is attached already")
+        if mode == "prox" and given is not optimizer:
+            check_wrapper(given, optimizer, [entry.param for entry in table.entries])
         earlier = list(self)
         attachment = Attachment(table, self, optimizer, mode, include_unused)
         own = {id(entry.param) for entry in attachment.entries}
@@ -55,10 +60,11 @@ class Attachments:
     def register(self, attachment: Attachment) -> None:
         _strays.handle(attachment, self._regularizer)
 
-    def warn_of_missing(self, table: Table) -> None:
-        """Of parameters that may be trained, but by no optimizer that is attached."""
+    def warn_of_missing(self, table: Table) -> list[Tensor]:
+        """Of parameters that may be trained, but by no optimizer that is attached. Returns those that are frozen."""
         known = self.handled() | self._missing
-        missing = [e for e in table.entries if e.param.requires_grad and id(e.param) not in known]
+        unheld = [e for e in table.entries if id(e.param) not in known]
+        missing = [e for e in unheld if e.param.requires_grad]
         if missing:
             self._missing |= {id(entry.param) for entry in missing}
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -66,3 +72,4 @@ class Attachments:
                 f"attach: {missing[0].name!r}{more} of the regularizer must be in an attached optimizer to get a "
                 "penalty, but is in none; attach to the one that holds it, or build the Regularizer of what is trained",
             )
+        return [e.param for e in unheld if not e.param.requires_grad]

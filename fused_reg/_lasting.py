@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from fused_reg._rates import rate_of
 from fused_reg._warnings import warn
+from fused_reg._wrapped import held, optimizers_in
 from fused_reg.in_place import prox_
 
 _STEPS = 40
@@ -38,7 +39,16 @@ class _NotTriedError(Exception):
     """The copies took no step that could be looked at."""
 
 
-def check_lasting(optimizer: Optimizer, regularized: Sequence[Tensor]) -> None:
+def check_wrapper(wrapper: Any, optimizer: Optimizer, regularized: Sequence[Tensor]) -> None:
+    """Raises where what is around an optimizer undoes its proximal steps. One that has other objects (a trainer, an
+    accelerator) passes steps on, and is not copied."""
+    plain = ("builtins", "collections", "torch")
+    own = [x for x in vars(wrapper).values() if not isinstance(x, Optimizer) and not callable(x)]
+    if all(type(x).__module__.partition(".")[0] in plain for x in own):
+        check_lasting(wrapper, [p for p in regularized if id(p) in held(optimizer)], is_wrapper=True)
+
+
+def check_lasting(optimizer: Optimizer, regularized: Sequence[Tensor], is_wrapper: bool = False) -> None:
     """Raises where a proximal step does not last, and warns where it cannot be tried. torch's optimizers are known."""
     kind = type(optimizer)
     if kind.__module__.startswith("torch.") or not any(p.numel() for p in regularized):
@@ -54,6 +64,8 @@ def check_lasting(optimizer: Optimizer, regularized: Sequence[Tensor]) -> None:
             # Groups of Prodigy and D-Adaptation have a d, which may begin as large as one likes.
             has_own_rate = move < _LEAST_MOVE or any("d" in group for group in optimizer.param_groups)
             return _judge(kind.__name__, lasts, has_own_rate)
+    if is_wrapper:
+        return
     warn(
         f"attach: could not try whether {kind.__name__} keeps what a proximal step does ({reasons[0]}); it does not "
         'where weights are a function of its state (schedule-free, dual averaging), and mode "grad" is right there',
@@ -109,6 +121,9 @@ def _copy_of(optimizer: Any, regularized: set[int], as_it_is: bool) -> _Copy:
     state: dict[Any, Any] = defaultdict(dict)
     groups: list[dict[str, Any]] = []
     memo: dict[int, Any] = {id(optimizer): copied, id(optimizer.param_groups): groups, id(optimizer.state): state}
+    for inner in optimizers_in(optimizer).values():  # whose parameters have stand-ins of other sizes
+        if held(inner) <= held(optimizer):
+            memo.setdefault(id(inner.state), defaultdict(dict))
     sources: list[tuple[Tensor, Parameter]] = []
     for group in optimizer.param_groups:
         own: dict[Any, Parameter] = {}

@@ -30,7 +30,9 @@ class Nesting:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.levels = _hook_steps(optimizer)
-        self._is_single = "step" not in vars(optimizer) and len(list(_steps_of(type(optimizer)))) == 1
+        kind = type(optimizer)
+        self._is_single = kind.__module__.startswith("torch.") and "step" not in vars(optimizer)
+        self._is_single &= len(list(_steps_of(kind))) == 1
         self.depth = 0
         self._deepest = 0
         self._has_entered = False
@@ -53,6 +55,8 @@ class Nesting:
     def leave(self, optimizer: Optimizer, hook: CodeType) -> int:
         depth = self.depth if self.depth < 2 else depth_of(optimizer, hook)
         self.depth = depth - 1
+        if depth == 1:
+            self._penalized = None  # torch cannot swap a tensor that has a weak reference
         return depth
 
     def added(self, params: _Params) -> None:
@@ -69,6 +73,10 @@ class Nesting:
         ref, version = self._penalized
         grad = next((p.grad for p in params() if p.grad is not None), None)
         return grad is not None and ref() is grad and grad._version == version
+
+    def has_lost(self, params: _Params) -> bool:
+        """Whether their gradients had it, and are others by now."""
+        return self._penalized is not None and not self.has_penalty(params)
 
     def has_missed(self, params: _Params) -> bool:
         """Whether the step that ends, and is in no other one, changed the parameters without one that is as deep as was

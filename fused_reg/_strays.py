@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.__future__ import get_swap_module_params_on_conversion
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_reg._steps import has_closure, may_change
@@ -18,9 +23,10 @@ from fused_reg._wrapped import optimizers_in
 if TYPE_CHECKING:
     from fused_reg._attach import Attachment
 
-_Ref: TypeAlias = "weakref.ref[Attachment]"
-#: Of a parameter, by the regularizer: its name there, and the attachment that handles it and dies with its optimizer.
+#: The rows of parameters; of those that torch may swap, which a weak reference forbids, an attribute. (With one, every
+#: operator takes longer.)
 _handled: Any = WeakTensorKeyDictionary()
+_ATTRIBUTE = "_fused_reg_handled"
 #: Optimizers of which is known, since the last attachment, whether they step without a penalty.
 _known: dict[int, weakref.ref[Optimizer]] = {}
 #: Steps within which that of an attached optimizer may come.
@@ -28,33 +34,48 @@ _begun: dict[int, list[tuple[str, Attachment, int]]] = {}
 _hooks: list[Any] = []
 
 
+@dataclass
+class Handler:
+    """The attachment, which dies with its optimizer; and whether there is nothing more to say of it: it was removed,
+    because no penalty is meant, or it was said."""
+
+    attachment: weakref.ref[Attachment]
+    is_over: bool = False
+
+
+class _Rows(dict[object, tuple[str, Handler]]):
+    """Of a parameter, by the regularizer: its name there, and what handles it. It is pickled as nothing."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # which `torch.load(weights_only=True)` takes
+
+
 def handle(attachment: Attachment, regularizer: object) -> None:
     """Its parameters are handled by it from now on: instead of an earlier one of the same regularizer, and of those
     to other optimizers where the regularizer is new."""
     if not _hooks:
         _hooks.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
-    handler = weakref.ref(attachment)
     for entry in attachment.entries:
-        own = _handled.setdefault(entry.param, {})
+        own = _Rows(_rows_of(entry.param))
         if regularizer not in own:
-            for key, (_, ref) in list(own.items()):
-                if (other := ref()) is None or other.optimizer is not attachment.optimizer:
+            for key, (_, handler) in list(own.items()):
+                if (other := handler.attachment()) is None or other.optimizer is not attachment.optimizer:
                     del own[key]
-        own[regularizer] = entry.name, handler
+        own[regularizer] = entry.name, attachment.handler
+        if is_traceable_wrapper_subclass(entry.param) or get_swap_module_params_on_conversion():
+            vars(entry.param)[_ATTRIBUTE] = own
+        else:
+            _handled[entry.param] = own
     _known.clear()
 
 
-def forget(attachment: _Ref) -> None:
-    """It was removed, because no penalty is meant; or what there is to say of it was said."""
-    for own in _handled.values():
-        for key, (_, ref) in list(own.items()):
-            if ref is attachment:
-                del own[key]
-    _known.clear()
+def _rows_of(p: Tensor) -> dict[object, tuple[str, Handler]]:
+    rows: dict[object, tuple[str, Handler]] = vars(p).get(_ATTRIBUTE) or _handled.get(p, {})
+    return {key: row for key, row in rows.items() if not row[1].is_over}
 
 
 def is_handled(p: Tensor, attachment: Attachment) -> bool:
-    return any(ref() is attachment for _, ref in _handled.get(p, {}).values())
+    return any(handler is attachment.handler for _, handler in _rows_of(p).values())
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -65,24 +86,27 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
         _begun.pop(id(optimizer), None)  # of a step that raised
     known = _known.get(id(optimizer))
     if known is None or known() is not optimizer:
-        _look(optimizer, has_closure(args, kwargs))
+        outside_of_graphs: Any = torch.compiler.disable
+        outside_of_graphs(_look)(optimizer, has_closure(args, kwargs))
 
 
 def _look(optimizer: Optimizer, evaluates: bool) -> None:
     groups = getattr(optimizer, "param_groups", ())
-    found = [row for group in groups for p in group["params"] for row in _handled.get(p, {}).values()]
+    found = [row for group in groups for p in group["params"] for row in _rows_of(p).values()]
     if found and not may_change(optimizer, evaluates):
         return
     _known[id(optimizer)] = weakref.ref(optimizer)
     own = [optimizer, *optimizers_in(optimizer).values()]
     begun = []
-    for name, ref in found:
-        attachment = ref()
+    for name, handler in found:
+        attachment = handler.attachment()
         if attachment is None or not attachment.is_active:
-            forget(ref)
+            handler.is_over = True
             _warn(optimizer, name, "an optimizer that is gone")
             return
-        if not attachment.is_stepping and all(x is not attachment.optimizer for x in own):
+        if attachment.is_stepping and optimizer is not attachment.optimizer:
+            attachment.look_within(optimizer)
+        elif all(x is not attachment.optimizer for x in own):
             begun.append((name, attachment, attachment.entered))
     if begun:
         _begun[id(optimizer)] = begun
@@ -93,7 +117,7 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     for name, attachment, entered in _begun.pop(id(optimizer), ()):
         if attachment.entered == entered:
-            forget(weakref.ref(attachment))
+            attachment.handler.is_over = True
             _warn(optimizer, name, f"another optimizer, {type(attachment.optimizer).__name__}")
             return
 

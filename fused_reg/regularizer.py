@@ -267,8 +267,8 @@ class Regularizer(Adjustable):
         weights after ``super().step()``; within a wrapper it follows that of the optimizer which the wrapper holds. An
         optimizer whose weights are a function of its state (schedule-free, dual averaging as FTRL and MADGRAD, master
         copies) would undo it, and with a rate other than ``lr`` (``lr * d`` of Prodigy and D-Adaptation) it would be
-        too large: both are refused. To find out, copies of an optimizer that is not torch's take 40 steps with small
-        parameters.
+        too large: both are refused. To find out, copies of an optimizer or wrapper that is not torch's take 40 steps
+        with small parameters.
 
         Args:
             optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later, or a
@@ -294,8 +294,9 @@ class Regularizer(Adjustable):
             UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``; it cannot be
                 found out whether a proximal step lasts. And once, later: the penalty also comes from a loss or by hand,
                 and counts twice; a step did not call its closure, or changed parameters without ``.grad``, so that it
-                had no penalty; no attached optimizer holds a parameter that may be trained; another one, as one created
-                anew, steps what the attached one had; parameters change between gradients without an attached step.
+                had no penalty; a wrapper of several optimizers changes gradients before their steps; no attached one
+                holds a parameter that may be trained; another one, as one created anew, steps what the attached one
+                had; parameters change between gradients without an attached step.
 
         Example:
             >>> import torch

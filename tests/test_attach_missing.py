@@ -233,6 +233,11 @@ def test_parameters_of_two_optimizers_and_frozen_ones():
     regularizer.attach(second)
     train(net, first, 1)
     train(net, second, 1)
+    net[2].requires_grad_(True)
+    train(net, SGD(net[2].parameters(), lr=0.1), 1)
+    with pytest.warns(UserWarning, match=r"^attach: '2.weight' and 1 more of the regularizer must be in an attached"):
+        train(net, first, 1)
+    train(net, second, 1)  # said once
 
 
 # Gradients, but no step

@@ -4,6 +4,7 @@ penalty enters in the innermost step. (Hard case 45.)
 The classes are built as those of well-known packages. Each is trained with `weight_decay` and, instead, attached.
 """
 
+import threading
 from collections import OrderedDict, defaultdict
 
 import pytest
@@ -264,3 +265,81 @@ def test_a_wrapper_with_two_optimizers_of_all():
     w.grad = torch.zeros(1)
     optimizer.step()
     assert w.item() == 1 - 0.0625
+
+
+class Averaging:
+    """Schedule-free around another optimizer."""
+
+    def __init__(self, base):
+        self.base, self.state = base, {}
+
+    @property
+    def param_groups(self):
+        return self.base.param_groups
+
+    def zero_grad(self):
+        self.base.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            x, z, k = self.state.get(p, (p.clone(), p.clone(), 0))
+            p.copy_(z)
+            self.state[p] = (x, p, k + 1)
+        self.base.step()
+        for p, (x, z, k) in list(self.state.items()):
+            self.state[p] = (x.lerp(z, 1 / (k + 1)), z.clone(), k)
+            p.copy_(self.state[p][0].lerp(z, 0.1))
+
+
+class Passing(Averaging):
+    """A trainer's, which is not copied."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.trainer = threading.Lock()
+
+    def step(self, closure=None):
+        self.base.step()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_wrapper_that_undoes_it(trained):
+    net = nn.Linear(12, 9)
+    base = torch.optim.Adam(net.parameters(), lr=0.1)
+    if trained:
+        net(torch.ones(12)).sum().backward()
+        base.step()
+    with pytest.raises(ValueError, match="got Averaging, whose weights are a function of its state"):
+        Regularizer(net, l1=0.1).attach(Averaging(base), "prox")
+    for wrapper in (Passing(base), base):
+        Regularizer(net, l1=0.1).attach(wrapper, "prox").remove()
+    Regularizer(net, l1=0.1).attach(Averaging(base))
+
+
+class Several(Optimizer):
+    """Two optimizers, each of a part."""
+
+    def __init__(self, params, clips):
+        params = list(params)
+        super().__init__(params, {"lr": 0.1})
+        self.parts, self.clips = [SGD(params[:1], lr=0.1), Adam(params[1:], lr=0.1)], clips
+
+    def step(self, closure=None):
+        if self.clips:
+            nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.1)
+        for part in self.parts:
+            part.step()
+
+
+def test_a_wrapper_of_several_that_changes_gradients_is_said():
+    for clips in (False, True):
+        net = make()
+        optimizer = Several(net.parameters(), clips)
+        Regularizer(net, l2=L2).attach(optimizer)
+        sum(p.sum() for p in net.parameters()).backward()
+        if clips:
+            message = r"^attach: a step of Several changes gradients after the penalty has entered and before SGD"
+            with pytest.warns(UserWarning, match=message):
+                optimizer.step()
+        optimizer.step()

@@ -92,3 +92,32 @@ def test_a_new_schedule_that_fails_there_changes_nothing():
     ):
         other.load_state_dict(regularizer.state_dict())
     assert other.state_dict() == before
+
+
+class Clipped(torch.optim.SGD):
+    def step(self, closure=None):
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.5)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Clipped])
+def test_parameters_that_an_optimizer_has_are_as_others_to_torch(tmp_path, kind):
+    """They can be swapped, as those that are distributed are by ``net.cpu()``, and a file of them has tensors only."""
+    net = make_net()
+    optimizer = kind(net.parameters(), lr=0.1)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        Regularizer(net, l2=0.5).attach(optimizer)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    torch.save(list(net.parameters()), tmp_path / "parameters.pt")
+    torch.load(tmp_path / "parameters.pt", weights_only=True)
+    sum(p.sum() for p in net.parameters()).backward()
+    optimizer.step()
+    optimizer.state.clear()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    optimizer.step()
