@@ -40,11 +40,11 @@ class Candidate(Named):
     def check(self) -> None:
         """Raises unless it is a parameter that can be regularized."""
         param, where = self.param, f"Regularizer: params[{self.names[0]!r}]"
-        out = f"; leave it out with exclude={self.names[0]!r}"
+        out = f" leave it out with exclude={self.names[0]!r}"
         if isinstance(param, UninitializedParameter):
             raise TypeError(
                 f"{where} must be initialized, got {type(param).__name__}; run the module once so that it knows its "
-                f"shapes, or leave it out with exclude={self.names[0]!r}"
+                f"shapes, or{out}"
             )
         if not isinstance(param, Parameter) and not param.requires_grad:
             raise ValueError(f"{where} must be a parameter, got a tensor without grad; pass it itself, not its `.data`")
@@ -52,9 +52,9 @@ class Candidate(Named):
             raise ValueError(f"{where} must be a leaf, as a parameter is, got the result of {param.grad_fn}")
         if param.requires_grad and (param.dtype not in _DTYPES or param.is_nested):
             got = "a nested tensor" if param.is_nested else param.dtype
-            raise TypeError(f"{where} must be one tensor of float32, float64, bfloat16 or float16, got {got}{out}")
+            raise TypeError(f"{where} must be one tensor of float32, float64, bfloat16 or float16, got {got};{out}")
         if param.requires_grad and param.layout is not torch.strided:
-            raise TypeError(f"{where} must be dense (torch.strided), got {param.layout}{out}")
+            raise TypeError(f"{where} must be dense (torch.strided), got {param.layout};{out}")
 
 
 def candidates_of(params: Any, known: Mapping[str, Mark], shown: Mapping[tuple[int, str], Tensor]) -> list[Candidate]:

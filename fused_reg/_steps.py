@@ -67,11 +67,6 @@ def is_inert(optimizer: Optimizer) -> bool:
     return not any(map(bool, moved))
 
 
-def has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a step with these arguments makes gradients of its own."""
-    return any(map(callable, (*args[1:], *kwargs.values())))
-
-
 def may_change(optimizer: Optimizer, evaluates: bool = False) -> bool:
     """Whether the step may change a parameter, for all that is known without a look at its gradient."""
     for group in optimizer.param_groups:

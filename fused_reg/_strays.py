@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused_reg._steps import has_closure, may_change
+from fused_reg._closures import closure_of
+from fused_reg._steps import may_change
 from fused_reg._warnings import warn
 from fused_reg._wrapped import optimizers_in
 
@@ -87,7 +88,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     known = _known.get(id(optimizer))
     if known is None or known() is not optimizer:
         outside_of_graphs: Any = torch.compiler.disable
-        outside_of_graphs(_look)(optimizer, has_closure(args, kwargs))
+        outside_of_graphs(_look)(optimizer, closure_of(args, kwargs) is not None)
 
 
 def _look(optimizer: Optimizer, evaluates: bool) -> None:
