@@ -14,11 +14,11 @@ import build_config
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda_on_host"
 #: What the kernels and operators decide. The rest is Python, or about the CPU's own threads and memory.
-TESTS = ("autograd", "gradient", "layout", "list", "strengths", "value", "sums", "accumulate_grad", "prox")
+TESTS = ("autograd", "gradient", "layout", "list", "strengths", "value", "sums", "accumulate_grad", "prox", "golden")
 #: Fibers take their time, most of all for rows of one element; test_cuda_operators.cpp has norms of all kinds. And the
 #: CPU's operators alone look at a strength before anything is written.
 LEFT_OUT = (
-    "thousand or million or roundings or thread_counts or step_zero or strength_that_is_nan"
+    "thousand or million or roundings or thread_counts or step_zero or strength_that_is_nan or instruction_sets"
     " or (row and (test_norms or test_optimal or sizes or strengths))"
 )
 

@@ -1,17 +1,9 @@
-"""The same bits for any thread count, repeated runs, memory alignment and instruction set (docs, Numerics)."""
-
-import functools
-import json
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
+"""The same bits for any thread count, repeated runs and memory alignment (docs, Numerics); test_golden.py has the
+instruction sets."""
 
 import pytest
 import torch
 from oracle import assert_same_bits, bits, gradients
-from print_bits import RESULTS, SIZES, STRENGTHS, all_bits, contents
 from samples import CHUNK, DTYPES, draw, draw_list, leaves, mixed_list
 from samples import STRENGTHS as LIST_STRENGTHS
 
@@ -97,44 +89,9 @@ def test_permuted_memory_is_summed_in_memory_order(dtype, device):
     assert_same_bits([fused_penalty(w.t(), l1=0.1, l2=0.3)], [fused_penalty(w.reshape(-1), l1=0.1, l2=0.3)])
 
 
-_bits_here = functools.cache(all_bits)
-
-
-def _run(capability: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("print_bits.py")],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return json.loads(done.stdout)
-
-
-def _asked_and_expected() -> dict[str, str]:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return {"default": "baseline"}
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    avx2 = has.get("avx2", torch.cpu._is_avx2_supported())
-    avx512 = has.get("avx512_f", torch.cpu._is_avx512_supported())
-    return {"default": "baseline"} | ({"avx2": "AVX2"} if avx2 else {}) | ({"avx512": "AVX512"} if avx512 else {})
-
-
-@pytest.mark.parametrize(("asked", "expected"), _asked_and_expected().items())
-def test_cpu_capabilities(asked, expected):
-    """The instruction set that was asked for is used, and gives the bits of the one chosen here."""
-    run = _run(asked)
-    assert run["capability"] == expected
-    here = _bits_here()
-    assert len(here) == len(DTYPES) * len(contents(torch.float32)) * len(STRENGTHS) * RESULTS
-    assert [case for case in here if run["bits"][case] != here[case]] == []
-
-
 def test_bits_tell_apart():
     """What the comparisons above rest on."""
     assert bits(torch.tensor(0.0)) != bits(torch.tensor(-0.0))
     assert bits(torch.tensor([1.0, 2.0]).flip(0)) == bits(torch.tensor([2.0, 1.0]))
-    assert len(SIZES) == 7
     with pytest.raises(AssertionError, match=r"tensor 1, element 2 of 3: -0\.0 is not 0\.0 \(1 wrong\)"):
         assert_same_bits([torch.ones(1), torch.tensor([1.0, 0.0, -0.0])], [torch.ones(1), torch.tensor([1.0, 0, 0])])

@@ -1,4 +1,4 @@
-"""What a GPU promises beyond the CPU: the CPU's bits, tables of every length, out of memory."""
+"""What a GPU promises beyond the CPU: the CPU's bits (more: test_golden.py), tables of every length, out of memory."""
 
 from contextlib import contextmanager
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from oracle import assert_same_bits, gradients
-from print_bits import STRENGTHS, contents
 from samples import CHUNK, DTYPES, draw, leaves, many, mixed_list, one_each
 
 from fused_reg import _ops, fused_penalty, value_and_grad
@@ -80,20 +79,6 @@ def test_a_thousand_random_lists_have_the_bits_of_the_cpu(cuda):
         assert_same_bits(actual, gradients(fused_penalty, params, 0.37, **strengths))
     assert max(distances) <= 1
     assert sum(distances) == 0
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_special_contents_have_the_bits_of_the_cpu(dtype, cuda):
-    """Subnormals, the largest numbers, NaN and infinities."""
-    for params in contents(dtype).values():
-        copies = [p.to(cuda) for p in params]
-        for strengths in STRENGTHS:
-            value, grads = value_and_grad(params, **strengths)
-            there, grads_there = value_and_grad(copies, **strengths)
-            assert_same_bits([there, *grads_there], [value, *grads])
-            assert_same_bits([fused_penalty(copies, **strengths)], [value])
-            actual = gradients(fused_penalty, copies, 0.37, **strengths)
-            assert_same_bits(actual, gradients(fused_penalty, params, 0.37, **strengths))
 
 
 def test_term_sums_have_the_bits_of_the_cpu(cuda):
