@@ -71,9 +71,9 @@ inline void check_meta(at::TensorList params) {
                     params[0].device(), "), got meta");
 }
 
-inline void check_number_device(const char* name, const OptionalTensor& number, at::Device params) {
-  TORCH_CHECK_VALUE(!number.has_value() || number->is_cpu() || number->device() == params, name,
-                    " must be on the CPU or on the parameters' device (", params, "), got ", number->device());
+inline void check_number_device(const char* name, const at::Tensor& number, at::Device params) {
+  TORCH_CHECK_VALUE(number.is_cpu() || number.device() == params, name,
+                    " must be on the CPU or on the parameters' device (", params, "), got ", number.device());
 }
 
 inline void check_strength_memory(const at::Tensor& strength) {
@@ -106,15 +106,23 @@ inline void check_needs_grad(size_t count, size_t params) {
   TORCH_CHECK_VALUE(count == params, "needs_grad must belong to the parameters (", params, "), got ", count);
 }
 
-inline void check_norms(const OptionalTensor& norms, at::IntArrayRef first_groups, at::TensorList params, bool rows) {
+inline void check_group(int64_t group) {
+  constexpr auto kLast = static_cast<int64_t>(Grouping::kColumn);
+  TORCH_CHECK_VALUE(group >= 0 && group <= kLast, "group must be 0 to ", kLast, ", got ", group);
+}
+
+inline void check_grouped(Grouping group) { TORCH_CHECK_VALUE(group != Grouping::kNone, "l2_norm must be given"); }
+
+inline void check_norms(const OptionalTensor& norms, at::IntArrayRef first_groups, at::TensorList params,
+                        Grouping group) {
   TORCH_CHECK_VALUE(first_groups.size() == params.size(), "first_groups must have one number per parameter (",
                     params.size(), "), got ", first_groups.size());
   bool fit = norms.has_value() && norms->scalar_type() == at::kDouble && norms->is_contiguous() &&
              norms->device() == params[0].device();
   for (const auto t : c10::irange(fit ? params.size() : 0)) {
-    fit &= first_groups[t] >= 0 && first_groups[t] <= norms->numel() - groups_of(params[t], rows);
+    fit &= first_groups[t] >= 0 && first_groups[t] <= norms->numel() - groups_of(params[t], group);
   }
-  TORCH_CHECK_VALUE(fit, "norms must be those that penalty_and_norms gave");
+  TORCH_CHECK_VALUE(fit, "norms must be those that penalty gave");
 }
 
 inline void check_grads(size_t count, size_t params) {
@@ -125,7 +133,7 @@ inline void check_grads(size_t count, size_t params) {
 inline void check_grad(size_t i, const at::Tensor& grad, const at::Tensor& like) {
   TORCH_CHECK_VALUE(grad.device() == like.device() && grad.scalar_type() == like.scalar_type() &&
                         grad.sizes() == like.sizes() && has_layout_of(grad, like),
-                    "grads[", i, "] must have the device, dtype, shape and strides that penalty_and_grad gave it");
+                    "grads[", i, "] must have the device, dtype, shape and strides that penalty gave it");
 }
 
 // Of the value of a list.

@@ -3,21 +3,40 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/movedim.h>
+
+#include <algorithm>
 
 namespace fused_reg {
 
-// Each row (slice along dimension 0) of a dense tensor is a run of memory, and the rows follow on one another.
-inline bool has_rows_in_a_run(const at::Tensor& dense) {
-  return dense.dim() == 0 || dense.size(0) <= 1 || dense.numel() == 0 ||
-         dense.stride(0) == dense.numel() / dense.size(0);
+// What l2_norm takes the norms of: nothing; whole tensors; the slices of each along a dimension, 0 (rows) and further.
+enum class Grouping : int64_t { kNone, kTensor, kRow, kColumn };
+
+// The dimension whose indices are groups; -1 where the tensor is one group.
+inline int64_t sliced_dim(const at::Tensor& t, Grouping group) {
+  const int64_t d = static_cast<int64_t>(group) - static_cast<int64_t>(Grouping::kRow);
+  return d < t.dim() ? std::max<int64_t>(d, -1) : -1;
 }
 
-// The tensor itself if it is one run of memory, and with `rows` row after row; else a copy that is.
-inline at::Tensor as_run(const at::Tensor& t, bool rows) {
-  if (!t.is_non_overlapping_and_dense()) {
-    return rows ? t.clone(at::MemoryFormat::Contiguous) : t.clone();
+// The groups of a tensor; an empty one has none.
+inline int64_t groups_of(const at::Tensor& t, Grouping group) {
+  const int64_t d = sliced_dim(t, group);
+  return t.numel() == 0 || group == Grouping::kNone ? 0 : d < 0 ? 1 : t.size(d);
+}
+
+// Each group of a dense tensor is a run of memory, and the groups follow on one another.
+inline bool has_groups_in_runs(const at::Tensor& dense, Grouping group) {
+  const int64_t d = sliced_dim(dense, group);
+  return d < 0 || dense.size(d) <= 1 || dense.numel() == 0 || dense.stride(d) == dense.numel() / dense.size(d);
+}
+
+// The tensor itself if it is one run of memory, group after group; else a copy that is.
+inline at::Tensor as_run(const at::Tensor& t, Grouping group) {
+  if (t.is_non_overlapping_and_dense() && has_groups_in_runs(t, group)) {
+    return t;
   }
-  return rows && !has_rows_in_a_run(t) ? t.clone(at::MemoryFormat::Contiguous) : t;
+  const int64_t d = sliced_dim(t, group);
+  return d < 0 ? t.clone() : t.movedim(d, 0).clone(at::MemoryFormat::Contiguous).movedim(0, d);
 }
 
 // Tensors of one shape whose elements follow on one another in the same order.
@@ -36,11 +55,6 @@ inline at::Tensor laid_out_as(const at::Tensor& param, at::Tensor grad) {
     return grad;
   }
   return at::empty_like(param).copy_(grad);
-}
-
-// Groups of l2_norm; an empty tensor has none.
-inline int64_t groups_of(const at::Tensor& t, bool rows) {
-  return t.numel() == 0 ? 0 : rows && t.dim() > 0 ? t.size(0) : 1;
 }
 
 }  // namespace fused_reg

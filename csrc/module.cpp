@@ -65,10 +65,12 @@ bool load(PyObject* xs, List* out) {
 
 PyObject* to_python(at::Tensor&& tensor) { return THPVariable_Wrap(std::move(tensor)); }
 PyObject* to_python(std::vector<at::Tensor>&& tensors) { return THPVariable_WrapList(tensors); }
-template <class First, class Second>
-PyObject* to_python(std::tuple<First, Second>&& both) {
-  PyObject* const first = to_python(std::get<0>(std::move(both)));
-  return Py_BuildValue("NN", first, to_python(std::get<1>(std::move(both))));
+template <class... Items>
+PyObject* to_python(std::tuple<Items...>&& items) {
+  THPObjectPtr tuple(PyTuple_New(sizeof...(Items)));
+  Py_ssize_t i = 0;
+  std::apply([&](Items&... item) { (PyTuple_SET_ITEM(tuple.get(), i++, to_python(std::move(item))), ...); }, items);
+  return tuple.release();
 }
 
 struct WithoutGil {
@@ -160,9 +162,32 @@ PyObject* have_attributes(PyObject*, PyObject* list) {
   return PyBool_FromLong(found);
 }
 
+// The errors that accumulate_grad_ would raise, or without modes prox_, for lists that they are given in parts.
+PyObject* check_writable(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject* given[3] = {};
+  std::vector<at::Tensor> params, grads;
+  std::vector<int64_t> modes;
+  if (!PyArg_UnpackTuple(args, "check_writable", 3, 3, &given[0], &given[1], &given[2]) || !load(given[0], &params) ||
+      !load(given[1], &grads) || !load(given[2], &modes)) {
+    return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "params must be tensors");
+  }
+  check_dtypes(params);
+  if (modes.empty()) {
+    check_not_in_graph(params);
+    fused_reg::check_writable(params);
+  } else {
+    check_accumulation(params, grads, modes);
+  }
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef functions[] = {
     {"build_info", build_info_dict, METH_NOARGS,
      "Versions of torch and the compiler that this library was built with, and the CPU capability in use."},
+    {"check_writable", check_writable, METH_VARARGS,
+     "Raises what accumulate_grad_ or prox_ would of (params, grads, modes)."},
     {"have_attributes", have_attributes, METH_O, "Whether an object of a list has attributes of its own."},
     {}};
 

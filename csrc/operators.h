@@ -1,6 +1,6 @@
 // What the operators of ops.cpp do, for every backend that has a ListPass:
 //
-//   ListPass(params, selection, strengths)   checks; the list, not yet read
+//   ListPass(params, selection, numbers)     checks; the list, not yet read
 //   empty_grad(param)                        memory for its gradient
 //   write_grad(t, grad), add_grad(t, grad)   which gradients the next pass shall give, and where
 //   run_...                                  one pass over the list
@@ -11,64 +11,50 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/unsqueeze.h>
 #include <c10/core/InferenceMode.h>
 
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "layout.h"
-#include "strengths.h"
+#include "numbers.h"
 
 namespace fused_reg {
-
-// The strengths of a list in an operator's arguments.
-#define FUSED_REG_STRENGTHS                                                                               \
-  Floats l1, Floats l2, Floats l2_norm, const OptionalTensor &l1_tensor, const OptionalTensor &l2_tensor, \
-      const OptionalTensor &l2_norm_tensor, bool rows
-#define FUSED_REG_STRENGTH_ARGS \
-  StrengthArgs { {"l1", l1, l1_tensor}, {"l2", l2, l2_tensor}, {"l2_norm", l2_norm, l2_norm_tensor}, rows }
 
 template <class ListPass>
 struct Operators {
   using Tensors = std::vector<at::Tensor>;
-  using Value = at::Tensor;
 
-  static Value penalty(at::TensorList params, FUSED_REG_STRENGTHS) {
-    ListPass pass(params, all_of(params.size()), FUSED_REG_STRENGTH_ARGS);
-    return pass.has_norms() ? std::get<0>(pass.run_group_penalty()) : pass.run_penalty({1, kNoTensor});
-  }
-
-  static std::tuple<Value, at::Tensor> penalty_and_norms(at::TensorList params, FUSED_REG_STRENGTHS) {
-    ListPass pass(params, all_of(params.size()), FUSED_REG_STRENGTH_ARGS);
-    TORCH_CHECK_VALUE(pass.has_norms(), "l2_norm must be given");
-    return pass.run_group_penalty();
-  }
-
-  static std::tuple<Value, Tensors> penalty_and_grad(at::TensorList params, const c10::List<bool>& needs_grad,
-                                                     FUSED_REG_STRENGTHS) {
-    ListPass pass(params, all_of(params.size()), FUSED_REG_STRENGTH_ARGS);
-    check_needs_grad(needs_grad.size(), params.size());
+  static std::tuple<at::Tensor, Tensors, Tensors> penalty(at::TensorList params, const c10::List<bool>& needs_grad,
+                                                          FUSED_REG_NUMBERS) {
+    ListPass pass(params, all_of(params.size()), FUSED_REG_NUMBERS_GIVEN);
+    Tensors grads, norms;
     std::vector<size_t> places;
-    Tensors grads;
-    grads.reserve(params.size());
-    for (const auto t : c10::irange(params.size())) {
-      if (needs_grad[t]) {
-        places.push_back(t);
-        grads.push_back(ListPass::empty_grad(pass.dense(t)));
-        pass.write_grad(t, grads.back());
+    if (!needs_grad.empty()) {
+      check_needs_grad(needs_grad.size(), params.size());
+      grads.reserve(params.size());
+      for (const auto t : c10::irange(params.size())) {
+        if (needs_grad[t]) {
+          places.push_back(t);
+          grads.push_back(ListPass::empty_grad(pass.dense(t)));
+          pass.write_grad(t, grads.back());
+        }
       }
     }
-    at::Tensor value = run_penalty_and_grad(pass, params, rows, {1, kNoTensor});
+    at::Tensor value = run_penalty(pass, params, {1, {}}, !places.empty(), &norms);
     for (const auto i : c10::irange(places.size())) {
       grads[i] = laid_out_as(params[places[i]], std::move(grads[i]));
     }
-    return {std::move(value), std::move(grads)};
+    return {std::move(value), std::move(grads), std::move(norms)};
   }
 
   static Tensors penalty_grad(const at::Tensor& upstream, at::TensorList params, const c10::List<bool>& needs_grad,
-                              const OptionalTensor& norms, at::IntArrayRef first_groups, FUSED_REG_STRENGTHS) {
-    ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_STRENGTH_ARGS);
+                              const OptionalTensor& norms, at::IntArrayRef first_groups, FUSED_REG_NUMBERS) {
+    ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_NUMBERS_GIVEN);
     check_number("upstream", {0, upstream}, params[0].device());
     Tensors grads;
     grads.reserve(params.size());
@@ -76,8 +62,8 @@ struct Operators {
       grads.push_back(ListPass::empty_grad(pass.dense(t)));
       pass.write_grad(t, grads.back());
     }
-    if (pass.has_norms()) {
-      check_norms(norms, first_groups, params, rows);
+    if (pass.group() != Grouping::kNone) {
+      check_norms(norms, first_groups, params, pass.group());
     }
     pass.run_gradient({0, upstream}, norms, first_groups, /*keep_if_one=*/false);
     for (const auto t : c10::irange(params.size())) {
@@ -87,8 +73,8 @@ struct Operators {
   }
 
   static void rescale_grad_(const at::Tensor& upstream, at::TensorList params, at::TensorList grads,
-                            const c10::List<bool>& needs_grad, FUSED_REG_STRENGTHS) {
-    ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_STRENGTH_ARGS);
+                            const c10::List<bool>& needs_grad, FUSED_REG_NUMBERS) {
+    ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_NUMBERS_GIVEN);
     check_number("upstream", {0, upstream}, params[0].device());
     check_grads(grads.size(), params.size());
     for (const auto t : c10::irange(params.size())) {
@@ -97,29 +83,29 @@ struct Operators {
     pass.run_gradient({0, upstream}, std::nullopt, {}, /*keep_if_one=*/true);
   }
 
-  static Value accumulate_grad_(at::TensorList params, at::TensorList grads, at::IntArrayRef modes, double scale,
-                                const OptionalTensor& scale_tensor, FUSED_REG_STRENGTHS) {
+  static at::Tensor accumulate_grad_(at::TensorList params, at::TensorList grads, at::IntArrayRef modes, double scale,
+                                     const OptionalTensor& scale_tensor, FUSED_REG_NUMBERS) {
     const at::NoGradGuard no_grad;
     check_params(params);
     check_number("scale", {scale, scale_tensor}, params[0].device());
     const std::vector<size_t> places = check_accumulation(params, grads, modes);
+    const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
     // What the kernels read and write: pairs of one layout and dtype, copies where a gradient has another than its
     // parameter. The dtype is one that holds both exactly.
     Tensors read(params.begin(), params.end());
     Tensors written(grads.begin(), grads.end());
-    const bool by_rows = rows && (!l2_norm.empty() || l2_norm_tensor.has_value());
     for (const auto i : c10::irange(places.size())) {
-      const size_t t = places[i];
-      const at::ScalarType dtype = c10::promoteTypes(grads[i].scalar_type(), params[t].scalar_type());
-      written[i] = as_run(grads[i], by_rows);
+      const at::Tensor& param = params[places[i]];
+      const at::ScalarType dtype = c10::promoteTypes(grads[i].scalar_type(), param.scalar_type());
+      written[i] = as_run(grads[i], numbers.group);
       if (dtype != written[i].scalar_type()) {
         written[i] = written[i].to(dtype);
       }
-      if (written[i].scalar_type() != params[t].scalar_type() || !has_layout_of(written[i], params[t])) {
-        read[t] = at::empty_like(written[i]).copy_(params[t]);
+      if (written[i].scalar_type() != param.scalar_type() || !has_layout_of(written[i], param)) {
+        read[places[i]] = at::empty_like(written[i]).copy_(param);
       }
     }
-    ListPass pass(read, all_of(params.size()), FUSED_REG_STRENGTH_ARGS);
+    ListPass pass(read, all_of(params.size()), numbers);
     for (const auto i : c10::irange(places.size())) {
       if (modes[places[i]] == kAddGrad) {
         pass.add_grad(places[i], written[i]);
@@ -127,7 +113,7 @@ struct Operators {
         pass.write_grad(places[i], written[i]);
       }
     }
-    at::Tensor value = run_penalty_and_grad(pass, params, rows, {scale, scale_tensor});
+    at::Tensor value = run_penalty(pass, params, {scale, scale_tensor}, true, nullptr);
     for (const auto i : c10::irange(places.size())) {
       copy_back(written[i], grads[i]);
     }
@@ -145,55 +131,38 @@ struct Operators {
     return grads;
   }
 
-  static at::Tensor soft_norms(at::TensorList params, Floats step, const OptionalTensor& step_tensor,
-                               FUSED_REG_STRENGTHS) {
-    check_params(params);
-    check_number_device("step", step_tensor, params[0].device());
-    const Selection all = all_of(params.size());
-    ListPass pass(params, all, FUSED_REG_STRENGTH_ARGS);
-    TORCH_CHECK_VALUE(pass.has_norms(), "l2_norm must be given");
-    return pass.run_soft_norms({"step", step, step_tensor}, all);
-  }
-
-  static void prox_(at::TensorList params, Floats step, const OptionalTensor& step_tensor, const OptionalTensor& norms,
-                    at::IntArrayRef first_groups, FUSED_REG_STRENGTHS) {
+  static void prox_(at::TensorList params, const OptionalTensor& norms, at::IntArrayRef first_groups,
+                    FUSED_REG_NUMBERS) {
     check_not_in_graph(params);
     const at::NoGradGuard no_grad;
     check_params(params);
-    check_number_device("step", step_tensor, params[0].device());
+    const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
+    check_list(params, numbers);
     check_writable(params);
-    const Selection all = all_of(params.size());
-    ListPass pass(params, all, FUSED_REG_STRENGTH_ARGS);
-    const StrengthArg steps{"step", step, step_tensor};
-    if (!pass.has_norms()) {
-      pass.run_prox(steps, all, std::nullopt, {});
+    ListPass pass(params, all_of(params.size()), numbers);
+    if (pass.group() == Grouping::kNone) {
+      pass.run_prox(std::nullopt, {});
     } else if (norms.has_value()) {
-      check_norms(norms, first_groups, params, rows);
-      pass.run_prox(steps, all, norms, first_groups);
+      check_norms(norms, first_groups, params, pass.group());
+      pass.run_prox(norms, first_groups);
     } else {
-      pass.run_prox(steps, all, pass.run_soft_norms(steps, all), own_first_groups(params, rows));
+      pass.run_prox(pass.run_soft_norms(), own_first_groups(params, pass.group()));
     }
     for (const auto t : c10::irange(params.size())) {
       copy_back(pass.dense(t), params[t]);
     }
   }
 
-  static at::Tensor group_norms(at::TensorList params, bool rows) {
-    const double one = 1;
-    const StrengthArgs norms{{"l1", {}, kNoTensor}, {"l2", {}, kNoTensor}, {"l2_norm", one, kNoTensor}, rows};
-    return std::get<1>(ListPass(params, all_of(params.size()), norms).run_group_penalty());
+  static at::Tensor norms(at::TensorList params, FUSED_REG_NUMBERS) {
+    ListPass pass(params, all_of(params.size()), FUSED_REG_NUMBERS_GIVEN);
+    check_grouped(pass.group());
+    return pass.run_soft_norms();
   }
 
-  static at::Tensor term_sums(at::TensorList params) {
-    const double one = 1;
-    const StrengthArgs ones{{"l1", one, kNoTensor}, {"l2", one, kNoTensor}, {"l2_norm", {}, kNoTensor}, false};
-    return ListPass(params, all_of(params.size()), ones).run_term_sums();
-  }
-
-  static at::Tensor zero_counts(at::TensorList params) {
-    const double one = 1;
-    const StrengthArgs ones{{"l1", {}, kNoTensor}, {"l2", one, kNoTensor}, {"l2_norm", {}, kNoTensor}, false};
-    return ListPass(params, all_of(params.size()), ones).run_zero_counts();
+  static at::Tensor sums(at::TensorList params, bool with_zeros, FUSED_REG_NUMBERS) {
+    ListPass pass(params, all_of(params.size()), FUSED_REG_NUMBERS_GIVEN);
+    const at::Tensor terms = pass.run_term_sums();
+    return with_zeros ? at::cat({terms, pass.run_zero_counts().unsqueeze(1)}, 1) : terms;
   }
 
  private:
@@ -206,32 +175,38 @@ struct Operators {
     }
   }
 
-  // The value, and the gradients that were asked for: one pass, or with norms two.
-  static at::Tensor run_penalty_and_grad(ListPass& pass, at::TensorList params, bool rows, const NumberArg& scale) {
-    if (!pass.has_norms()) {
+  // The value, and the gradients that were asked for: one pass, or with norms two. These go to `norms`, unless it is
+  // null.
+  static at::Tensor run_penalty(ListPass& pass, at::TensorList params, const NumberArg& scale, bool with_grads,
+                                Tensors* norms) {
+    if (pass.group() == Grouping::kNone) {
       return pass.run_penalty(scale);
     }
-    auto [value, norms] = pass.run_group_penalty();
-    pass.run_gradient(scale, norms, own_first_groups(params, rows), /*keep_if_one=*/false);
+    auto [value, found] = pass.run_group_penalty();
+    if (with_grads) {
+      pass.run_gradient(scale, found, own_first_groups(params, pass.group()), /*keep_if_one=*/false);
+    }
+    if (norms != nullptr) {
+      norms->push_back(std::move(found));
+    }
     return value;
   }
 
   // Where the norms of each parameter begin in those that a pass over the same list gives.
-  static std::vector<int64_t> own_first_groups(at::TensorList params, bool rows) {
+  static std::vector<int64_t> own_first_groups(at::TensorList params, Grouping group) {
     std::vector<int64_t> first_groups;
     int64_t groups = 0;
     for (const at::Tensor& p : params) {
       first_groups.push_back(groups);
-      groups += groups_of(p, rows);
+      groups += groups_of(p, group);
     }
     return first_groups;
   }
 };
 
 // The functions of one backend, under the names of ops.cpp.
-#define FUSED_REG_OPERATORS(apply)                                                                                  \
-  apply(penalty) apply(penalty_and_norms) apply(penalty_and_grad) apply(penalty_grad) apply(rescale_grad_)          \
-      apply(accumulate_grad_) apply(empty_grads) apply(prox_) apply(soft_norms) apply(group_norms) apply(term_sums) \
-          apply(zero_counts)
+#define FUSED_REG_OPERATORS(apply)                                                                                \
+  apply(penalty) apply(penalty_grad) apply(rescale_grad_) apply(accumulate_grad_) apply(empty_grads) apply(prox_) \
+      apply(norms) apply(sums)
 
 }  // namespace fused_reg

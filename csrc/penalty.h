@@ -21,8 +21,12 @@
 
 namespace fused_reg {
 
+// The numbers of a tensor: the strengths of its terms, and the step of its proximal operator.
+enum Number : int { kL1Strength, kL2Strength, kNormStrength, kStep, kNumbers };
+constexpr int kTermNumbers = kNormStrength;  // without groups
+
 // The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN.
-enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4 };
+enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kAllTerms = kL1L2 | kNorm };
 
 FUSED_REG_INLINE Terms terms_of(double l1, double l2) {
   return static_cast<Terms>((l1 != 0 ? kL1 : kNone) | (l2 != 0 ? kL2 : kNone));

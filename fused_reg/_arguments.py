@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeGuard
+from typing import Any, NoReturn, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,62 +22,10 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from fused_reg import _ops
 from fused_reg._iterators import read
 from fused_reg._partitioned import check_whole
+from fused_reg._terms import GROUPS, Column, Group, Strengths
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
-
-#: What ``l2_norm`` takes the norm of: a whole tensor, or each of its slices along dimension 0.
-Group: TypeAlias = Literal["tensor", "row"]
-
-
-class Strengths(NamedTuple):
-    """The strengths as the operators take them: floats (none, one, or one per parameter), or a tensor that wins.
-
-    It has no properties: of a NamedTuple, the compiler of torch 2.10 does not understand them.
-    """
-
-    l1: tuple[float, ...] = ()
-    l2: tuple[float, ...] = ()
-    l2_norm: tuple[float, ...] = ()
-    l1_tensor: Tensor | None = None
-    l2_tensor: Tensor | None = None
-    l2_norm_tensor: Tensor | None = None
-    rows: bool = False
-
-    def has_norms(self) -> bool:
-        return self.l2_norm_tensor is not None or bool(self.l2_norm)
-
-    def tensors(self) -> dict[str, Tensor | None]:
-        return {"l1": self.l1_tensor, "l2": self.l2_tensor, "l2_norm": self.l2_norm_tensor}
-
-    def are_trained(self) -> bool:
-        l1, l2, l2_norm = self.l1_tensor, self.l2_tensor, self.l2_norm_tensor
-        return (
-            (l1 is not None and l1.requires_grad)
-            or (l2 is not None and l2.requires_grad)
-            or (l2_norm is not None and l2_norm.requires_grad)
-        )
-
-    def at(self, places: Sequence[int], device: torch.device) -> Strengths:
-        """The strengths of the parameters at these places of the list, for a launch on this device."""
-        l1, l1_tensor = strength_at((self.l1, self.l1_tensor), places, device)
-        l2, l2_tensor = strength_at((self.l2, self.l2_tensor), places, device)
-        l2_norm, l2_norm_tensor = strength_at((self.l2_norm, self.l2_norm_tensor), places, device)
-        return Strengths(l1, l2, l2_norm, l1_tensor, l2_tensor, l2_norm_tensor, self.rows)
-
-
-def strength_at(
-    strength: tuple[tuple[float, ...], Tensor | None], places: Sequence[int], device: torch.device
-) -> tuple[tuple[float, ...], Tensor | None]:
-    """One strength, as `Strengths` has it, of the parameters at these places."""
-    floats, tensor = strength
-    if len(floats) > 1:
-        floats = tuple(floats[i] for i in places)
-    if tensor is not None:
-        tensor = tensor if tensor.ndim == 0 else torch.stack([tensor[i] for i in places])
-        tensor = tensor if tensor.is_cpu else tensor.to(device)
-    return floats, tensor
-
 
 _FORWARD_MODE = (
     "forward-mode differentiation is not supported; use backward, torch.func.grad or jacrev (twice for a Hessian)"
@@ -87,7 +35,7 @@ _PARAMETER_CONTAINERS = (torch.nn.ParameterList, torch.nn.ParameterDict)
 #: Of tensors that are no subclass: neither what a compiler traces with nor DTensors.
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
-SUM_OF_SQUARES = Strengths(l2=(1.0,))
+SUM_OF_SQUARES = Strengths.of([(), (1.0,)])
 
 
 def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
@@ -126,25 +74,26 @@ def as_strengths(
     params: Sequence[Tensor],
 ) -> Strengths:
     """The strengths, checked, for these parameters."""
-    if group not in ("tensor", "row"):
+    if group not in GROUPS or group is None:
         raise ValueError(f'{function}: group must be "tensor" or "row", got {group!r}')
-    if group == "row" and l2_norm is None:
-        raise ValueError(f'{function}: group="row" must come with l2_norm, whose norms it is about, got none')
+    if group != "tensor" and l2_norm is None:
+        raise ValueError(f'{function}: group="{group}" must come with l2_norm, whose norms it is about, got none')
     if l1 is None and l2 is None and l2_norm is None:
         return SUM_OF_SQUARES
-    l1_floats, l1_tensor = _as_strength(function, "l1", l1, params)
-    l2_floats, l2_tensor = _as_strength(function, "l2", l2, params)
-    norm_floats, norm_tensor = _as_strength(function, "l2_norm", l2_norm, params)
-    return Strengths(l1_floats, l2_floats, norm_floats, l1_tensor, l2_tensor, norm_tensor, group == "row")
+    given = (("l1", l1), ("l2", l2), ("l2_norm", l2_norm))
+    columns = [as_column(function, name, strength, params) for name, strength in given]
+    # A norm that is 0 for all is none; in a list or tensor it may be the next call's.
+    has_norms = isinstance(columns[-1], Tensor) or len(columns[-1]) > 0
+    return Strengths.of(columns, GROUPS[group] if has_norms else 0)
 
 
-def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> tuple[tuple[float, ...], Tensor | None]:
+def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> Column:
     """The step of a proximal operator, checked: like a strength, one or one per parameter."""
     if step is None:
         raise TypeError(
             f"{function}: step must be a float, a 0-dim tensor or a sequence with one per parameter, got None"
         )
-    return _as_strength(function, "step", step, params)
+    return as_column(function, "step", step, params)
 
 
 def as_scale(function: str, scale: float | Tensor, params: Sequence[Tensor]) -> tuple[float, Tensor | None]:
@@ -198,18 +147,16 @@ def _has_value(number: Tensor) -> bool:
     )
 
 
-def _as_strength(
-    function: str, name: str, strength: Strength | None, params: Sequence[Tensor]
-) -> tuple[tuple[float, ...], Tensor | None]:
+def as_column(function: str, name: str, strength: Strength | None, params: Sequence[Tensor]) -> Column:
     if strength is None:
-        return (), None
+        return ()
     if isinstance(strength, Tensor):
-        return (), _tensor_strength(function, name, strength, len(params))
+        return _tensor_strength(function, name, strength, len(params))
     if is_number(strength):
         value = as_number(f"{function}: {name}", strength)
         if value == 0:
-            return (), None
-        return ((), _in_graph(value, params)) if is_compiling() else ((value,), None)
+            return ()
+        return _in_graph(value, params) if is_compiling() else (value,)
     if not _is_sequence(strength):
         hint = "; give its value, or the schedule to a Regularizer" if callable(strength) else ""
         raise TypeError(
@@ -222,9 +169,9 @@ def _as_strength(
     checked = [_item_strength(function, f"{name}[{i}]", item) for i, item in enumerate(items)]
     tensors = [item for item in checked if isinstance(item, Tensor)]
     if not tensors:
-        return tuple(item for item in checked if not isinstance(item, Tensor)), None
+        return tuple(item for item in checked if not isinstance(item, Tensor))
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
-    return (), torch.stack([_as_float64(item, device) for item in checked])
+    return torch.stack([_as_float64(item, device) for item in checked])
 
 
 def _in_graph(number: float, params: Sequence[Tensor]) -> Tensor:

@@ -22,9 +22,10 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from fused_reg import _ops
-from fused_reg._arguments import PLAIN_TYPES, Strengths, check_values
-from fused_reg._composed import composed_penalty, gradient, group_count, rows_of, scattered, table_of
+from fused_reg._arguments import PLAIN_TYPES, check_values
+from fused_reg._composed import composed_penalty, gradient, rows_of, scattered, table_of
 from fused_reg._merged import can_merge, merged_penalty, specified_penalty
+from fused_reg._terms import Strengths, group_count
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -40,9 +41,9 @@ def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | N
     if _transforms_active():
         return composed_penalty(params, strengths)
     if not torch.is_grad_enabled():
-        return _ops.penalty(params, *strengths)
+        return _ops.penalty(params, (), *strengths)[0]
     if strengths.are_trained():
-        check_values("", strengths.tensors())
+        check_values("", strengths.named_tensors())
         return composed_penalty(params, strengths)
     if strengths.has_norms() or is_compiling():  # compiled code comes here with shards only
         return _in_two_launches(strengths, None, params)
@@ -55,7 +56,7 @@ def traced_penalty(params: Sequence[Tensor], strengths: Strengths, *, are_positi
     if _transforms_active():
         return specified_penalty(params, strengths)
     if not torch.is_grad_enabled():
-        return _ops.penalty(params, *strengths)
+        return _ops.penalty(params, (), *strengths)[0]
     if strengths.are_trained():
         return composed_penalty(params, strengths)
     if can_merge(params, strengths):
@@ -70,26 +71,26 @@ class _Penalty(Function):
     def forward(ctx: Any, strengths: Strengths, *params: Tensor) -> Tensor:
         needs_grad = ctx.needs_input_grad[1:]
         if not any(needs_grad):
-            return _ops.penalty(params, *strengths)
-        value, ctx.grads = _ops.penalty_and_grad(params, needs_grad, *strengths)
+            return _ops.penalty(params, (), *strengths)[0]
+        value, ctx.grads, _ = _ops.penalty(params, needs_grad, *strengths)
         if not all(needs_grad):
             params = tuple(compress(params, needs_grad))
         ctx.needs_grad = needs_grad
-        ctx.l1, ctx.l2, _, l1_tensor, l2_tensor, *_ = strengths
-        ctx.save_for_backward(l1_tensor, l2_tensor, *params)
+        ctx.floats, tensors, ctx.counts, ctx.group = strengths
+        ctx.tensors = len(tensors)
+        ctx.save_for_backward(*tensors, *params)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        l1_tensor, l2_tensor, *params = ctx.saved_tensors  # raises if one was changed in place
+        strengths, params = _saved(ctx)
         _check_memory(params)
         # The buffers are handed over once; a second backward (retain_graph=True) gets its own.
         grads, ctx.grads = ctx.grads, None
         if grads is None or torch.is_grad_enabled() or not _is_one_on_cpu(upstream):
-            strengths = Strengths(ctx.l1, ctx.l2, (), l1_tensor, l2_tensor)
             if torch.is_grad_enabled():  # create_graph=True
                 table = rows_of(table_of(strengths, len(ctx.needs_grad), upstream.device), ctx.needs_grad)
-                grads = gradient(upstream, table, None, params)
+                grads = gradient(upstream, table, 0, params)
             elif grads is None:
                 grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, None, (), *strengths)
             else:  # on a GPU the kernel looks at the upstream gradient, so that nothing waits
@@ -110,28 +111,34 @@ class _TwoLaunchPenalty(Function):
         if measure is not None:
             value, norms, first_groups = measure(params, strengths)
         elif strengths.has_norms() and any(ctx.needs_grad):
-            value, norms = _ops.penalty_and_norms(params, *strengths)
-            first_groups = (0, *accumulate(group_count(p, strengths.rows) for p in params))
+            value, _, (norms,) = _ops.penalty(params, (), *strengths)
+            first_groups = (0, *accumulate(group_count(p, strengths.group) for p in params))
         else:
-            value = _ops.penalty(params, *strengths)
-        ctx.l1, ctx.l2, ctx.l2_norm, *tensors, ctx.rows = strengths
+            value, *_ = _ops.penalty(params, (), *strengths)
+        ctx.floats, tensors, ctx.counts, ctx.group = strengths
+        ctx.tensors = len(tensors)
         ctx.first_groups = tuple(compress(first_groups, ctx.needs_grad))
         ctx.save_for_backward(*tensors, norms, *compress(params, ctx.needs_grad))
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        l1_tensor, l2_tensor, l2_norm_tensor, norms, *params = ctx.saved_tensors
+        strengths, (norms, *params) = _saved(ctx)
         _check_memory(params)
-        strengths = Strengths(ctx.l1, ctx.l2, ctx.l2_norm, l1_tensor, l2_tensor, l2_norm_tensor, ctx.rows)
         if torch.is_grad_enabled():  # create_graph=True
             if not ctx.has_own_norms:
                 raise NotImplementedError("a higher derivative of norms that are cut over processes is not supported")
             table = rows_of(table_of(strengths, len(ctx.needs_grad), upstream.device), ctx.needs_grad)
-            grads = gradient(upstream, table, ctx.rows, params)
+            grads = gradient(upstream, table, ctx.group, params)
         else:
             grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, norms, ctx.first_groups, *strengths)
         return None, None, *scattered(grads, ctx.needs_grad)
+
+
+def _saved(ctx: Any) -> tuple[Strengths, Any]:
+    """The strengths and the tensors that the forward saved. Raises if one was changed in place."""
+    saved = ctx.saved_tensors
+    return Strengths(ctx.floats, saved[: ctx.tensors], ctx.counts, ctx.group), saved[ctx.tensors :]
 
 
 # Function.apply in Python looks for functorch's wrappers in every argument, 0.15 us each. `penalty` has

@@ -14,24 +14,23 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from fused_reg import _ops
-from fused_reg._arguments import Strengths
+from fused_reg._terms import Strengths, group_count, sliced_dim
 
 
 def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The penalty as a function of a table of strengths and the parameters: differentiable to any order in both."""
-    rows = strengths.rows if strengths.has_norms() else None
     composed = _operator if is_compiling() else _composed_penalty
-    return composed(params, table_of(strengths, len(params), params[0].device), rows)
+    return composed(params, table_of(strengths, len(params), params[0].device), strengths.group)
 
 
-def _composed_penalty(params: Sequence[Tensor], table: Tensor, rows: bool | None) -> Tensor:
+def _composed_penalty(params: Sequence[Tensor], table: Tensor, group: int) -> Tensor:
     params = [p.clone() if p.is_inference() else p for p in params]  # autograd cannot save an inference tensor
-    return cast(Tensor, _apply(_Composed, rows, table, *params))
+    return cast(Tensor, _apply(_Composed, group, table, *params))
 
 
 # In compiled code Dynamo would trace the functions, and it cannot where one is applied in another's backward. What an
 # operator is composed of is traced below it.
-torch.library.define("fused_reg::composed_penalty", "(Tensor[] params, Tensor table, bool? rows) -> Tensor")
+torch.library.define("fused_reg::composed_penalty", "(Tensor[] params, Tensor table, int group) -> Tensor")
 torch.library.impl("fused_reg::composed_penalty", "CompositeImplicitAutograd", _composed_penalty)
 _operator: Callable[..., Tensor] = torch.ops.fused_reg.composed_penalty.default
 
@@ -44,17 +43,17 @@ def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
     """The strengths as one differentiable tensor, [count, 3] float64 (without l2_norm [count, 2]). On a GPU, nothing
     waits for it."""
     columns = []
-    for floats, tensor in list(zip(strengths[:3], strengths[3:6], strict=True))[: 3 if strengths.has_norms() else 2]:
-        if tensor is not None:
-            if not tensor.is_cpu and tensor.device != device:
+    for given in strengths.columns()[: 3 if strengths.has_norms() else 2]:
+        if isinstance(given, Tensor):
+            if not given.is_cpu and given.device != device:
                 raise ValueError(
-                    f"strengths must be on the CPU or on the parameters' device ({device}), got {tensor.device}"
+                    f"strengths must be on the CPU or on the parameters' device ({device}), got {given.device}"
                 )
-            column = tensor.to(device, torch.float64)
-        elif len(floats) <= 1:
-            column = torch.full((), sum(floats), dtype=torch.float64, device=device)
+            column = given.to(device, torch.float64)
+        elif len(given) <= 1:
+            column = torch.full((), sum(given), dtype=torch.float64, device=device)
         else:
-            column = _on(device, torch.tensor(floats, dtype=torch.float64, device="cpu"))
+            column = _on(device, torch.tensor(given, dtype=torch.float64, device="cpu"))
         columns.append(column.expand(count))
     return torch.stack(columns, dim=1)
 
@@ -70,17 +69,17 @@ def rows_of(table: Tensor, keep: Sequence[bool]) -> Tensor:
     return table if all(keep) else torch.stack(list(compress(table.unbind(), keep)))
 
 
-def gradient(upstream: Tensor, table: Tensor, rows: bool | None, params: Sequence[Tensor]) -> Sequence[Tensor]:
+def gradient(upstream: Tensor, table: Tensor, group: int, params: Sequence[Tensor]) -> Sequence[Tensor]:
     """The gradient of each parameter, differentiable to any order in everything."""
     grads: Sequence[Tensor] = _apply(_Gradient, upstream, table[:, :2], *params)
-    if rows is None:
+    if group == 0:
         return grads
-    norms = _split(group_norms(params, rows), rows, params)
+    norms = _split(group_norms(params, group), group, params)
     weights = (upstream.double() * table[:, 2]).unbind()
-    return [g + _directed(p, n, weight) for g, p, n, weight in zip(grads, params, norms, weights, strict=True)]
+    return [g + _directed(p, n, weight, group) for g, p, n, weight in zip(grads, params, norms, weights, strict=True)]
 
 
-def _directed(p: Tensor, norms: Tensor, weight: Tensor) -> Tensor:
+def _directed(p: Tensor, norms: Tensor, weight: Tensor, group: int) -> Tensor:
     """``weight * p / norm`` of each group of a parameter, and 0 where the norm is. As in the kernels, a power of two
     keeps ``1 / norm`` from overflow and ``weight / norm`` from underflow."""
     if p.numel() == 0:
@@ -90,7 +89,9 @@ def _directed(p: Tensor, norms: Tensor, weight: Tensor) -> Tensor:
     of_norm, of_weight = exponent_of(norms), exponent_of(weight)
     scale = torch.exp2((-of_norm).clamp(-511, 1023).minimum(of_weight - of_norm + 1020).double())
     factor = torch.where(is_zero, 0, weight / (norms * scale))
-    shape = [-1, *[1] * (p.ndim - 1)] if p.ndim > 0 else []
+    shape = [1] * p.ndim
+    if (dim := sliced_dim(p, group)) is not None:
+        shape[dim] = -1
     return (p.double() * scale.reshape(shape) * factor.reshape(shape)).to(p.dtype)
 
 
@@ -101,19 +102,15 @@ def exponent_of(x: Tensor) -> Tensor:
 
 
 class _Composed(Function):
-    """The penalty for strengths ``table`` [params, 2 or 3]; `rows` is None without l2_norm."""
+    """The penalty for strengths ``table`` [params, 2 or 3 terms]."""
 
     @staticmethod
-    def forward(rows: bool | None, table: Tensor, *params: Tensor) -> Tensor:
-        l2_norm = None if rows is None else table[:, 2]
-        strengths = Strengths(
-            l1_tensor=table[:, 0], l2_tensor=table[:, 1], l2_norm_tensor=l2_norm, rows=rows is not None and rows
-        )
-        return _ops.penalty(params, *strengths)
+    def forward(group: int, table: Tensor, *params: Tensor) -> Tensor:
+        return _ops.penalty(params, (), *Strengths.of(table.unbind(1), group))[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rows, table, *params = inputs
+        ctx.group, table, *params = inputs
         _, needs_table, *needs_params = ctx.needs_input_grad
         ctx.save_for_backward(table, *compress(params, [needs_table or needed for needed in needs_params]))
 
@@ -124,14 +121,14 @@ class _Composed(Function):
         table_grad = None
         if needs_table:
             sums = _apply(_TermSums, *params)
-            if ctx.rows is not None:
-                norms = _split(group_norms(params, ctx.rows), ctx.rows, params)
+            if ctx.group != 0:
+                norms = _split(group_norms(params, ctx.group), ctx.group, params)
                 sums = torch.cat((sums, torch.stack([n.sum() for n in norms])[:, None]), dim=1)
             table_grad = upstream.to(table.dtype) * sums
             params = list(compress(params, needs_params))
         params_grad: tuple[Tensor | None, ...] = (None,) * len(needs_params)
         if params:
-            grads = gradient(upstream, rows_of(table, needs_params), ctx.rows, params)
+            grads = gradient(upstream, rows_of(table, needs_params), ctx.group, params)
             params_grad = scattered(grads, needs_params)
         return None, table_grad, *params_grad
 
@@ -144,37 +141,32 @@ class _GroupNorms(Function):
     """`group_norms`."""
 
     @staticmethod
-    def forward(rows: bool, *params: Tensor) -> Tensor:
-        return _ops.group_norms(params, rows)
+    def forward(group: int, *params: Tensor) -> Tensor:
+        return _ops.norms(params, *Strengths(group=group))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rows, *params = inputs
+        ctx.group, *params = inputs
         ctx.save_for_backward(output, *params)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         norms, *params = ctx.saved_tensors
-        pairs = zip(_split(norms, ctx.rows, params), _split(cotangent, ctx.rows, params), strict=True)
-        return None, *(_directed(p, n, c) for p, (n, c) in zip(params, pairs, strict=True))
+        pairs = zip(_split(norms, ctx.group, params), _split(cotangent, ctx.group, params), strict=True)
+        return None, *(_directed(p, n, c, ctx.group) for p, (n, c) in zip(params, pairs, strict=True))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
         return torch.stack([_apply(_GroupNorms, *row) for row in _rows(info, in_dims, inputs)]), 0
 
 
-def group_norms(params: Sequence[Tensor], rows: bool) -> Tensor:
+def group_norms(params: Sequence[Tensor], group: int) -> Tensor:
     """[groups] float64: the norm of every group of every parameter, in turn; differentiable to any order."""
-    return cast(Tensor, _apply(_GroupNorms, rows, *params))
+    return cast(Tensor, _apply(_GroupNorms, group, *params))
 
 
-def group_count(p: Tensor, rows: bool) -> int:
-    """How many groups a parameter has; an empty one has none."""
-    return 0 if p.numel() == 0 else p.shape[0] if rows and p.ndim > 0 else 1
-
-
-def _split(norms: Tensor, rows: bool, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return torch.functional.split(norms, [group_count(p, rows) for p in params])
+def _split(norms: Tensor, group: int, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.functional.split(norms, [group_count(p, group) for p in params])
 
 
 class _TermSums(Function):
@@ -182,7 +174,7 @@ class _TermSums(Function):
 
     @staticmethod
     def forward(*params: Tensor) -> Tensor:
-        return _ops.term_sums(params)
+        return _ops.sums(params, False, *Strengths())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -205,7 +197,7 @@ class _Gradient(Function):
 
     @staticmethod
     def forward(upstream: Tensor, table: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        strengths = Strengths(l1_tensor=table[:, 0], l2_tensor=table[:, 1])
+        strengths = Strengths.of(table.unbind(1))
         return tuple(_ops.penalty_grad(upstream, params, [True] * len(params), None, (), *strengths))
 
     @staticmethod

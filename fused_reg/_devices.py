@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_reg import _ops
-from fused_reg._arguments import Strengths, strength_at
+from fused_reg._terms import Strengths
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -62,14 +62,19 @@ def empty_grads(params: list[Tensor]) -> list[Tensor]:
 
 
 def accumulate_grad_(
-    params: list[Tensor], grads: list[Tensor], modes: list[int], scale: float, scale_tensor: Tensor | None, *rest: Any
+    params: list[Tensor],
+    grads: list[Tensor],
+    modes: list[int],
+    scale: float,
+    scale_tensor: Tensor | None,
+    strengths: Strengths,
 ) -> Tensor:
     """The operator of this name, device by device. Nothing is written unless all of it can be."""
-    _ops.check_accumulation(params, grads, modes)
+    _ops.check_writable(params, grads, modes)
     given = iter(grads)
     grad_at = {i: next(given) for i, mode in enumerate(modes) if mode != 0}
     values: list[Tensor] = []
-    for part in _parts(params, Strengths(*rest)):
+    for part in _parts(params, strengths):
         own_modes = [modes[i] for i in part.places]
         own_grads = [grad_at[i] for i in part.places if i in grad_at]
         device = part.params[0].device
@@ -79,13 +84,11 @@ def accumulate_grad_(
     return total(values, params)
 
 
-def prox_(params: list[Tensor], step: tuple[tuple[float, ...], Tensor | None], strengths: Strengths) -> None:
+def prox_(params: list[Tensor], strengths: Strengths) -> None:
     """The operator of this name, device by device. Nothing is written unless all of it can be."""
-    _ops.check_writable(params)
+    _ops.check_writable(params, (), ())
     for part in _parts(params, strengths):
-        places = [*part.places, part.places[0]]
-        own_step = strength_at(step, places, part.params[0].device)
-        _ops.prox_(part.params, *own_step, None, (), *part.strengths)
+        _ops.prox_(part.params, None, (), *part.strengths)
 
 
 def _parts(params: list[Tensor], strengths: Strengths) -> Iterator[Part]:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.nn import Module
 
-from fused_reg._arguments import Group
 from fused_reg._strengths import KINDS, Given, Penalty, as_flag, as_penalty
+from fused_reg._terms import Group
 from fused_reg._walk import Place, dims, is_bias, walk
 
 M = TypeVar("M", bound=Module)

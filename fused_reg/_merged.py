@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fused_reg import _ops, reference
-from fused_reg._arguments import Strengths
+from fused_reg._terms import GROUPS, Column, Strengths
 
 #: Of longer lists the compiler takes minutes.
 MOST_TENSORS = 512
@@ -33,8 +33,8 @@ def can_merge(params: Sequence[Tensor], strengths: Strengths) -> bool:
     """Whether a list in compiled code is one for `merged_penalty`."""
     return (
         not strengths.has_norms()
-        and bool(strengths.l1 or strengths.l2 or strengths.l1_tensor is not None or strengths.l2_tensor is not None)
-        and 0.0 not in strengths.l1 + strengths.l2  # a parameter without a term would have no gradient
+        and any(strengths.counts)
+        and 0.0 not in strengths.floats  # a parameter without a term would have no gradient
         and len(params) <= MOST_TENSORS
         and (len(params) <= _FEW_TENSORS or _count(params) <= _MOST_ELEMENTS)
         # On a GPU the compiler contracts products and sums, and the gradients would have other bits.
@@ -46,23 +46,23 @@ def merged_penalty(params: Sequence[Tensor], strengths: Strengths, are_positive:
     """The differentiable penalty of a list that `can_merge`: the exact value, and the gradient of the loop in float32.
 
     ``are_positive``: no tensor of strengths has a 0."""
-    l1, l2, _, l1_tensor, l2_tensor, *_ = strengths
+    l1, l2, *_ = strengths.columns()
     constants = [p.detach() for p in params]
     if _count(params) > _MOST_SUMMED:
-        value = _ops.penalty(constants, l1, l2, (), l1_tensor, l2_tensor, None, False)
+        value, *_ = _ops.penalty(constants, (), *strengths)
     else:
-        value = reference.fused_penalty(*_by_term(constants, (l1, l1_tensor), (l2, l2_tensor), are_positive))
+        value = reference.fused_penalty(*_by_term(constants, l1, l2, are_positive))
     views = [p.view_as(p) for p in params]  # so that the gradients of both terms are one before the model's is added
-    terms = _by_term(views, (l1, l1_tensor), (l2, l2_tensor), are_positive, torch.float32)
+    terms = _by_term(views, l1, l2, are_positive, torch.float32)
     return _ValueFrom.apply(value, reference.loop(*terms))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The penalty of any list as it is specified, for ``torch.func`` in compiled code, where no autograd function may
     stand. Its gradient is computed in float64."""
-    columns = zip(strengths[:3], strengths[3:6], strict=True)
-    l1, l2, l2_norm = (_column(strength, len(params), torch.float64) for strength in columns)
-    return reference.fused_penalty(params, l1, l2, l2_norm=l2_norm, group="row" if strengths.rows else "tensor")
+    l1, l2, l2_norm, _ = (_one_each(column, len(params), torch.float64) for column in strengths.columns())
+    group = next(name for name, number in GROUPS.items() if number == max(strengths.group, 1))
+    return reference.fused_penalty(params, l1, l2, l2_norm=l2_norm, group=group)  # type: ignore[arg-type]
 
 
 class _ValueFrom(Function):
@@ -84,25 +84,24 @@ def _count(params: Sequence[Tensor]) -> int:
 
 def _by_term(
     params: Sequence[Tensor],
-    l1: tuple[Sequence[float], Tensor | None],
-    l2: tuple[Sequence[float], Tensor | None],
+    l1: Column,
+    l2: Column,
     are_positive: bool,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[list[Tensor], list[float | Tensor], list[float | Tensor]]:
     """The list once for each term, with the other's strengths 0."""
-    columns = [_column(strength, len(params), dtype) for strength in (l1, l2)]
+    columns = [_one_each(column, len(params), dtype) for column in (l1, l2)]
     none = [0.0] * len(params)
     lists = [params if are_positive else _where_present(params, column) for column in columns]
     return [*lists[0], *lists[1]], columns[0] + none, none + columns[1]
 
 
-def _column(strength: tuple[Sequence[float], Tensor | None], count: int, dtype: torch.dtype) -> list[float | Tensor]:
+def _one_each(column: Column, count: int, dtype: torch.dtype) -> list[float | Tensor]:
     """One for each parameter."""
-    floats, tensor = strength
-    if tensor is None:
-        return [*floats] * count if len(floats) == 1 else [*floats] or [0.0] * count
-    tensor = tensor.to(dtype)
-    return [tensor] * count if tensor.ndim == 0 else [*tensor.unbind()]
+    if not isinstance(column, Tensor):
+        return [*column] * count if len(column) == 1 else [*column] or [0.0] * count
+    column = column.to(dtype)
+    return [column] * count if column.ndim == 0 else [*column.unbind()]
 
 
 def _where_present(params: Sequence[Tensor], strengths: Sequence[float | Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,17 +70,18 @@ def check_not_in_graph(where: str, params: list[Tensor]) -> None:
             )
 
 
-penalty: Callable[..., Tensor] = _operator("penalty")
-penalty_and_norms: Callable[..., tuple[Tensor, Tensor]] = _operator("penalty_and_norms")
-penalty_and_grad: Callable[..., tuple[Tensor, list[Tensor]]] = _operator("penalty_and_grad")
+penalty: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]] = _operator("penalty")
 penalty_grad: Callable[..., list[Tensor]] = _operator("penalty_grad")
 rescale_grad_: Callable[..., None] = _operator("rescale_grad_")
 accumulate_grad_: Callable[..., Tensor] = _operator("accumulate_grad_")
 empty_grads: Callable[..., list[Tensor]] = _operator("empty_grads")
 prox_: Callable[..., None] = _operator("prox_", check_not_in_graph)
-soft_norms: Callable[..., Tensor] = _operator("soft_norms")
-group_norms: Callable[..., Tensor] = _operator("group_norms")
-term_sums: Callable[..., Tensor] = _operator("term_sums")
-zero_counts: Callable[..., Tensor] = _operator("zero_counts")
-check_accumulation: Callable[..., None] = _operators.check_accumulation.default
-check_writable: Callable[..., None] = _operators.check_writable.default
+norms: Callable[..., Tensor] = _operator("norms")
+sums: Callable[..., Tensor] = _operator("sums")
+
+
+def check_writable(params: Sequence[Tensor], grads: Sequence[Tensor], modes: Sequence[int]) -> None:
+    """Raises what `accumulate_grad_` would, or without modes `prox_`, for lists that they are given in parts. A
+    compiler's tensors have no memory to look at."""
+    if not is_compiling():
+        library.check_writable(params, grads, modes)

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg import _devices
-from fused_reg._arguments import Group, Strengths, as_scale, as_step, as_strengths, relabelled
+from fused_reg._arguments import as_scale, as_step, as_strengths, relabelled
 from fused_reg._partitioned import check_whole
 from fused_reg._strengths import Column, is_absent
 from fused_reg._table import Entry, Table
+from fused_reg._terms import Group, Strengths
 from fused_reg.functional import fused_penalty
 from fused_reg.in_place import accumulate, check_accumulation, check_writable, shrink
 
@@ -75,7 +76,7 @@ class _Call:
         if isinstance(step, list):
             self._steps = Column((step[i] for i in self._places), like=self._steps)
             step = self._steps.get()
-        return "prox_", self._params, self._strengths(), as_step("prox_", step, self._params)
+        return "prox_", self._params, self._strengths().having(step=as_step("prox_", step, self._params))
 
     def _run(self, function: Callable[..., _T], *args: Any) -> _T:
         """``function(*args)``, whose errors have ``params['fc.weight']`` for ``params[3]`` of this call's list."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg import _autograd, _devices, distributed
-from fused_reg._arguments import PLAIN_TYPES, Strengths, as_list, raise_explained
+from fused_reg._arguments import PLAIN_TYPES, as_list, raise_explained
+from fused_reg._terms import Strengths
 
 
 def penalty(params: list[Tensor], strengths: Strengths) -> Tensor:
@@ -42,17 +43,14 @@ def _of_any_list(
 
 def _decomposition(
     params: list[Tensor],
-    l1: Sequence[float],
-    l2: Sequence[float],
-    l2_norm: Sequence[float],
-    l1_tensor: Tensor | None,
-    l2_tensor: Tensor | None,
-    l2_norm_tensor: Tensor | None,
-    rows: bool,
+    floats: Sequence[float],
+    tensors: Sequence[Tensor],
+    counts: Sequence[int],
+    group: int,
     are_positive: bool,
 ) -> Tensor:
     params = as_list("fused_penalty", params)
-    strengths = Strengths(tuple(l1), tuple(l2), tuple(l2_norm), l1_tensor, l2_tensor, l2_norm_tensor, rows)
+    strengths = Strengths(tuple(floats), tuple(tensors), tuple(counts), group)
     is_run = PLAIN_TYPES.issuperset(map(type, params)) and torch._C._len_torch_dispatch_stack() == 0
     if is_run and not torch._C._are_functorch_transforms_active():  # by an exported program, or the backend "eager"
         return _of_any_list(_autograd.penalty, params, strengths)
@@ -67,8 +65,7 @@ for _revision in _REVISIONS:
     _name = f"fused_reg::penalty_in_graph.{_revision}"
     torch.library.define(
         _name,
-        "(Tensor[] params, float[] l1, float[] l2, float[] l2_norm, Tensor? l1_tensor, Tensor? l2_tensor, "
-        "Tensor? l2_norm_tensor, bool rows, bool are_positive) -> Tensor",
+        "(Tensor[] params, float[] floats, Tensor[] tensors, int[] counts, int group, bool are_positive) -> Tensor",
     )
     for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
         torch.library.impl(_name, _key, _decomposition)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fused_reg import _ops
-from fused_reg._arguments import Strengths, explained
-from fused_reg._composed import group_count
+from fused_reg._arguments import explained
 from fused_reg._partitioned import check_whole
 from fused_reg._parts import named
 from fused_reg._penalty import penalty
 from fused_reg._strengths import KINDS, Cell, Held, identity, tensor_of
 from fused_reg._table import Entry, Table
+from fused_reg._terms import GROUPS, Strengths, group_count
 from fused_reg.distributed import Bucket, buckets, shards_of
 
 Row = dict[str, Any]
@@ -150,7 +150,7 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
         own = [e for e in entries if e.group == kind]
         params = [e.param for e in own]
         try:
-            for bucket in buckets(params, shards_of(params), Strengths(l2_norm=(1.0,), rows=kind == "row")):
+            for bucket in buckets(params, shards_of(params), Strengths(group=GROUPS[kind])):
                 found = measured.setdefault(bucket.shards[0].device, [])
                 found.append(([own[i] for i in bucket.places], _columns(bucket)))
         except Exception as error:
@@ -176,12 +176,11 @@ def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) 
 def _columns(bucket: Bucket) -> Tensor:
     """[parameters, 6] float64, the numbers that `_row` takes of each."""
     shards = bucket.shards[:-1]
-    absolute, squares = _ops.term_sums(shards).unbind(1)
-    zeros = _ops.zero_counts(shards)
     norms = bucket.norms_of_tensors()
-    absolute, squares, zeros = bucket.over_all(torch.stack([absolute, squares, zeros.double()]))
-    row_norms, zero_rows = bucket.over_rest(bucket.sums_of_rows()) if bucket.strengths.rows else (norms, norms)
-    return torch.stack([absolute, squares, norms, zeros, row_norms, zero_rows], dim=1)
+    absolute, squares, zeros = bucket.over_all(_ops.sums(shards, True, *Strengths()).T)
+    are_sliced = bucket.strengths.group != GROUPS["tensor"]
+    slice_norms, zero_slices = bucket.over_rest(bucket.sums_of_slices()) if are_sliced else (norms, norms)
+    return torch.stack([absolute, squares, norms, zeros, slice_norms, zero_slices], dim=1)
 
 
 def _value(entry: Entry, terms: Sequence[tuple[float, float]], norm: float) -> float:
@@ -190,8 +189,8 @@ def _value(entry: Entry, terms: Sequence[tuple[float, float]], norm: float) -> f
     present = [(strength, term) for strength, term in terms if strength != 0]
     if entry.param.dtype is not torch.float64 or norm == 0 or all(2.0**-1000 < x < math.inf for _, x in present):
         return sum(strength * term for strength, term in present)
-    l1, l2, l2_norm = (() if strength == 0 else (strength,) for strength, _ in terms)
-    return penalty([entry.param], Strengths(l1, l2, l2_norm, rows=entry.group == "row")).item()
+    columns = [() if strength == 0 else (strength,) for strength, _ in terms]
+    return penalty([entry.param], Strengths.of(columns, GROUPS[entry.group] if columns[2] else 0)).item()
 
 
 def _row(
@@ -218,6 +217,6 @@ def _row(
         "zero_share": zeros / max(entry.param.numel(), 1),
     }
     if entry.group == "row":
-        slices = group_count(entry.param, True)
+        slices = group_count(entry.param, GROUPS[entry.group])
         row |= {"slices": slices, "zero_slices": min(int(zero_slices), slices)}
     return row

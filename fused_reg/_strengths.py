@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from fused_reg._arguments import Group, as_number, is_number
+from fused_reg._arguments import as_number, is_number
+from fused_reg._terms import Group
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]

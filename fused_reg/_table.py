@@ -9,10 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fused_reg._arguments import Group
 from fused_reg._following import Source
 from fused_reg._patterns import Named
 from fused_reg._strengths import KINDS, Cell, Given, Held, Schedule, held, identity, scheduled, tensor_of
+from fused_reg._terms import Group
 from fused_reg._warnings import warn
 
 #: For each kind of strength its number, and whether a schedule goes on from there.

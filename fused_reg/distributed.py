@@ -22,15 +22,15 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from fused_reg import _autograd, _devices, _ops
-from fused_reg._arguments import PLAIN_TYPES, Strengths, is_dtensor, relabelled, strength_at
+from fused_reg._arguments import PLAIN_TYPES, is_dtensor, relabelled
 from fused_reg._collectives import gathered, hypot, processes, scale_of, shared, total
-from fused_reg._composed import composed_penalty, group_count, group_norms, table_of
+from fused_reg._composed import composed_penalty, group_norms, table_of
+from fused_reg._terms import GROUPS, Strengths, group_count, sliced_dim, slots
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _Scale: TypeAlias = "tuple[float, Tensor | None]"
-_Step: TypeAlias = "tuple[tuple[float, ...], Tensor | None]"
 
 
 def is_sharded(params: Sequence[Any]) -> bool:
@@ -84,12 +84,10 @@ def accumulate_grad_(
 
 
 @torch.no_grad()
-def prox_(
-    on_shards: Callable[[list[Tensor], Strengths, _Step], None], params: list[Tensor], strengths: Strengths, step: _Step
-) -> None:
+def prox_(on_shards: Callable[[list[Tensor], Strengths], None], params: list[Tensor], strengths: Strengths) -> None:
     """The proximal step, with a function that takes it for the shards of a bucket."""
     for bucket in buckets(params, shards_of(params), strengths):
-        bucket.prox_(on_shards, step)
+        bucket.prox_(on_shards)
     increment_version([p for p in params if is_dtensor(p)])
 
 
@@ -220,7 +218,7 @@ def _cut_of(i: int, p: Any, strengths: Strengths) -> tuple[Any, Any]:
                 f"params[{i}] must be sharded or replicated, got {placement!r}; use `.redistribute(placements=...)`"
             )
         if not placement.is_replicate() and mesh.size(d) > 1:
-            cuts_groups = strengths.has_norms() and (placement.dim > 0 or not strengths.rows)
+            cuts_groups = strengths.has_norms() and placement.dim != sliced_dim(p, strengths.group)
             (groups if cuts_groups else rest).append(d)
     return processes(mesh, tuple(groups)), processes(mesh, tuple(rest))
 
@@ -247,7 +245,7 @@ class Bucket(NamedTuple):
         needs_grad = [True] * len(self.shards)
         with self._places_in_errors():
             if self.sharing_groups is None:
-                value, grads = _ops.penalty_and_grad(self.shards, needs_grad, *self.strengths)
+                value, grads, _ = _ops.penalty(self.shards, needs_grad, *self.strengths)
             else:
                 value, norms, first_groups = self._measure(self.shards, self.strengths)
                 one = torch.ones((), dtype=torch.float64, device=value.device)
@@ -282,20 +280,18 @@ class Bucket(NamedTuple):
                     p.grad.add_(grad)
         return value
 
-    def prox_(self, on_shards: Callable[[list[Tensor], Strengths, _Step], None], step: _Step) -> None:
-        own_step = strength_at(step, [*self.places, self.places[0]], self.shards[0].device)
+    def prox_(self, on_shards: Callable[[list[Tensor], Strengths], None]) -> None:
         with self._places_in_errors():
             if self.sharing_groups is None:
-                on_shards(self.shards, self.strengths, own_step)
+                on_shards(self.shards, self.strengths)
             else:
-                own = _ops.soft_norms(self.shards, *own_step, *self.strengths)
+                own = _ops.norms(self.shards, *self.strengths)
                 norms = hypot(gathered(self._in_slots(own), self.sharing_groups))
-                _ops.prox_(self.shards, *own_step, norms, self._first_slots(), *self.strengths)
+                _ops.prox_(self.shards, norms, self._first_slots(), *self.strengths)
 
     def _measure(self, shards: Sequence[Tensor], strengths: Strengths) -> tuple[Tensor, Tensor, Sequence[int]]:
         """The penalty of all that share groups, the norm of every group, and where those of each parameter begin."""
-        none = torch.zeros((), dtype=torch.float64, device=shards[0].device)
-        value, own = _ops.penalty_and_norms(shards, *strengths._replace(l2_norm=(), l2_norm_tensor=none))
+        value, _, (own,) = _ops.penalty(shards, (), *strengths.having(l2_norm=()))
         parts = gathered(torch.cat((value[None], self._in_slots(own))), self.sharing_groups)
         norms = hypot(parts[:, 1:])
         weights = self._weights_of_slots(strengths)
@@ -306,8 +302,8 @@ class Bucket(NamedTuple):
         strengths = _shared(self.strengths, self.sharing_rest)
         if self.sharing_groups is None:
             return total(composed_penalty(self.shards, strengths), self.sharing_rest)
-        pieces = _shared(strengths, self.sharing_groups)._replace(l2_norm=(), l2_norm_tensor=None)
-        own = self._in_slots(group_norms(self.shards, self.strengths.rows))
+        pieces = _shared(strengths, self.sharing_groups).having(l2_norm=())._replace(group=0)
+        own = self._in_slots(group_norms(self.shards, self.strengths.group))
         scale = scale_of(gathered(own.detach(), self.sharing_groups))
         squares = (own * scale).square()
         sums = total(torch.cat((composed_penalty(self.shards, pieces)[None], squares)), self.sharing_groups)
@@ -325,14 +321,16 @@ class Bucket(NamedTuple):
 
     def norms_of_tensors(self) -> Tensor:
         """Of each parameter, on every process."""
-        norms = _in_slots(_ops.group_norms(self.shards, False), self.shards, [*[1] * len(self.places), 0], rows=False)
+        tensors = GROUPS["tensor"]
+        own = _ops.norms(self.shards, *Strengths(group=tensors))
+        norms = _in_slots(own, self.shards, [*[1] * len(self.places), 0], tensors)
         for group in (self.sharing_groups, self.sharing_rest):
             norms = norms if group is None else hypot(gathered(norms, group))
         return norms
 
-    def sums_of_rows(self) -> Tensor:
-        """[2, parameters]: the sum of the norms of its rows, and how many of these are 0."""
-        norms = self._in_slots(_ops.group_norms(self.shards, True))
+    def sums_of_slices(self) -> Tensor:
+        """[2, parameters]: the sum of the norms of its slices, and how many of these are 0."""
+        norms = self._in_slots(_ops.norms(self.shards, *Strengths(group=self.strengths.group)))
         if self.sharing_groups is not None:
             norms = hypot(gathered(norms, self.sharing_groups))
         sums = norms.new_zeros(2, len(self.places))
@@ -344,16 +342,16 @@ class Bucket(NamedTuple):
 
     def _slots(self) -> list[int]:
         """How many groups each parameter has."""
-        rows = self.strengths.rows
+        group = self.strengths.group
         if self.sharing_groups is None:
-            return [group_count(p, rows) for p in self.shards]
-        return [*(p.shape[0] if rows and p.ndim > 0 else 1 for p in self.shards[:-1]), 0]
+            return [group_count(p, group) for p in self.shards]
+        return [*(slots(p, group) for p in self.shards[:-1]), 0]
 
     def _first_slots(self) -> list[int]:
         return [0, *accumulate(self._slots())][:-1]
 
     def _in_slots(self, norms: Tensor) -> Tensor:
-        return _in_slots(norms, self.shards, self._slots(), self.strengths.rows)
+        return _in_slots(norms, self.shards, self._slots(), self.strengths.group)
 
     def _weights_of_slots(self, strengths: Strengths) -> Tensor:
         weights = table_of(strengths, len(self.shards), self.shards[0].device)[:, 2]
@@ -367,12 +365,11 @@ class Bucket(NamedTuple):
             raise relabelled(error, self.places) from error
 
 
-def _in_slots(norms: Tensor, shards: list[Tensor], slots: list[int], rows: bool) -> Tensor:
+def _in_slots(norms: Tensor, shards: list[Tensor], sizes: list[int], group: int) -> Tensor:
     """The norms that the operators give of shards, with zeros for the groups of empty ones."""
-    pieces = torch.functional.split(norms, [group_count(p, rows) for p in shards])
-    return torch.cat([x if len(x) == n else x.new_zeros(n) for x, n in zip(pieces, slots, strict=True)])
+    pieces = torch.functional.split(norms, [group_count(p, group) for p in shards])
+    return torch.cat([x if len(x) == n else x.new_zeros(n) for x, n in zip(pieces, sizes, strict=True)])
 
 
-def _shared(strengths: Strengths, group: Any) -> Strengths:
-    l1, l2, l2_norm = (None if t is None else shared(t, group) for t in strengths.tensors().values())
-    return strengths._replace(l1_tensor=l1, l2_tensor=l2, l2_norm_tensor=l2_norm)
+def _shared(strengths: Strengths, processes_of_it: Any) -> Strengths:
+    return strengths._replace(tensors=tuple(shared(t, processes_of_it) for t in strengths.tensors))

@@ -11,8 +11,9 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from fused_reg import _devices, _ops, distributed
-from fused_reg._arguments import Group, Strength, Strengths, as_list, as_strengths, raise_explained
+from fused_reg._arguments import Strength, as_list, as_strengths, raise_explained
 from fused_reg._penalty import penalty, penalty_in_graph
+from fused_reg._terms import Group, Strengths
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -119,9 +120,9 @@ def _plain_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None, l2: S
     if not is_plain:
         return None
     one = params[0].new_ones(()).double()  # type: ignore[index]
-    l1_tensor = None if l1 is None else one * l1  # type: ignore[operator]
-    l2_tensor = None if l2 is None else one * l2  # type: ignore[operator]
-    return penalty_in_graph(params, (), (), (), l1_tensor, l2_tensor, None, False, True)
+    strengths = [one * strength for strength in (l1, l2) if strength is not None]  # type: ignore[operator]
+    counts = (0 if l1 is None else -1, 0 if l2 is None else -1, 0, 0)
+    return penalty_in_graph(params, (), strengths, counts, 0, True)
 
 
 def value_and_grad(
@@ -180,5 +181,5 @@ def value_and_grad(
 
 def _value_and_grad(params: Sequence[Tensor], strengths: Strengths) -> tuple[Tensor, tuple[Tensor, ...]]:
     with torch.no_grad():
-        value, grads = _ops.penalty_and_grad(params, [True] * len(params), *strengths)
+        value, grads, _ = _ops.penalty(params, [True] * len(params), *strengths)
     return value, tuple(grads)

@@ -14,9 +14,7 @@ from torch.compiler import is_compiling
 
 from fused_reg import _devices, _ops, distributed
 from fused_reg._arguments import (
-    Group,
     Strength,
-    Strengths,
     as_list,
     as_scale,
     as_step,
@@ -25,6 +23,7 @@ from fused_reg._arguments import (
     check_values,
     raise_explained,
 )
+from fused_reg._terms import Group, Strengths
 
 # What _ops.accumulate_grad_ does with the gradient of a parameter: nothing, write it, add to it.
 _SKIP, _WRITE, _ADD = 0, 1, 2
@@ -127,10 +126,10 @@ def accumulate(
         except Exception as error:
             if not _devices.is_mixed(tensors, error):
                 raise
-            check_values("", strengths.tensors())
+            check_values("", strengths.named_tensors())
             fresh = _devices.empty_grads(missing)
             own = _merged(modes, grads, fresh)
-            value = _devices.accumulate_grad_(tensors, own, modes, *factor, *strengths)
+            value = _devices.accumulate_grad_(tensors, own, modes, *factor, strengths)
     except Exception as error:
         negated = [p for p in tensors if isinstance(p, Tensor) and p.is_leaf and p.grad is not None and p.grad.is_neg()]
         if negated:  # the dispatcher writes to no such view
@@ -175,17 +174,15 @@ def _checked_shards(
 ) -> list[Tensor]:
     try:
         shards = distributed.with_grads(tensors, skip_missing) if distributed.is_sharded(tensors) else tensors
-        check_numbers(name, shards, {**strengths.tensors(), "scale": factor[1]})
+        check_numbers(name, shards, {**strengths.named_tensors(), "scale": factor[1]})
         modes, grads = _grads_of(shards, _WRITE)
-        _ops.check_accumulation(shards, grads, [mode if mode == _ADD else _SKIP for mode in modes])
+        _ops.check_writable(shards, grads, [mode if mode == _ADD else _SKIP for mode in modes])
     except Exception as error:
         raise_explained(name, tensors, error)
     return shards
 
 
-def check_writable(
-    name: str, tensors: list[Tensor], strengths: Strengths, step: tuple[tuple[float, ...], Tensor | None]
-) -> None:
+def check_writable(name: str, tensors: list[Tensor], strengths: Strengths) -> None:
     """Raises what `shrink` would of these arguments."""
     try:
         shards = tensors
@@ -193,8 +190,8 @@ def check_writable(
             distributed.check_distinct(tensors)
             shards = distributed.shards_of(tensors)
             _ops.check_not_in_graph("", tensors)  # the operators see the shards only
-        check_numbers(name, shards, {**strengths.tensors(), "step": step[1]})
-        _ops.check_writable(shards)
+        check_numbers(name, shards, strengths.named_tensors())
+        _ops.check_writable(shards, (), ())
     except Exception as error:
         raise_explained(name, tensors, error)
 
@@ -277,13 +274,11 @@ def prox_(
     name = "prox_"
     tensors = as_list(name, params)
     strengths = as_strengths(name, l1, l2, l2_norm, group, tensors)
-    shrink(name, tensors, strengths, as_step(name, step, tensors))
+    shrink(name, tensors, strengths.having(step=as_step(name, step, tensors)))
 
 
-def shrink(
-    name: str, tensors: list[Tensor], strengths: Strengths, step: tuple[tuple[float, ...], Tensor | None]
-) -> None:
-    """`prox_` for arguments that have been checked, in the name of a function."""
+def shrink(name: str, tensors: list[Tensor], strengths: Strengths) -> None:
+    """`prox_` for arguments that have been checked, in the name of a function; the step is among the strengths."""
     if not tensors:
         return
     if is_compiling() or _are_functorch_transforms_active():  # where the operator runs, everything is a leaf
@@ -291,22 +286,22 @@ def shrink(
     elif _is_tracing():
         raise_explained(name, tensors, NotImplementedError())
     if distributed.is_sharded(tensors):
-        check_writable(name, tensors, strengths, step)
+        check_writable(name, tensors, strengths)
         try:
-            return distributed.prox_(partial(shrink, name), tensors, strengths, step)
+            return distributed.prox_(partial(shrink, name), tensors, strengths)
         except Exception as error:
             raise_explained(name, tensors, error)
     try:
         try:
-            _ops.prox_(tensors, *step, None, (), *strengths)
+            _ops.prox_(tensors, None, (), *strengths)
         except Exception as error:
             if not _devices.is_mixed(tensors, error):
                 raise
-            check_values("", {**strengths.tensors(), "step": step[1]})
-            _devices.prox_(tensors, step, strengths)
+            check_values("", strengths.named_tensors())
+            _devices.prox_(tensors, strengths)
     except Exception as error:
         if any(isinstance(p, Tensor) and p.is_neg() for p in tensors):
             # The dispatcher writes to no negated view. The operator is odd: it may take the memory behind as it is.
             memory = [torch._neg_view(p) if isinstance(p, Tensor) and p.is_neg() else p for p in tensors]
-            return shrink(name, memory, strengths, step)
+            return shrink(name, memory, strengths)
         raise_explained(name, tensors, error)

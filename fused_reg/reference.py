@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_reg._arguments import Group, Strength
+from fused_reg._arguments import Strength
+from fused_reg._terms import Group
 
 
 class _Term(NamedTuple):

@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from fused_reg._adjustable import Adjustable
-from fused_reg._arguments import Group, is_number
+from fused_reg._arguments import is_number
 from fused_reg._attach import Attachment, Mode
 from fused_reg._attachments import Attachments
 from fused_reg._following import Source
@@ -21,6 +21,7 @@ from fused_reg._report import Report, report_of, summary_of
 from fused_reg._selection import Choice, as_patterns, as_rules
 from fused_reg._strengths import Given, as_flag, as_penalty
 from fused_reg._table import Entry, Table
+from fused_reg._terms import Group
 from fused_reg._twice import warn_if_attached, watched
 from fused_reg._warnings import warn
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from oracle import bits, gradients
 from samples import CHUNK, DTYPES, leaves
+from samples import numbers as as_given
 
 from fused_reg import Regularizer, _ops, accumulate_grad_, fused_penalty, prox_, value_and_grad
 
@@ -112,7 +113,7 @@ class Draw:
             "gradient": [*grads, *gradients(fused_penalty, params, self.scale, **strengths)],
             "accumulated": [accumulated, *(p.grad for p in trained)],
             "proximal step": stepped,
-            "norms": [_ops.group_norms(params, rows) for rows in (False, True)],
+            "norms": [_ops.norms(params, *as_given(group=group)) for group in ("tensor", "row")],
             "report": self.report(),
         }
 

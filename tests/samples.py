@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from fused_reg._terms import GROUPS, Strengths
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FULL_DTYPES = (torch.float32, torch.float64)  # gradients have the loop's bits
 HALF_DTYPES = (torch.bfloat16, torch.float16)  # gradients are rounded once
@@ -40,6 +42,11 @@ STRENGTHS = {
 }
 
 UPSTREAMS = (1.0, 2.0, 0.0, -0.0, -2.0, 0.37, 1 / 3, -1e-30, 65536.0, math.inf, -math.inf, math.nan)
+
+
+def numbers(l1=(), l2=(), l2_norm=(), step=(), group=None) -> Strengths:
+    """As the operators take them."""
+    return Strengths.of((l1, l2, l2_norm, step), GROUPS[group])
 
 
 def first_quick(*values) -> list:

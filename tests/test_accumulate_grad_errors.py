@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from oracle import assert_same_bits, bits, loop_gradients
-from samples import LAYOUTS, draw, draw_list, leaves
+from samples import LAYOUTS, draw, draw_list, leaves, numbers
 from test_accumulate_grad import expected_grads, with_grads
 
 from fused_reg import _ops, accumulate_grad_
@@ -125,7 +125,7 @@ def test_modes_are_known(device):
     w, grad = draw(5, device=device), torch.zeros(5, device=device)
     for mode in (-1, 3):
         with pytest.raises(ValueError, match=rf"^modes\[0\] must be 0, 1 or 2, got {mode}$"):
-            _ops.accumulate_grad_([w], [grad], [mode], 1.0, None, (0.1,), (), (), None, None, None, False)
+            _ops.accumulate_grad_([w], [grad], [mode], 1.0, None, *numbers((0.1,)))
     assert not grad.any()
 
 

@@ -5,14 +5,14 @@ from functools import partial
 import pytest
 import torch
 from oracle import assert_same_bits
-from samples import draw, first_quick
+from samples import draw, first_quick, numbers
 from test_attach import X, filled, loss_of
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 import fused_reg
 from fused_reg import Regularizer, _merged, accumulate_grad_, fused_penalty, prox_, value_and_grad
-from fused_reg._arguments import Strengths
+from fused_reg._terms import group_count
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
 
@@ -383,15 +383,15 @@ LISTS = {
     "large": [((300, 130), torch.float32)],
 }
 FORMS = {
-    "floats": Strengths((0.1,), (0.2,)),
-    "per parameter": Strengths(l1_tensor=torch.tensor([0.1, 0.2, 0.3]), l2=(0.3, 0.2, 0.1)),
-    "tensor": Strengths(l2_tensor=torch.tensor(0.5)),
-    "norms": Strengths((0.1,), l2_norm=(0.3,)),
-    "rows": Strengths(l2_norm_tensor=torch.tensor(0.3), rows=True),
+    "floats": numbers((0.1,), (0.2,), step=(0.1,)),
+    "per parameter": numbers(torch.tensor([0.1, 0.2, 0.3]), (0.3, 0.2, 0.1), step=torch.tensor(0.5)),
+    "tensor": numbers(l2=torch.tensor(0.5)),
+    "norms": numbers((0.1,), l2_norm=(0.3,), step=(0.1,), group="tensor"),
+    "rows": numbers(l2_norm=torch.tensor(0.3), group="row"),
 }
 
 
-def calls(params, strengths, device):
+def calls(params, given, device):
     """Every operator with arguments for these."""
     count = len(params)
     upstream, scale = torch.tensor(0.37, device=device), torch.tensor(0.5, dtype=torch.float64)
@@ -399,28 +399,24 @@ def calls(params, strengths, device):
     selected, needs_grad = params[:1] + params[2:], [i != 1 for i in range(count)]
     modes = [(1, 2, 0)[i % 3] for i in range(count)]
     written = [g for g, mode in zip(grads, modes, strict=True) if mode != 0]
-    yield "penalty", (params, *strengths)
-    yield "penalty_in_graph", (params, *strengths, False)
-    yield "penalty_and_grad", (params, needs_grad, *strengths)
-    yield "accumulate_grad_", (params, written, modes, 0.5, None, *strengths)
-    yield "accumulate_grad_", (params, written, modes, 1.0, scale, *strengths)
-    yield "prox_", (grads, (0.1,), None, None, (), *strengths)
-    yield "prox_", (grads, (), scale, None, (), *strengths)
-    if strengths.has_norms():
-        norms = torch.ops.fused_reg.group_norms(params, strengths.rows)
-        sizes = [p.numel() and (p.shape[0] if strengths.rows and p.ndim else 1) for p in params]
+    yield "penalty", (params, (), *given)
+    yield "penalty_in_graph", (params, *given, False)
+    yield "penalty", (params, needs_grad, *given)
+    yield "accumulate_grad_", (params, written, modes, 0.5, None, *given)
+    yield "accumulate_grad_", (params, written, modes, 1.0, scale, *given)
+    yield "prox_", (grads, None, (), *given)
+    if given.has_norms():
+        norms = torch.ops.fused_reg.norms(params, *given)
+        sizes = [group_count(p, given.group) for p in params]
         firsts = [sum(sizes[:i]) for i in range(count) if needs_grad[i]]
-        yield "penalty_and_norms", (params, *strengths)
-        yield "soft_norms", (params, (0.1,), None, *strengths)
-        yield "penalty_grad", (upstream, selected, needs_grad, norms, firsts, *strengths)
+        yield "norms", (params, *given)
+        yield "penalty_grad", (upstream, selected, needs_grad, norms, firsts, *given)
     else:
-        yield "penalty_grad", (upstream, selected, needs_grad, None, (), *strengths)
-        given = [torch.empty_like(p).fill_(1) for p in selected]
-        yield "rescale_grad_", (upstream, selected, given, needs_grad, *strengths)
-    for rows in (False, True):
-        yield "group_norms", (params, rows)
-    yield "term_sums", (params,)
-    yield "zero_counts", (params,)
+        yield "penalty_grad", (upstream, selected, needs_grad, None, (), *given)
+        ones = [torch.empty_like(p).fill_(1) for p in selected]
+        yield "rescale_grad_", (upstream, selected, ones, needs_grad, *given)
+    for with_zeros in (False, True):
+        yield "sums", (params, with_zeros, *given)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -429,10 +425,10 @@ def test_opcheck(sample, form, device):
     """Schemas, fake kernels, autograd keys, and functionalization of what mutates."""
     params = [draw(shape, dtype, device, seed=i) for i, (shape, dtype) in enumerate(LISTS[sample])]
     params[0] = params[0].t() if params[0].ndim == 2 else params[0]
-    strengths = FORMS[form]
+    given = FORMS[form]
     if len(params) != 3 and form == "per parameter":
-        strengths = Strengths(l1_tensor=torch.tensor([0.1] * len(params)), l2=(0.3,) * len(params))
-    for name, arguments in calls(params, strengths, device):
+        given = numbers(torch.tensor([0.1] * len(params)), (0.3,) * len(params))
+    for name, arguments in calls(params, given, device):
         packet = getattr(torch.ops.fused_reg, name)
         results = torch.library.opcheck(getattr(packet, packet.overloads()[-1]), arguments)
         assert set(results.values()) == {"SUCCESS"}, (name, results)

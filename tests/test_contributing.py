@@ -18,8 +18,8 @@ SOURCES = {
 
 # What the code of a term, a pass, a dtype has in it: L1, the counts of zeros, bfloat16.
 RECIPES = {
-    "term": r"\bl1\b|\bl1_\w+|\bkL1\b|\bkColumnL1\b",
-    "pass": r"\b(run_)?zero_counts\b|\bkZeros\b",
+    "term": r"\bl1\b|\bl1_\w+|\bkL1\b|\bkL1Strength\b",
+    "pass": r"\bZeros(Pass)?\b|\bkZeros\b|\brun_zero_counts\b",
     "dtype": r"\bkBFloat16\b|torch\.bfloat16\b",
 }
 COMMENTS = (r"//.*", r"(?s:\"{3}.*?\"{3})|#.*")  # of C++, of Python

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from oracle import assert_same_bits, gradients
-from samples import CHUNK, DTYPES, draw, leaves, many, mixed_list, one_each
+from samples import CHUNK, DTYPES, draw, leaves, many, mixed_list, numbers, one_each
 
 from fused_reg import _ops, fused_penalty, value_and_grad
-from fused_reg._arguments import Strengths
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("cuda")]
 
@@ -83,7 +82,8 @@ def test_a_thousand_random_lists_have_the_bits_of_the_cpu(cuda):
 
 def test_term_sums_have_the_bits_of_the_cpu(cuda):
     for params in (mixed_list(), [torch.empty(0)], [draw(3_000_001), *many(2000, "cpu")]):
-        assert_same_bits([_ops.term_sums([p.to(cuda) for p in params])], [_ops.term_sums(params)])
+        sums = _ops.sums([p.to(cuda) for p in params], True, *numbers())
+        assert_same_bits([sums], [_ops.sums(params, True, *numbers())])
 
 
 # Tables of every length
@@ -253,23 +253,25 @@ def _tables(device):
     long = draw(1320).to(device).split(1)
     half = torch.tensor(0.3, dtype=torch.bfloat16).to(device)
     return [
-        (parts, Strengths((0.1,), (1 / 3,))),
-        (parts, Strengths(l1_tensor=torch.tensor(each).to(device), l2_tensor=half)),
-        ([*parts, *long[:200]], Strengths((0.1,))),
-        ([*parts, *long], Strengths((0.1,), (1 / 3,))),
+        (parts, numbers((0.1,), (1 / 3,))),
+        (parts, numbers(torch.tensor(each).to(device), half)),
+        ([*parts, *long[:200]], numbers((0.1,))),
+        ([*parts, *long], numbers((0.1,), (1 / 3,))),
     ]
 
 
-def _norms_and_in_place(params, strengths, factor):
+def _norms_and_in_place(params, given, factor):
     """Values, norms, gradients and proximal steps with and without norms, of copies of the parameters."""
     out = []
-    for all_strengths in (strengths, strengths._replace(l2_norm=(0.3,)), strengths._replace(l2_norm=(0.3,), rows=True)):
+    for group in range(3):
+        own = given.having(step=(0.5,), l2_norm=(0.3,) if group else ())._replace(group=group)
         grads, written = [p.clone() for p in params], [p.clone() for p in params]
         modes = [1 + i % 2 for i in range(len(params))]
-        value = _ops.accumulate_grad_(params, grads, modes, 1.0, factor, *all_strengths)
-        _ops.prox_(written, (0.5,), None, *all_strengths)
+        value = _ops.accumulate_grad_(params, grads, modes, 1.0, factor, *own)
+        _ops.prox_(written, None, (), *own)
         out += [value, *grads, *written]
-    return [*out, _ops.group_norms(params, False), _ops.group_norms(params, True)]
+        out += [_ops.norms(params, *numbers()._replace(group=group))] if group else []
+    return out
 
 
 @pytest.mark.sanitizer
@@ -277,13 +279,13 @@ def _norms_and_in_place(params, strengths, factor):
 def test_every_kernel(table, cuda):
     results = {}
     for device in (torch.device("cpu"), cuda):
-        params, strengths = _tables(device)[table]
+        params, given = _tables(device)[table]
         upstream = torch.tensor(0.37).to(device)
-        value = _ops.penalty(params, *strengths)
-        both, grads = _ops.penalty_and_grad(params, [True] * len(params), *strengths)
-        fresh = _ops.penalty_grad(upstream, params, [True] * len(params), None, (), *strengths)
+        value, *_ = _ops.penalty(params, (), *given)
+        both, grads, _ = _ops.penalty(params, [True] * len(params), *given)
+        fresh = _ops.penalty_grad(upstream, params, [True] * len(params), None, (), *given)
         kept = [g.cpu() for g in grads]
-        _ops.rescale_grad_(upstream, params, grads, [True] * len(params), *strengths)
-        first = [value, both, *kept, *fresh, *grads, _ops.term_sums(params), _ops.zero_counts(params).double()]
-        results[device.type] = first + _norms_and_in_place(params, strengths, upstream)
+        _ops.rescale_grad_(upstream, params, grads, [True] * len(params), *given)
+        results[device.type] = [value, both, *kept, *fresh, *grads, _ops.sums(params, True, *given)]
+        results[device.type] += _norms_and_in_place(params, given, upstream)
     assert_same_bits(results["cuda"], results["cpu"])

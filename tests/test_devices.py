@@ -5,11 +5,12 @@ import re
 import pytest
 import torch
 from oracle import assert_same_bits, assert_value, gradients, loop_gradients
-from samples import DTYPES, FULL_DTYPES, draw, leaves, one_each
+from samples import DTYPES, FULL_DTYPES, draw, leaves, numbers, one_each
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_reg import _devices, _ops, fused_penalty, value_and_grad
-from fused_reg._arguments import Strengths, explained
+from fused_reg._arguments import explained
+from fused_reg._terms import Strengths
 
 FUNCTIONS = pytest.mark.parametrize("function", [fused_penalty, value_and_grad])
 BOTH = {"l1": 0.1, "l2": 1 / 3}
@@ -166,30 +167,31 @@ def test_parts_of_a_list():
     places = ("cpu", "meta", "meta", "cpu", "cpu", "meta")
     params = [torch.empty(i, device=device) for i, device in enumerate(places)]
     l2 = torch.arange(6.0)
-    cpu, meta = _devices._parts(params, Strengths((0.5,), l2_tensor=l2))
+    cpu, meta = _devices._parts(params, numbers((0.5,), l2))
     assert (cpu.places, meta.places) == ([0, 3, 4], [1, 2, 5])
     for part, device in ((cpu, "cpu"), (meta, "meta")):
         *own, end = part.params
         assert all(a is params[i] for a, i in zip(own, part.places, strict=True))
         assert (end.dtype, end.shape, end.device.type) == (torch.float64, (0,), device)
-        assert part.strengths.l1 == (0.5,)
-        assert part.strengths.l2_tensor.tolist() == [*part.places, part.places[0]]
+        l1, l2_of_part, *_ = part.strengths.columns()
+        assert l1 == (0.5,)
+        assert l2_of_part.tolist() == [*part.places, part.places[0]]
 
 
 def test_parts_come_together():
     """The sum of the values, rounded once; the gradients in their places."""
     params = [torch.full((2,), float(i), device=device) for i, device in enumerate(("cpu", "meta", "cpu"))]
 
-    def one_device(part, strengths):
-        assert strengths == Strengths((7.0,))
+    def one_device(part, given):
+        assert given == numbers((7.0,))
         value = torch.tensor(1 / 3 if part[0].is_meta else 1.0, dtype=torch.float64)
         return value, tuple(part[:-1])
 
-    value, grads = _devices.value_and_grad(one_device, params, Strengths((7.0,)))
+    value, grads = _devices.value_and_grad(one_device, params, numbers((7.0,)))
     assert_same_bits([value], [torch.tensor(4 / 3)])
     assert all(g is p for g, p in zip(grads, params, strict=True))
     double = [*params, torch.ones(1, dtype=torch.float64)]
-    value = _devices.penalty(lambda *a: one_device(*a)[0], double, Strengths((7.0,)))
+    value = _devices.penalty(lambda *a: one_device(*a)[0], double, numbers((7.0,)))
     assert_same_bits([value], [torch.tensor(1 + 1 / 3, dtype=torch.float64)])
 
 
@@ -201,14 +203,14 @@ def test_gradients_accumulate_in_parts(monkeypatch):
     assert [(g.numel(), g.device.type) for g in grads] == [(1, "cpu"), (2, "meta"), (3, "cpu"), (4, "meta")]
     checked, calls = [], []
 
-    def operator(part, own_grads, modes, scale, scale_tensor, *strengths):
-        calls.append((part[0].device.type, own_grads, modes, scale, scale_tensor, Strengths(*strengths).l1))
+    def operator(part, own_grads, modes, scale, scale_tensor, *given):
+        calls.append((part[0].device.type, own_grads, modes, scale, scale_tensor, Strengths(*given).columns()[0]))
         return torch.tensor(1.0 if part[0].is_cpu else 1 / 3, dtype=torch.float64)
 
     monkeypatch.setattr(_ops, "accumulate_grad_", operator)
-    monkeypatch.setattr(_ops, "check_accumulation", lambda *lists: checked.append((lists, len(calls))))
-    strengths = Strengths((0.1, 0.2, 0.3, 0.4))
-    value = _devices.accumulate_grad_(params, grads, [1, 2, 2, 1], 0.5, None, *strengths)
+    monkeypatch.setattr(_ops, "check_writable", lambda *lists: checked.append((lists, len(calls))))
+    given = numbers((0.1, 0.2, 0.3, 0.4))
+    value = _devices.accumulate_grad_(params, grads, [1, 2, 2, 1], 0.5, None, given)
     assert checked == [((params, grads, [1, 2, 2, 1]), 0)]  # the whole list, before anything is written
     assert calls == [
         ("cpu", [grads[0], grads[2]], [1, 2, 0], 0.5, None, (0.1, 0.3, 0.1)),
@@ -221,29 +223,28 @@ def test_proximal_steps_in_parts(monkeypatch):
     params = [torch.empty(i + 1, device=device) for i, device in enumerate(("cpu", "meta", "cpu"))]
     checked, calls = [], []
     monkeypatch.setattr(_ops, "prox_", lambda part, *rest: calls.append(([p.numel() for p in part], *rest)))
-    monkeypatch.setattr(_ops, "check_writable", lambda whole: checked.append((whole, len(calls))))
-    strengths = Strengths(l2_norm=(0.5,), rows=True)
-    _devices.prox_(params, ((0.1, 0.2, 0.3), None), strengths)
-    assert checked == [(params, 0)]
+    monkeypatch.setattr(_ops, "check_writable", lambda whole, *none: checked.append((whole, none, len(calls))))
+    given = numbers(l2_norm=(0.5,), step=(0.1, 0.2, 0.3), group="row")
+    _devices.prox_(params, given)
+    assert checked == [(params, ((), ()), 0)]
     assert calls == [
-        ([1, 3, 0], (0.1, 0.3, 0.1), None, None, (), *strengths),
-        ([2, 0], (0.2, 0.2), None, None, (), *strengths),
+        ([1, 3, 0], None, (), *given.having(step=(0.1, 0.3, 0.1))),
+        ([2, 0], None, (), *given.having(step=(0.2, 0.2))),
     ]
 
 
 def test_strengths_of_a_part():
     l1 = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
-    strengths = Strengths((), (0.5, 0.25, 0.125), l1_tensor=l1)
-    part = strengths.at([2, 0, 2], torch.device("cpu"))
-    assert part.l2 == (0.125, 0.5, 0.125)
-    assert part.l1_tensor.tolist() == l1[[2, 0, 2]].tolist()
-    part.l1_tensor.sum().backward()
+    part = numbers(l1, (0.5, 0.25, 0.125)).at([2, 0, 2], torch.device("cpu"))
+    assert part.floats == (0.125, 0.5, 0.125)
+    assert part.tensors[0].tolist() == l1[[2, 0, 2]].tolist()
+    part.tensors[0].sum().backward()
     assert l1.grad.tolist() == [1, 0, 2]
-    assert part.l2_tensor is None
-    one = Strengths((0.5,), l2_tensor=torch.tensor(0.25))
+    assert part.counts == (-1, 3, 0, 0)
+    one = numbers((0.5,), torch.tensor(0.25))
     assert one.at([1], torch.device("meta")) == one  # a strength on the CPU goes everywhere
-    elsewhere = Strengths(l1_tensor=torch.ones(2, device="meta"))
-    assert elsewhere.at([1, 1, 0], torch.device("meta")).l1_tensor.shape == (3,)
+    elsewhere = numbers(torch.ones(2, device="meta"))
+    assert elsewhere.at([1, 1, 0], torch.device("meta")).tensors[0].shape == (3,)
 
 
 def test_which_lists_are_mixed():

@@ -8,7 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 from fused_reg import _ops
 
-NONE = (None, None, None, False)
+HALF = ([0.5], [], [1, 0, 0, 0], 0)
+NORMS = ([0.5], [], [0, 0, 1, 0], 1)
 
 
 def general(name):
@@ -24,14 +25,14 @@ class Seen(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["term_sums", "zero_counts", "empty_grads"])
-def test_a_mode_sees_the_call(name):
+@pytest.mark.parametrize(("name", "numbers"), [("sums", (True, *HALF)), ("empty_grads", ()), ("norms", NORMS)])
+def test_a_mode_sees_the_call(name, numbers):
     params = [draw(5, torch.float32)]
     with Seen() as seen:
-        getattr(_ops.library, name)(params)
+        getattr(_ops.library, name)(params, *numbers)
     assert general(name) in seen.calls
     with torch._C.DisableTorchFunction():
-        getattr(_ops.library, name)(params)
+        getattr(_ops.library, name)(params, *numbers)
 
 
 @pytest.mark.parametrize("strength", [0.5, 1, True, torch.tensor(0.5).numpy()[()]], ids=lambda x: type(x).__name__)
@@ -39,39 +40,44 @@ def test_a_mode_sees_the_call(name):
 def test_lists_and_numbers(strength, sequence):
     """A float is taken, and torch.ops converts what else is a number."""
     params = sequence([draw(5, torch.float32), draw(7, torch.float64, seed=1)])
-    arguments = (params, sequence([strength]), sequence([]), sequence([]), *NONE)
-    expected = general("penalty")(list(params), [float(strength)], [], [], *NONE)
-    assert_same_bits([_ops.library.penalty(*arguments)], [expected])
+    arguments = (params, sequence([]), sequence([strength]), sequence([]), sequence([1, 0, 0, 0]), 0)
+    expected, *_ = general("penalty")(list(params), [], [float(strength)], *HALF[1:])
+    assert_same_bits([_ops.library.penalty(*arguments)[0]], [expected])
 
 
 def test_results():
-    """A tensor, a list, a pair of both, None."""
+    """A tensor, a list, tuples of both, None."""
     params = [draw(5, torch.float32), draw(7, torch.float32, seed=1)]
-    value, grads = _ops.library.penalty_and_grad(params, [True, False], [0.5], [], [], *NONE)
-    expected, (grad,) = general("penalty_and_grad")(params, [True, False], [0.5], [], [], *NONE)
-    assert type(grads) is list
-    assert_same_bits([value, *grads], [expected, grad])
+    value, grads, norms = _ops.library.penalty(params, [True, False], *NORMS)
+    expected, (grad,), (norm,) = general("penalty")(params, [True, False], *NORMS)
+    assert (type(grads), type(norms)) == (list, list)
+    assert_same_bits([value, *grads, *norms], [expected, grad, norm])
+    assert _ops.library.prox_([p.clone() for p in params], None, [], *HALF) is None
+    assert_same_bits([_ops.library.norms(params, *NORMS)], [norm])
     assert [g.shape for g in _ops.library.empty_grads(params)] == [(5,), (7,)]
-    assert _ops.library.prox_([p.clone() for p in params], [1.0], None, None, [], [0.5], [], [], *NONE) is None
-    pair = _ops.library.penalty_and_norms(params, [], [], [0.5], *NONE)
-    assert type(pair) is tuple
-    assert_same_bits(pair, general("penalty_and_norms")(params, [], [], [0.5], *NONE))
 
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("term_sums", ()),
-        ("term_sums", ([], 1)),
-        ("term_sums", (None,)),
-        ("term_sums", ([torch.ones(2), None],)),
-        ("term_sums", ([],)),
-        ("term_sums", ([torch.ones(2, dtype=torch.int32)],)),
-        ("group_norms", ([torch.ones(2)], "row")),
-        ("penalty", ([torch.ones(2)], ["0.5"], [], [], *NONE)),
-        ("penalty", ([torch.ones(2)], 0.5, [], [], *NONE)),
-        ("penalty", ([torch.ones(2)], [0.5, 0.5], [], [], *NONE)),
-        ("prox_", ([torch.ones(2)], [1.0], None, None, [1 << 70], [0.5], [], [], *NONE)),
+        ("empty_grads", ()),
+        ("empty_grads", ([], 1)),
+        ("empty_grads", (None,)),
+        ("empty_grads", ([torch.ones(2), None],)),
+        ("empty_grads", ([],)),
+        ("empty_grads", ([torch.ones(2, dtype=torch.int32)],)),
+        ("norms", ([torch.ones(2)], *NORMS[:3], "row")),
+        ("norms", ([torch.ones(2)], *NORMS[:3], 4)),
+        ("norms", ([torch.ones(2)], *NORMS[:3], -1)),
+        ("norms", ([torch.ones(2)], *HALF)),
+        ("penalty", ([torch.ones(2)], [], ["0.5"], *HALF[1:])),
+        ("penalty", ([torch.ones(2)], [], 0.5, *HALF[1:])),
+        ("penalty", ([torch.ones(2)], [], [0.5, 0.5], [], [2, 0, 0, 0], 0)),
+        ("penalty", ([torch.ones(2)], [], [], *HALF[1:])),  # fewer floats than counted
+        ("penalty", ([torch.ones(2)], [], [0.5], [], [-1, 0, 0, 0], 0)),  # fewer tensors
+        ("penalty", ([torch.ones(2)], [], [0.5], [], [-2, 0, 0, 0], 0)),
+        ("penalty", ([torch.ones(2)], [], [0.5], [], [1, 0], 0)),  # fewer counts
+        ("prox_", ([torch.ones(2)], None, [1 << 70], *HALF)),
     ],
 )
 def test_errors_are_those_of_torch_ops(name, arguments):

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from oracle import assert_value, exact_penalty
-from samples import draw, leaves
+from samples import draw, leaves, numbers
 from test_group_norms_gradient import exact_gradient
 from torch import nn
 
@@ -136,7 +136,7 @@ def test_gradients_of_strengths(device):
             exact = float(exact_penalty(params, **{kind: 1.0}))
             assert strength.grad.item() == pytest.approx(exact, rel=1e-14, abs=5e-323)
     params = weights(1e-160, device)
-    for p, (_, squares) in zip(params, _ops.term_sums(params).tolist(), strict=True):
+    for p, (_, squares) in zip(params, _ops.sums(params, False, *numbers()).tolist(), strict=True):
         assert squares == pytest.approx(float(exact_penalty([p], l2=1.0)), rel=0, abs=5e-324)
 
 

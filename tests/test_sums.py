@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from oracle import exact_norms, exact_sum
-from samples import DTYPES, LAYOUTS, SIZES, draw, draw_list, mixed_list
+from samples import DTYPES, LAYOUTS, SIZES, draw, draw_list, mixed_list, numbers
 
 from fused_reg import _ops
 
@@ -23,14 +23,14 @@ def with_zeros(n, dtype, device) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_counts(dtype, device):
     params = [with_zeros(n, dtype, device) for n in (0, *range(1, 140), *SIZES, 100_003)]
-    counts = _ops.zero_counts(params)
-    assert (counts.dtype, counts.shape) == (torch.int64, (len(params),))
-    assert counts.tolist() == [int((p == 0).sum()) for p in params]
+    sums = _ops.sums(params, True, *numbers())
+    assert (sums.dtype, sums.shape) == (torch.float64, (len(params), 3))
+    assert sums[:, 2].tolist() == [int((p == 0).sum()) for p in params]
 
 
 def test_zero_counts_of_layouts(device):
     params = [make(dtype=DTYPES[i % 4], device=device) for i, (_, make) in enumerate(LAYOUTS.values())]
-    assert _ops.zero_counts(params).tolist() == [int((p == 0).sum()) for p in params]
+    assert _ops.sums(params, True, *numbers())[:, 2].tolist() == [int((p == 0).sum()) for p in params]
 
 
 def relative_error(number: float, exact) -> float:
@@ -40,7 +40,7 @@ def relative_error(number: float, exact) -> float:
 @pytest.mark.parametrize("dtype", [*DTYPES, None], ids=str)
 def test_term_sums(dtype, device):
     params = mixed_list(device) if dtype is None else draw_list(dtype, device)
-    sums = _ops.term_sums(params)
+    sums = _ops.sums(params, False, *numbers())
     assert (sums.dtype, sums.shape) == (torch.float64, (len(params), 2))
     for p, row in zip(params, sums.tolist(), strict=True):
         for degree, number in enumerate(row, start=1):
@@ -53,7 +53,7 @@ def test_group_norms(dtype, rows, device):
     """Those of all groups, in order; an empty parameter has none."""
     params = mixed_list(device) if dtype is None else draw_list(dtype, device)
     groups = [g for p in params if p.numel() for g in (p if rows and p.ndim else [p])]
-    norms = _ops.group_norms(params, rows)
+    norms = _ops.norms(params, *numbers(group="row" if rows else "tensor"))
     assert (norms.dtype, norms.shape) == (torch.float64, (len(groups),))
     for group, number in list(zip(groups, norms.tolist(), strict=True))[::13]:
         assert relative_error(number, exact_norms(group, "tensor")) < 4e-15

@@ -11,7 +11,7 @@
 #include "../checks.h"
 #include "../chunks.h"
 #include "../layout.h"
-#include "../strengths.h"
+#include "../numbers.h"
 #include "../summation.h"
 #include "dispatch.h"
 #include "grad_memory.h"
@@ -21,30 +21,35 @@ namespace fused_reg {
 
 class ListPass {
  public:
-  ListPass(at::TensorList params, const Selection& selection, const StrengthArgs& strengths)
-      : strengths_((check_list(params, strengths), strengths), selection), has_norms_(strengths.l2_norm.is_given()) {
-    const bool rows = has_norms_ && strengths.rows;
+  ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers) : group_(numbers.group) {
+    check_list(params, numbers);
+    for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
+      columns_[c] = HostColumn(numbers.columns[c], selection);
+    }
     dense_.reserve(params.size());
     tasks_.reserve(params.size());
     std::vector<int64_t> sizes, groups;
     for (const auto t : c10::irange(params.size())) {
       check_memory(t, params[t]);
-      dense_.push_back(as_run(params[t], rows));
+      dense_.push_back(as_run(params[t], group_));
       ChunkTask task{};
       task.dtype = dtype_of(dense_[t]);
-      task.terms = terms_of(strengths_.l1[t], strengths_.l2[t]);
-      task.param = dense_[t].const_data_ptr();
+      task.terms = terms_of(number(kL1Strength, t), number(kL2Strength, t));
+      task.streams[0] = const_cast<void*>(dense_[t].const_data_ptr());
+      for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
+        task.numbers.of[c] = columns_[c][t];
+      }
       task.size = dense_[t].numel();
       tasks_.push_back(task);
       sizes.push_back(task.size);
-      groups.push_back(has_norms_ ? groups_of(params[t], rows) : 1);
+      groups.push_back(group_ == Grouping::kNone ? 1 : groups_of(params[t], group_));
     }
     plan_ = ChunkPlan(sizes, groups);
     const CpuCapability& capability = cpu_capability();
     kernel_ = plan_.elements() <= kSmallList ? capability.small_kernel : capability.kernel;
   }
 
-  bool has_norms() const { return has_norms_; }
+  Grouping group() const { return group_; }
 
   // Parameter t as one run of memory: itself, or a copy.
   const at::Tensor& dense(size_t t) const { return dense_[t]; }
@@ -60,10 +65,10 @@ class ListPass {
 
   // The penalty, 0-dim, float64 if any parameter is, else float32; and every gradient that was asked for, times scale.
   at::Tensor run_penalty(const NumberArg& scale) {
-    set_passes(number(scale), Pass::kSumsAndGradient, Pass::kSumsAndAccumulate);
+    set_passes(number(scale), Pass::kPenaltyGradient, Pass::kPenaltyAccumulate);
     const std::vector<ChunkSums> sums = run_sums();
     const auto chunk_penalty = [&](int64_t c, size_t t) {
-      return penalty_of_sums(strengths_.l1[t], strengths_.l2[t], sums[c]);
+      return penalty_of_sums(number(kL1Strength, t), number(kL2Strength, t), sums[c]);
     };
     size_t t = 0;
     return value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
@@ -72,17 +77,17 @@ class ListPass {
   // The penalty with l2_norm, and the norm of every group, [groups] float64.
   std::tuple<at::Tensor, at::Tensor> run_group_penalty() {
     for (ChunkTask& task : tasks_) {
-      task.pass = Pass::kSums;
+      task.pass = Pass::kPenalty;
       task.terms = static_cast<Terms>((task.terms & kL1) | kL2);
     }
     const std::vector<ChunkSums> sums = run_sums();
     std::vector<double> penalties(plan_.groups());
     at::Tensor norms = norms_of(sums, [&](int64_t t, int64_t g, const Squares& squares) {
-      penalties[g] = norm_penalty(strengths_.l2_norm[t], squares);
+      penalties[g] = norm_penalty(number(kNormStrength, t), squares);
     });
     const auto chunk_penalty = [&](int64_t c, size_t t) {
       const bool is_group = plan_.chunks_per_group(t) == 1;
-      return penalty_of_sums(strengths_.l1[t], strengths_.l2[t], sums[c]) +
+      return penalty_of_sums(number(kL1Strength, t), number(kL2Strength, t), sums[c]) +
              (is_group ? penalties[plan_.first_group(t) + c - plan_.first_chunk(t)] : 0);
     };
     std::vector<int64_t> large;  // groups of several chunks
@@ -109,55 +114,52 @@ class ListPass {
       return;
     }
     set_passes(factor, Pass::kGradient, Pass::kAccumulate);
-    if (!has_norms_) {
+    if (group_ == Grouping::kNone) {
       return run([&](int64_t, const ChunkTask& task) { kernel_(task); });
     }
     const double* const all = norms->const_data_ptr<double>();
     run([&](int64_t c, ChunkTask& task) {
       const Chunk chunk = plan_.chunk(c);
       const int64_t t = chunk.tensor;
-      if (task.pass == Pass::kSums) {
+      if (task.pass == Pass::kPenalty) {
         return;
       }
-      if (strengths_.l2_norm[t] != 0) {
+      if (number(kNormStrength, t) != 0) {
         task.terms = static_cast<Terms>(task.terms | kNorm);
-        task.norm = norm_gradient_of(t, factor, all[first_groups[t] + chunk.group - plan_.first_group(t)]);
+        task.numbers.norm = all[first_groups[t] + chunk.group - plan_.first_group(t)];
       }
       kernel_(task);
     });
   }
 
   // The norm of every group after the soft threshold, [groups] float64.
-  at::Tensor run_soft_norms(const StrengthArg& step, const Selection& selection) {
-    set_threshold(Pass::kSoftSquares, Strength(step, selection));
+  at::Tensor run_soft_norms() {
+    set_pass(Pass::kSoftSquares);
     return norms_of(run_sums(), [](int64_t, int64_t, auto&) {});
   }
 
   // The proximal operator, in place, on dense(); the norms of run_soft_norms() where there are any, those of parameter
   // t from first_groups[t] on.
-  void run_prox(const StrengthArg& step, const Selection& selection, const OptionalTensor& norms,
-                at::IntArrayRef first_groups) {
-    const Strength steps(step, selection);
-    set_threshold(Pass::kProx, steps);
+  void run_prox(const OptionalTensor& norms, at::IntArrayRef first_groups) {
+    set_pass(Pass::kProx);
     for (const auto t : c10::irange(tasks_.size())) {
-      tasks_[t].param = tasks_[t].out = dense_[t].mutable_data_ptr();
-      tasks_[t].shrinkage = rounded(t, shrinkage(strengths_.l2[t], 0, steps[t], 0));
+      tasks_[t].streams[0] = dense_[t].mutable_data_ptr();
     }
-    if (!has_norms_) {
-      return run([&](int64_t, const ChunkTask& task) { kernel_(task); });
-    }
-    const double* const all = norms->const_data_ptr<double>();
+    const double* const all = group_ == Grouping::kNone ? nullptr : norms->const_data_ptr<double>();
     run([&](int64_t c, ChunkTask& task) {
-      const Chunk chunk = plan_.chunk(c);
-      const int64_t t = chunk.tensor;
-      const double norm = all[first_groups[t] + chunk.group - plan_.first_group(t)];
-      task.shrinkage = rounded(t, shrinkage(strengths_.l2[t], strengths_.l2_norm[t], steps[t], norm));
+      if (all != nullptr) {
+        const Chunk chunk = plan_.chunk(c);
+        task.numbers.norm = all[first_groups[chunk.tensor] + chunk.group - plan_.first_group(chunk.tensor)];
+      }
       kernel_(task);
     });
   }
 
-  // [tensors, 2] float64: the sums of |w| and of w^2 (of strengths 1).
+  // [tensors, 2] float64: the sums of |w| and of w^2.
   at::Tensor run_term_sums() {
+    for (ChunkTask& task : tasks_) {
+      task.terms = kL1L2;
+    }
     const std::vector<ChunkSums> sums = run_sums();
     at::Tensor out = at::empty({plan_.tensors(), 2}, at::kDouble);
     double* row = out.mutable_data_ptr<double>();
@@ -168,15 +170,13 @@ class ListPass {
     return out;
   }
 
-  // [tensors] int64: how many elements are 0.
+  // [tensors] float64: how many elements are 0.
   at::Tensor run_zero_counts() {
-    for (ChunkTask& task : tasks_) {
-      task.pass = Pass::kZeros;
-    }
+    set_pass(Pass::kZeros);
     const std::vector<ChunkSums> counts = run_sums();
-    at::Tensor out = at::empty({plan_.tensors()}, at::kLong);
+    at::Tensor out = at::empty({plan_.tensors()}, at::kDouble);
     for (const auto t : c10::irange(plan_.tensors())) {
-      out.mutable_data_ptr<int64_t>()[t] = static_cast<int64_t>(tensor_sum(t, [&](int64_t c) { return counts[c].l2; }));
+      out.mutable_data_ptr<double>()[t] = tensor_sum(t, [&](int64_t c) { return counts[c].l2; });
     }
     return out;
   }
@@ -189,8 +189,9 @@ class ListPass {
       const Chunk chunk = plan_.chunk(c);
       ChunkTask task = tasks_[chunk.tensor];
       const int64_t offset = chunk.begin * static_cast<int64_t>(dense_[chunk.tensor].element_size());
-      task.param = static_cast<const char*>(task.param) + offset;
-      task.out = task.out == nullptr ? nullptr : static_cast<char*>(task.out) + offset;
+      for (void*& stream : task.streams) {
+        stream = stream == nullptr ? nullptr : static_cast<char*>(stream) + offset;
+      }
       task.size = chunk.size;
       body(c, task);
     });
@@ -260,47 +261,32 @@ class ListPass {
 
   void set_grad(size_t t, const at::Tensor& grad, bool add) {
     check_grad(t, grad, dense_[t]);
-    tasks_[t].out = grad.mutable_data_ptr();
+    tasks_[t].streams[1] = grad.mutable_data_ptr();
     adds_.resize(tasks_.size());
     adds_[t] = add;
   }
 
-  void set_threshold(Pass pass, const Strength& steps) {
-    for (const auto t : c10::irange(tasks_.size())) {
-      tasks_[t].pass = pass;
-      tasks_[t].threshold = rounded(t, steps[t] * strengths_.l1[t]);
+  void set_pass(Pass pass) {
+    for (ChunkTask& task : tasks_) {
+      task.pass = pass;
     }
   }
 
   void set_passes(double factor, Pass write, Pass add) {
     for (const auto t : c10::irange(tasks_.size())) {
       ChunkTask& task = tasks_[t];
-      task.terms = terms_of(strengths_.l1[t], strengths_.l2[t]);
-      task.pass = adds_.empty() || task.out == nullptr ? Pass::kSums : adds_[t] ? add : write;
-      const auto factor_of = [&](double strength) -> double {
-        return is_float64(t) ? gradient_factor<double>(factor, strength) : gradient_factor<float>(factor, strength);
-      };
-      task.c1 = task.terms & kL1 ? factor_of(strengths_.l1[t]) : 0;
-      task.c2 = task.terms & kL2 ? factor_of(strengths_.l2[t]) : 0;
+      task.terms = terms_of(number(kL1Strength, t), number(kL2Strength, t));
+      task.pass = adds_.empty() || task.streams[1] == nullptr ? Pass::kPenalty : adds_[t] ? add : write;
+      task.numbers.factor = factor;
     }
   }
 
-  NormGradient<double> norm_gradient_of(size_t t, double upstream, double norm) const {
-    const double strength = strengths_.l2_norm[t];
-    if (is_float64(t)) {
-      return norm_gradient<double>(upstream, strength, norm);
-    }
-    const NormGradient<float> g = norm_gradient<float>(upstream, strength, norm);
-    return {g.scale, g.factor};
-  }
+  double number(Number which, size_t t) const { return columns_[which][t]; }
 
   static double number(const NumberArg& arg) { return arg.tensor.has_value() ? arg.tensor->item<double>() : arg.value; }
 
-  bool is_float64(size_t t) const { return tasks_[t].dtype == Dtype::kFloat64; }
-  double rounded(size_t t, double x) const { return is_float64(t) ? x : static_cast<float>(x); }
-
-  Strengths strengths_;
-  bool has_norms_;
+  std::array<HostColumn, kNumbers> columns_;
+  Grouping group_;
   std::vector<at::Tensor> dense_;
   std::vector<ChunkTask> tasks_;
   std::vector<bool> adds_;  // per tensor, where gradients are asked for

@@ -112,8 +112,8 @@ FUSED_REG_INLINE void store_bfloat16(uint16_t* p, Float v) {
   store(p, __builtin_convertvector(rounded, Bits16));
 }
 
-// One Element a dtype: how kFloats consecutive elements reach the sums, and the gradient the memory.
-// map() writes a function of them, computed in the compute type; update() one of them and of what it overwrites.
+// One Element a dtype: how kFloats consecutive elements reach the sums, and as kParts vectors of the compute type the
+// functions of a pass.
 template <Dtype>
 struct Element;
 
@@ -121,64 +121,42 @@ template <>
 struct Element<Dtype::kFloat32> {
   using Storage = float;
   using Scalar = float;
+  static constexpr int kParts = 1;
   static FUSED_REG_INLINE DoublePair widened(const float* p) { return widen(p); }
-  template <class F>
-  static FUSED_REG_INLINE void map(const float* from, float* to, F f) {
-    store(to, f(load<Float>(from)));
-  }
-  template <class F>
-  static FUSED_REG_INLINE void update(const float* from, float* to, F f) {
-    store(to, f(load<Float>(from), load<Float>(to)));
-  }
+  static FUSED_REG_INLINE Float read(const float* p, int) { return load<Float>(p); }
+  static FUSED_REG_INLINE void write(float* p, int, Float v) { store(p, v); }
 };
 
 template <>
 struct Element<Dtype::kFloat64> {
   using Storage = double;
   using Scalar = double;
+  static constexpr int kParts = 2;
   static FUSED_REG_INLINE DoublePair widened(const double* p) {
     return {{load<Double>(p), load<Double>(p + kFloats / 2)}};
   }
-  template <class F>
-  static FUSED_REG_INLINE void map(const double* from, double* to, F f) {
-    store(to, f(load<Double>(from)));
-    store(to + kFloats / 2, f(load<Double>(from + kFloats / 2)));
-  }
-  template <class F>
-  static FUSED_REG_INLINE void update(const double* from, double* to, F f) {
-    store(to, f(load<Double>(from), load<Double>(to)));
-    store(to + kFloats / 2, f(load<Double>(from + kFloats / 2), load<Double>(to + kFloats / 2)));
-  }
+  static FUSED_REG_INLINE Double read(const double* p, int part) { return load<Double>(p + part * (kFloats / 2)); }
+  static FUSED_REG_INLINE void write(double* p, int part, Double v) { store(p + part * (kFloats / 2), v); }
 };
 
 template <>
 struct Element<Dtype::kBFloat16> {
   using Storage = uint16_t;
   using Scalar = float;
+  static constexpr int kParts = 1;
   static FUSED_REG_INLINE DoublePair widened(const uint16_t* p) { return widen(load_bfloat16(p)); }
-  template <class F>
-  static FUSED_REG_INLINE void map(const uint16_t* from, uint16_t* to, F f) {
-    store_bfloat16(to, f(load_bfloat16(from)));
-  }
-  template <class F>
-  static FUSED_REG_INLINE void update(const uint16_t* from, uint16_t* to, F f) {
-    store_bfloat16(to, f(load_bfloat16(from), load_bfloat16(to)));
-  }
+  static FUSED_REG_INLINE Float read(const uint16_t* p, int) { return load_bfloat16(p); }
+  static FUSED_REG_INLINE void write(uint16_t* p, int, Float v) { store_bfloat16(p, v); }
 };
 
 template <>
 struct Element<Dtype::kFloat16> {
   using Storage = uint16_t;
   using Scalar = float;
+  static constexpr int kParts = 1;
   static FUSED_REG_INLINE DoublePair widened(const uint16_t* p) { return widen(load_float16(p)); }
-  template <class F>
-  static FUSED_REG_INLINE void map(const uint16_t* from, uint16_t* to, F f) {
-    store_float16(to, f(load_float16(from)));
-  }
-  template <class F>
-  static FUSED_REG_INLINE void update(const uint16_t* from, uint16_t* to, F f) {
-    store_float16(to, f(load_float16(from), load_float16(to)));
-  }
+  static FUSED_REG_INLINE Float read(const uint16_t* p, int) { return load_float16(p); }
+  static FUSED_REG_INLINE void write(uint16_t* p, int, Float v) { store_float16(p, v); }
 };
 
 }  // namespace fused_reg::FUSED_REG_ISA

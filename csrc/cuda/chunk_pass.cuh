@@ -6,6 +6,7 @@
 // coalesced, in the same order.
 #pragma once
 
+#include "../passes/pass.h"
 #include "cursor.cuh"
 
 namespace fused_reg::cuda {
@@ -94,27 +95,21 @@ struct Fold {
   }
 };
 
-// A Job has
-//   E           the Element of its dtype
-//   kSums       whether it sums; then add(w, first, second) adds the elements w to two sums each
-//   kWrites     whether it writes where the chunk has an out; then write(w, old, adds, out) gives what
-//   kAdds       whether it may add to what it overwrites: to `old`, if `adds` says that this chunk does
-//   kInPlace    whether it writes to the parameter
-//   kBatch      rows whose loads are in flight together
-//   kUnrolled   batches that the compiler may interleave
-//   padding()   an element that adds nothing to its sums
+// How a chunk is read and written for a Job (jobs.cuh).
 template <class Job>
 class ChunkPass {
   using E = typename Job::E;
   using Storage = typename E::Storage;
 
  public:
-  __device__ ChunkPass(const Chunk& chunk, const Job& job)
-      : job_(job),
-        param_(static_cast<const Storage*>(chunk.param)),
-        out_(Job::kWrites ? static_cast<Storage*>(chunk.out) : nullptr),
-        size_(chunk.size),
-        adds_(Job::kAdds && chunk.adds) {}
+  template <class AnyChunk>
+  __device__ ChunkPass(const AnyChunk& chunk, const Job& job)
+      : job_(job), size_(chunk.size), adds_(Job::kAdds && chunk.adds) {
+#pragma unroll
+    for (int s = 0; s < kUsed; ++s) {
+      streams_[s] = static_cast<Storage*>(chunk.streams[s]);
+    }
+  }
 
   template <class AnyTeam>
   __device__ __forceinline__ void run(Blocks* blocks, const AnyTeam& team) const {
@@ -133,18 +128,32 @@ class ChunkPass {
   static constexpr int kSharers = kLanes / kVector;     // threads that share a row
   static constexpr int kAbreast = kWarp / kSharers;     // blocks that a warp takes side by side
   static constexpr int kBatch = Job::kBatch;
-
-  struct Vector {
-    Storage e[kVector];
-  };
+  static constexpr int kUsed = streams_in(Job::kReads | Job::kWrites);
+  static constexpr int kRead = streams_in(Job::kReads);
 
   __device__ bool is_aligned() const {
-    return (reinterpret_cast<uintptr_t>(param_) | reinterpret_cast<uintptr_t>(out_)) % 16 == 0;
+    uintptr_t addresses = 0;
+#pragma unroll
+    for (int s = 0; s < kUsed; ++s) {
+      addresses |= reinterpret_cast<uintptr_t>(streams_[s]);
+    }
+    return addresses % 16 == 0;
+  }
+
+  // Whether the chunk has the streams to be written: the last of all is one.
+  __device__ bool writes() const { return Job::kWrites != 0 && streams_[kUsed - 1] != nullptr; }
+
+  // A stream that is only added to is not read where there is nothing yet.
+  __device__ bool reads(int s) const { return (Job::kReads & bit(s)) != 0 && (s == 0 || !Job::kAdds || adds_); }
+
+  template <class T>
+  static __device__ __forceinline__ T load(int s, const T* p) {
+    return Job::kWrites & bit(s) ? *p : __ldg(p);
   }
 
   template <class T>
-  static __device__ __forceinline__ T load(const T* p) {
-    return Job::kInPlace ? *p : __ldg(p);
+  static __device__ __forceinline__ const T* at(const Storage* stream, int i) {
+    return reinterpret_cast<const T*>(stream + i);
   }
 
   __device__ __forceinline__ void whole_blocks(Blocks* blocks, int b, int end, int thread) const {
@@ -154,33 +163,37 @@ class ChunkPass {
       const int begin = b * kBlock + sharer * kVector;
 #pragma unroll Job::kUnrolled
       for (int first = 0; first < kRows; first += kBatch) {
-        uint4 rows[kBatch], olds[Job::kAdds ? kBatch : 1];
+        uint4 rows[kRead][kBatch];
 #pragma unroll
         for (int r = 0; r < kBatch; ++r) {
-          const int i = begin + (first + r) * kLanes;
-          rows[r] = load(reinterpret_cast<const uint4*>(param_ + i));
-          if constexpr (Job::kAdds) {
-            olds[r] = adds_ ? *reinterpret_cast<const uint4*>(out_ + i) : uint4{};
+#pragma unroll
+          for (int s = 0; s < kRead; ++s) {
+            rows[s][r] = reads(s) ? load(s, at<uint4>(streams_[s], begin + (first + r) * kLanes)) : uint4{};
           }
         }
 #pragma unroll
         for (int r = 0; r < kBatch; ++r) {
-          const Vector w = bits_as<Vector>(rows[r]);
-          if constexpr (Job::kSums) {
-            job_.add(w.e, first_sums, second_sums);
+          Storage x[kUsed][kVector];
+#pragma unroll
+          for (int s = 0; s < kRead; ++s) {
+            memcpy(x[s], &rows[s][r], sizeof(uint4));
           }
-          if constexpr (Job::kWrites) {
-            if (out_ != nullptr) {
-              const Vector old = Job::kAdds ? bits_as<Vector>(olds[Job::kAdds ? r : 0]) : w;
-              Vector out;
-              job_.write(w.e, old.e, adds_, out.e);
-              *reinterpret_cast<uint4*>(out_ + begin + (first + r) * kLanes) = bits_as<uint4>(out);
+          if constexpr (Job::kSums != 0) {
+            job_.add(x[0], first_sums, second_sums);
+          }
+          if (writes()) {
+            job_.write(x, adds_);
+#pragma unroll
+            for (int s = 0; s < kUsed; ++s) {
+              if (Job::kWrites & bit(s)) {
+                *reinterpret_cast<uint4*>(streams_[s] + begin + (first + r) * kLanes) = bits_as<uint4>(x[s]);
+              }
             }
           }
         }
       }
     }
-    if constexpr (Job::kSums) {
+    if constexpr (Job::kSums != 0) {
       using ToFolded = Fold<kVector, kSharers / 2, kSharers / 8>;
       const double first_sum = ToFolded::sum(first_sums, sharer), second_sum = ToFolded::sum(second_sums, sharer);
       if (b < end && ToFolded::is_first(sharer)) {
@@ -198,14 +211,14 @@ class ChunkPass {
       if (b * kBlock + first * kLanes >= size_) {
         break;
       }
-      Storage rows[kBatch][2][1], olds[Job::kAdds ? kBatch : 1][2][1];
+      Storage rows[kBatch][2][kUsed][1];
 #pragma unroll
       for (int r = 0; r < kBatch; ++r) {
         for (int half = 0; half < 2; ++half) {
           const int i = begin + (first + r) * kLanes + half * kWarp;
-          rows[r][half][0] = i < size_ ? load(param_ + i) : job_.padding();
-          if constexpr (Job::kAdds) {
-            olds[r][half][0] = adds_ && i < size_ ? out_[i] : Storage{};
+#pragma unroll
+          for (int s = 0; s < kRead; ++s) {
+            rows[r][half][s][0] = i < size_ && reads(s) ? load(s, streams_[s] + i) : job_.padding();
           }
         }
       }
@@ -213,20 +226,23 @@ class ChunkPass {
       for (int r = 0; r < kBatch; ++r) {
         for (int half = 0; half < 2; ++half) {
           const int i = begin + (first + r) * kLanes + half * kWarp;
-          if constexpr (Job::kSums) {
-            job_.add(rows[r][half], first_sums[half], second_sums[half]);
+          auto& x = rows[r][half];
+          if constexpr (Job::kSums != 0) {
+            job_.add(x[0], first_sums[half], second_sums[half]);
           }
-          if constexpr (Job::kWrites) {
-            if (out_ != nullptr && i < size_) {
-              Storage out[1] = {};
-              job_.write(rows[r][half], olds[Job::kAdds ? r : 0][half], adds_, out);
-              out_[i] = out[0];
+          if (writes() && i < size_) {
+            job_.write(x, adds_);
+#pragma unroll
+            for (int s = 0; s < kUsed; ++s) {
+              if (Job::kWrites & bit(s)) {
+                streams_[s][i] = x[s][0];
+              }
             }
           }
         }
       }
     }
-    if constexpr (Job::kSums) {
+    if constexpr (Job::kSums != 0) {
       using ToFolded = Fold<1, kWarp / 2, kFoldedLanes>;
       const double first_sum = ToFolded::sum({first_sums[0][0] + first_sums[1][0]}, thread);
       const double second_sum = ToFolded::sum({second_sums[0][0] + second_sums[1][0]}, thread);
@@ -242,27 +258,10 @@ class ChunkPass {
   }
 
   const Job job_;
-  const Storage* param_;
-  Storage* out_;
+  Storage* streams_[kUsed];
   int size_;
   bool adds_;
 };
-
-// The jobs of a chunk: Job<its dtype>, made of the chunk and the arguments.
-template <template <Dtype> class Job, class AnyChunk, class AnyTeam, class... Arguments>
-__device__ __forceinline__ void run_chunk(const AnyChunk& chunk, Blocks* blocks, const AnyTeam& team,
-                                          Arguments... arguments) {
-  switch (chunk.dtype) {
-    case Dtype::kFloat32:
-      return ChunkPass(chunk, Job<Dtype::kFloat32>(chunk, arguments...)).run(blocks, team);
-    case Dtype::kFloat64:
-      return ChunkPass(chunk, Job<Dtype::kFloat64>(chunk, arguments...)).run(blocks, team);
-    case Dtype::kBFloat16:
-      return ChunkPass(chunk, Job<Dtype::kBFloat16>(chunk, arguments...)).run(blocks, team);
-    case Dtype::kFloat16:
-      return ChunkPass(chunk, Job<Dtype::kFloat16>(chunk, arguments...)).run(blocks, team);
-  }
-}
 
 // The sums of a chunk, in every thread of a warp: the trees over its blocks and then over the folded lanes.
 __device__ __forceinline__ ChunkSums total(const Blocks& blocks, int count, int thread) {

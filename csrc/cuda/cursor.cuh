@@ -1,24 +1,22 @@
 // Where the chunks of a table are.
 #pragma once
 
+#include "../passes/pass.h"
 #include "element.cuh"
 
 namespace fused_reg::cuda {
 
+// A chunk of a tensor, with the part of each stream.
+template <int streams_of_pass>
 struct Chunk {
-  const void* param;
-  void* out;
+  void* streams[streams_of_pass];
   int size;
   Dtype dtype;
   bool adds;
-  double l1, l2;
-
-  __device__ int blocks() const { return (size + kBlock - 1) / kBlock; }
-};
-
-struct GroupChunk : Chunk {
   uint32_t group;  // in Call.norms
   bool is_group;   // the whole of it
+
+  __device__ int blocks() const { return (size + kBlock - 1) / kBlock; }
 };
 
 // The last of `count` starts, in rising order from 0 on, that is at most x: where some are equal, the one that holds x.
@@ -32,8 +30,8 @@ __device__ __forceinline__ uint32_t owner(uint32_t count, uint32_t x, const Star
   return begin;
 }
 
-// A table whose rows of strengths have this length.
-template <class Table, int strengths>
+// A table whose rows have so many streams and numbers.
+template <class Table, int streams, int numbers>
 class TableView {
  public:
   __device__ explicit TableView(const Table& table) : table_(table) {}
@@ -41,19 +39,24 @@ class TableView {
   __device__ const Call& call() const { return table_.call; }
   __device__ const Entry& entry(uint32_t t) const { return reinterpret_cast<const Entry*>(table_.bytes)[t]; }
 
-  __device__ double strength(uint32_t t, StrengthColumn column) const {
-    const uint32_t row = call().strength_per_tensor ? t : 0;
-    return read(rows()[row * strengths + column], call().sources[column]);
+  __device__ void* stream(uint32_t t, int s) const {
+    return reinterpret_cast<void* const*>(table_.bytes + call().tensors * sizeof(Entry))[t * streams + s];
+  }
+
+  __device__ double number(uint32_t t, int which) const {
+    const uint32_t row = call().numbers_per_tensor ? t : 0;
+    return read(rows()[row * numbers + which], call().sources[which]);
   }
 
   __device__ const GroupInfo& group_info(uint32_t t) const {
-    const uint32_t rows_before = call().strength_per_tensor ? call().tensors : 1;
-    return reinterpret_cast<const GroupInfo*>(rows() + rows_before * strengths)[t];
+    const uint32_t rows_before = call().numbers_per_tensor ? call().tensors : 1;
+    return reinterpret_cast<const GroupInfo*>(rows() + rows_before * numbers)[t];
   }
 
  private:
   __device__ const NumberRef* rows() const {
-    return reinterpret_cast<const NumberRef*>(table_.bytes + call().tensors * sizeof(Entry));
+    const size_t before = call().tensors * (sizeof(Entry) + streams * sizeof(void*));
+    return reinterpret_cast<const NumberRef*>(table_.bytes + before);
   }
 
   const Table& table_;
@@ -64,22 +67,25 @@ __device__ __forceinline__ uint32_t chunks_in(const GroupInfo& info) {
 }
 
 // Finds the chunks of a table, in rising order.
-template <class Table, int strengths>
+template <class Table, int streams, int numbers_of_pass>
 class Cursor {
  public:
   // At the tensor of chunk c.
   __device__ Cursor(const Table& table, uint32_t c)
       : view_(table), t_(owner(view_.call().tensors, c, [&](uint32_t t) { return view_.entry(t).first_chunk; })) {}
 
-  __device__ auto at(uint32_t c) {
+  __device__ Chunk<streams> at(uint32_t c) {
     while (end() <= c) {
       ++t_;
     }
     const Entry& e = view_.entry(t_);
     const uint32_t k = c - e.first_chunk;
-    if constexpr (strengths == kTermStrengths) {
-      return part<Chunk>(e, static_cast<int64_t>(k) * kChunkSize, c + 1 == end());
-    } else {
+    Chunk<streams> chunk;
+    chunk.dtype = e.dtype;
+    chunk.adds = e.adds != 0;
+    int64_t begin = static_cast<int64_t>(k) * kChunkSize;
+    bool is_last = c + 1 == end();
+    if constexpr (numbers_of_pass != kTermNumbers) {
       uint32_t group = 0, within = k;  // its chunk
       uint32_t count = end() - e.first_chunk, first = 0;
       int64_t group_size = 0;
@@ -91,16 +97,33 @@ class Cursor {
         group_size = info.size;
         first = info.first;
       }
-      const int64_t begin = group * group_size + static_cast<int64_t>(within) * kChunkSize;
-      GroupChunk chunk = part<GroupChunk>(e, begin, within + 1 == count);
+      begin = group * group_size + static_cast<int64_t>(within) * kChunkSize;
+      is_last = within + 1 == count;
       chunk.group = first + group;
       chunk.is_group = count == 1;
-      return chunk;
     }
+    chunk.size = is_last ? e.tail : kChunkSize;
+#pragma unroll
+    for (int s = 0; s < streams; ++s) {
+      char* const stream = static_cast<char*>(view_.stream(t_, s));
+      chunk.streams[s] = stream == nullptr ? nullptr : stream + begin * bytes_of(e.dtype);
+    }
+    return chunk;
   }
 
   // Of the chunk's tensor.
-  __device__ double strength(StrengthColumn column) const { return view_.strength(t_, column); }
+  __device__ double number(int which) const { return view_.number(t_, which); }
+
+  __device__ ChunkNumbers numbers(double factor, double norm) const {
+    ChunkNumbers found{};
+#pragma unroll
+    for (int i = 0; i < numbers_of_pass; ++i) {
+      found.of[i] = number(i);
+    }
+    found.factor = factor;
+    found.norm = norm;
+    return found;
+  }
 
  private:
   static __device__ int bytes_of(Dtype dtype) {
@@ -117,26 +140,12 @@ class Cursor {
     return 0;
   }
 
-  template <class AnyChunk>
-  __device__ AnyChunk part(const Entry& e, int64_t begin, bool is_last) const {
-    const int64_t bytes = begin * bytes_of(e.dtype);
-    AnyChunk chunk;
-    chunk.param = static_cast<const char*>(e.param) + bytes;
-    chunk.out = e.out == nullptr ? nullptr : static_cast<char*>(e.out) + bytes;
-    chunk.size = is_last ? e.tail : kChunkSize;
-    chunk.dtype = e.dtype;
-    chunk.adds = e.adds != 0;
-    chunk.l1 = strength(kColumnL1);
-    chunk.l2 = strength(kColumnL2);
-    return chunk;
-  }
-
   // The first chunk after those of the tensor.
   __device__ uint32_t end() const {
     return t_ + 1 < view_.call().tensors ? view_.entry(t_ + 1).first_chunk : view_.call().chunks;
   }
 
-  const TableView<Table, strengths> view_;
+  const TableView<Table, streams, numbers_of_pass> view_;
   uint32_t t_;
 };
 

@@ -55,68 +55,52 @@ __device__ __forceinline__ void sum_large_groups(const View& view) {
     const Squares squares = group_squares(call.squares + view.entry(t).first_chunk + within * count, count);
     if (threadIdx.x % kWarp == 0) {
       call.norms[info.first + within] = norm_of(squares);
-      if (call.sums == Sums::kPenalty) {
-        call.run_sums[call.runs + g] = norm_penalty(view.strength(t, kColumnL2Norm), squares);
+      if (call.value != nullptr) {
+        call.run_sums[call.runs + g] = norm_penalty(view.number(t, kNormStrength), squares);
       }
     }
   }
 }
 
-// Where the teams of a CTA sum.
-template <template <Dtype> class Job>
-class Summer {
- public:
-  __device__ Summer(Blocks* blocks, const Team& team) : blocks_(blocks), team_(team), filled_(0) {}
-
-  // In every thread. A CTA fills one place while the other is summed; a warp has one of its own.
-  __device__ __forceinline__ ChunkSums sums(const Chunk& chunk, Sums what, double step, int exponent) {
-    Blocks* const place = blocks_ + (team_.warps() == 1 ? threadIdx.x / kWarp : filled_);
-    run_chunk<Job>(chunk, place, team_, what, step, exponent);
-    team_.sync();
-    ChunkSums sums = total(*place, chunk.blocks(), threadIdx.x % kWarp);
-    sums.exponent = exponent;
-    if (team_.warps() == 1) {
-      __syncwarp();
-    }
-    filled_ = 1 - filled_;
-    return sums;
-  }
-
- private:
-  Blocks* blocks_;
-  const Team team_;
-  int filled_;
-};
-
 // The penalty of a chunk, and of its group if it is a whole one.
-template <class Table>
-__device__ __forceinline__ double penalty_of(const Cursor<Table, kAllStrengths>& cursor, const GroupChunk& chunk,
-                                             const ChunkSums& sums) {
-  return penalty_of_sums(cursor.strength(kColumnL1), cursor.strength(kColumnL2), sums) +
-         (chunk.is_group ? norm_penalty(cursor.strength(kColumnL2Norm), {sums.l2, sums.exponent}) : 0);
+template <class AnyCursor, class AnyChunk>
+__device__ __forceinline__ double penalty_of(const AnyCursor& cursor, const AnyChunk& chunk, const ChunkSums& sums) {
+  return penalty_of_sums(cursor.number(kL1Strength), cursor.number(kL2Strength), sums) +
+         (chunk.is_group ? norm_penalty(cursor.number(kNormStrength), {sums.l2, sums.exponent}) : 0);
 }
 
-// What Call.sums asks for, of every chunk and group; and of the list, the penalty.
-template <class Table, template <Dtype> class Job>
+// The sums of a pass, of every chunk and group; and where Call.value asks for it, the penalty of the list.
+template <class Table, template <int> class P, int known>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid_constant__ Table table) {
-  __shared__ Blocks blocks[kWarps];
+  __shared__ Blocks blocks[kWarps];            // a CTA fills one while another is summed; a warp alone has its own
   __shared__ CompensatedSum run_sums[kWarps];  // of the first thread of a team alone; spares the others registers
   CompensatedSum& run_sum = run_sums[threadIdx.x / kWarp];
   const Call& call = table.call;
   const Team team(call.team);
-  Summer<Job> summer(blocks, team);
+  int filled = 0;
   for (uint32_t r = team.index(); r < call.runs; r += team.count()) {
     uint32_t c = r * call.run_length;
-    Cursor<Table, kAllStrengths> cursor(table, c);
+    Cursor<Table, 1, kNumbers> cursor(table, c);
     if (team.is_first_thread()) {
       run_sum = {};
     }
     for (; c < run_end(call, r); ++c) {
-      const GroupChunk chunk = cursor.at(c);
+      const auto chunk = cursor.at(c);
+      const ChunkNumbers numbers = cursor.numbers(1, 0);
+      const int terms = call.norms == nullptr || numbers.of[kL1Strength] != 0 ? kL1L2 : kL2;
       ChunkSums sums;
       for (bool again = false;; again = true) {
-        sums = summer.sums(chunk, call.sums, cursor.strength(kColumnStep), sums.exponent);
-        if (again || call.sums == Sums::kZeros || chunk.dtype != Dtype::kFloat64) {
+        Blocks* const place = blocks + (team.warps() == 1 ? threadIdx.x / kWarp : filled);
+        const int exponent = sums.exponent;
+        run_chunk<P, known, true>(chunk, place, team, numbers, terms, exponent);
+        team.sync();
+        sums = total(*place, chunk.blocks(), threadIdx.x % kWarp);
+        sums.exponent = exponent;
+        if (team.warps() == 1) {
+          __syncwarp();
+        }
+        filled = 1 - filled;
+        if (again || std::is_void_v<typename P<known>::Sums> || chunk.dtype != Dtype::kFloat64) {
           break;
         }
         sums.exponent = rescue_exponent(sums, /*has_l2=*/true);
@@ -125,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
         }
       }
       if (team.is_first_thread()) {
-        if (call.sums == Sums::kPenalty) {
+        if (call.value != nullptr) {
           run_sum.add(penalty_of(cursor, chunk, sums));
         }
         if (call.norms == nullptr) {
@@ -137,62 +121,48 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
         }
       }
     }
-    if (call.sums == Sums::kPenalty && team.is_first_thread()) {
+    if (call.value != nullptr && team.is_first_thread()) {
       call.run_sums[r] = result(run_sum);
     }
   }
-  if (call.sums != Sums::kPenalty && call.large_groups == 0) {
+  if (call.value == nullptr && call.large_groups == 0) {
     return;
   }
   __syncthreads();
   if (is_last_cta(call.ticket)) {
-    sum_large_groups(TableView<Table, kAllStrengths>(table));
-    if (call.sums == Sums::kPenalty) {
+    sum_large_groups(TableView<Table, 1, kNumbers>(table));
+    if (call.value != nullptr) {
       __syncthreads();
       write_value(call);
     }
   }
 }
 
-// The norm of the chunk's group; 0 where there are no groups.
-__device__ __forceinline__ double norm_of(const Call& call, const GroupChunk& chunk) {
-  return call.norms == nullptr ? 0 : call.norms[chunk.group];
-}
-
-// factor * gradient with that of the norms, into the entries or added to them.
-template <class Table>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) norm_gradient_kernel(const __grid_constant__ Table table) {
+// A pass without sums over the chunks of a list whose groups have norms, if Call.norms says so.
+template <class Table, template <int> class P, int known>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) group_element_kernel(const __grid_constant__ Table table) {
+  constexpr int kUsed = streams_of<P<known>>;
   const Call& call = table.call;
   const Team team(call.team);
   const double factor = read(call.factor, call.factor_source);
   for (uint32_t c = team.index(); c < call.chunks; c += team.count()) {
-    Cursor<Table, kAllStrengths> cursor(table, c);
-    const GroupChunk chunk = cursor.at(c);
-    if (chunk.out != nullptr) {
-      run_chunk<NormGradientJob>(chunk, nullptr, team, factor,
-                                 call.norms == nullptr ? 0 : cursor.strength(kColumnL2Norm), norm_of(call, chunk));
+    Cursor<Table, kUsed, kNumbers> cursor(table, c);
+    const auto chunk = cursor.at(c);
+    if (chunk.streams[kUsed - 1] == nullptr) {
+      continue;
     }
+    const bool has_norm = call.norms != nullptr && cursor.number(kNormStrength) != 0;
+    ChunkNumbers numbers = cursor.numbers(factor, call.norms == nullptr ? 0 : call.norms[chunk.group]);
+    numbers.of[kNormStrength] = has_norm ? numbers.of[kNormStrength] : 0;
+    const int terms = terms_of(numbers.of[kL1Strength], numbers.of[kL2Strength]) | (has_norm ? kNorm : kNone);
+    run_chunk<P, known>(chunk, nullptr, team, numbers, terms);
   }
 }
 
-// The proximal operator, in place; by norms of soft(w), if there are any.
-template <class Table>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) prox_kernel(const __grid_constant__ Table table) {
-  const Call& call = table.call;
-  const Team team(call.team);
-  for (uint32_t c = team.index(); c < call.chunks; c += team.count()) {
-    Cursor<Table, kAllStrengths> cursor(table, c);
-    const GroupChunk chunk = cursor.at(c);
-    run_chunk<ProxJob>(chunk, nullptr, team, cursor.strength(kColumnStep),
-                       call.norms == nullptr ? 0 : cursor.strength(kColumnL2Norm), norm_of(call, chunk));
-  }
-}
-
-// The sums of every tensor, [tensors], from those of its chunks: a warp a tensor. TermSums for each, or of zeros the
-// second one alone, as an int64.
-static __global__ void __launch_bounds__(kThreads) tensor_sums_kernel(const DeviceTable table, void* out) {
+// The sums of every tensor, [tensors], from those of its chunks: a warp a tensor.
+static __global__ void __launch_bounds__(kThreads) tensor_sums_kernel(const DeviceTable table, TermSums* out) {
   const int thread = threadIdx.x % kWarp;
-  const TableView<DeviceTable, kAllStrengths> view(table);
+  const TableView<DeviceTable, 1, kNumbers> view(table);
   const Call& call = table.call;
   for (uint32_t t = blockIdx.x * kWarps + threadIdx.x / kWarp; t < call.tensors; t += gridDim.x * kWarps) {
     const uint32_t end = t + 1 < call.tensors ? view.entry(t + 1).first_chunk : call.chunks;
@@ -202,10 +172,8 @@ static __global__ void __launch_bounds__(kThreads) tensor_sums_kernel(const Devi
       l2.add(call.chunk_sums[c].l2);
     }
     const TermSums sums{result(warp_sum(l1)), result(warp_sum(l2))};
-    if (thread == 0 && call.sums == Sums::kZeros) {
-      static_cast<int64_t*>(out)[t] = static_cast<int64_t>(sums.l2);
-    } else if (thread == 0) {
-      static_cast<TermSums*>(out)[t] = sums;
+    if (thread == 0) {
+      out[t] = sums;
     }
   }
 }

@@ -1,6 +1,7 @@
-// What is done with the elements of a chunk (ChunkPass says when). The formulas are penalty.h's.
+// A pass (passes/pass.h) as ChunkPass runs it: for the terms that a chunk has, which the compiler does not know.
 #pragma once
 
+#include "../passes/passes.h"
 #include "chunk_pass.cuh"
 
 namespace fused_reg::cuda {
@@ -8,201 +9,141 @@ namespace fused_reg::cuda {
 template <Dtype dtype>
 constexpr bool kWide = std::is_same_v<typename Element<dtype>::Scalar, double>;
 
-// In float64 the square of a narrower element is exact.
-template <Dtype dtype>
-using MultiplyAdd = std::conditional_t<kWide<dtype>, TwoRoundings, OneRounding>;
+// known: the terms that P is compiled for; scaled: float64 sums are of elements divided by 2^exponent.
+template <Dtype dtype, template <int> class P, int known, bool scaled>
+class Job {
+  using Whole = P<known>;
 
-// The sums of the terms, and their gradient: each, or both. `adds`: the gradient may be added to what is there;
-// `norms`: it may have that of the group's norm in it.
-template <Dtype dtype, bool sums, bool adds, bool norms>
-class TermsJob {
  public:
   using E = Element<dtype>;
   using Storage = typename E::Storage;
   using Scalar = typename E::Scalar;
-  static constexpr bool kSums = sums, kWrites = true, kAdds = adds, kInPlace = false;
-  static constexpr int kBatch = adds ? 4 : 8, kUnrolled = adds ? 1 : 2;
+  static constexpr unsigned kSums = Whole::kSums, kWrites = Whole::kWrites;
+  static constexpr unsigned kReads = Whole::kReads | (kSums != 0 ? bit(0) : 0);
+  // Where the list may have chunks whose streams are written and not read, as a gradient that is not there yet.
+  static constexpr bool kAdds = !std::is_void_v<typename Whole::Fresh>;
+  static constexpr bool kOneStream = streams_in(kReads | kWrites) == 1;
+  // Loads in flight, as far as the registers go: rows at a time, and batches of them that the compiler may interleave.
+  static constexpr int kBatch = kSums == kL2 && sizeof(Storage) == 2 ? 2 : kOneStream || kAdds ? 4 : 8;
+  static constexpr int kUnrolled = kOneStream || kAdds ? 1 : 2;
 
-  __device__ TermsJob(const Chunk& chunk, double factor)
-      : terms_(terms_of(chunk.l1, chunk.l2)),
-        c1_(gradient_factor<Scalar>(factor, chunk.l1)),
-        c2_(gradient_factor<Scalar>(factor, chunk.l2)),
-        norm_{} {}
+  __device__ Job(const ChunkNumbers& numbers, int terms, int exponent = 0)
+      : terms_(terms & known), scale_(scaled ? std::ldexp(1.0, -exponent) : 1) {
+    if constexpr ((known & kNorm) != 0) {
+      if (!(terms & kNorm)) {
+        P<known & ~kNorm>::factors(numbers, factors_);
+        return;
+      }
+    }
+    Whole::factors(numbers, factors_);
+  }
 
-  // norm: of the chunk's group.
-  __device__ TermsJob(const Chunk& chunk, double factor, double l2_norm, double norm) : TermsJob(chunk, factor) {
-    if (l2_norm != 0) {
-      terms_ = static_cast<Terms>(terms_ | kNorm);
-      norm_ = norm_gradient<Scalar>(factor, l2_norm, norm);
+  // An element that changes no sum.
+  static __device__ Storage padding() { return static_cast<Storage>(Whole::kPadding); }
+
+  // Elements of the parameter to the two sums.
+  template <int count>
+  __device__ __forceinline__ void add(const Storage (&w)[count], double (&first)[count],
+                                      double (&second)[count]) const {
+    if constexpr (known == kNone) {
+      add_of<kNone>(w, first, second);
+    } else {
+      if (terms_ & kL1) {
+        add_of<kL1>(w, first, second);
+      }
+      if (terms_ & kL2) {
+        add_of<kL2>(w, first, second);
+      }
     }
   }
 
-  static __device__ Storage padding() { return {}; }
-
-  template <int count>
-  __device__ __forceinline__ void add(const Storage (&w)[count], double (&l1)[count], double (&l2)[count]) const {
-    if (terms_ & kL1) {
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        l1[i] = add_l1_term(l1[i], static_cast<double>(E::widen(w[i])));
-      }
-    }
-    if (terms_ & kL2) {
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        l2[i] = add_l2_term<MultiplyAdd<dtype>>(l2[i], static_cast<double>(E::widen(w[i])));
-      }
-    }
-  }
-
-  template <int count>
-  __device__ __forceinline__ void write(const Storage (&w)[count], const Storage (&old)[count], bool add_to_old,
-                                        Storage (&out)[count]) const {
+  // What is written, from what is read: x[s] are elements of stream s.
+  template <int streams, int count>
+  __device__ __forceinline__ void write(Storage (&x)[streams][count], bool adds) const {
     switch (static_cast<Terms>(terms_ & kL1L2)) {
-      case kNone:
-        return write_terms<kNone>(w, old, add_to_old, out);
       case kL1:
-        return write_terms<kL1>(w, old, add_to_old, out);
+        return write_of < known & kL1 > (x, adds);
       case kL2:
-        return write_terms<kL2>(w, old, add_to_old, out);
+        return write_of < known & kL2 > (x, adds);
       case kL1L2:
-        return write_terms<kL1L2>(w, old, add_to_old, out);
-      case kNorm:
-        break;
+        return write_of < known & kL1L2 > (x, adds);
+      default:
+        return write_of<kNone>(x, adds);
     }
   }
 
  private:
-  template <Terms terms, int count>
-  __device__ __forceinline__ void write_terms(const Storage (&w)[count], const Storage (&old)[count], bool add_to_old,
-                                              Storage (&out)[count]) const {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const Scalar wide = E::widen(w[i]);
-      Scalar g = gradient<terms>(wide, c1_, c2_);
-      if (norms && (terms_ & kNorm)) {
-        g = add_norm_gradient(g, wide, norm_.scale, norm_.factor);
-      }
-      out[i] = E::narrow(adds && add_to_old ? E::widen(old[i]) + g : g);
-    }
-  }
-
-  Terms terms_;
-  Scalar c1_, c2_;
-  NormGradient<Scalar> norm_;
-};
-
-template <Dtype dtype>
-using PenaltyJob = TermsJob<dtype, true, false, false>;
-template <Dtype dtype>
-using AccumulateJob = TermsJob<dtype, true, true, false>;
-template <Dtype dtype>
-using GradientJob = TermsJob<dtype, false, false, false>;
-template <Dtype dtype>
-using NormGradientJob = TermsJob<dtype, false, true, true>;
-
-// The sums of |w / 2^exponent| and of (w / 2^exponent)^2.
-template <Dtype dtype>
-class TermSumsJob {
- public:
-  using E = Element<dtype>;
-  using Storage = typename E::Storage;
-  static constexpr bool kSums = true, kWrites = false, kAdds = false, kInPlace = false;
-  static constexpr int kBatch = 4, kUnrolled = 1;
-
-  __device__ TermSumsJob(const Chunk& chunk, Sums, double, int exponent)
-      : has_l1_(chunk.l1 != 0), scale_(std::ldexp(1.0, -exponent)) {}
-
-  static __device__ Storage padding() { return {}; }
-
-  template <int count>
-  __device__ __forceinline__ void add(const Storage (&w)[count], double (&l1)[count], double (&l2)[count]) const {
-    if (has_l1_) {
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        l1[i] = add_l1_term(l1[i], scaled(w[i]));
-      }
+  template <int terms, int count>
+  __device__ __forceinline__ void add_of(const Storage (&w)[count], double (&first)[count],
+                                         double (&second)[count]) const {
+    using MultiplyAdd = std::conditional_t<kWide<dtype>, TwoRoundings, OneRounding>;
+    double wide[kFactorsMax];
+    for (int f = 0; f < Whole::kFactors; ++f) {
+      wide[f] = factors_[f];
     }
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      l2[i] = add_l2_term<MultiplyAdd<dtype>>(l2[i], scaled(w[i]));
+      double sums[2] = {first[i], second[i]};
+      P<terms>::template add<MultiplyAdd>(sums, static_cast<double>(E::widen(w[i])), wide,
+                                          [&](double y) { return scaled && kWide<dtype> ? y * scale_ : y; });
+      first[i] = sums[0];
+      second[i] = sums[1];
     }
   }
 
- private:
-  __device__ double scaled(Storage w) const { return kWide<dtype> ? E::widen(w) * scale_ : E::widen(w); }
+  template <int terms, int streams, int count>
+  __device__ __forceinline__ void write_of(Storage (&x)[streams][count], bool adds) const {
+    if constexpr ((known & kNorm) != 0) {
+      if (terms_ & kNorm) {
+        return write_with<P<terms | kNorm>>(x, adds);
+      }
+    }
+    write_with<P<terms>>(x, adds);
+  }
 
-  bool has_l1_;
+  template <class Pass, int streams, int count>
+  __device__ __forceinline__ void write_with(Storage (&x)[streams][count], bool adds) const {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      Scalar wide[streams];
+      for (int s = 0; s < streams; ++s) {
+        wide[s] = kReads & bit(s) ? E::widen(x[s][i]) : Scalar{};
+      }
+      if constexpr (kAdds) {
+        adds ? Pass::element(wide, factors_) : Pass::Fresh::element(wide, factors_);
+      } else {
+        Pass::element(wide, factors_);
+      }
+      for (int s = 0; s < streams; ++s) {
+        if (kWrites & bit(s)) {
+          x[s][i] = E::narrow(wide[s]);
+          if constexpr (Pass::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
+            x[s][i] = with_positive_zero(x[s][i]);
+          }
+        }
+      }
+    }
+  }
+
+  int terms_;
+  Scalar factors_[kFactorsMax];
   double scale_;
 };
 
-// In the second sum: of (soft(w) / 2^exponent)^2, or how many elements are 0.
-template <Dtype dtype>
-class OneSumJob {
- public:
-  using E = Element<dtype>;
-  using Storage = typename E::Storage;
-  static constexpr bool kSums = true, kWrites = false, kAdds = false, kInPlace = false;
-  static constexpr int kBatch = sizeof(Storage) == 2 ? 2 : 4, kUnrolled = 1;
-
-  __device__ OneSumJob(const Chunk& chunk, Sums what, double step, int exponent)
-      : zeros_(what == Sums::kZeros),
-        threshold_(static_cast<typename E::Scalar>(step * chunk.l1)),
-        scale_(std::ldexp(1.0, -exponent)) {}
-
-  __device__ Storage padding() const { return zeros_ ? Storage{1} : Storage{}; }
-
-  template <int count>
-  __device__ __forceinline__ void add(const Storage (&w)[count], double (&)[count], double (&sum)[count]) const {
-    if (zeros_) {
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        sum[i] = sum[i] + (E::widen(w[i]) == 0 ? 1 : 0);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        const double softened = soft<double>(E::widen(w[i]), threshold_);
-        sum[i] = add_l2_term<TwoRoundings>(sum[i], kWide<dtype> ? softened * scale_ : softened);
-      }
-    }
+// Of a chunk, whatever its dtype.
+template <template <int> class P, int known, bool scaled = false, class AnyChunk, class AnyTeam>
+__device__ __forceinline__ void run_chunk(const AnyChunk& chunk, Blocks* blocks, const AnyTeam& team,
+                                          const ChunkNumbers& numbers, int terms, int exponent = 0) {
+  switch (chunk.dtype) {
+    case Dtype::kFloat32:
+      return ChunkPass(chunk, Job<Dtype::kFloat32, P, known, scaled>(numbers, terms, exponent)).run(blocks, team);
+    case Dtype::kFloat64:
+      return ChunkPass(chunk, Job<Dtype::kFloat64, P, known, scaled>(numbers, terms, exponent)).run(blocks, team);
+    case Dtype::kBFloat16:
+      return ChunkPass(chunk, Job<Dtype::kBFloat16, P, known, scaled>(numbers, terms, exponent)).run(blocks, team);
+    case Dtype::kFloat16:
+      return ChunkPass(chunk, Job<Dtype::kFloat16, P, known, scaled>(numbers, terms, exponent)).run(blocks, team);
   }
-
- private:
-  bool zeros_;
-  double threshold_, scale_;
-};
-
-// The proximal operator, in place; with the norm of the group's soft(w).
-template <Dtype dtype>
-class ProxJob {
- public:
-  using E = Element<dtype>;
-  using Storage = typename E::Storage;
-  using Scalar = typename E::Scalar;
-  static constexpr bool kSums = false, kWrites = true, kAdds = false, kInPlace = true;
-  static constexpr int kBatch = 4, kUnrolled = 1;
-
-  __device__ ProxJob(const Chunk& chunk, double step, double l2_norm, double norm)
-      : threshold_(static_cast<Scalar>(step * chunk.l1)),
-        shrinkage_(static_cast<Scalar>(shrinkage(chunk.l2, l2_norm, step, norm))) {}
-
-  static __device__ Storage padding() { return {}; }
-
-  template <int count>
-  __device__ __forceinline__ void write(const Storage (&w)[count], const Storage (&)[count], bool,
-                                        Storage (&out)[count]) const {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      out[i] = E::narrow(prox<Scalar>(E::widen(w[i]), threshold_, shrinkage_));
-      if constexpr (sizeof(Storage) == sizeof(uint16_t)) {
-        out[i] = with_positive_zero(out[i]);
-      }
-    }
-  }
-
- private:
-  Scalar threshold_, shrinkage_;
-};
+}
 
 }  // namespace fused_reg::cuda

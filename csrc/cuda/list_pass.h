@@ -6,13 +6,14 @@
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include <array>
 #include <cstring>
 #include <vector>
 
 #include "../checks.h"
 #include "../chunks.h"
 #include "../layout.h"
-#include "../strengths.h"
+#include "../numbers.h"
 #include "check_launch.h"
 #include "kernels.h"
 #include "number_refs.h"
@@ -23,24 +24,24 @@ namespace fused_reg::cuda {
 // As the CPU's ListPass (cpu/list_pass.h), with the same bits. No number on the device is read by the host.
 class ListPass {
  public:
-  ListPass(at::TensorList params, const Selection& selection, const StrengthArgs& strengths)
-      : device_((check_list(params, strengths), params[0].device())),
+  ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers)
+      : device_((check_list(params, numbers), params[0].device())),
         guard_(device_),
         launch_(next_launch()),
-        has_norms_(strengths.l2_norm.is_given()),
-        strengths_{StrengthRefs(strengths.l1, selection, device_), StrengthRefs(strengths.l2, selection, device_),
-                   StrengthRefs(strengths.l2_norm, selection, device_), StrengthRefs()},
+        group_(numbers.group),
         value_dtype_(value_dtype(params)) {
-    const bool rows = has_norms_ && strengths.rows;
+    for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
+      columns_[c] = ColumnRefs(numbers.columns[c], selection, device_);
+    }
     dense_.reserve(params.size());
     std::vector<int64_t> sizes, groups;
     sizes.reserve(params.size());
     groups.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
       check_memory(t, params[t]);
-      dense_.push_back(as_run(params[t], rows));
+      dense_.push_back(as_run(params[t], group_));
       sizes.push_back(dense_[t].numel());
-      groups.push_back(has_norms_ ? groups_of(params[t], rows) : 1);
+      groups.push_back(group_ == Grouping::kNone ? 1 : groups_of(params[t], group_));
     }
     plan_ = ChunkPlan(sizes, groups);
     TORCH_CHECK_VALUE(plan_.chunks() < int64_t{1} << 31, "params must have less than 2^31 chunks of elements in all");
@@ -48,11 +49,11 @@ class ListPass {
     for (const auto t : c10::irange(params.size())) {
       const int64_t before_last = std::max<int64_t>(plan_.chunks_per_group(t) - 1, 0);
       Entry e{};
-      e.param = dense_[t].const_data_ptr();
       e.first_chunk = static_cast<uint32_t>(plan_.first_chunk(t));
       e.tail = static_cast<uint16_t>(plan_.group_size(t) - before_last * kChunkSize);
       e.dtype = dtype_of(dense_[t]);
       entries_.push_back(e);
+      streams_.push_back({const_cast<void*>(dense_[t].const_data_ptr())});
     }
     call_.tensors = static_cast<uint32_t>(params.size());
     call_.chunks = static_cast<uint32_t>(plan_.chunks());
@@ -65,7 +66,7 @@ class ListPass {
     call_.factor_source = Source::kValue;
   }
 
-  bool has_norms() const { return has_norms_; }
+  Grouping group() const { return group_; }
 
   // Parameter t as one run of memory: itself, or a copy.
   const at::Tensor& dense(size_t t) const { return dense_[t]; }
@@ -93,7 +94,7 @@ class ListPass {
     const at::Tensor run_sums = fresh({call_.runs}, at::kDouble);
     set_value(value, run_sums.mutable_data_ptr<double>());
     set_factor(factor);
-    run(adds_ || !factor.is(1) ? Kernel::kAccumulate : Kernel::kPenalty);
+    run(adds_ || !factor.is(1) ? Pass::kPenaltyAccumulate : Pass::kPenaltyGradient);
     return value;
   }
 
@@ -108,8 +109,7 @@ class ListPass {
     const int64_t sums = int64_t{call_.runs} + call_.large_groups;
     const at::Tensor scratch = scratch_behind(sums);
     set_value(value, scratch.mutable_data_ptr<double>());
-    call_.sums = Sums::kPenalty;
-    run(Kernel::kSums);
+    run(Pass::kPenalty);
     return {std::move(value), std::move(norms)};
   }
 
@@ -124,15 +124,14 @@ class ListPass {
     }
     set_factor(factor);
     call_.keep_if_one = keep_if_one;
-    if (has_norms_) {
+    if (group_ != Grouping::kNone) {
       set_groups(*norms, first_groups);
     }
-    run(has_norms_ || adds_ ? Kernel::kNormGradient : Kernel::kGradient);
+    run(group_ != Grouping::kNone || adds_ ? Pass::kAccumulate : Pass::kGradient);
   }
 
   // The norm of every group after the soft threshold, [groups] float64. One launch.
-  at::Tensor run_soft_norms(const StrengthArg& step, const Selection& selection) {
-    strengths_[kColumnStep] = StrengthRefs(step, selection, device_);
+  at::Tensor run_soft_norms() {
     at::Tensor norms = fresh({plan_.groups()}, at::kDouble);
     if (call_.chunks == 0) {
       return norms;
@@ -140,33 +139,30 @@ class ListPass {
     set_groups(norms, own_first_groups());
     const at::Tensor scratch = scratch_behind(0);
     call_.ticket = ticket_for(launch_);
-    call_.sums = Sums::kSoftSquares;
-    run(Kernel::kSums);
+    run(Pass::kSoftSquares);
     return norms;
   }
 
   // The proximal operator, in place, on dense(); the norms of run_soft_norms() where there are any, those of parameter
   // t from first_groups[t] on. One launch.
-  void run_prox(const StrengthArg& step, const Selection& selection, const OptionalTensor& norms,
-                at::IntArrayRef first_groups) {
-    strengths_[kColumnStep] = StrengthRefs(step, selection, device_);
+  void run_prox(const OptionalTensor& norms, at::IntArrayRef first_groups) {
     for (const auto t : c10::irange(entries_.size())) {
-      entries_[t].param = entries_[t].out = dense_[t].mutable_data_ptr();
+      streams_[t][0] = dense_[t].mutable_data_ptr();
     }
     if (call_.chunks == 0) {
       return;
     }
-    if (has_norms_) {
+    if (group_ != Grouping::kNone) {
       set_groups(*norms, first_groups);
     }
-    run(Kernel::kProx);
+    run(Pass::kProx);
   }
 
-  // [tensors, 2] float64: the sums of |w| and of w^2 (of strengths 1).
-  at::Tensor run_term_sums() { return tensor_sums(Sums::kTerms, fresh({plan_.tensors(), 2}, at::kDouble)); }
+  // [tensors, 2] float64: the sums of |w| and of w^2.
+  at::Tensor run_term_sums() { return tensor_sums(Pass::kPenalty); }
 
-  // [tensors] int64: how many elements are 0.
-  at::Tensor run_zero_counts() { return tensor_sums(Sums::kZeros, fresh({plan_.tensors()}, at::kLong)); }
+  // [tensors] float64: how many elements are 0.
+  at::Tensor run_zero_counts() { return tensor_sums(Pass::kZeros).select(1, 1); }
 
  private:
   at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) const {
@@ -177,7 +173,7 @@ class ListPass {
 
   void set_grad(size_t t, const at::Tensor& grad, bool add) {
     check_grad(t, grad, dense_[t]);
-    entries_[t].out = grad.mutable_data_ptr();
+    streams_[t][1] = grad.mutable_data_ptr();
     entries_[t].adds = add;
     adds_ |= add;
   }
@@ -222,13 +218,14 @@ class ListPass {
     return scratch;
   }
 
-  at::Tensor tensor_sums(Sums sums, at::Tensor out) {
+  at::Tensor tensor_sums(Pass pass) {
     static_assert(sizeof(TermSums) == 2 * sizeof(double));
+    at::Tensor out = fresh({plan_.tensors(), 2}, at::kDouble);
     const at::Tensor chunk_sums = fresh({plan_.chunks(), 2}, at::kDouble);
     call_.chunk_sums = reinterpret_cast<TermSums*>(chunk_sums.mutable_data_ptr<double>());
-    call_.sums = sums;
-    const at::Tensor table = device_table(table_for(Kernel::kSums), launch_);
-    check_launch(launch_tensor_sums(call_, table.const_data_ptr(), out.mutable_data_ptr(), launch_.stream), device_);
+    const at::Tensor table = device_table(table_for(pass), launch_);
+    auto* const sums = reinterpret_cast<TermSums*>(out.mutable_data_ptr<double>());
+    check_launch(launch_tensor_sums(pass, call_, table.const_data_ptr(), sums, launch_.stream), device_);
     return out;
   }
 
@@ -239,47 +236,53 @@ class ListPass {
   }
 
   // And what Call says of it.
-  std::vector<unsigned char> table_for(Kernel kernel) {
-    const int columns = strengths_of(kernel);
-    call_.strength_per_tensor = false;
-    for (const auto column : c10::irange(columns)) {
-      call_.sources[column] = strengths_[column].source();
-      call_.strength_per_tensor |= !strengths_[column].is_one();
+  std::vector<unsigned char> table_for(Pass pass) {
+    const Rows own = rows_of(pass);
+    call_.numbers_per_tensor = false;
+    for (const auto i : c10::irange(own.numbers)) {
+      call_.sources[i] = columns_[i].source();
+      call_.numbers_per_tensor |= !columns_[i].is_one();
     }
-    std::vector<NumberRef> rows;
-    for (const auto t : c10::irange(call_.strength_per_tensor ? entries_.size() : 1)) {
-      for (const auto column : c10::irange(columns)) {
-        rows.push_back(strengths_[column][t]);
+    std::vector<void*> streams;
+    for (const auto& of_tensor : streams_) {
+      streams.insert(streams.end(), of_tensor.begin(), of_tensor.begin() + own.streams);
+    }
+    std::vector<NumberRef> numbers;
+    for (const auto t : c10::irange(call_.numbers_per_tensor ? entries_.size() : 1)) {
+      for (const auto i : c10::irange(own.numbers)) {
+        numbers.push_back(columns_[i][t]);
       }
     }
     std::vector<unsigned char> bytes;
-    bytes.reserve(entries_.size() * sizeof(Entry) + rows.size() * sizeof(NumberRef) +
-                  groups_.size() * sizeof(GroupInfo));
+    bytes.reserve(entries_.size() * sizeof(Entry) + streams.size() * sizeof(void*) +
+                  numbers.size() * sizeof(NumberRef) + groups_.size() * sizeof(GroupInfo));
     append(&bytes, entries_);
-    append(&bytes, rows);
+    append(&bytes, streams);
+    append(&bytes, numbers);
     append(&bytes, groups_);
     return bytes;
   }
 
-  void run(Kernel kernel) {
-    const std::vector<unsigned char> bytes = table_for(kernel);
+  void run(Pass pass) {
+    const std::vector<unsigned char> bytes = table_for(pass);
     if (bytes.size() <= kLargeTable) {
-      check_launch(launch(kernel, call_, bytes.data(), bytes.size(), launch_.stream), device_);
+      check_launch(launch(pass, call_, bytes.data(), bytes.size(), launch_.stream), device_);
     } else {
       const at::Tensor table = device_table(bytes, launch_);
-      check_launch(launch(kernel, call_, table.const_data_ptr(), bytes.size(), launch_.stream), device_);
+      check_launch(launch(pass, call_, table.const_data_ptr(), bytes.size(), launch_.stream), device_);
     }
   }
 
   at::Device device_;
   c10::cuda::CUDAGuard guard_;
   Launch launch_;
-  bool has_norms_;
-  StrengthRefs strengths_[kAllStrengths];  // by StrengthColumn
+  Grouping group_;
+  std::array<ColumnRefs, kNumbers> columns_;
   at::ScalarType value_dtype_;
   std::vector<at::Tensor> dense_;
   ChunkPlan plan_;
   std::vector<Entry> entries_;
+  std::vector<std::array<void*, kStreams>> streams_;
   std::vector<GroupInfo> groups_;  // of a launch that knows groups
   Call call_{};
   bool adds_ = false;

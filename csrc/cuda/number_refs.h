@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "../strengths.h"
+#include "../numbers.h"
 #include "table.h"
 
 namespace fused_reg::cuda {
@@ -36,14 +36,14 @@ inline NumberRef ref_to(const at::Tensor& t, int64_t element) {
   return ref;
 }
 
-// The strengths of a selection.
-class StrengthRefs {
+// The column of a selection.
+class ColumnRefs {
  public:
-  StrengthRefs() : refs_{NumberRef{0}} {}  // 0 for all
+  ColumnRefs() : refs_{NumberRef{0}} {}  // 0 for all
 
-  StrengthRefs(const StrengthArg& arg, const Selection& selection, at::Device device) {
-    if (!arg.tensor.has_value() || arg.tensor->device() != device) {
-      const Strength values(arg, selection);
+  ColumnRefs(const ColumnArg& arg, const Selection& selection, at::Device device) {
+    if (arg.tensor == nullptr || arg.tensor->device() != device) {
+      const HostColumn values(arg, selection);
       for (const auto t : c10::irange(values.is_one() ? 1 : selection.places.size())) {
         refs_.push_back({values[t]});
       }

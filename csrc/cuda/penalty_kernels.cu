@@ -29,68 +29,53 @@ cudaError_t resident_ctas(uint32_t work, uint32_t* ctas) {
   return error;
 }
 
+// A launch: the kernel of a pass, and what its CTAs share out.
 template <class Table>
-auto sums_kernel_of(Sums sums) {
-  switch (sums) {
-    case Sums::kPenalty:
-    case Sums::kTerms:
-      return sums_kernel<Table, TermSumsJob>;
-    case Sums::kSoftSquares:
-    case Sums::kZeros:
-      break;
+struct Plan {
+  void (*kernel)(Table);
+  uint32_t work;
+};
+
+template <class Table, template <int> class P, int known, int numbers>
+Plan<Table> plan_of(const Call& call) {
+  if constexpr (P<known>::kSums != 0 && P<known>::kWrites != 0) {
+    return {penalty_kernel<Table, P>, call.runs};
+  } else if constexpr (P<known>::kSums != 0) {
+    return {sums_kernel<Table, P, known>, call.runs};
+  } else if constexpr (numbers == kTermNumbers) {
+    return {element_kernel<Table, P>, call.chunks};
+  } else {
+    return {group_element_kernel<Table, P, known>, call.chunks};
   }
-  return sums_kernel<Table, OneSumJob>;
 }
 
 template <class Table>
-auto kernel_of(Kernel kernel, Sums sums) {
-  switch (kernel) {
-    case Kernel::kPenalty:
-      return penalty_kernel<Table, PenaltyJob>;
-    case Kernel::kAccumulate:
-      return penalty_kernel<Table, AccumulateJob>;
-    case Kernel::kGradient:
-      return gradient_kernel<Table>;
-    case Kernel::kSums:
-      return sums_kernel_of<Table>(sums);
-    case Kernel::kNormGradient:
-      return norm_gradient_kernel<Table>;
-    case Kernel::kProx:
-      break;
+Plan<Table> plan_of(Pass pass, const Call& call) {
+  switch (pass) {
+#define FUSED_REG_PLAN(name, terms, numbers) \
+  case Pass::k##name:                        \
+    return plan_of<Table, name##Pass, terms, numbers>(call);
+    FUSED_REG_PASSES(FUSED_REG_PLAN)
+#undef FUSED_REG_PLAN
   }
-  return prox_kernel<Table>;
-}
-
-// What the CTAs of a kernel share out.
-uint32_t work_of(Kernel kernel, const Call& call) {
-  switch (kernel) {
-    case Kernel::kPenalty:
-    case Kernel::kAccumulate:
-    case Kernel::kSums:
-      return call.runs;
-    case Kernel::kGradient:
-    case Kernel::kNormGradient:
-    case Kernel::kProx:
-      return call.chunks;
-  }
-  return 0;
+  return {};
 }
 
 template <class Table>
-cudaError_t launch_table(Kernel kernel, const Table& table, cudaStream_t stream) {
-  const uint32_t work = work_of(kernel, table.call);
-  const uint32_t teams = strengths_of(kernel) == kTermStrengths ? 1 : kWarps / table.call.team;  // of a CTA
+cudaError_t launch_table(Pass pass, const Table& table, cudaStream_t stream) {
+  const Plan<Table> plan = plan_of<Table>(pass, table.call);
+  const uint32_t teams = rows_of(pass).numbers == kTermNumbers ? 1 : kWarps / table.call.team;  // of a CTA
   uint32_t ctas = 0;
-  const cudaError_t error = resident_ctas((work + teams - 1) / teams, &ctas);
-  return error == cudaSuccess ? launch_on(ctas, stream, kernel_of<Table>(kernel, table.call.sums), table) : error;
+  const cudaError_t error = resident_ctas((plan.work + teams - 1) / teams, &ctas);
+  return error == cudaSuccess ? launch_on(ctas, stream, plan.kernel, table) : error;
 }
 
 template <size_t size>
-cudaError_t launch_inline(Kernel kernel, const Call& call, const void* bytes, size_t count, cudaStream_t stream) {
+cudaError_t launch_inline(Pass pass, const Call& call, const void* bytes, size_t count, cudaStream_t stream) {
   InlineTable<size> table;
   table.call = call;
   std::memcpy(table.bytes, bytes, count);
-  return launch_table(kernel, table, stream);
+  return launch_table(pass, table, stream);
 }
 
 // Told to the build information while the library is loaded.
@@ -102,22 +87,23 @@ const bool registered = [] {
 
 }  // namespace
 
-cudaError_t launch(Kernel kernel, const Call& call, const void* table, size_t table_bytes, cudaStream_t stream) {
+cudaError_t launch(Pass pass, const Call& call, const void* table, size_t table_bytes, cudaStream_t stream) {
   if (table_bytes <= kSmallTable) {
-    return launch_inline<kSmallTable>(kernel, call, table, table_bytes, stream);
+    return launch_inline<kSmallTable>(pass, call, table, table_bytes, stream);
   }
   if (table_bytes <= kLargeTable) {
-    return launch_inline<kLargeTable>(kernel, call, table, table_bytes, stream);
+    return launch_inline<kLargeTable>(pass, call, table, table_bytes, stream);
   }
-  return launch_table(kernel, DeviceTable{call, static_cast<const unsigned char*>(table)}, stream);
+  return launch_table(pass, DeviceTable{call, static_cast<const unsigned char*>(table)}, stream);
 }
 
-cudaError_t launch_tensor_sums(const Call& call, const void* device_table, void* out, cudaStream_t stream) {
+cudaError_t launch_tensor_sums(Pass pass, const Call& call, const void* device_table, TermSums* out,
+                               cudaStream_t stream) {
   const DeviceTable table{call, static_cast<const unsigned char*>(device_table)};
   uint32_t ctas = 0;
   cudaError_t error = resident_ctas((call.tensors + kWarps - 1) / kWarps, &ctas);
   if (error == cudaSuccess && call.chunks > 0) {
-    error = launch_table(Kernel::kSums, table, stream);
+    error = launch_table(pass, table, stream);
   }
   return error == cudaSuccess ? launch_on(ctas, stream, tensor_sums_kernel, table, out) : error;
 }

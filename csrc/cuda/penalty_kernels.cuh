@@ -59,38 +59,40 @@ __device__ __forceinline__ uint32_t run_end(const Call& call, uint32_t r) {
 }
 
 // The penalty of the list, and the gradients of the entries that have one; where it may be added to, times the factor.
-template <class Table, template <Dtype> class Job>
+template <class Table, template <int> class P>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) penalty_kernel(const __grid_constant__ Table table) {
   __shared__ Blocks blocks[2];        // one is summed while the other is filled
   __shared__ CompensatedSum run_sum;  // the first thread's alone; spares the others registers
+  constexpr bool kHasFactor = !std::is_void_v<typename P<0>::Fresh>;
   const Call& call = table.call;
   const int thread = threadIdx.x;
   int filled = 0;
   for (uint32_t r = blockIdx.x; r < call.runs; r += gridDim.x) {
     const uint32_t begin = r * call.run_length, end = run_end(call, r);
-    Cursor<Table, kTermStrengths> cursor(table, begin);
+    Cursor<Table, 2, kTermNumbers> cursor(table, begin);
     if (thread == 0) {
       run_sum = {};
     }
     for (uint32_t c = begin; c < end; ++c) {
-      const Chunk chunk = cursor.at(c);
-      const double factor = Job<Dtype::kFloat32>::kAdds ? read(call.factor, call.factor_source) : 1;
-      run_chunk<Job>(chunk, &blocks[filled], WholeCta{}, factor);
+      const auto chunk = cursor.at(c);
+      const ChunkNumbers numbers = cursor.numbers(kHasFactor ? read(call.factor, call.factor_source) : 1, 0);
+      const double l1 = numbers.of[kL1Strength], l2 = numbers.of[kL2Strength];
+      run_chunk<P, kL1L2>(chunk, &blocks[filled], WholeCta{}, numbers, terms_of(l1, l2));
       __syncthreads();
       const bool is_float64 = chunk.dtype == Dtype::kFloat64;
       if (thread < kWarp || is_float64) {  // every warp finds out alike whether the sums have left the range of float64
         ChunkSums sums = total(blocks[filled], chunk.blocks(), thread % kWarp);
-        const int exponent = is_float64 ? rescue_exponent(sums, chunk.l2 != 0) : 0;
+        const int exponent = is_float64 ? rescue_exponent(sums, l2 != 0) : 0;
         if (exponent != 0) {
           filled = 1 - filled;
-          ChunkPass(chunk, TermSumsJob<Dtype::kFloat64>(chunk, Sums::kPenalty, 0, exponent))
+          ChunkPass(chunk, Job<Dtype::kFloat64, PenaltyPass, kL1L2, true>(numbers, terms_of(l1, l2), exponent))
               .run(&blocks[filled], WholeCta{});
           __syncthreads();
           sums = total(blocks[filled], chunk.blocks(), thread % kWarp);
           sums.exponent = exponent;
         }
         if (thread == 0) {
-          run_sum.add(penalty_of_sums(chunk.l1, chunk.l2, sums));
+          run_sum.add(penalty_of_sums(l1, l2, sums));
         }
       }
       filled = 1 - filled;
@@ -104,16 +106,20 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) penalty_kernel(const __g
   }
 }
 
-// factor * gradient, into the entries.
-template <class Table>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) gradient_kernel(const __grid_constant__ Table table) {
+// A pass without sums over the chunks of a list without groups.
+template <class Table, template <int> class P>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) element_kernel(const __grid_constant__ Table table) {
   const Call& call = table.call;
   const double factor = read(call.factor, call.factor_source);
   if (call.keep_if_one && factor == 1) {
     return;
   }
   for (uint32_t c = blockIdx.x; c < call.chunks; c += gridDim.x) {
-    run_chunk<GradientJob>(Cursor<Table, kTermStrengths>(table, c).at(c), nullptr, WholeCta{}, factor);
+    Cursor<Table, 2, kTermNumbers> cursor(table, c);
+    const auto chunk = cursor.at(c);
+    const ChunkNumbers numbers = cursor.numbers(factor, 0);
+    run_chunk<P, kL1L2>(chunk, nullptr, WholeCta{}, numbers,
+                        terms_of(numbers.of[kL1Strength], numbers.of[kL2Strength]));
   }
 }
 

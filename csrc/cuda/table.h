@@ -1,8 +1,9 @@
 // A list of tensors as a kernel sees it, and what it shall do with it. Free of torch; host and device.
 //
-// The table is one run of bytes: an Entry for each tensor; the strengths, a row of them for all tensors or one for
-// each; and where Call.norms says that there are groups, a GroupInfo for each tensor. It travels in the kernel's
-// arguments, or lies in device memory if it is longer.
+// The table is one run of bytes: an Entry for each tensor; a row of streams for each, the addresses of the parameter
+// and of what else a pass reads and writes; numbers, a row for all tensors or one for each; and where Call.norms says
+// that there are groups, a GroupInfo for each tensor. It travels in the kernel's arguments, or lies in device memory if
+// it is longer.
 #pragma once
 
 #include <cstddef>
@@ -15,12 +16,10 @@
 namespace fused_reg::cuda {
 
 struct Entry {
-  const void* param;
-  void* out;             // as many elements, to be written; null: none
   uint32_t first_chunk;  // of the list's chunks; an empty tensor has the same as the next
   uint16_t tail;         // elements of the last chunk of every group; the tensor is one if there are none
   Dtype dtype;
-  uint8_t adds;  // the gradient is added to out, which is not null
+  uint8_t adds;  // to the streams that are written, which are there
 };
 static_assert(std::has_unique_object_representations_v<Entry>);  // tables are compared byte for byte
 
@@ -33,11 +32,6 @@ union NumberRef {
 // What a NumberRef is: the value, or the address of a number of this dtype.
 enum class Source : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kValue };
 
-// A row of strengths begins with these; the kernels of one launch for all take the first two alone.
-enum StrengthColumn { kColumnL1, kColumnL2, kColumnL2Norm, kColumnStep };
-constexpr int kTermStrengths = 2;
-constexpr int kAllStrengths = 4;
-
 // The groups of a tensor, which are of equal size and follow on one another.
 struct GroupInfo {
   int64_t size;          // elements of each
@@ -46,33 +40,24 @@ struct GroupInfo {
 };
 static_assert(std::has_unique_object_representations_v<GroupInfo>);
 
-// What sums_kernel sums.
-enum class Sums : uint8_t {
-  kPenalty,      // the terms, for the penalty with norms, and squares for the norms
-  kSoftSquares,  // the squares of soft(w), for their norms
-  kTerms,        // |w| and w^2
-  kZeros,        // how many elements are 0
-};
-
 struct Call {
   uint32_t tensors;
   uint32_t chunks;
   uint32_t run_length;  // chunks
   uint32_t runs;
 
-  bool strength_per_tensor;
-  Source sources[kAllStrengths];
+  bool numbers_per_tensor;
+  Source sources[kNumbers];
 
   // What gradients are multiplied by: the upstream gradient, or a scale.
   Source factor_source;
   bool keep_if_one;  // the gradients are there already, for a factor of 1
 
   bool value_is_float64;
-  Sums sums;
   uint8_t team;  // warps that take a chunk together: 1 or kWarps
   NumberRef factor;
 
-  // The penalty: written to value by the last of the CTAs, which the ticket finds.
+  // The penalty: written to value by the last of the CTAs, which the ticket finds. Null: nobody asks for it.
   double* run_sums;  // [runs + large_groups], scratch
   void* value;
   uint32_t ticket;
@@ -86,7 +71,7 @@ struct Call {
 };
 
 // nvcc and the C++ compiler agree on the layout.
-static_assert(sizeof(Entry) == 24 && sizeof(NumberRef) == 8 && sizeof(GroupInfo) == 16 && sizeof(Call) == 80);
+static_assert(sizeof(Entry) == 8 && sizeof(NumberRef) == 8 && sizeof(GroupInfo) == 16 && sizeof(Call) == 80);
 
 constexpr size_t kArgumentBytes = 32764;  // of a kernel; sm_70 and later
 constexpr size_t kSmallTable = 4096 - sizeof(Call);

@@ -4,6 +4,7 @@
 
 #include "../checks.h"
 #include "../layout.h"
+#include "../numbers.h"
 #include "../registration.h"
 
 namespace fused_reg {
@@ -13,88 +14,76 @@ namespace {
 using Tensors = std::vector<at::Tensor>;
 
 struct Meta {
+  static std::tuple<at::Tensor, Tensors, Tensors> penalty(at::TensorList params, const c10::List<bool>& needs_grad,
+                                                          FUSED_REG_NUMBERS) {
+    Tensors all_norms;
+    if (group != 0) {
+      all_norms.push_back(norms(params, floats, tensors, counts, group));
+    }
+    Tensors grads = like(params, [&](size_t t) { return !needs_grad.empty() && needs_grad[t]; });
+    return {value(params), std::move(grads), std::move(all_norms)};
+  }
+
+  static Tensors penalty_grad(const at::Tensor&, at::TensorList params, const c10::List<bool>&, const OptionalTensor&,
+                              c10::SymIntArrayRef, FUSED_REG_NUMBERS) {
+    return like(params, [](size_t) { return true; });
+  }
+
+  static void rescale_grad_(const at::Tensor&, at::TensorList, at::TensorList, const c10::List<bool>&,
+                            FUSED_REG_NUMBERS) {}
+
+  static at::Tensor accumulate_grad_(at::TensorList params, at::TensorList, at::IntArrayRef, double,
+                                     const OptionalTensor&, FUSED_REG_NUMBERS) {
+    return value(params);
+  }
+
+  static Tensors empty_grads(at::TensorList params) {
+    return like(params, [](size_t) { return true; });
+  }
+
+  static void prox_(at::TensorList params, const OptionalTensor&, c10::SymIntArrayRef, FUSED_REG_NUMBERS) {
+    check(params);
+  }
+
+  static at::Tensor norms(at::TensorList params, FUSED_REG_NUMBERS) {
+    check(params);
+    c10::SymInt count = 0;
+    for (const at::Tensor& p : params) {
+      const int64_t d = sliced_dim(p, static_cast<Grouping>(group));
+      if (p.sym_numel() != 0) {
+        count += d < 0 ? 1 : p.sym_size(d);
+      }
+    }
+    return at::empty_symint({count}, params[0].options().dtype(at::kDouble));
+  }
+
+  static at::Tensor sums(at::TensorList params, bool with_zeros, FUSED_REG_NUMBERS) {
+    check(params);
+    const int64_t columns = with_zeros ? 3 : 2;
+    return at::empty({static_cast<int64_t>(params.size()), columns}, params[0].options().dtype(at::kDouble));
+  }
+
+ private:
   static void check(at::TensorList params) {
     check_params(params);
     check_meta(params);
   }
 
-  static at::Tensor penalty(at::TensorList params, FUSED_REG_STRENGTHS) {
+  static at::Tensor value(at::TensorList params) {
     check(params);
     return at::empty({}, params[0].options().dtype(value_dtype(params)));
   }
 
-  static at::Tensor group_norms(at::TensorList params, bool rows) {
+  template <class IsWanted>
+  static Tensors like(at::TensorList params, const IsWanted& is_wanted) {
     check(params);
-    c10::SymInt groups = 0;
-    for (const at::Tensor& p : params) {
-      if (p.sym_numel() != 0) {
-        groups += rows && p.dim() > 0 ? p.sym_size(0) : 1;
-      }
-    }
-    return at::empty_symint({groups}, params[0].options().dtype(at::kDouble));
-  }
-
-  static std::tuple<at::Tensor, at::Tensor> penalty_and_norms(at::TensorList params, FUSED_REG_STRENGTHS) {
-    return {at::empty({}, params[0].options().dtype(value_dtype(params))), group_norms(params, rows)};
-  }
-
-  static std::tuple<at::Tensor, Tensors> penalty_and_grad(at::TensorList params, const c10::List<bool>& needs_grad,
-                                                          FUSED_REG_STRENGTHS) {
-    check(params);
-    Tensors grads;
+    Tensors found;
     for (const auto t : c10::irange(params.size())) {
-      if (needs_grad[t]) {
-        grads.push_back(at::empty_like(params[t]));
+      if (is_wanted(t)) {
+        found.push_back(at::empty_like(params[t]));
       }
     }
-    return {at::empty({}, params[0].options().dtype(value_dtype(params))), std::move(grads)};
-  }
-
-  static Tensors penalty_grad(const at::Tensor&, at::TensorList params, const c10::List<bool>&, const OptionalTensor&,
-                              c10::SymIntArrayRef, FUSED_REG_STRENGTHS) {
-    check(params);
-    Tensors grads;
-    for (const at::Tensor& p : params) {
-      grads.push_back(at::empty_like(p));
-    }
-    return grads;
-  }
-
-  static void rescale_grad_(const at::Tensor&, at::TensorList, at::TensorList, const c10::List<bool>&,
-                            FUSED_REG_STRENGTHS) {}
-
-  static at::Tensor accumulate_grad_(at::TensorList params, at::TensorList, at::IntArrayRef, double,
-                                     const OptionalTensor&, FUSED_REG_STRENGTHS) {
-    check(params);
-    return at::empty({}, params[0].options().dtype(value_dtype(params)));
-  }
-
-  static Tensors empty_grads(at::TensorList params) {
-    check(params);
-    Tensors grads;
-    for (const at::Tensor& p : params) {
-      grads.push_back(at::empty_like(p));
-    }
-    return grads;
-  }
-
-  static void prox_(at::TensorList params, Floats, const OptionalTensor&, const OptionalTensor&, c10::SymIntArrayRef,
-                    FUSED_REG_STRENGTHS) {
-    check(params);
-  }
-
-  static at::Tensor soft_norms(at::TensorList params, Floats, const OptionalTensor&, FUSED_REG_STRENGTHS) {
-    return group_norms(params, rows);
-  }
-
-  static at::Tensor term_sums(at::TensorList params) {
-    check(params);
-    return at::empty({static_cast<int64_t>(params.size()), 2}, params[0].options().dtype(at::kDouble));
-  }
-
-  static at::Tensor zero_counts(at::TensorList params) {
-    check(params);
-    return at::empty({static_cast<int64_t>(params.size())}, params[0].options().dtype(at::kLong));
+    return found;
   }
 };
 

@@ -54,6 +54,7 @@ struct Tensor {
 };
 
 constexpr unsigned char kUntouched = 0xa5;
+constexpr size_t kEntryBytes = sizeof(Entry) + 2 * sizeof(void*);  // of a tensor in a table with two streams
 constexpr size_t kGuard = 64;
 
 // Memory of one tensor, with guards of a pattern that no result has.
@@ -91,8 +92,9 @@ class List {
   }
 
   const std::vector<Tensor>& tensors() const { return tensors_; }
+  unsigned char* param(size_t t) const { return params_[t].begin; }
   size_t table_size() const {
-    return tensors_.size() * sizeof(Entry) + (per_tensor_ ? tensors_.size() : 1) * kTermStrengths * sizeof(NumberRef);
+    return tensors_.size() * kEntryBytes + (per_tensor_ ? tensors_.size() : 1) * kTermNumbers * sizeof(NumberRef);
   }
 
   // The penalty, by the CPU's kernel, in the order of summation.h.
@@ -133,17 +135,12 @@ class List {
 
   // Added to what was there before, unless that is null.
   std::vector<unsigned char> expected_grad(size_t t, double upstream, const unsigned char* before) const {
-    const auto factor = [&](double strength) -> double {
-      return tensors_[t].dtype == Dtype::kFloat64 ? gradient_factor<double>(upstream, strength)
-                                                  : gradient_factor<float>(upstream, strength);
-    };
     std::vector<unsigned char> grad = before == nullptr ? std::vector<unsigned char>(params_[t].bytes)
                                                         : std::vector<unsigned char>(before, before + params_[t].bytes);
     for_chunks(t, [&](ChunkTask task, size_t begin) {
       task.pass = before == nullptr ? Pass::kGradient : Pass::kAccumulate;
-      task.out = grad.data() + begin;
-      task.c1 = factor(tensors_[t].l1);
-      task.c2 = factor(tensors_[t].l2);
+      task.streams[1] = grad.data() + begin;
+      task.numbers = {{tensors_[t].l1, tensors_[t].l2}, upstream, 0};
       kernel(task);
     });
     return grad;
@@ -152,7 +149,7 @@ class List {
   std::vector<ChunkSums> expected_sums(size_t t) const {
     std::vector<ChunkSums> sums;
     for_chunks(t, [&](ChunkTask task, size_t) {
-      task.pass = Pass::kSums;
+      task.pass = Pass::kPenalty;
       sums.push_back(kernel(task));
     });
     return sums;
@@ -199,22 +196,25 @@ class List {
   }
 
   // The table; strengths are values, or addresses of float64 numbers where `on_device`.
-  std::vector<unsigned char> table(std::vector<Memory>* grads, bool on_device, Call* call, int columns = kTermStrengths,
-                                   bool adds = false) {
+  std::vector<unsigned char> table(std::vector<Memory>* grads, bool on_device, Call* call, bool adds = false,
+                                   Rows rows = rows_of(Pass::kPenaltyGradient)) {
     std::vector<Entry> entries;
+    std::vector<void*> streams;
     std::vector<NumberRef> strengths;
     for (size_t t = 0; t < tensors_.size(); ++t) {
       Entry e{};
-      e.param = params_[t].begin;
-      e.out = grads != nullptr && tensors_[t].wants_grad ? (*grads)[t].begin : nullptr;
+      streams.push_back(params_[t].begin);
+      if (rows.streams == 2) {
+        streams.push_back(grads != nullptr && tensors_[t].wants_grad ? (*grads)[t].begin : nullptr);
+      }
       e.first_chunk = static_cast<uint32_t>(first_chunk_[t]);
       e.tail = static_cast<uint16_t>(tensors_[t].size - (tensors_[t].size - 1) / kChunkSize * kChunkSize);
       e.dtype = tensors_[t].dtype;
-      e.adds = adds && tensors_[t].adds && e.out != nullptr;
+      e.adds = adds && tensors_[t].adds && streams.back() != nullptr;
       entries.push_back(e);
       if (per_tensor_ || t == 0) {
-        for (int column = 0; column < columns; ++column) {
-          const double* const values[kAllStrengths] = {&tensors_[t].l1, &tensors_[t].l2, &kZero, &kZero};
+        for (int column = 0; column < rows.numbers; ++column) {
+          const double* const values[kNumbers] = {&tensors_[t].l1, &tensors_[t].l2, &kZero, &kZero};
           NumberRef ref;
           ref.value = *values[column];
           if (on_device) {
@@ -228,14 +228,19 @@ class List {
     call->chunks = static_cast<uint32_t>(chunks_);
     call->run_length = static_cast<uint32_t>(run_length(chunks_));
     call->runs = (call->chunks + call->run_length - 1) / call->run_length;
-    call->strength_per_tensor = per_tensor_;
-    std::fill_n(call->sources, kAllStrengths, on_device ? Source::kFloat64 : Source::kValue);
+    call->numbers_per_tensor = per_tensor_;
+    std::fill_n(call->sources, kNumbers, on_device ? Source::kFloat64 : Source::kValue);
     call->team = random_bits() % 2 == 0 ? 1 : kWarps;
     call->factor.value = 1;
     call->factor_source = Source::kValue;
-    std::vector<unsigned char> bytes(entries.size() * sizeof(Entry) + strengths.size() * sizeof(NumberRef));
-    std::memcpy(bytes.data(), entries.data(), entries.size() * sizeof(Entry));
-    std::memcpy(bytes.data() + entries.size() * sizeof(Entry), strengths.data(), strengths.size() * sizeof(NumberRef));
+    std::vector<unsigned char> bytes;
+    const auto append = [&](const void* from, size_t size) {
+      bytes.insert(bytes.end(), static_cast<const unsigned char*>(from),
+                   static_cast<const unsigned char*>(from) + size);
+    };
+    append(entries.data(), entries.size() * sizeof(Entry));
+    append(streams.data(), streams.size() * sizeof(void*));
+    append(strengths.data(), strengths.size() * sizeof(NumberRef));
     return bytes;
   }
 
@@ -252,7 +257,7 @@ class List {
       ChunkTask task{};
       task.dtype = tensors_[t].dtype;
       task.terms = terms(t);
-      task.param = params_[t].begin + begin * size_of(task.dtype);
+      task.streams[0] = params_[t].begin + begin * size_of(task.dtype);
       task.size = std::min<int64_t>(kChunkSize, tensors_[t].size - begin);
       body(task, begin * size_of(task.dtype));
     }

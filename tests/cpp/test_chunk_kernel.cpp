@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/chunk_kernel.h"
+#define FUSED_REG_ISA six_streams
+#define FUSED_REG_VECTOR_BYTES 16
+#include "cpu/chunk_kernel_impl.h"
 #include "expect.h"
 
 using namespace fused_reg;
@@ -91,8 +93,8 @@ struct Output {
 constexpr char kGuard = 0x5a;
 constexpr size_t kGuardBytes = 64;
 
-bool writes(Pass pass) { return pass != Pass::kSums && pass != Pass::kSoftSquares && pass != Pass::kZeros; }
-bool accumulates(Pass pass) { return pass == Pass::kSumsAndAccumulate || pass == Pass::kAccumulate; }
+bool writes(Pass pass) { return pass != Pass::kPenalty && pass != Pass::kSoftSquares && pass != Pass::kZeros; }
+bool accumulates(Pass pass) { return pass == Pass::kPenaltyAccumulate || pass == Pass::kAccumulate; }
 
 // `before`: what a pass that accumulates finds.
 Output run(ChunkKernel kernel, ChunkTask task, const std::vector<char>& param, const std::vector<char>& before,
@@ -100,13 +102,14 @@ Output run(ChunkKernel kernel, ChunkTask task, const std::vector<char>& param, c
   const size_t bytes = task.size * bytes_of(task.dtype);
   std::vector<char> memory(offset + bytes), grad(bytes + 2 * kGuardBytes + offset, kGuard);
   std::memcpy(memory.data() + offset, param.data(), bytes);
-  task.param = memory.data() + offset;
-  task.out = grad.data() + kGuardBytes + offset;
-  if (accumulates(task.pass)) {
-    std::memcpy(task.out, before.data(), bytes);
+  char* const written = grad.data() + kGuardBytes + offset;
+  task.streams[0] = task.pass == Pass::kProx ? written : memory.data() + offset;
+  task.streams[1] = written;
+  if (accumulates(task.pass) || task.pass == Pass::kProx) {
+    std::memcpy(written, accumulates(task.pass) ? before.data() : param.data(), bytes);
   }
   Output out{kernel(task), {}};
-  const char* begin = grad.data() + kGuardBytes + offset;
+  const char* begin = written;
   out.grad.assign(begin, begin + bytes);
   for (size_t i = 0; i < kGuardBytes; ++i) {
     EXPECT(*(begin - 1 - i) == kGuard && *(begin + bytes + i) == kGuard, "written outside", i);
@@ -121,15 +124,16 @@ bool same_bits(double a, double b) { return (std::isnan(a) && std::isnan(b)) || 
 
 // The sums of a pass, element by element.
 void expect_sums(const Variant& variant, const ChunkTask& task, const std::vector<char>& param, const ChunkSums& sums) {
+  const double threshold = task.numbers.of[kStep] * task.numbers.of[kL1Strength];
   long double l1 = 0, l2 = 0;
   for (int64_t i = 0; i < task.size; ++i) {
     const long double w = element(task.dtype, &param[i * bytes_of(task.dtype)]);
-    const long double soft = std::max(std::abs(w) - task.threshold, 0.0L);
+    const long double soft = std::max(std::abs(w) - threshold, 0.0L);
     l1 += std::abs(w);
     l2 += task.pass == Pass::kZeros ? w == 0 : task.pass == Pass::kSoftSquares ? soft * soft : w * w;
   }
-  const bool has_l1 = task.pass <= Pass::kSumsAndAccumulate && (task.terms & kL1);
-  const bool has_l2 = task.pass <= Pass::kSumsAndAccumulate ? task.terms & kL2 : true;
+  const bool has_l1 = task.pass <= Pass::kPenaltyAccumulate && (task.terms & kL1);
+  const bool has_l2 = task.pass <= Pass::kPenaltyAccumulate ? task.terms & kL2 : true;
   // A threshold is subtracted in the compute type, float32 for all but float64.
   const long double bound = task.pass == Pass::kSoftSquares && task.dtype != Dtype::kFloat64 ? 1e-6L : 3e-15L;
   const auto close = [&](double x, long double expected) { return std::abs(x - expected) <= bound * expected; };
@@ -143,7 +147,7 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
   std::vector<char> param = random_bits(task.dtype, task.size, any_bits, random);
   const std::vector<char> before = random_bits(task.dtype, task.size, any_bits, random);
   std::fill_n(param.begin() + task.size / 2 * bytes_of(task.dtype), bytes_of(task.dtype), 0);  // a zero among them
-  for (const Pass pass : {Pass::kSums, Pass::kSumsAndGradient, Pass::kSumsAndAccumulate, Pass::kGradient,
+  for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kPenaltyAccumulate, Pass::kGradient,
                           Pass::kAccumulate, Pass::kProx, Pass::kSoftSquares, Pass::kZeros}) {
     for (const int bits : {0, 1, 2, 3, 4, 5, 6, 7}) {
       const auto terms = static_cast<Terms>(bits);
@@ -176,14 +180,13 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
 void expect_rescue(const Variant& variant) {
   for (const int exponent : {1020, 800, 500, 0, -500, -800, -1070}) {
     const double w = std::ldexp(1.0, exponent);
-    const std::vector<double> param(4099, w);
-    std::vector<double> out(4099);
+    std::vector<double> param(4099, w), out(4099);
     ChunkTask task{};
     task.dtype = Dtype::kFloat64;
     task.size = 4099;
-    task.param = param.data();
-    task.out = out.data();
-    for (const Pass pass : {Pass::kSums, Pass::kSumsAndGradient, Pass::kSumsAndAccumulate, Pass::kSoftSquares}) {
+    task.streams[0] = param.data();
+    task.streams[1] = out.data();
+    for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kPenaltyAccumulate, Pass::kSoftSquares}) {
       for (const Terms terms : {kL1, kL2, kL1L2}) {
         task.pass = pass;
         task.terms = terms;
@@ -206,24 +209,60 @@ void expect_rescue(const Variant& variant) {
 // What rounds to a zero of a half type, or is one, is +0 after the proximal operator.
 void expect_positive_zeros(const Variant& variant) {
   for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
-    const std::vector<uint16_t> param = {0x8000, 0, 0x8001, 1, 0x8003, 0x8400};
-    std::vector<uint16_t> out(param.size(), 1);
+    std::vector<uint16_t> out = {0x8000, 0, 0x8001, 1, 0x8003, 0x8400};
     ChunkTask task{};
     task.dtype = dtype;
     task.pass = Pass::kProx;
-    task.size = static_cast<int64_t>(param.size());
-    task.param = param.data();
-    task.out = out.data();
-    task.shrinkage = 0.4f;
+    task.size = static_cast<int64_t>(out.size());
+    task.streams[0] = out.data();
+    task.numbers.of[kL2Strength] = 0.75;  // shrinks to 0.4
+    task.numbers.of[kStep] = 1;
     variant.kernel(task);
     EXPECT((out == std::vector<uint16_t>{0, 0, 0, 0, 0x8001, static_cast<uint16_t>(out[5])}), variant.name, out[2]);
     EXPECT(out[5] > 0x8000, variant.name);
   }
 }
 
+// A pass over all the streams that there may be, as an optimizer's step has: it reads five of them and writes four.
+template <int>
+struct SixStreamsPass : AnyPass {
+  static constexpr unsigned kReads = 0x1f, kWrites = 0x3c;
+
+  template <class V>
+  static FUSED_REG_INLINE void element(V* x, const V*) {
+    x[5] = x[0] + x[4];
+    x[4] = x[4] + x[3];
+    x[3] = x[3] - x[2];
+    x[2] = x[2] + x[1];
+  }
+};
+
+void expect_six_streams() {
+  for (const int size : {1, 16, 63, 64, 100, 1024, 1025, 16384}) {
+    std::vector<float> streams[kStreams];
+    ChunkTask task{};
+    task.size = size;
+    for (int s = 0; s < kStreams; ++s) {
+      for (int i = 0; i < size + 1; ++i) {  // one more, which stays
+        streams[s].push_back(static_cast<float>((i * 7 + s * 13) % 31));
+      }
+      task.streams[s] = streams[s].data();
+    }
+    const auto [a, b, c, d, e, f] = streams;
+    six_streams::Kernel<Dtype::kFloat32, SixStreamsPass<0>>::run(task, 1);
+    for (int i = 0; i < size; ++i) {
+      EXPECT(streams[0][i] == a[i] && streams[1][i] == b[i] && streams[2][i] == c[i] + b[i] &&
+                 streams[3][i] == d[i] - c[i] && streams[4][i] == e[i] + d[i] && streams[5][i] == a[i] + e[i],
+             size, i);
+    }
+    EXPECT(streams[2][size] == c[size] && streams[5][size] == f[size], size, "written outside");
+  }
+}
+
 }  // namespace
 
 int main() {
+  expect_six_streams();
   const std::vector<Variant> all = variants();
   for (const Variant& variant : all) {
     std::printf("%s\n", variant.name.c_str());
@@ -237,11 +276,7 @@ int main() {
       ChunkTask task{};
       task.dtype = dtype;
       task.size = size;
-      task.c1 = 0.1f;
-      task.c2 = 0.3f;
-      task.norm = {0.5f, 0.7f};
-      task.threshold = 0.6f;
-      task.shrinkage = 0.8f;
+      task.numbers = {{0.2, 0.3, 0.35, 3}, 0.7, 2};
       check(all, task, /*any_bits=*/false, random);
       check(all, task, /*any_bits=*/true, random);
     }

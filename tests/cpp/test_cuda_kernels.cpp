@@ -21,21 +21,21 @@ using namespace fused_reg::cuda;
 namespace {
 
 // Launches, from a copy of a long table in "device memory".
-cudaError_t launch_list(Kernel kernel, const Call& call, const std::vector<unsigned char>& bytes) {
+cudaError_t launch_list(Pass pass, const Call& call, const std::vector<unsigned char>& bytes) {
   if (bytes.size() <= kLargeTable) {
-    return launch(kernel, call, bytes.data(), bytes.size(), nullptr);
+    return launch(pass, call, bytes.data(), bytes.size(), nullptr);
   }
   std::vector<unsigned char> memory(bytes.size() + kGuard, kUntouched);
   EXPECT(upload(memory.data(), bytes.data(), bytes.size(), nullptr) == cudaSuccess);
   EXPECT(std::all_of(memory.end() - kGuard, memory.end(), [](unsigned char c) { return c == kUntouched; }));
-  return launch(kernel, call, memory.data(), bytes.size(), nullptr);
+  return launch(pass, call, memory.data(), bytes.size(), nullptr);
 }
 
 // With a scale: by the kernel that may add to gradients.
 double run_penalty(List& list, std::vector<Memory>* grads, bool on_device, bool as_float64 = true,
                    const double* scale = nullptr) {
   Call call{};
-  const std::vector<unsigned char> bytes = list.table(grads, on_device, &call, kTermStrengths, scale != nullptr);
+  const std::vector<unsigned char> bytes = list.table(grads, on_device, &call, scale != nullptr);
   std::vector<double> run_sums(call.runs, std::nan(""));
   double value = std::nan("");
   float value32 = 0;
@@ -50,7 +50,7 @@ double run_penalty(List& list, std::vector<Memory>* grads, bool on_device, bool 
   } else if (scale != nullptr) {
     call.factor.value = *scale;
   }
-  EXPECT(launch_list(scale == nullptr ? Kernel::kPenalty : Kernel::kAccumulate, call, bytes) == cudaSuccess);
+  EXPECT(launch_list(scale == nullptr ? Pass::kPenaltyGradient : Pass::kPenaltyAccumulate, call, bytes) == cudaSuccess);
   const size_t uploads = bytes.size() <= kLargeTable ? 0 : (bytes.size() + sizeof(Piece) - 1) / sizeof(Piece);
   EXPECT(cuda_on_host::launches == 1 + static_cast<int>(uploads));
   EXPECT(tickets[call.ticket] == 0, "the ticket is ready for the next launch");
@@ -93,7 +93,7 @@ void expect_list(std::vector<Tensor> tensors, const std::string& what) {
       call.factor.address = wide ? static_cast<const void*>(&upstream) : &upstream32;
       call.factor_source = wide ? Source::kFloat64 : Source::kFloat32;
       call.keep_if_one = keep_if_one;
-      EXPECT(launch_list(Kernel::kGradient, call, bytes) == cudaSuccess);
+      EXPECT(launch_list(Pass::kGradient, call, bytes) == cudaSuccess);
       if (keep_if_one && upstream == 1) {
         for (const Memory& grad : grads) {
           EXPECT(std::all_of(grad.block.begin(), grad.block.end(), [](unsigned char c) { return c == kUntouched; }),
@@ -112,21 +112,19 @@ void expect_tensor_sums(std::vector<Tensor> tensors, const std::string& what) {
   }
   List list(std::move(tensors));
   Call call{};
-  const std::vector<unsigned char> bytes = list.table(nullptr, false, &call, kAllStrengths);
+  const std::vector<unsigned char> bytes = list.table(nullptr, false, &call, false, rows_of(Pass::kPenalty));
   std::vector<TermSums> chunk_sums(call.chunks, {std::nan(""), std::nan("")});
   std::vector<TermSums> out(call.tensors, {std::nan(""), std::nan("")});
-  std::vector<int64_t> zeros(call.tensors, -1);
+  std::vector<TermSums> zeros(call.tensors, {std::nan(""), std::nan("")});
   call.chunk_sums = chunk_sums.data();
-  call.sums = Sums::kTerms;
-  EXPECT(launch_tensor_sums(call, bytes.data(), out.data(), nullptr) == cudaSuccess);
-  call.sums = Sums::kZeros;
-  EXPECT(launch_tensor_sums(call, bytes.data(), zeros.data(), nullptr) == cudaSuccess);
+  EXPECT(launch_tensor_sums(Pass::kPenalty, call, bytes.data(), out.data(), nullptr) == cudaSuccess);
+  EXPECT(launch_tensor_sums(Pass::kZeros, call, bytes.data(), zeros.data(), nullptr) == cudaSuccess);
   for (size_t t = 0; t < list.tensors().size(); ++t) {
     const std::vector<ChunkSums> sums = list.expected_sums(t);
     const auto count = static_cast<int64_t>(sums.size());
     EXPECT(out[t].l1 == column_sum<kTensorColumns>(count, [&](int64_t c) { return unscaled(sums[c]).l1; }), what, t);
     EXPECT(out[t].l2 == column_sum<kTensorColumns>(count, [&](int64_t c) { return unscaled(sums[c]).l2; }), what, t);
-    EXPECT(zeros[t] == list.zeros(t), what, t, zeros[t]);
+    EXPECT(zeros[t].l2 == list.zeros(t), what, t, zeros[t].l2);
   }
 }
 
@@ -169,10 +167,7 @@ void expect_special_values() {
   for (const double special : {inf, -inf, std::nan("")}) {
     for (const double l1 : {0.0, 0.5}) {
       List list({{Dtype::kFloat64, 5000, 0, 0, l1, 0.0}, {Dtype::kFloat64, 70, 0, 0, l1, 0.25}});
-      Call call{};
-      std::vector<unsigned char> bytes = list.table(nullptr, false, &call);
-      auto* const entries = reinterpret_cast<Entry*>(bytes.data());
-      std::memcpy(const_cast<void*>(entries[0].param), &special, sizeof special);
+      std::memcpy(list.param(0), &special, sizeof special);
       const double value = run_penalty(list, nullptr, false);
       EXPECT(l1 == 0               ? std::isfinite(value)
              : std::isnan(special) ? std::isnan(value)
@@ -188,9 +183,7 @@ void expect_rescue() {
     for (const bool has_l1 : {false, true}) {
       const double l1 = has_l1 ? 1e-5 / scale : 0, l2 = scale > 1e300 ? 0 : scale > 1 ? 1e-300 : 1e300;
       List list({{Dtype::kFloat64, 2 * kChunkSize + 9, 0, 0, l1, l2}, {Dtype::kFloat32, 300}, {Dtype::kFloat64, 70}});
-      Call call{};
-      std::vector<unsigned char> bytes = list.table(nullptr, false, &call);
-      auto* const elements = static_cast<double*>(const_cast<void*>(reinterpret_cast<Entry*>(bytes.data())[0].param));
+      auto* const elements = reinterpret_cast<double*>(list.param(0));
       for (int i = kChunkSize; i < 2 * kChunkSize; ++i) {
         elements[i] *= scale;
       }
@@ -208,10 +201,56 @@ void expect_errors_come_out() {
   Call call{};
   const std::vector<unsigned char> bytes = list.table(nullptr, false, &call);
   cuda_on_host::launch_error = cudaErrorNoKernelImageForDevice;
-  EXPECT(launch(Kernel::kPenalty, call, bytes.data(), bytes.size(), nullptr) == cudaErrorNoKernelImageForDevice);
+  EXPECT(launch(Pass::kPenaltyGradient, call, bytes.data(), bytes.size(), nullptr) == cudaErrorNoKernelImageForDevice);
   EXPECT(upload(nullptr, bytes.data(), bytes.size(), nullptr) == cudaErrorNoKernelImageForDevice);
-  EXPECT(launch_tensor_sums(call, bytes.data(), nullptr, nullptr) == cudaErrorNoKernelImageForDevice);
+  EXPECT(launch_tensor_sums(Pass::kPenalty, call, bytes.data(), nullptr, nullptr) == cudaErrorNoKernelImageForDevice);
   cuda_on_host::launch_error = cudaSuccess;
+}
+
+// A pass over all the streams that there may be, as an optimizer's step has.
+template <int>
+struct SixStreamsPass : AnyPass {
+  static constexpr unsigned kReads = 0x1f, kWrites = 0x3c;
+
+  template <class V>
+  static FUSED_REG_INLINE void element(V* x, const V*) {
+    x[5] = x[0] + x[4];
+    x[4] = x[4] + x[3];
+    x[3] = x[3] - x[2];
+    x[2] = x[2] + x[1];
+  }
+};
+
+void expect_six_streams() {
+  for (const int size : {1, 100, 1025, kChunkSize, 2 * kChunkSize + 100}) {
+    for (const int offset : {0, 1}) {
+      List list({{Dtype::kFloat32, size}});
+      std::vector<float> before[kStreams], after[kStreams];
+      Rows rows{1, kNumbers};
+      Call call{};
+      std::vector<unsigned char> bytes = list.table(nullptr, false, &call, false, rows);
+      std::vector<void*> streams;
+      for (int s = 0; s < kStreams; ++s) {
+        for (int i = 0; i < size + offset + 1; ++i) {
+          before[s].push_back(static_cast<float>((i * 7 + s * 13) % 31));
+        }
+        after[s] = before[s];
+        streams.push_back(after[s].data() + offset);
+      }
+      const auto* const begin = reinterpret_cast<const unsigned char*>(streams.data());
+      bytes.erase(bytes.begin() + sizeof(Entry), bytes.begin() + sizeof(Entry) + sizeof(void*));
+      bytes.insert(bytes.begin() + sizeof(Entry), begin, begin + kStreams * sizeof(void*));
+      const DeviceTable table{call, bytes.data()};
+      EXPECT(launch_on(2, nullptr, group_element_kernel<DeviceTable, SixStreamsPass, kNone>, table) == cudaSuccess);
+      const auto& [a, b, c, d, e, f] = before;
+      for (int i = offset; i < size + offset; ++i) {
+        EXPECT(after[0][i] == a[i] && after[1][i] == b[i] && after[2][i] == c[i] + b[i] && after[3][i] == d[i] - c[i] &&
+                   after[4][i] == e[i] + d[i] && after[5][i] == a[i] + e[i],
+               size, i);
+      }
+      EXPECT(after[2].back() == c.back() && after[5].back() == f.back(), size, "written outside");
+    }
+  }
 }
 
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
@@ -254,9 +293,9 @@ int main(int argc, char**) {
   }
 
   // Around the limits of the tables: 24 bytes a tensor, and 16 its two strengths.
-  const size_t small = (kSmallTable - kTermStrengths * sizeof(NumberRef)) / sizeof(Entry);
-  const size_t large = (kLargeTable - kTermStrengths * sizeof(NumberRef)) / sizeof(Entry);
-  const size_t large_with_strengths = kLargeTable / (sizeof(Entry) + kTermStrengths * sizeof(NumberRef));
+  const size_t small = (kSmallTable - kTermNumbers * sizeof(NumberRef)) / kEntryBytes;
+  const size_t large = (kLargeTable - kTermNumbers * sizeof(NumberRef)) / kEntryBytes;
+  const size_t large_with_strengths = kLargeTable / (kEntryBytes + kTermNumbers * sizeof(NumberRef));
   EXPECT(small >= 161 && large == 1361 && large_with_strengths == 817, small, large);
   for (const size_t limit : {small, large, large_with_strengths}) {
     for (const size_t count : {limit, limit + 1}) {
@@ -280,6 +319,7 @@ int main(int argc, char**) {
   expect_tensor_sums(std::vector<Tensor>(80, Tensor{Dtype::kFloat32, k + 1}), "a warp has several tensors");
   expect_tensor_sums({{Dtype::kFloat32, 40 * k + 7}, {Dtype::kFloat32, 0}}, "more chunks than columns");
   expect_list({{Dtype::kBFloat16, (quick ? 3 : 150) * k + 7}}, "more runs than columns");
+  expect_six_streams();
   expect_written_once();
   expect_special_values();
   expect_rescue();

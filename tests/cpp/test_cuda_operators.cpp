@@ -116,43 +116,60 @@ Tensors copies(const Tensors& list) {
   return out;
 }
 
-// One strength as an operator takes it: floats, or a tensor, which the kernel reads from its address.
-struct Arg {
+// The numbers of a list as an operator takes them: each column floats, or a tensor, which the kernel reads from its
+// address.
+struct Given {
   std::vector<double> floats;
-  OptionalTensor tensor;
+  Tensors tensors;
+  std::vector<int64_t> counts;
+  int64_t group = 0;
 
-  static Arg any(size_t count, bool may_be_absent) {
-    Arg arg;
+  static Given of(std::vector<double> strengths, Grouping group = Grouping::kNone) {
+    Given given;
+    given.group = static_cast<int64_t>(group);
+    given.floats = std::move(strengths);
+    given.counts.assign(given.floats.size(), 1);
+    given.counts.resize(kNumbers);
+    return given;
+  }
+
+  static Given any(size_t count) {
+    Given given;
+    for (int column = 0; column < kNumbers; ++column) {
+      given.add_any(count, column != kStep);
+    }
+    given.group = given.counts[kNormStrength] == 0 ? 0 : 1 + below(3);
+    return given;
+  }
+
+ private:
+  void add_any(size_t count, bool may_be_absent) {
     const int64_t kind = below(may_be_absent ? 5 : 4);
     if (kind == 4) {
-      return arg;
+      counts.push_back(0);
+      return;
     }
+    std::vector<double> values;
     for (size_t i = 0; i < (kind % 2 == 0 ? 1 : count); ++i) {
-      arg.floats.push_back(below(5) == 0 ? 0 : std::pow(10.0, uniform(-6, 2)));
+      values.push_back(below(5) == 0 ? 0 : std::pow(10.0, uniform(-6, 2)));
     }
-    if (kind >= 2) {
-      arg.tensor = at::tensor(arg.floats, at::kDouble).to(any_dtype());
-      if (kind == 2) {
-        arg.tensor = arg.tensor->squeeze(0);
-      } else if (below(2) == 0) {
-        arg.tensor = at::stack({*arg.tensor, *arg.tensor}, 1).select(1, 0);  // strided
-      }
+    if (kind < 2) {
+      counts.push_back(values.size());
+      floats.insert(floats.end(), values.begin(), values.end());
+      return;
     }
-    return arg;
+    counts.push_back(kIsTensor);
+    at::Tensor tensor = at::tensor(values, at::kDouble).to(any_dtype());
+    if (kind == 2) {
+      tensor = tensor.squeeze(0);
+    } else if (below(2) == 0) {
+      tensor = at::stack({tensor, tensor}, 1).select(1, 0);  // strided
+    }
+    tensors.push_back(tensor);
   }
 };
 
-struct Strengths3 {
-  Arg l1, l2, l2_norm;
-  bool rows;
-
-  static Strengths3 any(size_t count) {
-    return {Arg::any(count, true), Arg::any(count, true), Arg::any(count, true), below(2) == 0};
-  }
-  bool has_norms() const { return !l2_norm.floats.empty() || l2_norm.tensor.has_value(); }
-};
-
-#define STRENGTH_ARGS(s) s.l1.floats, s.l2.floats, s.l2_norm.floats, s.l1.tensor, s.l2.tensor, s.l2_norm.tensor, s.rows
+#define GIVEN(s) s.floats, s.tensors, s.counts, s.group
 
 c10::List<bool> bools(const std::vector<bool>& v) {
   c10::List<bool> out;
@@ -169,17 +186,15 @@ void expect_same_list(const Tensors& actual, const Tensors& expected, const std:
   }
 }
 
-void expect_penalty(const Tensors& list, const Strengths3& s, const std::string& what) {
-  EXPECT(same_bits(OnCuda::penalty(list, STRENGTH_ARGS(s)), OnCpu::penalty(list, STRENGTH_ARGS(s)), true), what);
-  if (s.has_norms()) {
-    const auto [value, norms] = OnCuda::penalty_and_norms(list, STRENGTH_ARGS(s));
-    const auto [expected, expected_norms] = OnCpu::penalty_and_norms(list, STRENGTH_ARGS(s));
-    EXPECT(same_bits(value, expected, true), what, value, expected);
-    EXPECT(same_bits(norms, expected_norms, true), what);
-  }
+void expect_penalty(const Tensors& list, const Given& s, const std::string& what) {
+  const auto [value, grads, norms] = OnCuda::penalty(list, bools({}), GIVEN(s));
+  const auto [expected, expected_grads, expected_norms] = OnCpu::penalty(list, bools({}), GIVEN(s));
+  EXPECT(same_bits(value, expected, true), what, value, expected);
+  EXPECT(grads.empty() && norms.size() == (s.group == 0 ? 0 : 1), what);
+  expect_same_list(norms, expected_norms, what + ": norms");
 }
 
-void expect_gradients(const Tensors& list, const Strengths3& s, const std::string& what) {
+void expect_gradients(const Tensors& list, const Given& s, const std::string& what) {
   std::vector<bool> needs;
   Tensors selected;
   for (const at::Tensor& t : list) {
@@ -188,38 +203,38 @@ void expect_gradients(const Tensors& list, const Strengths3& s, const std::strin
       selected.push_back(t);
     }
   }
-  const auto [value, grads] = OnCuda::penalty_and_grad(list, bools(needs), STRENGTH_ARGS(s));
-  const auto [expected, expected_grads] = OnCpu::penalty_and_grad(list, bools(needs), STRENGTH_ARGS(s));
+  const auto [value, grads, all_norms] = OnCuda::penalty(list, bools(needs), GIVEN(s));
+  const auto [expected, expected_grads, expected_norms] = OnCpu::penalty(list, bools(needs), GIVEN(s));
   EXPECT(same_bits(value, expected, true), what);
-  expect_same_list(grads, expected_grads, what + ": penalty_and_grad");
+  expect_same_list(grads, expected_grads, what + ": gradients");
   if (selected.empty()) {
     return;
   }
   const at::Tensor upstream = below(4) == 0 ? at::ones({}) : at::randn({}, any_dtype());
   OptionalTensor norms;
   std::vector<int64_t> first_groups;
-  if (s.has_norms()) {
-    norms = std::get<1>(OnCpu::penalty_and_norms(list, STRENGTH_ARGS(s)));
+  if (s.group != 0) {
+    norms = std::get<2>(OnCpu::penalty(list, bools({}), GIVEN(s)))[0];
     int64_t groups = 0;
     for (size_t t = 0; t < list.size(); ++t) {
       if (needs[t]) {
         first_groups.push_back(groups);
       }
-      groups += groups_of(list[t], s.rows);
+      groups += groups_of(list[t], static_cast<Grouping>(s.group));
     }
   }
-  const auto run = [&](auto op) { return op(upstream, selected, bools(needs), norms, first_groups, STRENGTH_ARGS(s)); };
+  const auto run = [&](auto op) { return op(upstream, selected, bools(needs), norms, first_groups, GIVEN(s)); };
   const Tensors again = run(OnCuda::penalty_grad);
   expect_same_list(again, run(OnCpu::penalty_grad), what + ": penalty_grad");
-  if (!s.has_norms()) {
+  if (s.group == 0) {
     Tensors there = copies(again), here = copies(again);
-    OnCuda::rescale_grad_(upstream, selected, there, bools(needs), STRENGTH_ARGS(s));
-    OnCpu::rescale_grad_(upstream, selected, here, bools(needs), STRENGTH_ARGS(s));
+    OnCuda::rescale_grad_(upstream, selected, there, bools(needs), GIVEN(s));
+    OnCpu::rescale_grad_(upstream, selected, here, bools(needs), GIVEN(s));
     expect_same_list(there, here, what + ": rescale_grad_");
   }
 }
 
-void expect_accumulation(const Tensors& list, const Strengths3& s, const std::string& what) {
+void expect_accumulation(const Tensors& list, const Given& s, const std::string& what) {
   std::vector<int64_t> modes;
   Tensors grads;
   const bool any_adds = below(4) != 0;
@@ -238,43 +253,43 @@ void expect_accumulation(const Tensors& list, const Strengths3& s, const std::st
   const OptionalTensor scale_tensor =
       below(2) == 0 ? std::nullopt : OptionalTensor(at::full({}, scale, at::kDouble).to(any_dtype()));
   Tensors there = copies(grads), here = copies(grads);
-  const auto run = [&](auto op, const Tensors& to) {
-    return op(list, to, modes, scale, scale_tensor, STRENGTH_ARGS(s));
-  };
+  const auto run = [&](auto op, const Tensors& to) { return op(list, to, modes, scale, scale_tensor, GIVEN(s)); };
   const at::Tensor value = run(OnCuda::accumulate_grad_, there);
   EXPECT(same_bits(value, run(OnCpu::accumulate_grad_, here), true), what + ": accumulate_grad_");
   expect_same_list(there, here, what + ": accumulate_grad_");
 }
 
-void expect_prox(const Tensors& list, const Strengths3& s, const std::string& what) {
-  const Arg step = Arg::any(list.size(), false);
+void expect_prox(const Tensors& list, const Given& s, const std::string& what) {
   const Tensors there = copies(list), here = copies(list);
-  OnCuda::prox_(there, step.floats, step.tensor, std::nullopt, {}, STRENGTH_ARGS(s));
-  OnCpu::prox_(here, step.floats, step.tensor, std::nullopt, {}, STRENGTH_ARGS(s));
+  OnCuda::prox_(there, std::nullopt, {}, GIVEN(s));
+  OnCpu::prox_(here, std::nullopt, {}, GIVEN(s));
   expect_same_list(there, here, what + ": prox_");
 }
 
-// Rows that a test has the time for: fibers are slow.
-bool has_few_rows(const Tensors& list) {
-  int64_t rows = 0;
+// Groups that a test has the time for: fibers are slow.
+bool has_few_groups(const Tensors& list, Grouping group) {
+  int64_t groups = 0;
   for (const at::Tensor& t : list) {
-    rows += groups_of(t, true);
+    groups += groups_of(t, group);
   }
-  return rows < 400;
+  return groups < 400;
 }
 
 void expect_reports(const Tensors& list, const std::string& what) {
-  for (const bool rows : {false, true}) {
-    if (rows && !has_few_rows(list)) {
-      continue;
+  for (const Grouping group : {Grouping::kTensor, Grouping::kRow, Grouping::kColumn}) {
+    const Given norms = Given::of({}, group);
+    if (has_few_groups(list, group)) {
+      EXPECT(same_bits(OnCuda::norms(list, GIVEN(norms)), OnCpu::norms(list, GIVEN(norms)), true), what, norms.group);
     }
-    EXPECT(same_bits(OnCuda::group_norms(list, rows), OnCpu::group_norms(list, rows), true), what, rows);
   }
-  EXPECT(same_bits(OnCuda::term_sums(list), OnCpu::term_sums(list), true), what);
-  EXPECT(same_bits(OnCuda::zero_counts(list), OnCpu::zero_counts(list)), what);
+  const Given none = Given::of({});
+  for (const bool with_zeros : {false, true}) {
+    const auto run = [&](auto op) { return op(list, with_zeros, GIVEN(none)); };
+    EXPECT(same_bits(run(OnCuda::sums), run(OnCpu::sums), true), what, with_zeros);
+  }
 }
 
-void expect_all(const Tensors& list, const Strengths3& s, const std::string& what) {
+void expect_all(const Tensors& list, const Given& s, const std::string& what) {
   cuda_on_host::multiprocessors = 1 + static_cast<int>(below(5));
   expect_penalty(list, s, what);
   expect_gradients(list, s, what);
@@ -292,26 +307,25 @@ int launches_of(const Call& call) {
 
 void expect_few_launches() {
   const Tensors list{at::randn({300, 500}), at::randn({7}, at::kDouble), at::empty({0})};
-  const Strengths3 terms{{{0.1}, {}}, {{0.2}, {}}, {}, false};
-  for (const bool rows : {false, true}) {
-    const Strengths3 norms{{{0.1}, {}}, {{0.2}, {}}, {{0.3}, {}}, rows};
-    EXPECT(launches_of([&] { OnCuda::penalty_and_norms(list, STRENGTH_ARGS(norms)); }) == 1);
-    EXPECT(launches_of([&] { OnCuda::penalty_and_grad(list, bools({1, 1, 1}), STRENGTH_ARGS(norms)); }) == 2);
-    EXPECT(launches_of([&] { OnCuda::prox_(list, 0.1, std::nullopt, std::nullopt, {}, STRENGTH_ARGS(norms)); }) == 2);
+  const Given terms = Given::of({0.1, 0.2});
+  for (const Grouping group : {Grouping::kTensor, Grouping::kRow}) {
+    const Given norms = Given::of({0.1, 0.2, 0.3, 0.1}, group);
+    EXPECT(launches_of([&] { OnCuda::penalty(list, bools({}), GIVEN(norms)); }) == 1);
+    EXPECT(launches_of([&] { OnCuda::penalty(list, bools({1, 1, 1}), GIVEN(norms)); }) == 2);
+    EXPECT(launches_of([&] { OnCuda::prox_(list, std::nullopt, {}, GIVEN(norms)); }) == 2);
   }
   Tensors grads = copies(list);
-  EXPECT(launches_of([&] { OnCuda::penalty(list, STRENGTH_ARGS(terms)); }) == 1);
-  EXPECT(launches_of([&] { OnCuda::penalty_and_grad(list, bools({1, 1, 1}), STRENGTH_ARGS(terms)); }) == 1);
-  EXPECT(launches_of(
-             [&] { OnCuda::accumulate_grad_(list, grads, {2, 2, 2}, 0.5, std::nullopt, STRENGTH_ARGS(terms)); }) == 1);
-  EXPECT(launches_of([&] { OnCuda::prox_(list, 0.1, std::nullopt, std::nullopt, {}, STRENGTH_ARGS(terms)); }) == 1);
-  OnCuda::term_sums(list);  // uploads its table
-  EXPECT(launches_of([&] { OnCuda::term_sums(list); }) == 2);
+  EXPECT(launches_of([&] { OnCuda::penalty(list, bools({}), GIVEN(terms)); }) == 1);
+  EXPECT(launches_of([&] { OnCuda::penalty(list, bools({1, 1, 1}), GIVEN(terms)); }) == 1);
+  EXPECT(launches_of([&] { OnCuda::accumulate_grad_(list, grads, {2, 2, 2}, 0.5, std::nullopt, GIVEN(terms)); }) == 1);
+  EXPECT(launches_of([&] { OnCuda::prox_(list, std::nullopt, {}, GIVEN(terms)); }) == 1);
+  OnCuda::sums(list, true, GIVEN(terms));  // uploads its table
+  EXPECT(launches_of([&] { OnCuda::sums(list, false, GIVEN(terms)); }) == 2);
 }
 
 // A sum of squares beyond float64, of groups of one chunk and of several, and of chunks that differ.
 void expect_rescue() {
-  const Strengths3 norms{{{0.1}, {}}, {{1e-300}, {}}, {{0.3}, {}}, false};
+  const Given norms = Given::of({0.1, 1e-300, 0.3, 0.1}, Grouping::kTensor);
   for (const double scale : {1e300, 1e-300}) {
     for (const int64_t size : {int64_t{100}, int64_t{kChunkSize + 7}}) {
       at::Tensor w = at::randn({size}, at::kDouble) * scale;
@@ -333,8 +347,8 @@ int main() {
     for (int i = 0; i < (quick ? 2 : 30); ++i) {
       const Tensors list = any_list(content, 1 + below(5));
       const std::string what = "content " + std::to_string(static_cast<int>(content)) + ", list " + std::to_string(i);
-      Strengths3 strengths = Strengths3::any(list.size());
-      strengths.rows &= has_few_rows(list);
+      Given strengths = Given::any(list.size());
+      strengths.group = has_few_groups(list, static_cast<Grouping>(strengths.group)) ? strengths.group : 1;
       expect_all(list, strengths, what);
       expect_reports(list, what);
     }
@@ -343,16 +357,18 @@ int main() {
   expect_few_launches();
 
   const Tensors rows{at::randn({quick ? 2 : 5, kChunkSize + 1}), at::randn({40, 9}), at::randn({300})};
-  for (const bool by_rows : {false, true}) {
-    expect_all(rows, {{{0.1}, {}}, {{0.2}, {}}, {{0.3}, {}}, by_rows}, "many groups, some of several chunks");
+  for (const Grouping group : {Grouping::kTensor, Grouping::kRow, Grouping::kColumn}) {
+    if (has_few_groups(rows, group)) {
+      expect_all(rows, Given::of({0.1, 0.2, 0.3, 0.1}, group), "many groups, some of several chunks");
+    }
   }
   if (!quick) {  // more than the arguments of a kernel hold
     Tensors many;
     for (int64_t t = 0; t < 850; ++t) {
       many.push_back(draw({t % 20 == 0 ? 2 : 0, 1 + below(20)}, at::kFloat, Content::kSparse));
     }
-    expect_all(many, Strengths3::any(many.size()), "many tensors");
-    expect_all(many, {{{0.1}, {}}, {{0.2}, {}}, {{0.3}, {}}, true}, "many tensors with groups");
+    expect_all(many, Given::any(many.size()), "many tensors");
+    expect_all(many, Given::of({0.1, 0.2, 0.3, 0.1}, Grouping::kRow), "many tensors with groups");
     expect_reports(many, "many tensors");
   }
   return fused_reg::testing::report();

@@ -10,20 +10,21 @@
 
 namespace {
 
-using Floats = at::ArrayRef<double>;
-using OptionalTensor = std::optional<at::Tensor>;
+using Tensors = std::vector<at::Tensor>;
 
-std::tuple<at::Tensor, std::vector<at::Tensor>> penalty_and_grad(at::TensorList params, double l1, double l2) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fused_reg::penalty_and_grad", "")
-                             .typed<std::tuple<at::Tensor, std::vector<at::Tensor>>(
-                                 at::TensorList, const c10::List<bool>&, Floats, Floats, Floats, const OptionalTensor&,
-                                 const OptionalTensor&, const OptionalTensor&, bool)>();
+std::tuple<at::Tensor, Tensors> penalty_and_grad(at::TensorList params, double l1, double l2) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fused_reg::penalty", "")
+          .typed<std::tuple<at::Tensor, Tensors, Tensors>(at::TensorList, const c10::List<bool>&, at::ArrayRef<double>,
+                                                          at::TensorList, at::IntArrayRef, int64_t)>();
   c10::List<bool> needs_grad;
   for (size_t i = 0; i < params.size(); ++i) {
     needs_grad.push_back(true);
   }
-  return op.call(params, needs_grad, l1, l2, {}, std::nullopt, std::nullopt, std::nullopt, /*rows=*/false);
+  auto [value, grads, norms] = op.call(params, needs_grad, {l1, l2}, {}, {1, 1, 0, 0}, /*group=*/0);
+  EXPECT(norms.empty());
+  return {value, grads};
 }
 
 std::vector<at::Tensor> sample() {

@@ -1,0 +1,149 @@
+// The numbers of a list (penalty.h), a column of each, as the operators take them.
+//
+//   floats    those of all columns, in turn
+//   tensors   those of all columns, in turn; each of one number or of one per parameter, on the CPU or the
+//             parameters' device
+//   counts    of each column how many of the floats are its: none (the term is absent), one, one per parameter; or
+//             kIsTensor: the next of the tensors is
+//   group     what l2_norm takes the norms of
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <numeric>
+#include <vector>
+
+#include "checks.h"
+#include "penalty.h"
+
+namespace fused_reg {
+
+constexpr const char* kNumberNames[kNumbers] = {"l1", "l2", "l2_norm", "step"};
+
+constexpr int64_t kIsTensor = -1;
+
+#define FUSED_REG_NUMBERS_SCHEMA "float[] floats, Tensor[] tensors, int[] counts, int group"
+#define FUSED_REG_NUMBERS Floats floats, at::TensorList tensors, at::IntArrayRef counts, int64_t group
+#define FUSED_REG_NUMBERS_GIVEN \
+  NumbersArg { floats, tensors, counts, group }
+
+// A column: floats, or a tensor.
+struct ColumnArg {
+  const char* name;
+  Floats floats;
+  const at::Tensor* tensor = nullptr;
+};
+
+struct NumbersArg {
+  std::array<ColumnArg, kNumbers> columns;
+  Grouping group;
+
+  NumbersArg(Floats floats, at::TensorList tensors, at::IntArrayRef counts, int64_t group)
+      : group(static_cast<Grouping>(group)) {
+    TORCH_CHECK_VALUE(counts.size() == kNumbers, "counts must have a number per column (", int{kNumbers}, "), got ",
+                      counts.size());
+    check_group(group);
+    TORCH_CHECK_VALUE(group != 0 || counts[kNormStrength] == 0, "l2_norm must come with a group");
+    size_t first = 0, next = 0;
+    for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
+      columns[c].name = kNumberNames[c];
+      if (counts[c] == kIsTensor) {
+        TORCH_CHECK_VALUE(next < tensors.size(), "tensors must be as many as counts says, got ", tensors.size());
+        columns[c].tensor = &tensors[next++];
+      } else {
+        const size_t count = counts[c];
+        TORCH_CHECK_VALUE(counts[c] >= 0 && first + count <= floats.size(),
+                          "floats must be as many as counts says, got ", floats.size());
+        columns[c].floats = floats.slice(first, count);
+        first += count;
+      }
+    }
+  }
+};
+
+// A number: a float, or a tensor of one element that wins.
+struct NumberArg {
+  double value;
+  OptionalTensor tensor;
+};
+
+// A tensor may have brought a call to a backend whose parameters are elsewhere.
+inline void check_list(at::TensorList params, const NumbersArg& numbers) {
+  check_params(params);
+  for (const ColumnArg& column : numbers.columns) {
+    if (column.tensor != nullptr) {
+      check_number_device(column.name == kNumberNames[kStep] ? "step" : "strengths", *column.tensor,
+                          params[0].device());
+    }
+  }
+}
+
+inline void check_number(const char* name, const NumberArg& number, at::Device params) {
+  if (number.tensor.has_value()) {
+    check_number_device(name, *number.tensor, params);
+    TORCH_CHECK_VALUE(number.tensor->numel() == 1, name, " must be one number, got ", number.tensor->numel());
+  }
+}
+
+// Which parameters of a list an operator is given: all, or those that need a gradient. Numbers are those of the list.
+struct Selection {
+  size_t list;                 // parameters in the list
+  std::vector<size_t> places;  // of those given, in the list
+};
+
+inline Selection all_of(size_t params) {
+  Selection all{params, std::vector<size_t>(params)};
+  std::iota(all.places.begin(), all.places.end(), size_t{0});
+  return all;
+}
+
+inline Selection selection_of(const c10::List<bool>& needs_grad, size_t params) {
+  Selection some{needs_grad.size(), {}};
+  for (const auto place : c10::irange(needs_grad.size())) {
+    if (needs_grad[place]) {
+      some.places.push_back(place);
+    }
+  }
+  check_needs_grad(some.places.size(), params);
+  return some;
+}
+
+// The column of a selection, read on the host: what costs nothing there is checked, as Python checks floats.
+class HostColumn {
+ public:
+  HostColumn() = default;  // zeros
+
+  HostColumn(const ColumnArg& arg, const Selection& selection) {
+    if (arg.tensor != nullptr) {
+      const at::Tensor host = arg.tensor->to(at::kCPU, at::kDouble).contiguous();
+      fill({host.const_data_ptr<double>(), static_cast<size_t>(host.numel())}, arg.name, selection);
+    } else {
+      fill(arg.floats, arg.name, selection);
+    }
+  }
+
+  bool is_one() const { return values_.empty(); }
+
+  double operator[](size_t t) const { return is_one() ? one_ : values_[t]; }
+
+ private:
+  void fill(at::ArrayRef<double> values, const char* name, const Selection& selection) {
+    check_strength(name, values.size(), selection.list);
+    check_values(name, values);
+    if (values.size() <= 1) {
+      one_ = values.empty() ? 0 : values[0];
+      return;
+    }
+    values_.reserve(selection.places.size());
+    for (const size_t place : selection.places) {
+      values_.push_back(values[place]);
+    }
+  }
+
+  double one_ = 0;
+  std::vector<double> values_;
+};
+
+}  // namespace fused_reg

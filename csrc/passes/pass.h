@@ -1,0 +1,62 @@
+// A PASS over a list: what is done with every element, written once for every backend. Each is a file here, and a line
+// in passes.h.
+//
+//   template <int terms> struct SomePass       terms: those of penalty.h that a chunk has
+//     kReads, kWrites                          the streams that it reads and writes, a bit each: of as many elements as
+//                                              the parameter, which is stream 0
+//     kSums                                    the sums that it takes over a chunk, a bit each
+//     kFactors                                 how many numbers it needs, in the type S that elements are computed in
+//     factors(numbers, f)                      computes them, once for a chunk
+//     element(x, f)                            computes the streams that it writes from those that it reads
+//     add<MultiplyAdd>(sums, w, f, scaled)     adds a parameter's element to the sums, in float64; scaled(x) is x, or
+//                                              where the sums left the range of float64, x times a power of two
+//     Sums                                     the pass that takes its sums alone, where they can leave the range of
+//                                              float64 and must be taken again; else void
+//     Fresh                                    the pass that does the same where a stream that it adds to is not there
+//                                              yet, if it adds to one; else void
+//     kPadding                                 the byte of which elements consist that change no sum
+//     kPositiveZeros                           whether a zero that comes from the last rounding shall be +0
+//
+// V is S, or a SIMD vector of it; D is a double, or a vector of them.
+#pragma once
+
+#include "../penalty.h"
+
+namespace fused_reg {
+
+constexpr int kStreams = 6;  // at most
+constexpr int kFactorsMax = 4;
+
+// The numbers of a chunk.
+struct ChunkNumbers {
+  double of[kNumbers];  // its tensor's
+  double factor;        // what gradients are multiplied by
+  double norm;          // of its group, if it has one
+};
+
+constexpr unsigned bit(int i) { return 1u << i; }
+
+// How many streams there are up to the last of these.
+constexpr int streams_in(unsigned bits) { return bits == 0 ? 0 : 1 + streams_in(bits >> 1); }
+
+// How many streams a pass has.
+template <class Pass>
+constexpr int streams_of = streams_in(Pass::kReads | Pass::kWrites | (Pass::kSums ? bit(0) : 0));
+
+// What a pass is unless it says otherwise.
+struct AnyPass {
+  using Sums = void;
+  using Fresh = void;
+  static constexpr unsigned kReads = 0, kWrites = 0, kSums = 0;
+  static constexpr int kFactors = 0, kPadding = 0;
+  static constexpr bool kPositiveZeros = false;
+
+  template <class S>
+  static FUSED_REG_INLINE void factors(const ChunkNumbers&, S*) {}
+  template <class V>
+  static FUSED_REG_INLINE void element(V*, const V*) {}
+  template <class MultiplyAdd, class D, class Scaled>
+  static FUSED_REG_INLINE void add(D*, D, const D*, const Scaled&) {}
+};
+
+}  // namespace fused_reg

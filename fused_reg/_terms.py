@@ -1,0 +1,106 @@
+"""The terms of the penalty, what norms are of, and the strengths of a list, from the argument to the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+#: The terms, in the order of the arguments. Each has a strength.
+TERMS = ("l1", "l2", "l2_norm")
+
+#: What the operators take of a list, in this order (``csrc/penalty.h``).
+NUMBERS = (*TERMS, "step")
+
+#: What ``l2_norm`` takes the norm of: a whole tensor, or each of its slices along dimension 0.
+Group: TypeAlias = Literal["tensor", "row"]
+
+#: What the operators call them; 0 is no norms (``csrc/layout.h``).
+GROUPS: dict[Group | None, int] = {None: 0, "tensor": 1, "row": 2}
+
+#: The numbers of one kind for a list: floats (none: the term is absent; one; one per parameter), or a tensor of these.
+Column: TypeAlias = "tuple[float, ...] | Tensor"
+
+_IS_TENSOR = -1
+
+
+class Strengths(NamedTuple):
+    """The numbers of a list and its grouping, as the operators take them (``csrc/numbers.h``).
+
+    It has no properties: of a NamedTuple, the compiler of torch 2.10 does not understand them.
+    """
+
+    floats: tuple[float, ...] = ()
+    tensors: tuple[Tensor, ...] = ()
+    counts: tuple[int, ...] = (0,) * len(NUMBERS)
+    group: int = 0
+
+    @staticmethod
+    def of(columns: Sequence[Column], group: int = 0) -> Strengths:
+        """Of a column for each of `NUMBERS`, or for the first of them."""
+        floats: tuple[float, ...] = ()
+        tensors: tuple[Tensor, ...] = ()
+        counts: tuple[int, ...] = ()
+        for column in columns:
+            if isinstance(column, Tensor):
+                tensors += (column,)
+                counts += (_IS_TENSOR,)
+            else:
+                floats += column
+                counts += (len(column),)
+        return Strengths(floats, tensors, counts + (0,) * (len(NUMBERS) - len(counts)), group)
+
+    def columns(self) -> list[Column]:
+        floats, tensors = iter(self.floats), iter(self.tensors)
+        return [
+            next(tensors) if count == _IS_TENSOR else tuple([next(floats) for _ in range(count)])
+            for count in self.counts
+        ]
+
+    def having(self, **columns: Column) -> Strengths:
+        """The same with these columns."""
+        pairs = zip(NUMBERS, self.columns(), strict=True)
+        return Strengths.of([columns.get(name, column) for name, column in pairs], self.group)
+
+    def mapped(self, change: Callable[[Column], Column]) -> Strengths:
+        return Strengths.of([change(column) for column in self.columns()], self.group)
+
+    def at(self, places: Sequence[int], device: torch.device) -> Strengths:
+        """The strengths of the parameters at these places of the list, for a launch on this device."""
+        return self.mapped(lambda column: _at(column, places, device))
+
+    def has_norms(self) -> bool:
+        return self.group != 0
+
+    def are_trained(self) -> bool:
+        return bool(self.tensors) and any(t.requires_grad for t in self.tensors)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        pairs = zip(NUMBERS, self.columns(), strict=True)
+        return {name: column for name, column in pairs if isinstance(column, Tensor)}
+
+
+def _at(column: Column, places: Sequence[int], device: torch.device) -> Column:
+    if not isinstance(column, Tensor):
+        return tuple(column[i] for i in places) if len(column) > 1 else column
+    column = column if column.ndim == 0 else torch.stack([column[i] for i in places])
+    return column if column.is_cpu else column.to(device)
+
+
+def group_count(p: Tensor, group: int) -> int:
+    """How many groups a parameter has; an empty one has none."""
+    return 0 if p.numel() == 0 else slots(p, group)
+
+
+def slots(p: Tensor, group: int) -> int:
+    """The same, also of an empty one."""
+    dim = sliced_dim(p, group)
+    return 1 if dim is None else p.shape[dim]
+
+
+def sliced_dim(p: Tensor, group: int) -> int | None:
+    """The dimension whose indices are groups; None where the tensor is one group."""
+    dim = group - GROUPS["row"]
+    return dim if 0 <= dim < p.ndim else None
