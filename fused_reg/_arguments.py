@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from fused_reg import _ops
 from fused_reg._iterators import read
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import GROUPS, Column, Group, Strengths
+from fused_reg._terms import GROUPS, Column, Group, Strengths, check_group
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
@@ -74,10 +74,7 @@ def as_strengths(
     params: Sequence[Tensor],
 ) -> Strengths:
     """The strengths, checked, for these parameters."""
-    if group not in GROUPS or group is None:
-        raise ValueError(f'{function}: group must be "tensor" or "row", got {group!r}')
-    if group != "tensor" and l2_norm is None:
-        raise ValueError(f'{function}: group="{group}" must come with l2_norm, whose norms it is about, got none')
+    check_group(f"{function}: ", group, l2_norm is not None, "come with l2_norm, whose norms it is about")
     if l1 is None and l2 is None and l2_norm is None:
         return SUM_OF_SQUARES
     given = (("l1", l1), ("l2", l2), ("l2_norm", l2_norm))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fused_reg._strengths import KINDS, Given, Penalty, as_flag, as_penalty
-from fused_reg._terms import Group
+from fused_reg._terms import Group, check_group
 from fused_reg._walk import Place, dims, is_bias, walk
 
 M = TypeVar("M", bound=Module)
@@ -104,7 +104,7 @@ def regularized(
             of the number of steps taken).
         l2: the strength of the sum of squares, likewise. ``l2 * sum(w ** 2)``, as in Keras.
         l2_norm: the strength of the sum of norms, likewise.
-        group: what the norms are of: ``"tensor"`` or ``"row"``, as for :func:`fused_penalty`.
+        group: what the norms are of: ``"tensor"``, ``"row"`` or ``"column"``, as for :func:`fused_penalty`.
         bias: also the biases.
 
     Returns:
@@ -134,8 +134,7 @@ def regularized(
     penalty = as_penalty("regularized: ", l1=l1, l2=l2, l2_norm=l2_norm, group=group)
     if penalty.is_empty:
         raise ValueError("regularized: l1, l2 or l2_norm must give a strength, got none")
-    if group == "row" and l2_norm is None:
-        raise ValueError('regularized: group="row" must have an l2_norm, got none')
+    check_group("regularized: ", group, l2_norm is not None, "have an l2_norm")
     as_flag("regularized: bias", bias)
     holder: Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps holds the attributes
     mark = Mark(holder, penalty, bias)
@@ -154,7 +153,7 @@ def regularized(
 def _described(penalty: Penalty) -> list[str]:
     given = {kind: strength for kind in KINDS if (strength := getattr(penalty, kind)) is not None}
     words = [f"{k}={s:g}" if isinstance(s, float) else f"{k}: {type(s).__name__}" for k, s in given.items()]
-    return [*words, 'group="row"'] if penalty.group == "row" else words
+    return words if penalty.group == "tensor" else [*words, f'group="{penalty.group}"']
 
 
 def marks_on(module: Module) -> tuple[Mark, ...]:

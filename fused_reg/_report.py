@@ -34,8 +34,8 @@ class Report:
         rows: a dictionary for each strength group (``level`` "group"), followed by those of its parameters
             ("parameter"), and one for all ("total"): ``name``, ``elements``, ``value`` of the penalty, Euclidean
             ``norm``, ``zeros`` (the elements that are exactly 0), ``zero_share`` (of the elements, 0 to 1). Groups and
-            parameters also have ``l1``, ``l2``, ``l2_norm`` and ``group``, and where ``group`` is "row" ``slices`` and
-            ``zero_slices`` (the rows of which all elements are 0).
+            parameters also have ``l1``, ``l2``, ``l2_norm`` and ``group``, and if that is not "tensor" ``slices`` and
+            ``zero_slices`` (the rows or columns of which all elements are 0).
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Report:
 
     def __str__(self) -> str:
         slices = any("slices" in row for row in self.rows)
-        header = ["", "elements", "l1", "l2", "l2_norm", "value", "norm", "zeros", "zero rows" if slices else ""]
+        header = ["", "elements", "l1", "l2", "l2_norm", "value", "norm", "zeros", "zero slices" if slices else ""]
         lines = [header, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         return "\n".join(
@@ -111,7 +111,7 @@ def _described(entry: Entry) -> str:
             words.append(f"{kind}={float(tensor.detach()):g} (tensor)")
         elif strength != 0:
             words.append(f"{kind}={strength:g}")
-    return ", ".join([*words, 'group="row"'] if entry.group == "row" else words) or "none"
+    return ", ".join(words if entry.group == "tensor" else [*words, f'group="{entry.group}"']) or "none"
 
 
 def report_of(table: Table) -> Report:
@@ -137,7 +137,7 @@ def _sum(level: str, name: str, rows: Sequence[Row]) -> Row:
     row["value"] = sum(r["value"] for r in rows)
     row["norm"] = math.hypot(*(r["norm"] for r in rows))
     row["zero_share"] = row["zeros"] / max(row["elements"], 1)
-    if level == "group" and rows[0]["group"] == "row":
+    if level == "group" and rows[0]["group"] != "tensor":
         row |= {kind: sum(r[kind] for r in rows) for kind in ("slices", "zero_slices")}
     return row
 
@@ -146,11 +146,11 @@ def _sum(level: str, name: str, rows: Sequence[Row]) -> Row:
 def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     """A row for each entry: some launches for each device and kind of group, and one transfer from each device."""
     measured: dict[torch.device, list[tuple[list[Entry], Tensor]]] = {}
-    for kind in ("tensor", "row"):
+    for kind, group in GROUPS.items():
         own = [e for e in entries if e.group == kind]
         params = [e.param for e in own]
         try:
-            for bucket in buckets(params, shards_of(params), Strengths(group=GROUPS[kind])):
+            for bucket in buckets(params, shards_of(params), Strengths(group=group)):
                 found = measured.setdefault(bucket.shards[0].device, [])
                 found.append(([own[i] for i in bucket.places], _columns(bucket)))
         except Exception as error:
@@ -205,7 +205,7 @@ def _row(
     slice_norms: float,
     zero_slices: float,
 ) -> Row:
-    terms = ((l1, absolute), (l2, squares), (l2_norm, slice_norms if entry.group == "row" else norm))
+    terms = ((l1, absolute), (l2, squares), (l2_norm, norm if entry.group == "tensor" else slice_norms))
     row: Row = {
         "level": "parameter",
         "name": entry.name,
@@ -216,7 +216,7 @@ def _row(
         "zeros": int(zeros),
         "zero_share": zeros / max(entry.param.numel(), 1),
     }
-    if entry.group == "row":
+    if entry.group != "tensor":
         slices = group_count(entry.param, GROUPS[entry.group])
         row |= {"slices": slices, "zero_slices": min(int(zero_slices), slices)}
     return row

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from fused_reg._arguments import as_number, is_number
-from fused_reg._terms import Group
+from fused_reg._terms import Group, check_group
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
@@ -119,8 +119,7 @@ def as_flag(name: str, given: Any) -> None:
 
 def as_penalty(where: str, **given: Any) -> Penalty:
     """The penalty of these arguments, checked; ``where`` begins the message of an error."""
-    if given.get("group", "tensor") not in ("tensor", "row"):
-        raise ValueError(f'{where}group must be "tensor" or "row", got {given["group"]!r}')
+    check_group(where, given.get("group", "tensor"), True, "")
     strengths = {k: None if v is None else checked(where + k, v) for k, v in given.items() if k != "group"}
     return Penalty(**strengths, group=given.get("group", "tensor"))
 

@@ -14,16 +14,24 @@ TERMS = ("l1", "l2", "l2_norm")
 #: What the operators take of a list, in this order (``csrc/penalty.h``).
 NUMBERS = (*TERMS, "step")
 
-#: What ``l2_norm`` takes the norm of: a whole tensor, or each of its slices along dimension 0.
-Group: TypeAlias = Literal["tensor", "row"]
+#: What ``l2_norm`` takes the norm of: a whole tensor, or each of its slices along dimension 0, or 1.
+Group: TypeAlias = Literal["tensor", "row", "column"]
 
 #: What the operators call them; 0 is no norms (``csrc/layout.h``).
-GROUPS: dict[Group | None, int] = {None: 0, "tensor": 1, "row": 2}
+GROUPS: dict[Group | None, int] = {None: 0, "tensor": 1, "row": 2, "column": 3}
 
 #: The numbers of one kind for a list: floats (none: the term is absent; one; one per parameter), or a tensor of these.
 Column: TypeAlias = "tuple[float, ...] | Tensor"
 
 _IS_TENSOR = -1
+
+
+def check_group(where: str, group: object, has_norms: bool, need: str) -> None:
+    """Raises unless it is a group that means something; ``need``: what is said where there are no norms."""
+    if group not in GROUPS or group is None:
+        raise ValueError(f'{where}group must be "tensor", "row" or "column", got {group!r}')
+    if group != "tensor" and not has_norms:
+        raise ValueError(f'{where}group="{group}" must {need}, got none')
 
 
 class Strengths(NamedTuple):

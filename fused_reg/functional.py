@@ -49,8 +49,9 @@ def fused_penalty(
             sum of squares (``l2=1``), for the caller to scale.
         l2_norm: the strength of the sum of Euclidean norms, not squared (group lasso), likewise. Its gradient is
             ``l2_norm * w / ||w||``, and 0 where the norm is 0.
-        group: what the norms are of: ``"tensor"``, whole tensors, or ``"row"``, the slices of each tensor along
-            dimension 0 (a neuron's weights, an output channel); a 0-dim tensor is one row. Given with ``l2_norm``.
+        group: what the norms are of: ``"tensor"``, whole tensors; ``"row"``, the slices of each tensor along dimension
+            0 (a neuron's weights, an output channel); ``"column"``, those along dimension 1 (the weights of an input
+            feature, an input channel). A tensor without that dimension is one slice. Given with ``l2_norm``.
 
     Returns:
         A 0-dim tensor on the first parameter's device, float64 if any parameter is float64, else float32. Parameters
@@ -59,7 +60,7 @@ def fused_penalty(
     Raises:
         TypeError: a parameter is not a dense tensor of a supported dtype, or a strength is not a number.
         ValueError: a strength is negative, infinite or NaN, or there is not one per parameter; an unknown group, or
-            rows without ``l2_norm``; a generator that something else has read; a parameter of which this process has
+            slices without ``l2_norm``; a generator that something else has read; a parameter of which this process has
             a piece that looks like a plain tensor (FSDP1, DeepSpeed ZeRO-3).
 
     Warns:

@@ -249,7 +249,7 @@ def prox_(
         l1: as for :func:`fused_penalty`: the soft threshold.
         l2: as for :func:`fused_penalty`: shrinks, and makes nothing zero.
         l2_norm: as for :func:`fused_penalty`: the block soft threshold makes whole groups zero.
-        group: as for :func:`fused_penalty`; ``"row"`` prunes neurons and output channels.
+        group: as for :func:`fused_penalty`; ``"row"`` prunes neurons and output channels, ``"column"`` input features.
         step: a finite float >= 0, a 0-dim tensor, or a sequence with one per parameter: the learning rate.
 
     Raises:

@@ -52,9 +52,10 @@ def _is_present(strength: float | Tensor) -> bool:
 
 def _norms(w: Tensor, group: Group) -> Tensor:
     """The norm of each group, in a shape that broadcasts with ``w``."""
-    rows = 1 if group == "tensor" or w.ndim == 0 else len(w)
-    norms: Tensor = torch.linalg.vector_norm(w.reshape(rows, w.numel() // max(rows, 1)), dim=1)
-    return norms.reshape(-1, *[1] * (w.ndim - 1)) if w.ndim > 0 else norms.reshape(())
+    kept = {"tensor": -1, "row": 0, "column": 1}[group]
+    others = [d for d in range(w.ndim) if d != kept]
+    norms: Tensor = torch.linalg.vector_norm(w, dim=others, keepdim=True) if others else w.abs()
+    return norms
 
 
 def fused_penalty(

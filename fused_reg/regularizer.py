@@ -61,7 +61,7 @@ class Regularizer(Adjustable):
             biases, as ``weight_decay`` is; see ``weights_only``.
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
-        group: what norms are of: ``"tensor"`` or ``"row"``, as for :func:`fused_penalty`.
+        group: what norms are of: ``"tensor"``, ``"row"`` or ``"column"``, as for :func:`fused_penalty`.
         weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
         exclude: likewise; these are not.

@@ -24,6 +24,7 @@ STRENGTHS = (
     {"l1": 0.1, "l2": 0.2, "l2_norm": 0.3, "group": "row"},
     {"l1": [0.1 * i for i in range(9)], "l2_norm": [0.3 * (i % 3) for i in range(9)]},
     {"l1": torch.tensor(0.1), "l2_norm": torch.arange(9) / 8, "group": "row"},
+    {"l2": 0.1, "l2_norm": 0.3, "group": "column"},
 )
 
 
@@ -200,7 +201,7 @@ def test_dtypes(world):
 
 def check_trained_strengths() -> None:
     norms = (("l1", "l2", "l2_norm"), ("l2_norm",))
-    for group, kinds in [("tensor", ("l1", "l2")), *itertools.product(("tensor", "row"), norms)]:
+    for group, kinds in [("tensor", ("l1", "l2")), *itertools.product(("tensor", "row", "column"), norms)]:
         lists = [[nn.Parameter(p) for p in params] for params in layouts()]
         found = []
         for params in lists:
@@ -214,7 +215,9 @@ def check_trained_strengths() -> None:
 
 def check_range() -> None:
     """Hard case 51: norms of pieces whose squares leave the range of float64."""
-    for scale, group, is_trained in itertools.product((1e200, 1e-200, 1e-307), ("tensor", "row"), (False, True)):
+    for scale, group, is_trained in itertools.product(
+        (1e200, 1e-200, 1e-307), ("tensor", "row", "column"), (False, True)
+    ):
         found, lists = [], [[nn.Parameter(scale * p) for p in params] for params in layouts(torch.float64)]
         for params in lists:
             l2_norm = torch.tensor(0.3, dtype=torch.float64, requires_grad=True) if is_trained else 0.3

@@ -322,7 +322,9 @@ def test_agrees_with_the_shipped_reference(group, dtype, device):
 
 def test_wrong_group():
     for group in ("rows", None, 0, ""):
-        with pytest.raises(ValueError, match=f'^fused_penalty: group must be "tensor" or "row", got {group!r}$'):
+        with pytest.raises(
+            ValueError, match=f'^fused_penalty: group must be "tensor", "row" or "column", got {group!r}$'
+        ):
             fused_penalty([torch.ones(3)], l2_norm=0.1, group=group)
 
 

@@ -110,7 +110,11 @@ def test_strengths(strength, error, message):
             ValueError,
             "Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none",
         ),
-        ({"l1": 0.5, "group": "column"}, ValueError, 'Regularizer: group must be "tensor" or "row", got \'column\''),
+        (
+            {"l1": 0.5, "group": "rows"},
+            ValueError,
+            'Regularizer: group must be "tensor", "row" or "column", got \'rows\'',
+        ),
         ({"l1": 0.5, "weights_only": "yes"}, TypeError, "Regularizer: weights_only must be True or False, got 'yes'"),
         ({"l1": 0.5, "weights_only": 1}, TypeError, "Regularizer: weights_only must be True or False, got 1"),
         ({"l1": 0.5, "include": 3}, TypeError, "include must be a pattern or a list of them, got int"),
@@ -131,7 +135,7 @@ def test_strengths(strength, error, message):
         (
             {"rules": [("0.*", {"l1": 1, "group": "r"})]},
             ValueError,
-            'rules[0] \'0.*\': group must be "tensor" or "row"',
+            'rules[0] \'0.*\': group must be "tensor", "row" or "column"',
         ),
     ],
 )
@@ -147,7 +151,12 @@ def test_choice(given, error, message):
         (nn.ReLU(), {}, ValueError, "regularized: l1, l2 or l2_norm must give a strength, got none"),
         (nn.ReLU(), {"l1": 1, "bias": 1}, TypeError, "regularized: bias must be True or False, got 1"),
         (nn.ReLU(), {"l1": 1, "group": "row"}, ValueError, 'regularized: group="row" must have an l2_norm, got none'),
-        (nn.ReLU(), {"l1": 1, "group": "x"}, ValueError, 'regularized: group must be "tensor" or "row", got \'x\''),
+        (
+            nn.ReLU(),
+            {"l1": 1, "group": "x"},
+            ValueError,
+            'regularized: group must be "tensor", "row" or "column", got \'x\'',
+        ),
     ],
 )
 def test_regularized(module, given, error, message):

@@ -61,7 +61,7 @@ def test_kinds_of_parameters(device):
     params = [nn.Parameter(draw((3, 50), dtype, device, i)) for i, dtype in enumerate(DTYPES)]
     params += [nn.Parameter(draw(shape, device=device)) for shape in ((), (0,), (0, 3))]
     params += [nn.Parameter(draw((40, 30), device=device).t()), nn.Parameter(torch.ones(2, device=device), False)]
-    for group in ("tensor", "row"):
+    for group in ("tensor", "row", "column"):
         rows = Regularizer(params, l1=0.5, l2_norm=2.0, group=group).report().rows
         assert [row["name"] for row in rows[1:-1]] == [str(i) for i in range(8)]
         for p, row in zip(params, rows[1:-1], strict=False):
@@ -96,9 +96,9 @@ def test_text():
     params = [("layer.weight", nn.Parameter(weight)), ("scale", nn.Parameter(torch.full((1000,), 0.5)))]
     report = Regularizer(params, l1=1.0, rules=[("layer.*", {"l1": 0, "l2_norm": 1e-3, "group": "row"})]).report()
     assert str(report) == (
-        "                elements  l1  l2  l2_norm    value     norm       zeros  zero rows\n"
-        "group 0                6   0   0    0.001    0.003        3  3 (50.0 %)     1 of 2\n"
-        "  layer.weight         6                     0.003        3  3 (50.0 %)     1 of 2\n"
+        "                elements  l1  l2  l2_norm    value     norm       zeros  zero slices\n"
+        "group 0                6   0   0    0.001    0.003        3  3 (50.0 %)       1 of 2\n"
+        "  layer.weight         6                     0.003        3  3 (50.0 %)       1 of 2\n"
         "group 1            1,000   1   0        0      500  15.8114   0 (0.0 %)\n"
         "  scale            1,000                       500  15.8114   0 (0.0 %)\n"
         "total              1,006                   500.003  16.0935   3 (0.3 %)"
