@@ -74,14 +74,14 @@ def as_strengths(
     params: Sequence[Tensor],
 ) -> Strengths:
     """The strengths, checked, for these parameters."""
-    check_group(f"{function}: ", group, l2_norm is not None, "come with l2_norm, whose norms it is about")
+    if group != "tensor":
+        check_group(f"{function}: ", group, l2_norm is not None, "come with l2_norm, whose norms it is about")
     if l1 is None and l2 is None and l2_norm is None:
         return SUM_OF_SQUARES
-    given = (("l1", l1), ("l2", l2), ("l2_norm", l2_norm))
-    columns = [as_column(function, name, strength, params) for name, strength in given]
+    norms = as_column(function, "l2_norm", l2_norm, params)
+    columns = (as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), norms)
     # A norm that is 0 for all is none; in a list or tensor it may be the next call's.
-    has_norms = isinstance(columns[-1], Tensor) or len(columns[-1]) > 0
-    return Strengths.of(columns, GROUPS[group] if has_norms else 0)
+    return Strengths.of(columns, 0 if type(norms) is tuple and not norms else GROUPS[group])
 
 
 def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> Column:
@@ -147,6 +147,8 @@ def _has_value(number: Tensor) -> bool:
 def as_column(function: str, name: str, strength: Strength | None, params: Sequence[Tensor]) -> Column:
     if strength is None:
         return ()
+    if type(strength) is float and 0 < strength < math.inf and not is_compiling():  # first: short calls feel the rest
+        return (strength,)
     if isinstance(strength, Tensor):
         return _tensor_strength(function, name, strength, len(params))
     if is_number(strength):

@@ -76,7 +76,7 @@ class _Call:
         if isinstance(step, list):
             self._steps = Column((step[i] for i in self._places), like=self._steps)
             step = self._steps.get()
-        return "prox_", self._params, self._strengths().having(step=as_step("prox_", step, self._params))
+        return "prox_", self._params, self._strengths().with_step(as_step("prox_", step, self._params))
 
     def _run(self, function: Callable[..., _T], *args: Any) -> _T:
         """``function(*args)``, whose errors have ``params['fc.weight']`` for ``params[3]`` of this call's list."""

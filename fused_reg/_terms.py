@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ GROUPS: dict[Group | None, int] = {None: 0, "tensor": 1, "row": 2, "column": 3}
 Column: TypeAlias = "tuple[float, ...] | Tensor"
 
 _IS_TENSOR = -1
+_NONE = (0,) * len(NUMBERS)
 
 
 def check_group(where: str, group: object, has_norms: bool, need: str) -> None:
@@ -42,7 +43,7 @@ class Strengths(NamedTuple):
 
     floats: tuple[float, ...] = ()
     tensors: tuple[Tensor, ...] = ()
-    counts: tuple[int, ...] = (0,) * len(NUMBERS)
+    counts: tuple[int, ...] = _NONE
     group: int = 0
 
     @staticmethod
@@ -50,15 +51,15 @@ class Strengths(NamedTuple):
         """Of a column for each of `NUMBERS`, or for the first of them."""
         floats: tuple[float, ...] = ()
         tensors: tuple[Tensor, ...] = ()
-        counts: tuple[int, ...] = ()
-        for column in columns:
-            if isinstance(column, Tensor):
-                tensors += (column,)
-                counts += (_IS_TENSOR,)
-            else:
+        counts = list(_NONE)
+        for i, column in enumerate(columns):
+            if type(column) is not tuple:  # which takes less time than to look for a Tensor
+                tensors += (cast(Tensor, column),)
+                counts[i] = _IS_TENSOR
+            elif column:
                 floats += column
-                counts += (len(column),)
-        return Strengths(floats, tensors, counts + (0,) * (len(NUMBERS) - len(counts)), group)
+                counts[i] = len(column)
+        return Strengths(floats, tensors, tuple(counts), group)
 
     def columns(self) -> list[Column]:
         floats, tensors = iter(self.floats), iter(self.tensors)
@@ -71,6 +72,12 @@ class Strengths(NamedTuple):
         """The same with these columns."""
         pairs = zip(NUMBERS, self.columns(), strict=True)
         return Strengths.of([columns.get(name, column) for name, column in pairs], self.group)
+
+    def with_step(self, step: Column) -> Strengths:
+        """The same with the step of a proximal operator, the last of the columns."""
+        if isinstance(step, Tensor):
+            return Strengths(self.floats, (*self.tensors, step), (*self.counts[:-1], _IS_TENSOR), self.group)
+        return Strengths(self.floats + step, self.tensors, (*self.counts[:-1], len(step)), self.group)
 
     def mapped(self, change: Callable[[Column], Column]) -> Strengths:
         return Strengths.of([change(column) for column in self.columns()], self.group)

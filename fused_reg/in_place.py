@@ -274,7 +274,7 @@ def prox_(
     name = "prox_"
     tensors = as_list(name, params)
     strengths = as_strengths(name, l1, l2, l2_norm, group, tensors)
-    shrink(name, tensors, strengths.having(step=as_step(name, step, tensors)))
+    shrink(name, tensors, strengths.with_step(as_step(name, step, tensors)))
 
 
 def shrink(name: str, tensors: list[Tensor], strengths: Strengths) -> None:
