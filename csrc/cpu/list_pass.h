@@ -29,10 +29,12 @@ class ListPass {
     dense_.reserve(params.size());
     tasks_.reserve(params.size());
     std::vector<int64_t> sizes, groups;
+    sizes.reserve(params.size());
+    groups.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
       check_memory(t, params[t]);
       dense_.push_back(as_run(params[t], group_));
-      ChunkTask task{};
+      ChunkTask& task = tasks_.emplace_back();
       task.dtype = dtype_of(dense_[t]);
       task.terms = terms_of(number(kL1Strength, t), number(kL2Strength, t));
       task.streams[0] = const_cast<void*>(dense_[t].const_data_ptr());
@@ -40,7 +42,6 @@ class ListPass {
         task.numbers.of[c] = columns_[c][t];
       }
       task.size = dense_[t].numel();
-      tasks_.push_back(task);
       sizes.push_back(task.size);
       groups.push_back(group_ == Grouping::kNone ? 1 : groups_of(params[t], group_));
     }
@@ -189,8 +190,9 @@ class ListPass {
       const Chunk chunk = plan_.chunk(c);
       ChunkTask task = tasks_[chunk.tensor];
       const int64_t offset = chunk.begin * static_cast<int64_t>(dense_[chunk.tensor].element_size());
-      for (void*& stream : task.streams) {
-        stream = stream == nullptr ? nullptr : static_cast<char*>(stream) + offset;
+      task.streams[0] = static_cast<char*>(task.streams[0]) + offset;
+      for (int s = 1; s < kStreams && task.streams[s] != nullptr; ++s) {
+        task.streams[s] = static_cast<char*>(task.streams[s]) + offset;
       }
       task.size = chunk.size;
       body(c, task);
