@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -77,7 +78,9 @@ class _Call:
         if isinstance(step, list):
             self._steps = Column((step[i] for i in self._places), like=self._steps)
             step = self._steps.get()
-        return "prox_", self._params, self._strengths(), as_step("prox_", step, self._params)
+        is_checked = type(step) is float and 0 < step < math.inf and not is_compiling()
+        checked = ((step,), None) if is_checked else as_step("prox_", step, self._params)
+        return "prox_", self._params, self._strengths(), checked
 
     def _run(self, function: Callable[..., _T], *args: Any) -> _T:
         """``function(*args)``, whose errors have ``params['fc.weight']`` for ``params[3]`` of this call's list."""

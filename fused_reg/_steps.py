@@ -74,7 +74,8 @@ def is_inert(optimizer: Optimizer) -> bool:
 def may_change(optimizer: Optimizer, evaluates: bool = False) -> bool:
     """Whether the step may change a parameter, for all that is known without a look at its gradient."""
     for group in optimizer.param_groups:
-        if not _is_zero(group.get("lr")):
+        rate = group.get("lr")
+        if rate != 0 if type(rate) is float else not _is_zero(rate):
             if evaluates:
                 return True
             for p in group["params"]:
@@ -86,12 +87,10 @@ def may_change(optimizer: Optimizer, evaluates: bool = False) -> bool:
 def found_infinity(optimizer: Optimizer) -> Tensor | None:
     """What ``GradScaler`` leaves to a fused optimizer: not 0 if its step will be skipped."""
     found_inf = optimizer.__dict__.get("found_inf")
-    return found_inf.reshape(()) if isinstance(found_inf, Tensor) else None
+    return found_inf.reshape(()) if found_inf is not None and isinstance(found_inf, Tensor) else None
 
 
 def _is_zero(rate: Any) -> bool:
-    if type(rate) is float:
-        return rate == 0
     if isinstance(rate, Tensor):
         return rate.is_cpu and not bool(rate.any())
     return getattr(rate, "ndim", 0) == 0 and bool(rate == 0)
