@@ -157,7 +157,7 @@ class Attachment:
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_dynamo_compiling():
             return _outside_of_graphs[0](self, optimizer, args, kwargs)
-        closure = closure_of(args, kwargs)
+        closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
         depth = self._nesting.enter(optimizer, _outside_of_graphs[0], self._part.params)
         if depth == 1:
             self._is_taken = False
