@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from types import CodeType, TracebackType
+from operator import is_
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
 from fused_reg import _strays
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 #: The gradient before the step, or the proximal step after it.
 Mode = Literal["grad", "prox"]
+#: The two hooks as a compiled step calls them: as they are. Decorators would make the package's import take twice as
+#: long, and each step longer.
+_outside_of_graphs: list[Any] = []
 
 
 class Attachment:
@@ -44,7 +49,8 @@ class Attachment:
         self._mode = mode
         self._include_unused = include_unused
         self._hooks: list[Any] = []
-        self._seen: tuple[Any, ...] = ()  # what `_follow` found when it last looked
+        self._options: list[Any] = []  # what `_follow` found in the optimizer when it last looked
+        self._seen: list[Tensor] = []
         self._is_checked = False  # what it found then, by `warn_of_missing`
         self._frozen: list[Tensor] = []  # what no optimizer held then, and may train later
         self._taken_over = ""  # the name of a parameter that a later attachment handles
@@ -55,8 +61,8 @@ class Attachment:
         self._is_open = False  # an optimizer without gradients in .grad has the objective
         self._before_inert: Tensor | None = None  # the penalty
         self._part: Part
-        self._shrinking: Part  # with mode "prox" the same without the parameters that the step leaves alone,
-        self._unused: list[int] = []  # at these places
+        self._shrinking: Part  # with mode "prox" the same without the parameters that the step leaves alone
+        self._used: list[bool] | None = None  # which those are not
         self._group_of: list[int] = []  # the optimizer's, for each entry
         self._groups: list[int] = []
         self._value: Tensor | None = None
@@ -68,11 +74,9 @@ class Attachment:
             check_rates(optimizer.param_groups, self._groups)
             check_lasting(optimizer, self._part.params)
         self._nesting = Nesting(optimizer)
-        # A compiled step calls them as they are. A decorator would make the package's import take twice as long.
-        outside_of_graphs: Any = torch.compiler.disable
-        before, after = outside_of_graphs(self._before), outside_of_graphs(self._after)
-        self._codes: tuple[CodeType, CodeType] = before.__code__, after.__code__
-        self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        if not _outside_of_graphs:
+            _outside_of_graphs.extend(map(torch.compiler.disable, (Attachment._before, Attachment._after)))
+        self._hooks += [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         self._watch = Watch(self)
 
     @property
@@ -104,7 +108,7 @@ class Attachment:
         """At the first step of another optimizer that holds the same parameters, within a step of this one."""
         first = next((e for e in self.entries if e.param.grad is not None), None)
         is_held = first is not None and any(p is first.param for group in other.param_groups for p in group["params"])
-        if is_held and self._nesting.has_lost(self._params):
+        if is_held and self._nesting.has_lost(self._part.params):
             self._warn_once(
                 f"attach: a step of {type(self.optimizer).__name__} changes gradients after the penalty has entered "
                 f"and before {type(other).__name__} within it steps; attach to each optimizer that it holds instead"
@@ -133,8 +137,8 @@ class Attachment:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = dict.fromkeys(("_codes", "_optimizer", "_all", "_nesting", "_watch", "handler"))
-        return {**vars(self), **gone, "_hooks": [], "_seen": ()}
+        gone = dict.fromkeys(("_optimizer", "_all", "_nesting", "_watch", "handler"))
+        return {**vars(self), **gone, "_hooks": [], "_options": [], "_seen": []}
 
     def __repr__(self) -> str:
         optimizer = self.optimizer
@@ -150,12 +154,11 @@ class Attachment:
         """What it handles."""
         return self._part.entries
 
-    def _params(self) -> list[Tensor]:
-        return self._part.params
-
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = closure_of(args, kwargs)
-        depth = self._nesting.enter(optimizer, self._codes[0], self._params)
+        if is_dynamo_compiling():
+            return _outside_of_graphs[0](self, optimizer, args, kwargs)
+        closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
+        depth = self._nesting.enter(optimizer, _outside_of_graphs[0], self._part.params)
         if depth == 1:
             self._is_taken = False
             if self._taken_over and (closure is not None or not is_inert(optimizer)):
@@ -169,18 +172,18 @@ class Attachment:
         self._follow(optimizer)
         if self._mode == "prox":
             check_rates(optimizer.param_groups, self._groups)
-            self._unused = self._without_gradient()
+            self._used = self._in_step()
         self._is_inert = is_inert(optimizer)
         self._is_open, self._before_inert = False, None
         self._awaits_closure = closure is not None
-        if closure is not None:
-            self._check()
-            return exchanged(args, kwargs, closure, self._penalized(closure, optimizer))
-        if self._is_inert:
+        if closure is None and self._is_inert:
             self._remember()
             return None
-        self._check()
-        if self._mode == "grad" and not self._nesting.has_penalty(self._params):
+        if self._frozen or not self._is_checked:
+            self._check()
+        if closure is not None:
+            return exchanged(args, kwargs, closure, self._penalized(closure, optimizer))
+        if self._mode == "grad" and (depth == 1 or not self._nesting.has_penalty(self._part.params)):
             self._accumulate(optimizer)
         return None
 
@@ -199,7 +202,7 @@ class Attachment:
             if is_open and not self._is_open:
                 self._is_open = all(p.grad is None for group in optimizer.param_groups for p in group["params"])
             if self._mode == "prox":
-                self._unused = self._without_gradient()
+                self._used = self._in_step()
             elif is_open and self._is_open:
                 return with_penalty(objective, self._part.objective())
             elif not is_inert_now:
@@ -208,10 +211,10 @@ class Attachment:
 
         return penalized
 
-    def _without_gradient(self) -> list[int]:
+    def _in_step(self) -> list[bool] | None:
         if self._include_unused:
-            return []
-        return [i for i, p in enumerate(self._part.params) if p.grad is None]
+            return None
+        return [p.grad is not None and p.requires_grad for p in self._part.params]
 
     def _remember(self) -> None:
         """The penalty before what may be no step. Afterwards it tells."""
@@ -228,7 +231,7 @@ class Attachment:
                 f"attach: a step of {type(optimizer).__name__} changed parameters that have no gradient in .grad, "
                 "where the penalty enters, and had no penalty; add regularizer() to the loss instead"
             )
-        self._unused = []
+        self._used = None
         return not self._is_open
 
     def _penalty(self) -> Tensor:
@@ -238,13 +241,12 @@ class Attachment:
     def _accumulate(self, optimizer: Optimizer) -> Tensor:
         """The gradient; returns what belongs to the objective: the penalty, negative where that is maximized."""
         scale = optimizer.__dict__.get("grad_scale")  # GradScaler leaves scaled gradients to fused optimizers
-        scale = 1.0 if scale is None else scale
         value, objective = self._part.accumulate_grad_(scale, skip_missing=not self._include_unused)
         found_inf = found_infinity(optimizer)
         if found_inf is not None and self._value is not None:  # a step that will be skipped leaves the last value
             value = torch.where(found_inf.to(value.device) == 0, value, self._value)
         self._value = value
-        self._nesting.added(self._params)
+        self._nesting.added(self._part.params)
         return objective
 
     def _check(self) -> None:
@@ -255,14 +257,17 @@ class Attachment:
             self._frozen = self._all.warn_of_missing(self._table)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        depth, levels = self._nesting.leave(optimizer, self._codes[1]), self._nesting.levels
+        if is_dynamo_compiling():
+            _outside_of_graphs[1](self, optimizer, args, kwargs)
+            return
+        depth, levels = self._nesting.leave(optimizer, _outside_of_graphs[1]), self._nesting.levels
         if depth == levels:
             self._is_taken |= self._has_stepped(optimizer)
         if depth > 1:
             return
-        if not self._is_taken and self._nesting.has_missed(self._params):
+        if not self._is_taken and self._nesting.has_missed(self._part.params):
             self._is_taken = True
-            self._unused = self._without_gradient()
+            self._used = self._in_step()
             if self._mode == "grad":
                 self._warn_once(
                     f"attach: a step of {type(optimizer).__name__} changed {self.entries[0].name!r} without the step "
@@ -271,10 +276,11 @@ class Attachment:
                 )
         if not self._is_taken:
             return
+        found_inf = found_infinity(optimizer)
         if self._mode == "prox":
-            self._shrinking.prox_(self._steps(optimizer), self._unused)
+            self._shrinking.prox_(self._steps(optimizer, found_inf), self._used)
         if self._all.is_first(self) and not self._is_captured():  # several optimizers count once
-            self._table.count(found_infinity(optimizer))
+            self._table.count(found_inf)
 
     def _has_stepped(self, optimizer: Optimizer) -> bool:
         """Whether the step that ends was one."""
@@ -291,13 +297,12 @@ class Attachment:
 
     def _is_captured(self) -> bool:
         """In a CUDA graph, which would fill in this step's strengths at every replay. The user advances after each."""
-        return self._part.entries[0].param.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self._part.params[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
-    def _steps(self, optimizer: Optimizer) -> float | Tensor | list[float | Tensor]:
+    def _steps(self, optimizer: Optimizer, found_inf: Tensor | None) -> float | Tensor | list[float | Tensor]:
         """The learning rate, or one for each entry; 0 where a fused optimizer has skipped its step, which the host does
         not know."""
         rates = [rate_of(optimizer.param_groups[i]) for i in self._groups]
-        found_inf = found_infinity(optimizer)
         if found_inf is not None:
             taken = (found_inf == 0).double()
             rates = [taken * rate for rate in rates]
@@ -309,14 +314,12 @@ class Attachment:
     def _follow(self, optimizer: Optimizer) -> None:
         """Finds the regularizer's parameters among the optimizer's, which may have changed since, as strengths may."""
         self._table.follow()
-        seen = (
-            self._table.version,
-            [
-                (group.get("maximize", False), group.get("weight_decay"), *map(id, group["params"]))
-                for group in optimizer.param_groups
-            ],
-        )
-        if seen == self._seen:
+        options: list[Any] = [self._table.version]
+        params: list[Tensor] = []
+        for group in optimizer.param_groups:
+            options += group.get("maximize"), group.get("weight_decay"), len(group["params"])
+            params += group["params"]
+        if options == self._options and all(map(is_, params, self._seen)):
             return
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         entries = [e for e in self._table.entries if id(e.param) in group_of]
@@ -341,7 +344,7 @@ class Attachment:
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
             self._part = Part(self._table, entries, [maximized[i] for i in self._group_of])
-        self._seen, self._is_checked = seen, False
+        self._options, self._seen, self._is_checked = options, params, False
         if self._hooks:
             self._all.register(self)
         self._warn_of_weight_decay(optimizer, entries)

@@ -15,8 +15,6 @@ Closure: TypeAlias = Callable[..., Any]
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
     """The first argument that can be called, wherever it stands. What else a step is given (a learning rate, options,
     a loss, a model) is its own. The first of ``args`` is the optimizer."""
-    if len(args) == 1 and not kwargs:
-        return None
     given = chain(args[1:], kwargs.values())
     return next((x for x in given if callable(x) and not isinstance(x, Module)), None)
 

@@ -7,7 +7,7 @@ import functools
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any, TypeAlias
 
@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from fused_reg._steps import depth_of
 from fused_reg._watch import is_same, sample
 
-_Params: TypeAlias = "Callable[[], Iterable[Tensor]]"
 _State: TypeAlias = "tuple[int, Tensor | None]"
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
@@ -39,12 +38,12 @@ class Nesting:
         self._before: list[_State] = []  # the parameters
         self._penalized: tuple[weakref.ref[Tensor], int] | None = None  # a gradient that has the penalty
 
-    def enter(self, optimizer: Optimizer, hook: CodeType, params: _Params) -> int:
+    def enter(self, optimizer: Optimizer, hook: Any, params: Iterable[Tensor]) -> int:
         if self.depth == 0 or (depth := depth_of(optimizer, hook)) == 1:
             self.depth = self._deepest = 1
             self._penalized = None
             if self.levels > 1:
-                self._before = self._states(params())
+                self._before = self._states(params)
         else:
             self.depth, self._deepest = depth, max(depth, self._deepest)
             if depth > self.levels and not self.has_penalty(params):
@@ -52,36 +51,36 @@ class Nesting:
         self._has_entered |= self.depth == self.levels
         return self.depth
 
-    def leave(self, optimizer: Optimizer, hook: CodeType) -> int:
+    def leave(self, optimizer: Optimizer, hook: Any) -> int:
         depth = self.depth if self.depth < 2 else depth_of(optimizer, hook)
         self.depth = depth - 1
         if depth == 1:
             self._penalized = None  # torch cannot swap a tensor that has a weak reference
         return depth
 
-    def added(self, params: _Params) -> None:
+    def added(self, params: Iterable[Tensor]) -> None:
         """The penalty, to their gradients. A single step is in no other one."""
         if self._is_single:
             return
-        grad = next((p.grad for p in params() if p.grad is not None), None)
+        grad = next((p.grad for p in params if p.grad is not None), None)
         self._penalized = None if grad is None else (weakref.ref(grad), grad._version)
 
-    def has_penalty(self, params: _Params) -> bool:
+    def has_penalty(self, params: Iterable[Tensor]) -> bool:
         """Whether their gradients have it already, from an earlier step within the same one."""
         if self._penalized is None:
             return False
         ref, version = self._penalized
-        grad = next((p.grad for p in params() if p.grad is not None), None)
+        grad = next((p.grad for p in params if p.grad is not None), None)
         return grad is not None and ref() is grad and grad._version == version
 
-    def has_lost(self, params: _Params) -> bool:
+    def has_lost(self, params: Iterable[Tensor]) -> bool:
         """Whether their gradients had it, and are others by now."""
         return self._penalized is not None and not self.has_penalty(params)
 
-    def has_missed(self, params: _Params) -> bool:
+    def has_missed(self, params: Iterable[Tensor]) -> bool:
         """Whether the step that ends, and is in no other one, changed the parameters without one that is as deep as was
         found in the code. If there was never one, the penalty enters less deep from now on."""
-        if self._deepest >= self.levels or all(map(_is_same, self._states(params()), self._before)):
+        if self._deepest >= self.levels or all(map(_is_same, self._states(params), self._before)):
             return False
         if not self._has_entered:
             self.levels = self._deepest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -53,16 +53,18 @@ class _Call:
         l1, l2, l2_norm = (column.get() for column in self._columns)
         return self._run(lambda: fused_penalty(self._params, l1, l2, l2_norm=l2_norm, group=self._group))
 
-    def accumulate_grad_(self, scale: float | Tensor, skip_missing: bool) -> Tensor:
+    def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool) -> Tensor:
         name, factor = "accumulate_grad_", self._factor(scale)
         return self._run(accumulate, name, self._params, self._strengths(), factor, skip_missing)
 
-    def check_accumulation(self, scale: float | Tensor, skip_missing: bool) -> None:
+    def check_accumulation(self, scale: float | Tensor | None, skip_missing: bool) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
         name, factor = "accumulate_grad_", self._factor(scale)
         self._run(check_accumulation, name, self._params, self._strengths(), factor, skip_missing)
 
-    def _factor(self, scale: float | Tensor) -> tuple[float, Tensor | None]:
+    def _factor(self, scale: float | Tensor | None) -> tuple[float, Tensor | None]:
+        if scale is None:
+            return self.sign, None
         return as_scale("accumulate_grad_", scale if self.sign > 0 else -scale, self._params)
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
@@ -108,11 +110,10 @@ class Part:
         self._calls: list[_Call] = []
         self._current_calls()  # now, not inside a graph that is being compiled
 
-    def _current_calls(self, without: Collection[int] = ()) -> list[_Call]:
+    def _current_calls(self, chosen: list[bool] | None = None) -> list[_Call]:
         check_whole("Regularizer", self.params, self._names)
-        chosen = [p.requires_grad for p in self.params]
-        for place in without:
-            chosen[place] = False
+        if chosen is None:
+            chosen = [p.requires_grad for p in self.params]
         if chosen != self._chosen or self._version != self._table.version or self.params[0].device != self._device:
             self._table.place_cells()
             self._calls = list(_calls(self.entries, chosen, self._maximized))
@@ -123,10 +124,10 @@ class Part:
         calls = self._current_calls()
         return self._total(calls, [call.penalty() for call in calls])
 
-    def accumulate_grad_(self, scale: float | Tensor, skip_missing: bool = False) -> tuple[Tensor, Tensor]:
+    def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool = False) -> tuple[Tensor, Tensor]:
         """Returns the penalty, and what of it belongs to the objective, negative where that is maximized.
 
-        ``skip_missing``: a parameter whose gradient is None gets none."""
+        ``scale``: None is 1. ``skip_missing``: a parameter whose gradient is None gets none."""
         calls = self._current_calls()
         if len(calls) == 1:
             value = calls[0].accumulate_grad_(scale, skip_missing)
@@ -145,9 +146,9 @@ class Part:
     def _signed(self, calls: Sequence[_Call], values: list[Tensor]) -> Tensor:
         return self._total(calls, [v if call.sign > 0 else -v for call, v in zip(calls, values, strict=True)])
 
-    def prox_(self, step: float | Tensor | list[float | Tensor], without: Collection[int] = ()) -> None:
-        """``step``: one, or a list with one for each entry; ``without``: the places of entries to leave alone."""
-        calls = self._current_calls(without)
+    def prox_(self, step: float | Tensor | list[float | Tensor], chosen: list[bool] | None = None) -> None:
+        """``step``: one, or a list with one for each entry; ``chosen``: which entries, of those that require grad."""
+        calls = self._current_calls(chosen)
         if len(calls) > 1:
             for call in calls:
                 call.check_writable(step)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
+from itertools import dropwhile
 from types import CodeType, FrameType
 from typing import Any
 
@@ -12,20 +14,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def depth_of(optimizer: Optimizer, hook: CodeType) -> int:
-    """How many steps of the same optimizer run, of which the innermost called the hook of this code (a subclass goes on
-    to the step of its base class), in whichever threads.
+def depth_of(optimizer: Optimizer, hook: Any) -> int:
+    """How many steps of the same optimizer run, of which the innermost called the hook (a subclass goes on to the step
+    of its base class), in whichever threads.
 
     Counting cannot tell, because a step that raises leaves without its second hook. But what called the hook is running
     as often for this optimizer.
     """
-    caller = next(frame.f_back for frame in _up(sys._getframe()) if frame.f_code is hook)
+    own = {_place(hook.__code__), _place(inspect.unwrap(hook).__code__)}
+    above = dropwhile(lambda frame: _place(frame.f_code) not in own, _up(sys._getframe()))
+    caller = next((frame for frame in above if _place(frame.f_code) not in own), None)
     if caller is None or not _is_about(caller, optimizer):
         raise RuntimeError(
             "attach: torch must call the hooks of a step from a function that has the optimizer, but this one does not"
         )
     return sum(
-        _place(frame) == _place(caller) and _is_about(frame, optimizer)
+        _place(frame.f_code) == _place(caller.f_code) and _is_about(frame, optimizer)
         for top in sys._current_frames().values()
         for frame in _up(top)
     )
@@ -37,9 +41,9 @@ def _up(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _place(frame: FrameType) -> tuple[str, int]:
+def _place(code: CodeType) -> tuple[str, int]:
     """Where the function stands, which is the same of what a compiler makes of it."""
-    return frame.f_code.co_filename, frame.f_code.co_firstlineno
+    return code.co_filename, code.co_firstlineno
 
 
 def _is_about(frame: FrameType, optimizer: Optimizer) -> bool:
@@ -70,7 +74,8 @@ def is_inert(optimizer: Optimizer) -> bool:
 def may_change(optimizer: Optimizer, evaluates: bool = False) -> bool:
     """Whether the step may change a parameter, for all that is known without a look at its gradient."""
     for group in optimizer.param_groups:
-        if not _is_zero(group.get("lr")):
+        rate = group.get("lr")
+        if rate != 0 if type(rate) is float else not _is_zero(rate):
             if evaluates:
                 return True
             for p in group["params"]:
@@ -82,12 +87,10 @@ def may_change(optimizer: Optimizer, evaluates: bool = False) -> bool:
 def found_infinity(optimizer: Optimizer) -> Tensor | None:
     """What ``GradScaler`` leaves to a fused optimizer: not 0 if its step will be skipped."""
     found_inf = optimizer.__dict__.get("found_inf")
-    return found_inf.reshape(()) if isinstance(found_inf, Tensor) else None
+    return found_inf.reshape(()) if found_inf is not None and isinstance(found_inf, Tensor) else None
 
 
 def _is_zero(rate: Any) -> bool:
-    if type(rate) is float:
-        return rate == 0
     if isinstance(rate, Tensor):
         return rate.is_cpu and not bool(rate.any())
     return getattr(rate, "ndim", 0) == 0 and bool(rate == 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.__future__ import get_swap_module_params_on_conversion
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -81,7 +81,7 @@ def is_handled(p: Tensor, attachment: Attachment) -> bool:
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Of every optimizer's step. A compiler that traces it finds nothing."""
-    if is_compiling():
+    if is_dynamo_compiling():
         return
     if _begun:
         _begun.pop(id(optimizer), None)  # of a step that raised
@@ -114,7 +114,7 @@ def _look(optimizer: Optimizer, evaluates: bool) -> None:
 
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if is_compiling() or not _begun:
+    if is_dynamo_compiling() or not _begun:
         return
     for name, attachment, entered in _begun.pop(id(optimizer), ()):
         if attachment.entered == entered:

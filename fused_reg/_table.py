@@ -146,13 +146,15 @@ class Table:
     def go_to(self, step: int) -> None:
         """A step of every schedule: first all numbers, each schedule asked once, then the writes."""
         values: dict[int, float] = {}
-        due = [(name, cell, cell.schedule) for name, cell in self.cells().items() if cell.schedule is not None]
-        for name, _, schedule in due:
-            if id(schedule) not in values:
-                values[id(schedule)] = scheduled(f"Regularizer: {name}", schedule, step)
+        due: list[tuple[Cell, int]] = []
+        for name, cell in self.cells().items():
+            if (schedule := cell.schedule) is not None:
+                due.append((cell, id(schedule)))
+                if id(schedule) not in values:
+                    values[id(schedule)] = scheduled(f"Regularizer: {name}", schedule, step)
         self._step, self._skipped, self._is_led = step, None, True
-        for _, cell, schedule in due:
-            _fill(cell.value, values[id(schedule)])
+        for cell, asked in due:
+            _fill(cell.value, values[asked])
 
     def change(self, strengths: Mapping[str, Given], where: str | None) -> None:
         """Gives the entries that ``where`` means strengths of some kinds, checked before. A number is written into the

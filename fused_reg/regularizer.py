@@ -209,6 +209,8 @@ class Regularizer(Adjustable):
         Returns:
             The penalty, not scaled, without a graph.
         """
+        if scale is None:
+            raise TypeError("accumulate_grad_: scale must be a float or a 0-dim tensor, got None")
         part = self._used()
         warn_if_attached(self._attachments, "by accumulate_grad_")
         return part.accumulate_grad_(scale)[0]

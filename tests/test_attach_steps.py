@@ -298,7 +298,7 @@ def test_hooks_that_are_called_from_nowhere_are_an_error():
     optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)]
 
     def hook():
-        return depth_of(optimizers[0], hook.__code__)
+        return depth_of(optimizers[0], hook)
 
     with pytest.raises(RuntimeError, match="attach: torch must call the hooks of a step from a function that has the"):
         hook()

@@ -60,6 +60,14 @@ def test_a_step_is_one_number(step):
     assert_same_bits([rows.detach()], [before])
 
 
+@pytest.mark.parametrize("scale", [[0.5], "a", None, True])
+def test_a_scale_is_one_number(scale):
+    rows, _, regularizer = pair()
+    with pytest.raises(TypeError, match=r"^accumulate_grad_: scale must be a float or a 0-dim tensor, got "):
+        regularizer.accumulate_grad_(scale)
+    assert rows.grad is None
+
+
 def test_an_empty_list_of_patterns_is_an_error():
     with pytest.raises(ValueError, match="include must have a pattern, got an empty list"):
         Regularizer(nn.Linear(2, 2), l1=1.0, include=[])
