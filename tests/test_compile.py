@@ -244,6 +244,13 @@ def test_vmap_inside(kind, device):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_values_of_a_dictionary(count):
+    params = dict(list(filled(nn.Linear(3, 2)).named_parameters())[:count])
+    expected = sum((0.5 * p.abs().sum() for p in params.values()), torch.tensor(0.0))
+    torch.testing.assert_close(compiled(lambda: fused_penalty(params.values(), l1=0.5), "eager")(), expected)
+
+
 @pytest.mark.parametrize(
     ("make_params", "message"),
     [

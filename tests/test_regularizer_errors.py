@@ -121,6 +121,7 @@ def test_strengths(strength, error, message):
             "Regularizer: include, exclude, weights_only and rules must leave a parameter, got none",
         ),
         ({"rules": ["0.*"]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got '0.*'"),
+        ({"rules": [0.5]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got 0.5"),
         ({"rules": [("0.*", 0.5)]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got ("),
         ({"rules": [("0.*", {})]}, ValueError, "Regularizer: rules[0] must give l1, l2 or l2_norm, got {}"),
         (

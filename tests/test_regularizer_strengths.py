@@ -7,6 +7,7 @@ import torch
 from samples import draw
 from test_regularizer import assert_penalty, make_net, strengths_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_reg import Regularizer
 
@@ -309,3 +310,13 @@ def test_a_configuration_is_a_copy():
     state = regularizer.state_dict()
     state["groups"][0]["params"].clear()
     assert regularizer.state_dict()["groups"][0]["params"] == ["0", "1"]
+
+
+def test_strengths_of_a_batch():
+    """Whose values nobody can look at."""
+    p = nn.Parameter(torch.tensor([1.0, -2.0]))
+    strengths = torch.tensor([0.5, 2.0])
+    assert torch.func.vmap(lambda l1: Regularizer([p], l1=l1)())(strengths).tolist() == [1.5, 6.0]
+    with FakeTensorMode():
+        fake = Regularizer([nn.Parameter(torch.ones(3))], l1=torch.tensor(0.5))
+        assert fake().shape == ()
