@@ -305,6 +305,17 @@ def test_a_long_list_keeps_the_operator(device):
     assert "fused_reg.penalty.default" in recorder.fw_graphs[0].code
 
 
+@pytest.mark.parametrize(
+    ("strengths", "is_merged"), [({"l1": [0.1, 0.2]}, True), ({"l2": [0.1, 0.2]}, True), ({"l1": [0.1, 0.0]}, False)]
+)
+def test_a_short_list_has_no_operator(strengths, is_merged):
+    """So that it is merged with the model. Only with an operator has a parameter of strength 0 a gradient."""
+    params = [draw((3,), seed=i).requires_grad_() for i in range(2)]
+    recorder = AotEagerAndRecordGraphs()
+    torch.compile(fused_penalty, backend=recorder, fullgraph=True)(params, **strengths)
+    assert ("fused_reg" not in recorder.fw_graphs[0].code) == is_merged
+
+
 @pytest.mark.usefixtures("form")
 def test_inductor_trains(device):
     """A whole training step: model, loss, penalty and backward in one graph, the optimizer's step behind it."""
