@@ -57,6 +57,13 @@ def test_params(params, error, message):
         Regularizer(params, l1=0.5)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch: nested tensors are a prototype
+def test_a_nested_parameter():
+    nested = nn.Parameter(torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]))
+    with pytest.raises(TypeError, match=r"^Regularizer: params\['0'\] must be one tensor of .*, got a nested tensor"):
+        Regularizer([nested], l1=0.5)
+
+
 @pytest.mark.parametrize(
     ("strength", "error", "message"),
     [

@@ -1,5 +1,6 @@
 """Strengths that change: schedules, `set_strength`, tensors, and their state."""
 
+import copy
 import io
 
 import pytest
@@ -306,7 +307,7 @@ def test_a_configuration_is_a_copy():
     config["rules"][0][1]["l1"] = 0.25
     config["rules"].append(("0", {"l2": 1.0}))
     config["include"].append("2")
-    assert regularizer.get_config() == expected
+    assert regularizer.get_config() == copy.deepcopy(regularizer).get_config() == expected
     state = regularizer.state_dict()
     state["groups"][0]["params"].clear()
     assert regularizer.state_dict()["groups"][0]["params"] == ["0", "1"]
