@@ -30,7 +30,7 @@ class Attachments:
 
     def is_first(self, attachment: Attachment) -> bool:
         """Whether it is the one whose steps are counted."""
-        return next(iter(self), None) is attachment
+        return self._refs[0]() is attachment or next(iter(self), None) is attachment
 
     def add(self, table: Table, given: Any, mode: Mode, include_unused: bool) -> Attachment:
         """A new one, which takes its parameters over from earlier ones."""
