@@ -49,6 +49,11 @@ PARAMETER = nn.Parameter(torch.ones(3))
         ),
         ([], ValueError, "Regularizer: params must hold a parameter, got none"),
         (nn.ReLU(), ValueError, "Regularizer: params must hold a parameter, got none"),
+        (
+            nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)]),
+            ValueError,
+            "Regularizer: params must hold a dense floating point parameter, got none",
+        ),
         (nn.Linear(2, 2).parameters, TypeError, "or of (name, tensor) pairs, got method; call it"),
     ],
 )
