@@ -51,7 +51,7 @@ class Attachment:
         self._hooks: list[Any] = []
         self._options: list[Any] = []  # what `_follow` found in the optimizer when it last looked
         self._seen: list[Tensor] = []
-        self._is_checked = False  # what it found then, by `warn_of_missing`
+        self._is_checked: bool  # what it found then, by `warn_of_missing`
         self._frozen: list[Tensor] = []  # what no optimizer held then, and may train later
         self._taken_over = ""  # the name of a parameter that a later attachment handles
         self.entered = 0  # steps, as `_strays` counts them
@@ -63,8 +63,8 @@ class Attachment:
         self._part: Part
         self._shrinking: Part  # with mode "prox" the same without the parameters that the step leaves alone
         self._used: list[bool] | None = None  # which those are not
-        self._group_of: list[int] = []  # the optimizer's, for each entry
-        self._groups: list[int] = []
+        self._group_of: list[int]  # the optimizer's, for each entry
+        self._groups: list[int]
         self._value: Tensor | None = None
         self._has_decay = False
         self._said: set[str] = set()
@@ -306,7 +306,7 @@ class Attachment:
         if found_inf is not None:
             taken = (found_inf == 0).double()
             rates = [taken * rate for rate in rates]
-        if len(rates) == 1 or len({identity(rate) for rate in rates}) == 1:
+        if len({identity(rate) for rate in rates}) == 1:
             return rates[0]
         of_group = dict(zip(self._groups, rates, strict=True))
         return [of_group[i] for i in self._group_of]

@@ -122,3 +122,15 @@ def test_groups_without_a_regularized_parameter_are_not_looked_at(mode, other):
         if mode == "grad":
             w.grad = torch.ones(2)
     assert w.tolist() == [0.5, -2.5]
+
+
+@pytest.mark.parametrize("rate", [0, 1, np.float32(0), np.float32(1), torch.tensor(0.0), torch.tensor(1)], ids=repr)
+def test_steps_without_a_gradient_are_none_at_a_rate_of_zero(rate):
+    w = nn.Parameter(torch.tensor([2.0, -2.0]))
+    optimizer = AnyRate([w], lr=rate)
+    regularizer = Regularizer([w], l1=0.5)
+    regularizer.attach(optimizer)
+    w.grad = torch.zeros(2)
+    optimizer.step()
+    assert regularizer.step == float(rate)
+    assert w.grad.tolist() == [0.5 * float(rate), -0.5 * float(rate)]

@@ -218,6 +218,24 @@ def test_each_inner_step_has_its_penalty():
     assert regularizer.step == 5
 
 
+class Renewing(SGD):
+    """The second of two steps has another gradient, which was written as often as the first."""
+
+    def step(self, closure=None):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p).mul_(0)
+        super().step()
+
+
+def test_an_inner_step_with_a_new_gradient():
+    w = nn.Parameter(torch.ones(1))
+    Regularizer([w], l1=0.25).attach(optimizer := Renewing([w], lr=0.5))
+    w.grad = torch.zeros(1)
+    optimizer.step()
+    assert w.item() == 1 - 2 * 0.125
+
+
 def test_gradients_that_are_kept_keep_their_penalty():
     """From one whole step to the next, as with the base class."""
 

@@ -6,6 +6,7 @@ from oracle import assert_same_bits, assert_value
 from ranks import ranks
 from samples import draw
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_reg import Regularizer, reference
 
@@ -180,3 +181,14 @@ def test_shards_without_gradient(mode, include_unused):
         torch.testing.assert_close(found[1], [p.tolist() for p in params], rtol=1e-14, atol=1e-15)
         assert (found[1][1:] == before) == (not include_unused)
         assert found[2:] == (mode == "prox" or not include_unused,) * 2
+
+
+def test_a_captured_step_without_gradients_looks_at_nothing(monkeypatch):
+    """A capture cannot wait for the GPU. Tensors without data, which cannot be looked at either, stand in for it."""
+    with FakeTensorMode():
+        w = nn.Parameter(torch.ones(3, device="cuda"))
+        regularizer, optimizer = Regularizer([w], l1=0.5), torch.optim.SGD([w], lr=0.1)
+        regularizer.attach(optimizer)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        optimizer.step()
+    assert regularizer.step == 0

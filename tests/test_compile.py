@@ -244,6 +244,13 @@ def test_vmap_inside(kind, device):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_values_of_a_dictionary(count):
+    params = dict(list(filled(nn.Linear(3, 2)).named_parameters())[:count])
+    expected = sum((0.5 * p.abs().sum() for p in params.values()), torch.tensor(0.0))
+    torch.testing.assert_close(compiled(lambda: fused_penalty(params.values(), l1=0.5), "eager")(), expected)
+
+
 @pytest.mark.parametrize(
     ("make_params", "message"),
     [
@@ -296,6 +303,17 @@ def test_a_long_list_keeps_the_operator(device):
     recorder = AotEagerAndRecordGraphs()
     torch.compile(fused_penalty, backend=recorder, fullgraph=True)(params, 0.1, 0.2)
     assert "fused_reg.penalty.default" in recorder.fw_graphs[0].code
+
+
+@pytest.mark.parametrize(
+    ("strengths", "is_merged"), [({"l1": [0.1, 0.2]}, True), ({"l2": [0.1, 0.2]}, True), ({"l1": [0.1, 0.0]}, False)]
+)
+def test_a_short_list_has_no_operator(strengths, is_merged):
+    """So that it is merged with the model. Only with an operator has a parameter of strength 0 a gradient."""
+    params = [draw((3,), seed=i).requires_grad_() for i in range(2)]
+    recorder = AotEagerAndRecordGraphs()
+    torch.compile(fused_penalty, backend=recorder, fullgraph=True)(params, **strengths)
+    assert ("fused_reg" not in recorder.fw_graphs[0].code) == is_merged
 
 
 @pytest.mark.usefixtures("form")

@@ -8,7 +8,7 @@ from oracle import assert_same_bits, assert_value, gradients, loop_gradients
 from samples import DTYPES, FULL_DTYPES, draw, leaves, numbers, one_each
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_reg import _devices, _ops, fused_penalty, value_and_grad
+from fused_reg import _devices, _ops, accumulate_grad_, fused_penalty, prox_, value_and_grad
 from fused_reg._arguments import explained
 from fused_reg._terms import Strengths
 
@@ -155,6 +155,19 @@ def test_strength_on_another_gpu(function, cuda):
 
 
 # Without a GPU: meta tensors stand in for those of a second device, fake ones for those of a GPU.
+
+
+@pytest.mark.cuda
+def test_a_wrong_strength_writes_on_no_device(cuda):
+    params = [torch.ones(2, device=device, requires_grad=True) for device in (cuda, "cpu")]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    wrong = torch.tensor([0.5, -1.0])
+    with raises(ValueError, "accumulate_grad_: l1[1] must be finite and >= 0, got -1.0"):
+        accumulate_grad_(params, l1=wrong)
+    with raises(ValueError, "prox_: l1[1] must be finite and >= 0, got -1.0"):
+        prox_(params, l1=wrong, step=1.0)
+    assert [(p.tolist(), p.grad.tolist()) for p in params] == [([1, 1], [0, 0])] * 2
 
 
 def fake(device):

@@ -319,6 +319,9 @@ def check_modes() -> None:
     prox_(some, 0.1, step=0.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+    before = some[0].grad._version
+    accumulate_grad_(some, 0.1)
+    assert some[0].grad._version > before
 
 
 def check_loss_is_a_dtensor() -> None:

@@ -271,7 +271,7 @@ def test_a_copy_follows_the_copied_module(copied):
 
 
 def appended(net):
-    net.append(nn.Linear(4, 2))
+    net.append(nn.Linear(4, 2, bias=False))  # a place without a parameter
 
 
 @pytest.mark.parametrize("change", [new_head, written_into_the_table, appended])

@@ -91,6 +91,7 @@ def test_names_that_would_be_one_are_whole():
         ("^fc.*$", "fc*"),
         (r"fc\.bias$", "fc.bias"),
         ("fc.wieght", "fc.weight"),
+        ("mha.out_porj.*", "mha.out_proj.*"),
         ("proj", "*proj*"),
         ("decoder", None),
     ],

@@ -127,7 +127,7 @@ def test_other_attributes_do_not_matter():
     expected = fused_penalty(net.parameters(), l1=0.1)
     net.weight.tensor_model_parallel, net.weight.infshape, net.bias.mask = True, (7, 5), torch.ones(5)
     empty = nn.Parameter(torch.empty(0, 3))
-    empty.label, empty.shape_before = "empty", torch.Size((0, 3))
+    empty.label, empty.shape_before, empty.mask = "empty", torch.Size((0, 3)), torch.empty(0, 3)
     assert fused_penalty([*net.parameters(), empty], l1=0.1) == expected
 
 

@@ -49,12 +49,24 @@ PARAMETER = nn.Parameter(torch.ones(3))
         ),
         ([], ValueError, "Regularizer: params must hold a parameter, got none"),
         (nn.ReLU(), ValueError, "Regularizer: params must hold a parameter, got none"),
+        (
+            nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)]),
+            ValueError,
+            "Regularizer: params must hold a dense floating point parameter, got none",
+        ),
         (nn.Linear(2, 2).parameters, TypeError, "or of (name, tensor) pairs, got method; call it"),
     ],
 )
 def test_params(params, error, message):
     with pytest.raises(error, match=re.escape(message)):
         Regularizer(params, l1=0.5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch: nested tensors are a prototype
+def test_a_nested_parameter():
+    nested = nn.Parameter(torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]))
+    with pytest.raises(TypeError, match=r"^Regularizer: params\['0'\] must be one tensor of .*, got a nested tensor"):
+        Regularizer([nested], l1=0.5)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +137,7 @@ def test_strengths(strength, error, message):
             "Regularizer: include, exclude, weights_only and rules must leave a parameter, got none",
         ),
         ({"rules": ["0.*"]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got '0.*'"),
+        ({"rules": [0.5]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got 0.5"),
         ({"rules": [("0.*", 0.5)]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got ("),
         ({"rules": [("0.*", {})]}, ValueError, "Regularizer: rules[0] must give l1, l2 or l2_norm, got {}"),
         (

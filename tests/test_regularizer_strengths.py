@@ -1,5 +1,6 @@
 """Strengths that change: schedules, `set_strength`, tensors, and their state."""
 
+import copy
 import io
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from samples import draw
 from test_regularizer import assert_penalty, make_net, strengths_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_reg import Regularizer
 
@@ -305,7 +307,17 @@ def test_a_configuration_is_a_copy():
     config["rules"][0][1]["l1"] = 0.25
     config["rules"].append(("0", {"l2": 1.0}))
     config["include"].append("2")
-    assert regularizer.get_config() == expected
+    assert regularizer.get_config() == copy.deepcopy(regularizer).get_config() == expected
     state = regularizer.state_dict()
     state["groups"][0]["params"].clear()
     assert regularizer.state_dict()["groups"][0]["params"] == ["0", "1"]
+
+
+def test_strengths_of_a_batch():
+    """Whose values nobody can look at."""
+    p = nn.Parameter(torch.tensor([1.0, -2.0]))
+    strengths = torch.tensor([0.5, 2.0])
+    assert torch.func.vmap(lambda l1: Regularizer([p], l1=l1)())(strengths).tolist() == [1.5, 6.0]
+    with FakeTensorMode():
+        fake = Regularizer([nn.Parameter(torch.ones(3))], l1=torch.tensor(0.5))
+        assert fake().shape == ()

@@ -103,6 +103,13 @@ def test_text():
         "  scale            1,000                       500  15.8114   0 (0.0 %)\n"
         "total              1,006                   500.003  16.0935   3 (0.3 %)"
     )
+    plain = Regularizer([("w", nn.Parameter(torch.tensor([3.0, 0.0, -4.0, 0.0])))], l1=0.5).report()
+    assert str(plain) == (
+        "         elements   l1  l2  l2_norm  value  norm       zeros\n"
+        "group 0         4  0.5   0        0    3.5     5  2 (50.0 %)\n"
+        "  w             4                      3.5     5  2 (50.0 %)\n"
+        "total           4                      3.5     5  2 (50.0 %)"
+    )
 
 
 def test_nothing_trained():
