@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from fused_reg import _devices, _ops, distributed
+from fused_reg import _ops, distributed
 from fused_reg._arguments import Strength, as_list, as_strengths, raise_explained
-from fused_reg._penalty import penalty, penalty_in_graph
 from fused_reg._terms import Group, Strengths
+from fused_reg.autograd.routes import penalty, penalty_in_graph
+from fused_reg.distributed import by_device
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -175,8 +176,8 @@ def value_and_grad(
             return distributed.value_and_grad(tensors, strengths)
         return _value_and_grad(tensors, strengths)
     except Exception as error:
-        if _devices.is_mixed(tensors, error):
-            return _devices.value_and_grad(_value_and_grad, tensors, strengths)
+        if by_device.is_mixed(tensors, error):
+            return by_device.value_and_grad(_value_and_grad, tensors, strengths)
         raise_explained("value_and_grad", tensors, error)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.compiler import is_compiling
 
-from fused_reg import _devices, _ops, distributed
+from fused_reg import _ops, distributed
 from fused_reg._arguments import (
     Strength,
     as_list,
@@ -24,6 +24,7 @@ from fused_reg._arguments import (
     raise_explained,
 )
 from fused_reg._terms import Group, Strengths
+from fused_reg.distributed import by_device
 
 # What _ops.accumulate_grad_ does with the gradient of a parameter: nothing, write it, add to it.
 _SKIP, _WRITE, _ADD = 0, 1, 2
@@ -124,12 +125,12 @@ def accumulate(
             own = _merged(modes, grads, fresh) if missing else grads
             value = _ops.accumulate_grad_(tensors, own, modes, *factor, *strengths)
         except Exception as error:
-            if not _devices.is_mixed(tensors, error):
+            if not by_device.is_mixed(tensors, error):
                 raise
             check_values("", strengths.named_tensors())
-            fresh = _devices.empty_grads(missing)
+            fresh = by_device.empty_grads(missing)
             own = _merged(modes, grads, fresh)
-            value = _devices.accumulate_grad_(tensors, own, modes, *factor, strengths)
+            value = by_device.accumulate_grad_(tensors, own, modes, *factor, strengths)
     except Exception as error:
         negated = [p for p in tensors if isinstance(p, Tensor) and p.is_leaf and p.grad is not None and p.grad.is_neg()]
         if negated:  # the dispatcher writes to no such view
@@ -295,10 +296,10 @@ def shrink(name: str, tensors: list[Tensor], strengths: Strengths) -> None:
         try:
             _ops.prox_(tensors, None, (), *strengths)
         except Exception as error:
-            if not _devices.is_mixed(tensors, error):
+            if not by_device.is_mixed(tensors, error):
                 raise
             check_values("", strengths.named_tensors())
-            _devices.prox_(tensors, strengths)
+            by_device.prox_(tensors, strengths)
     except Exception as error:
         if any(isinstance(p, Tensor) and p.is_neg() for p in tensors):
             # The dispatcher writes to no negated view. The operator is odd: it may take the memory behind as it is.

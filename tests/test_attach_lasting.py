@@ -11,7 +11,8 @@ from samples import draw
 from torch import nn
 from torch.optim import Optimizer
 
-from fused_reg import Regularizer, _lasting, prox_
+from fused_reg import Regularizer, prox_
+from fused_reg.regularizer import lasting
 
 
 def kind(update, base=Optimizer, **defaults):
@@ -336,7 +337,7 @@ def test_what_cannot_be_tried_is_said(made):
 
 
 def test_torchs_own_are_not_tried(monkeypatch):
-    monkeypatch.setattr(_lasting, "_tried", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(lasting, "_tried", lambda *_: pytest.fail("tried"))
     net = nn.Linear(3, 2)
     for optimizer in (torch.optim.SGD, torch.optim.AdamW, torch.optim.ASGD):
         Regularizer(net, l1=0.1).attach(optimizer(net.parameters()), "prox")

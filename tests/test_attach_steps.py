@@ -13,8 +13,8 @@ from test_attach import loss_of, make, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from fused_reg import Regularizer, _attach, fused_penalty
-from fused_reg._steps import depth_of
+from fused_reg import Regularizer, fused_penalty
+from fused_reg.regularizer.steps import depth_of
 
 MODES = pytest.mark.parametrize("mode", ["grad", "prox"])
 
@@ -176,7 +176,7 @@ def test_a_sparse_gradient_of_zeros_is_looked_at():
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_a_scaler_skips(fused, scheduled, known_to, mode, device, monkeypatch):
     if known_to == "device":  # which the host does not wait for
-        monkeypatch.setattr(_attach, "is_inert", lambda optimizer: False)
+        monkeypatch.setattr("fused_reg.regularizer.attachment.is_inert", lambda optimizer: False)
     net = make(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.125, fused=fused)
     regularizer = Regularizer(net, l1=schedule if scheduled else 0.125)

@@ -11,7 +11,8 @@ from test_attach_wrappers import Lookahead, backward, check, trained, with_closu
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from fused_reg import Regularizer, _nesting
+from fused_reg import Regularizer
+from fused_reg.regularizer import nesting
 
 
 def clip(params):
@@ -150,9 +151,9 @@ def test_no_class_of_torchs_goes_on():
     kinds = [k for k in vars(torch.optim).values() if isinstance(k, type) and k is not Optimizer]
     assert len(kinds) > 10
     for kind in kinds:
-        steps = list(_nesting._steps_of(kind))
+        steps = list(nesting._steps_of(kind))
         mro = kind.__mro__
-        assert not any(_nesting._calls(mro[a:b], mro[b]) for (a, _), (b, _) in itertools.pairwise(steps))
+        assert not any(nesting._calls(mro[a:b], mro[b]) for (a, _), (b, _) in itertools.pairwise(steps))
 
 
 class Accumulating(SGD):

@@ -11,8 +11,9 @@ from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 import fused_reg
-from fused_reg import Regularizer, _merged, accumulate_grad_, fused_penalty, prox_, value_and_grad
+from fused_reg import Regularizer, accumulate_grad_, fused_penalty, prox_, value_and_grad
 from fused_reg._terms import group_count
+from fused_reg.autograd import merged
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
 
@@ -36,7 +37,7 @@ def fresh_compiler():
 def form(request, monkeypatch):
     """The penalty of a short list, on the CPU, as plain operations, and through the operators as that of a long one."""
     if request.param == "operators":
-        monkeypatch.setattr(_merged, "MOST_TENSORS", 0)
+        monkeypatch.setattr(merged, "MOST_TENSORS", 0)
 
 
 def make(device) -> nn.Module:
@@ -158,7 +159,7 @@ SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, 1e-30, -3e38]
 @pytest.mark.parametrize("most_summed", [0, 1 << 20])
 def test_a_merged_list_has_the_same_bits(most_summed, special, upstream, backend, device, monkeypatch):
     """Its gradients; and its value, which is summed in another order but in float64, too, or by the operator."""
-    monkeypatch.setattr(_merged, "_MOST_SUMMED", most_summed)
+    monkeypatch.setattr(merged, "_MOST_SUMMED", most_summed)
     kinds = (
         {"l1": 0.1, "l2": torch.tensor(0.2)},
         {"l1": torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)},
@@ -299,7 +300,7 @@ def test_a_penalty_of_activations_is_exported_for_every_batch():
 
 def test_a_long_list_keeps_the_operator(device):
     """So that it compiles in seconds."""
-    params = [draw((3,), device=device, seed=i).requires_grad_() for i in range(_merged.MOST_TENSORS + 1)]
+    params = [draw((3,), device=device, seed=i).requires_grad_() for i in range(merged.MOST_TENSORS + 1)]
     recorder = AotEagerAndRecordGraphs()
     torch.compile(fused_penalty, backend=recorder, fullgraph=True)(params, 0.1, 0.2)
     assert "fused_reg.penalty.default" in recorder.fw_graphs[0].code

@@ -8,9 +8,10 @@ from oracle import assert_same_bits, assert_value, gradients, loop_gradients
 from samples import DTYPES, FULL_DTYPES, draw, leaves, numbers, one_each
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_reg import _devices, _ops, accumulate_grad_, fused_penalty, prox_, value_and_grad
+from fused_reg import _ops, accumulate_grad_, fused_penalty, prox_, value_and_grad
 from fused_reg._arguments import explained
 from fused_reg._terms import Strengths
+from fused_reg.distributed import by_device
 
 FUNCTIONS = pytest.mark.parametrize("function", [fused_penalty, value_and_grad])
 BOTH = {"l1": 0.1, "l2": 1 / 3}
@@ -180,7 +181,7 @@ def test_parts_of_a_list():
     places = ("cpu", "meta", "meta", "cpu", "cpu", "meta")
     params = [torch.empty(i, device=device) for i, device in enumerate(places)]
     l2 = torch.arange(6.0)
-    cpu, meta = _devices._parts(params, numbers((0.5,), l2))
+    cpu, meta = by_device._parts(params, numbers((0.5,), l2))
     assert (cpu.places, meta.places) == ([0, 3, 4], [1, 2, 5])
     for part, device in ((cpu, "cpu"), (meta, "meta")):
         *own, end = part.params
@@ -200,11 +201,11 @@ def test_parts_come_together():
         value = torch.tensor(1 / 3 if part[0].is_meta else 1.0, dtype=torch.float64)
         return value, tuple(part[:-1])
 
-    value, grads = _devices.value_and_grad(one_device, params, numbers((7.0,)))
+    value, grads = by_device.value_and_grad(one_device, params, numbers((7.0,)))
     assert_same_bits([value], [torch.tensor(4 / 3)])
     assert all(g is p for g, p in zip(grads, params, strict=True))
     double = [*params, torch.ones(1, dtype=torch.float64)]
-    value = _devices.penalty(lambda *a: one_device(*a)[0], double, numbers((7.0,)))
+    value = by_device.penalty(lambda *a: one_device(*a)[0], double, numbers((7.0,)))
     assert_same_bits([value], [torch.tensor(1 + 1 / 3, dtype=torch.float64)])
 
 
@@ -212,7 +213,7 @@ def test_gradients_accumulate_in_parts(monkeypatch):
     """Each part gets its own gradients, modes and strengths."""
     devices = ("cpu", "meta", "cpu", "meta")
     params = [torch.empty(i + 1, device=device) for i, device in enumerate(devices)]
-    grads = _devices.empty_grads(params)
+    grads = by_device.empty_grads(params)
     assert [(g.numel(), g.device.type) for g in grads] == [(1, "cpu"), (2, "meta"), (3, "cpu"), (4, "meta")]
     checked, calls = [], []
 
@@ -223,7 +224,7 @@ def test_gradients_accumulate_in_parts(monkeypatch):
     monkeypatch.setattr(_ops, "accumulate_grad_", operator)
     monkeypatch.setattr(_ops, "check_writable", lambda *lists: checked.append((lists, len(calls))))
     given = numbers((0.1, 0.2, 0.3, 0.4))
-    value = _devices.accumulate_grad_(params, grads, [1, 2, 2, 1], 0.5, None, given)
+    value = by_device.accumulate_grad_(params, grads, [1, 2, 2, 1], 0.5, None, given)
     assert checked == [((params, grads, [1, 2, 2, 1]), 0)]  # the whole list, before anything is written
     assert calls == [
         ("cpu", [grads[0], grads[2]], [1, 2, 0], 0.5, None, (0.1, 0.3, 0.1)),
@@ -238,7 +239,7 @@ def test_proximal_steps_in_parts(monkeypatch):
     monkeypatch.setattr(_ops, "prox_", lambda part, *rest: calls.append(([p.numel() for p in part], *rest)))
     monkeypatch.setattr(_ops, "check_writable", lambda whole, *none: checked.append((whole, none, len(calls))))
     given = numbers(l2_norm=(0.5,), step=(0.1, 0.2, 0.3), group="row")
-    _devices.prox_(params, given)
+    by_device.prox_(params, given)
     assert checked == [(params, ((), ()), 0)]
     assert calls == [
         ([1, 3, 0], None, (), *given.having(step=(0.1, 0.3, 0.1))),
@@ -263,12 +264,12 @@ def test_strengths_of_a_part():
 def test_which_lists_are_mixed():
     here, there = torch.empty(3), fake("cuda")
     error = ValueError("params[1] must be on cpu, as params[0], got cuda:0")
-    assert _devices.is_mixed([here, there], error)
-    assert _devices.is_mixed([here, there, None], error)
-    assert not _devices.is_mixed([here, here], error)
-    assert not _devices.is_mixed([here, torch.empty(3, device="meta")], error)
-    assert not _devices.is_mixed([here, there], TypeError("params[1] must be floating point"))
-    assert not _devices.is_mixed([here, there], RuntimeError())
+    assert by_device.is_mixed([here, there], error)
+    assert by_device.is_mixed([here, there, None], error)
+    assert not by_device.is_mixed([here, here], error)
+    assert not by_device.is_mixed([here, torch.empty(3, device="meta")], error)
+    assert not by_device.is_mixed([here, there], TypeError("params[1] must be floating point"))
+    assert not by_device.is_mixed([here, there], RuntimeError())
 
 
 @pytest.mark.skipif(bool(_ops.library.build_info()["cuda_architectures"]), reason="fused_reg is built with CUDA")

@@ -11,7 +11,7 @@ from test_group_norms_gradient import exact_gradient
 from torch import nn
 
 from fused_reg import Regularizer, _ops, accumulate_grad_, fused_penalty, value_and_grad
-from fused_reg._collectives import hypot
+from fused_reg.distributed.collectives import hypot
 
 EVERY_GROUP = pytest.mark.parametrize("group", ["tensor", "row"])
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_reg import _strays
 from fused_reg._warnings import warn
+from fused_reg.regularizer import strays
 
 if TYPE_CHECKING:
-    from fused_reg._attach import Attachment
+    from fused_reg.regularizer.attachment import Attachment
 
 _CHANGES = 2  # one alone may be a checkpoint that is loaded
 
@@ -57,7 +57,7 @@ class Watch:
         if p.is_cpu or p._version != last.version or last.count & (last.count - 1) == 0:
             before, last.version, last.sample = last.sample, p._version, sample(p)
             last.changes += not is_same(before, last.sample)
-            if last.changes == _CHANGES and not self._has_warned and _strays.is_handled(p, attachment):
+            if last.changes == _CHANGES and not self._has_warned and strays.is_handled(p, attachment):
                 self._has_warned = True
                 self._warn(next(entry.name for entry in attachment.entries if entry.param is p), attachment)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_reg import _strays
-from fused_reg._attach import Attachment, Mode
-from fused_reg._lasting import check_wrapper
-from fused_reg._table import Table
 from fused_reg._warnings import warn
-from fused_reg._wrapped import innermost
+from fused_reg.regularizer import strays
+from fused_reg.regularizer.attachment import Attachment, Mode
+from fused_reg.regularizer.lasting import check_wrapper
+from fused_reg.regularizer.table import Table
+from fused_reg.regularizer.wrapped import innermost
 
 
 class Attachments:
@@ -58,7 +58,7 @@ class Attachments:
         return {id(entry.param) for a in self if a is not but for entry in a.entries}
 
     def register(self, attachment: Attachment) -> None:
-        _strays.handle(attachment, self._regularizer)
+        strays.handle(attachment, self._regularizer)
 
     def warn_of_missing(self, table: Table) -> list[Tensor]:
         """Of parameters that may be trained, but by no optimizer that is attached. Returns those that are frozen."""

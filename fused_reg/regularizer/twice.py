@@ -8,8 +8,8 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fused_reg._attachments import Attachments
 from fused_reg._warnings import warn
+from fused_reg.regularizer.attachments import Attachments
 
 _warned: WeakSet[Attachments] = WeakSet()
 

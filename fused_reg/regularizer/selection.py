@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 
 from torch.nn import Module
 
-from fused_reg._candidates import Candidate, marked_modules
-from fused_reg._marks import Mark
 from fused_reg._partitioned import check_whole
-from fused_reg._patterns import check_matches
-from fused_reg._strengths import KINDS, Penalty, as_penalty, is_absent
+from fused_reg.regularizer.candidates import Candidate, marked_modules
+from fused_reg.regularizer.marks import Mark
+from fused_reg.regularizer.patterns import check_matches
+from fused_reg.regularizer.strengths import KINDS, Penalty, as_penalty, is_absent
 
 #: A rule: its pattern, and what it names of a penalty.
 Rule = tuple[str, dict[str, Any]]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
-from fused_reg._marks import Mark, marks_of, marks_on
-from fused_reg._patterns import Named
-from fused_reg._walk import Place, dims, is_bias, walk
+from fused_reg.regularizer.marks import Mark, marks_of, marks_on
+from fused_reg.regularizer.patterns import Named
+from fused_reg.regularizer.walk import Place, dims, is_bias, walk
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from fused_reg import _ops
 from fused_reg._arguments import explained
 from fused_reg._partitioned import check_whole
-from fused_reg._parts import named
-from fused_reg._penalty import penalty
-from fused_reg._strengths import KINDS, Cell, Held, identity, tensor_of
-from fused_reg._table import Entry, Table
 from fused_reg._terms import GROUPS, Strengths, group_count
+from fused_reg.autograd.routes import penalty
 from fused_reg.distributed import Bucket, buckets, shards_of
+from fused_reg.regularizer.calls import named
+from fused_reg.regularizer.strengths import KINDS, Cell, Held, identity, tensor_of
+from fused_reg.regularizer.table import Entry, Table
 
 Row = dict[str, Any]
 

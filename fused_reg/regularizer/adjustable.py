@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
-from fused_reg._patterns import check_matches
-from fused_reg._saved import parsed, state_of
-from fused_reg._strengths import KINDS, Given, checked
-from fused_reg._table import Table
+from fused_reg.regularizer.patterns import check_matches
+from fused_reg.regularizer.saved import parsed, state_of
+from fused_reg.regularizer.strengths import KINDS, Given, checked
+from fused_reg.regularizer.table import Table
 
 
 class Adjustable:

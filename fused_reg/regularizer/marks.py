@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.nn import Module
 
-from fused_reg._strengths import KINDS, Given, Penalty, as_flag, as_penalty
 from fused_reg._terms import Group, check_group
-from fused_reg._walk import Place, dims, is_bias, walk
+from fused_reg.regularizer.strengths import KINDS, Given, Penalty, as_flag, as_penalty
+from fused_reg.regularizer.walk import Place, dims, is_bias, walk
 
 M = TypeVar("M", bound=Module)
 

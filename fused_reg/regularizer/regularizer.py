@@ -11,19 +11,19 @@ from torch.compiler import is_compiling
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from fused_reg._adjustable import Adjustable
 from fused_reg._arguments import is_number
-from fused_reg._attach import Attachment, Mode
-from fused_reg._attachments import Attachments
-from fused_reg._following import Source
-from fused_reg._parts import Part
-from fused_reg._report import Report, report_of, summary_of
-from fused_reg._selection import Choice, as_patterns, as_rules
-from fused_reg._strengths import Given, as_flag, as_penalty
-from fused_reg._table import Entry, Table
 from fused_reg._terms import Group
-from fused_reg._twice import warn_if_attached, watched
 from fused_reg._warnings import warn
+from fused_reg.regularizer.adjustable import Adjustable
+from fused_reg.regularizer.attachment import Attachment, Mode
+from fused_reg.regularizer.attachments import Attachments
+from fused_reg.regularizer.calls import Part
+from fused_reg.regularizer.following import Source
+from fused_reg.regularizer.report import Report, report_of, summary_of
+from fused_reg.regularizer.selection import Choice, as_patterns, as_rules
+from fused_reg.regularizer.strengths import Given, as_flag, as_penalty
+from fused_reg.regularizer.table import Entry, Table
+from fused_reg.regularizer.twice import warn_if_attached, watched
 
 
 class Regularizer(Adjustable):

@@ -23,9 +23,9 @@ from torch.compiler import is_compiling
 
 from fused_reg import _ops
 from fused_reg._arguments import PLAIN_TYPES, check_values
-from fused_reg._composed import composed_penalty, gradient, rows_of, scattered, table_of
-from fused_reg._merged import can_merge, merged_penalty, specified_penalty
 from fused_reg._terms import Strengths, group_count
+from fused_reg.autograd.composed import composed_penalty, gradient, rows_of, scattered, table_of
+from fused_reg.autograd.merged import can_merge, merged_penalty, specified_penalty
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fused_reg._rates import rate_of
 from fused_reg._warnings import warn
-from fused_reg._wrapped import held, optimizers_in
 from fused_reg.in_place import prox_
+from fused_reg.regularizer.rates import rate_of
+from fused_reg.regularizer.wrapped import held, optimizers_in
 
 _STEPS = 40
 _SHRUNK_AFTER = 8  # FTRL keeps more of what is done after its very first step

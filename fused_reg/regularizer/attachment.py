@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
-from fused_reg import _strays
-from fused_reg._closures import Closure, closure_of, exchanged, with_penalty
-from fused_reg._lasting import check_lasting
-from fused_reg._nesting import Nesting
-from fused_reg._parts import Part
-from fused_reg._rates import check_rates, rate_of
-from fused_reg._steps import found_infinity, is_inert
-from fused_reg._strengths import KINDS, identity, is_absent, tensor_of
-from fused_reg._table import Entry, Table
 from fused_reg._warnings import warn
-from fused_reg._watch import Watch
+from fused_reg.regularizer import strays
+from fused_reg.regularizer.calls import Part
+from fused_reg.regularizer.closures import Closure, closure_of, exchanged, with_penalty
+from fused_reg.regularizer.lasting import check_lasting
+from fused_reg.regularizer.nesting import Nesting
+from fused_reg.regularizer.rates import check_rates, rate_of
+from fused_reg.regularizer.steps import found_infinity, is_inert
+from fused_reg.regularizer.strengths import KINDS, identity, is_absent, tensor_of
+from fused_reg.regularizer.table import Entry, Table
+from fused_reg.regularizer.watch import Watch
 
 if TYPE_CHECKING:
-    from fused_reg._attachments import Attachments
+    from fused_reg.regularizer.attachments import Attachments
 
 #: The gradient before the step, or the proximal step after it.
 Mode = Literal["grad", "prox"]
@@ -68,7 +68,7 @@ class Attachment:
         self._value: Tensor | None = None
         self._has_decay = False
         self._said: set[str] = set()
-        self.handler = _strays.Handler(weakref.ref(self))
+        self.handler = strays.Handler(weakref.ref(self))
         self._follow(optimizer)
         if mode == "prox":
             check_rates(optimizer.param_groups, self._groups)

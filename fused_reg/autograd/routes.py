@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fused_reg import _autograd, _devices, distributed
+from fused_reg import distributed
 from fused_reg._arguments import PLAIN_TYPES, as_list, raise_explained
 from fused_reg._terms import Strengths
+from fused_reg.autograd import functions
+from fused_reg.distributed import by_device
 
 
 def penalty(params: list[Tensor], strengths: Strengths) -> Tensor:
     """The penalty of a list that is not empty."""
     # DTensors are left to Dynamo, which turns their collective into one that can be traced.
     if not is_compiling() or distributed.is_sharded(params):
-        return _of_any_list(_autograd.penalty, params, strengths)
+        return _of_any_list(functions.penalty, params, strengths)
     if not all(isinstance(p, Tensor) for p in params):  # the operator would say so in other words
         raise_explained("fused_penalty", params, TypeError("fused_penalty: params must be tensors"))
     return penalty_in_graph(params, *strengths, False)
@@ -36,8 +38,8 @@ def _of_any_list(
             return distributed.penalty(params, strengths)
         return of_one_device(params, strengths)
     except Exception as error:
-        if _devices.is_mixed(params, error):
-            return _devices.penalty(of_one_device, params, strengths)
+        if by_device.is_mixed(params, error):
+            return by_device.penalty(of_one_device, params, strengths)
         raise_explained("fused_penalty", params, error)
 
 
@@ -53,8 +55,8 @@ def _decomposition(
     strengths = Strengths(tuple(floats), tuple(tensors), tuple(counts), group)
     is_run = PLAIN_TYPES.issuperset(map(type, params)) and torch._C._len_torch_dispatch_stack() == 0
     if is_run and not torch._C._are_functorch_transforms_active():  # by an exported program, or the backend "eager"
-        return _of_any_list(_autograd.penalty, params, strengths)
-    return _of_any_list(partial(_autograd.traced_penalty, are_positive=are_positive), params, strengths)
+        return _of_any_list(functions.penalty, params, strengths)
+    return _of_any_list(partial(functions.traced_penalty, are_positive=are_positive), params, strengths)
 
 
 # The caches of torch know an operator by its name, not by what it decomposes into. When that changes, add a revision:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from fused_reg._composed import exponent_of
+from fused_reg.autograd.composed import exponent_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

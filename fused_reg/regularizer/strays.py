@@ -16,13 +16,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused_reg._closures import closure_of
-from fused_reg._steps import may_change
 from fused_reg._warnings import warn
-from fused_reg._wrapped import optimizers_in
+from fused_reg.regularizer.closures import closure_of
+from fused_reg.regularizer.steps import may_change
+from fused_reg.regularizer.wrapped import optimizers_in
 
 if TYPE_CHECKING:
-    from fused_reg._attach import Attachment
+    from fused_reg.regularizer.attachment import Attachment
 
 #: The rows of parameters; of those that torch may swap, which a weak reference forbids, an attribute. (With one, every
 #: operator takes longer.)

@@ -9,11 +9,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fused_reg._following import Source
-from fused_reg._patterns import Named
-from fused_reg._strengths import KINDS, Cell, Given, Held, Schedule, held, identity, scheduled, tensor_of
 from fused_reg._terms import Group
 from fused_reg._warnings import warn
+from fused_reg.regularizer.following import Source
+from fused_reg.regularizer.patterns import Named
+from fused_reg.regularizer.strengths import KINDS, Cell, Given, Held, Schedule, held, identity, scheduled, tensor_of
 
 #: For each kind of strength its number, and whether a schedule goes on from there.
 Wishes: TypeAlias = "Mapping[str, tuple[float, bool]]"

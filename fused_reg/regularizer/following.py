@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from fused_reg import _marks
-from fused_reg._candidates import Candidate, candidates_of
-from fused_reg._marks import Mark
-from fused_reg._selection import Choice
-from fused_reg._strengths import KINDS, Given, Penalty
 from fused_reg._warnings import warn
 from fused_reg.distributed import cuts
+from fused_reg.regularizer import marks
+from fused_reg.regularizer.candidates import Candidate, candidates_of
+from fused_reg.regularizer.marks import Mark
+from fused_reg.regularizer.selection import Choice
+from fused_reg.regularizer.strengths import KINDS, Given, Penalty
 
 _NAMES_SHOWN = 4
 _END = object()
@@ -55,14 +55,14 @@ class Source:
     def has_changed(self) -> bool:
         """Whether a module or a parameter is another one by now, or a mark was set."""
         is_same = all(map(is_, chain.from_iterable(self._views), self._content)) and not any(self._empty)
-        if is_same and _marks.count == self._mark_count:
+        if is_same and marks.count == self._mark_count:
             return False
         if self._is_copy:
             self._settle()
         gathered = self._gathered()
         shown = [gathered.get((id(m), key), x) for m, key, x in _contents(self._modules)]
         is_same = len(shown) + 1 == len(self._content) and all(map(is_, shown, self._content))
-        return self._module is not None and not (is_same and _marks.count == self._mark_count)
+        return self._module is not None and not (is_same and marks.count == self._mark_count)
 
     def read_again(self) -> str:
         """Reads the module, and says what has changed in what is chosen, the same once."""
@@ -107,7 +107,7 @@ class Source:
         self.chosen = self._choice.of(params, candidates, *complain)
         self._candidates = candidates
         self._marks = {**self._marks, **{name: mark for c in candidates for name, mark in c.marks.items()}}
-        self._mark_count = _marks.count
+        self._mark_count = marks.count
         self._places = {(id(m), key): gathered.get((id(m), key), x) for m, key, x in _contents(modules)}
         self._modules, self._content = modules, [*self._places.values(), _END]
         tables = [table for m in modules for table in _tables_of(m)]
@@ -126,7 +126,7 @@ class Source:
         """Nothing but a look: a compiler that traces it compiles again where a place has another parameter by then, or
         a mark was set."""
         if isinstance(self._module, Module):
-            assert str(_marks.count)  # of the number itself the compiler would make a variable
+            assert str(marks.count)  # of the number itself the compiler would make a variable
             _look_at_all(self._module)
 
     def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Given]:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fused_reg import _devices
 from fused_reg._arguments import as_scale, as_step, as_strengths, relabelled
 from fused_reg._partitioned import check_whole
-from fused_reg._strengths import Column, is_absent
-from fused_reg._table import Entry, Table
 from fused_reg._terms import Group, Strengths
+from fused_reg.distributed import by_device
 from fused_reg.functional import fused_penalty
 from fused_reg.in_place import accumulate, check_accumulation, check_writable, shrink
+from fused_reg.regularizer.strengths import Column, is_absent
+from fused_reg.regularizer.table import Entry, Table
 
 _T = TypeVar("_T")
 
@@ -160,7 +160,7 @@ class Part:
             return values[0]
         if not values:
             return torch.zeros((), dtype=torch.float32, device=self._device)
-        return _devices.total(values, [p for call in calls for p in call.params])
+        return by_device.total(values, [p for call in calls for p in call.params])
 
 
 def _calls(entries: Sequence[Entry], chosen: Sequence[bool], maximized: Sequence[bool]) -> Iterator[_Call]:

@@ -21,11 +21,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from fused_reg import _autograd, _devices, _ops
+from fused_reg import _ops
 from fused_reg._arguments import PLAIN_TYPES, is_dtensor, relabelled
-from fused_reg._collectives import gathered, hypot, processes, scale_of, shared, total
-from fused_reg._composed import composed_penalty, group_norms, table_of
 from fused_reg._terms import GROUPS, Strengths, group_count, sliced_dim, slots
+from fused_reg.autograd import functions
+from fused_reg.autograd.composed import composed_penalty, group_norms, table_of
+from fused_reg.distributed import by_device
+from fused_reg.distributed.collectives import gathered, hypot, processes, scale_of, shared, total
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -48,7 +50,7 @@ def penalty(params: list[Tensor], strengths: Strengths) -> Tensor:
     trained = _apply(_Shards, *(params[i] for i in places)) if places else ()
     for i, shard in zip(places, trained, strict=True):
         shards[i] = shard
-    value = _devices.total([bucket.penalty() for bucket in buckets(params, shards, strengths)], params)
+    value = by_device.total([bucket.penalty() for bucket in buckets(params, shards, strengths)], params)
     return _apply(_Plain, value)  # type: ignore[no-any-return]
 
 
@@ -62,7 +64,7 @@ def value_and_grad(params: list[Tensor], strengths: Strengths) -> tuple[Tensor, 
         values.append(value)
         for place, grad in zip(bucket.places, own, strict=False):  # without that of the empty tensor
             grads[place] = _laid_out_as(params[place], grad)
-    return _devices.total(values, params), tuple(grads)
+    return by_device.total(values, params), tuple(grads)
 
 
 @torch.no_grad()
@@ -75,7 +77,7 @@ def accumulate_grad_(
 ) -> Tensor:
     """Adds the gradients to ``.grad``, with a function that does so for a bucket's shards, which are `with_grads`."""
     own = buckets(params, shards, strengths)
-    value = _devices.total([bucket.accumulate_grad_(on_shards, factor) for bucket in own], params)
+    value = by_device.total([bucket.accumulate_grad_(on_shards, factor) for bucket in own], params)
     for p, shard in zip(params, shards, strict=True):
         if shard is not p and p.grad is None and shard.grad is not None:
             p.grad = _laid_out_as(p, shard.grad)
@@ -199,7 +201,7 @@ def _apply(function: type[Function], *args: Any) -> Any:
 def buckets(params: list[Tensor], shards: list[Tensor], strengths: Strengths) -> Iterator[Bucket]:
     """The buckets of a list, in an order that is the same in every process."""
     keys = [(shard.device, *_cut_of(i, p, strengths)) for i, (p, shard) in enumerate(zip(params, shards, strict=True))]
-    for (_, groups, rest), part in _devices.parts(shards, strengths, keys):
+    for (_, groups, rest), part in by_device.parts(shards, strengths, keys):
         yield Bucket(*part, groups, rest)
 
 
@@ -239,7 +241,7 @@ class Bucket(NamedTuple):
             if self.strengths.are_trained():
                 return self._composed_penalty()
             measure = None if self.sharing_groups is None else self._measure
-            return total(_autograd.penalty(self.shards, self.strengths, measure), self.sharing_rest)
+            return total(functions.penalty(self.shards, self.strengths, measure), self.sharing_rest)
 
     def value_and_grad(self) -> tuple[Tensor, Sequence[Tensor]]:
         needs_grad = [True] * len(self.shards)

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fused_reg._steps import depth_of
-from fused_reg._watch import is_same, sample
+from fused_reg.regularizer.steps import depth_of
+from fused_reg.regularizer.watch import is_same, sample
 
 _State: TypeAlias = "tuple[int, Tensor | None]"
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fused_reg._strengths import KINDS, as_saved, is_scheduled, number
-from fused_reg._table import Entry, Table, Wishes
+from fused_reg.regularizer.strengths import KINDS, as_saved, is_scheduled, number
+from fused_reg.regularizer.table import Entry, Table, Wishes
 
 _KEYS = ("params", *KINDS, "group", "scheduled")
 
