@@ -2,6 +2,7 @@
 whose steps call no hooks: as `weight_decay`, a penalty enters in the innermost step. (Hard case 45.)"""
 
 import copy
+import inspect
 import itertools
 from collections import defaultdict
 
@@ -136,6 +137,22 @@ SUBCLASSES = [Clipped, Centered, Mixed, MixedOptimizer, Helped, Decorated, Twice
 @pytest.mark.parametrize("kind", SUBCLASSES, ids=lambda kind: kind.__name__)
 def test_subclasses(kind, scheduled):
     check(kind, lambda base: base, scheduled=scheduled)
+
+
+@pytest.mark.parametrize("is_mixin", [False, True])
+def test_a_scheduler_around_a_subclass_that_was_never_attached(is_mixin):
+    class Base(Inner):
+        step = inspect.unwrap(Inner.step)
+
+    class Derived(Base):
+        def step(self, closure=None):
+            clip(self.param_groups[0]["params"])
+            super().step()
+
+    class Mixture(ClipMixin, Base):
+        pass
+
+    check(Mixture if is_mixin else Derived, lambda base: base, scheduled=True)
 
 
 def test_a_subclass_that_takes_its_own_closure():

@@ -317,6 +317,14 @@ def test_a_short_list_has_no_operator(strengths, is_merged):
     assert ("fused_reg" not in recorder.fw_graphs[0].code) == is_merged
 
 
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_numbers_that_are_positive_are_not_compared_with_zero(kind):
+    recorder = AotEagerAndRecordGraphs()
+    params = [draw((3,)).requires_grad_()]
+    torch.compile(fused_penalty, backend=recorder, fullgraph=True)(params, **{kind: 0.1})
+    assert "where" not in recorder.fw_graphs[0].code
+
+
 @pytest.mark.usefixtures("form")
 def test_inductor_trains(device):
     """A whole training step: model, loss, penalty and backward in one graph, the optimizer's step behind it."""

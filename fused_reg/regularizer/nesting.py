@@ -117,7 +117,8 @@ def _hook_steps(optimizer: Any) -> int:
     # A scheduler has put it around the step of the class before that called the hooks.
     call, ref = _hooked(lambda self, *args, **kwargs: step(*args, **kwargs)), weakref.ref(optimizer)
     optimizer.step = functools.wraps(step)(lambda *args, **kwargs: call(ref(), *args, **kwargs))
-    return 1
+    # It is in the place of the outermost step; a mixin's, which is no optimizer's, was not counted.
+    return max(1, levels + (len(own) > 0 and not issubclass(mro[own[0][0]], Optimizer)))
 
 
 def _hooked(step: Any) -> Any:
