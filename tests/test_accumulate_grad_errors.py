@@ -180,7 +180,7 @@ WRONG = (
     ({"l2_norm": "0.1"}, TypeError, f"l2_norm {STRENGTH}, got str"),
     ({"l2": [0.1]}, ValueError, "l2 must have one strength per parameter (3), got 1"),
     ({"l1": [0.1, 0.2, float("inf")]}, ValueError, "l1[2] must be finite and >= 0, got inf"),
-    ({"group": "rows"}, ValueError, "group must be \"tensor\" or \"row\", got 'rows'"),
+    ({"group": "x"}, ValueError, "group must be \"tensor\", \"row\" or \"column\", got 'x'"),
 )  # fmt: skip
 
 
