@@ -72,14 +72,15 @@ def as_strengths(
     l2_norm: Strength | None,
     group: Group,
     params: Sequence[Tensor],
+    step: Column = (),
 ) -> Strengths:
-    """The strengths, checked, for these parameters."""
+    """The strengths, checked, for these parameters; ``step``: of a proximal operator, checked before."""
     if group != "tensor":
         check_group(f"{function}: ", group, l2_norm is not None, "come with l2_norm, whose norms it is about")
     if l1 is None and l2 is None and l2_norm is None:
-        return SUM_OF_SQUARES
+        return SUM_OF_SQUARES.with_step(step)
     norms = as_column(function, "l2_norm", l2_norm, params)
-    columns = (as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), norms)
+    columns = (as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), norms, step)
     # A norm that is 0 for all is none; in a list or tensor it may be the next call's.
     return Strengths.of(columns, 0 if type(norms) is tuple and not norms else GROUPS[group])
 

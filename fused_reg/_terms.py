@@ -23,6 +23,7 @@ GROUPS: dict[Group | None, int] = {None: 0, "tensor": 1, "row": 2, "column": 3}
 #: The numbers of one kind for a list: floats (none: the term is absent; one; one per parameter), or a tensor of these.
 Column: TypeAlias = "tuple[float, ...] | Tensor"
 
+_ROWS = GROUPS["row"]
 _IS_TENSOR = -1
 _NONE = (0,) * len(NUMBERS)
 
@@ -106,16 +107,16 @@ def _at(column: Column, places: Sequence[int], device: torch.device) -> Column:
 
 def group_count(p: Tensor, group: int) -> int:
     """How many groups a parameter has; an empty one has none."""
-    return 0 if p.numel() == 0 else slots(p, group)
+    return slots(p, group) if p.numel() > 0 else 0
 
 
 def slots(p: Tensor, group: int) -> int:
     """The same, also of an empty one."""
-    dim = sliced_dim(p, group)
-    return 1 if dim is None else p.shape[dim]
+    dim = group - _ROWS
+    return p.shape[dim] if 0 <= dim < p.ndim else 1
 
 
 def sliced_dim(p: Tensor, group: int) -> int | None:
     """The dimension whose indices are groups; None where the tensor is one group."""
-    dim = group - GROUPS["row"]
+    dim = group - _ROWS
     return dim if 0 <= dim < p.ndim else None

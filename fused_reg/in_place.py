@@ -274,8 +274,8 @@ def prox_(
     """
     name = "prox_"
     tensors = as_list(name, params)
-    strengths = as_strengths(name, l1, l2, l2_norm, group, tensors)
-    shrink(name, tensors, strengths.with_step(as_step(name, step, tensors)))
+    strengths = as_strengths(name, l1, l2, l2_norm, group, tensors, as_step(name, step, tensors))
+    shrink(name, tensors, strengths)
 
 
 def shrink(name: str, tensors: list[Tensor], strengths: Strengths) -> None:

@@ -76,18 +76,17 @@ class _Penalty(Function):
         if not all(needs_grad):
             params = tuple(compress(params, needs_grad))
         ctx.needs_grad = needs_grad
-        ctx.floats, tensors, ctx.counts, ctx.group = strengths
-        ctx.tensors = len(tensors)
-        ctx.save_for_backward(*tensors, *params)
+        _save(ctx, strengths, params)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        strengths, params = _saved(ctx)
+        params = ctx.saved_tensors[ctx.tensors :]  # raises if one was changed in place
         _check_memory(params)
         # The buffers are handed over once; a second backward (retain_graph=True) gets its own.
         grads, ctx.grads = ctx.grads, None
         if grads is None or torch.is_grad_enabled() or not _is_one_on_cpu(upstream):
+            strengths = _saved_strengths(ctx)
             if torch.is_grad_enabled():  # create_graph=True
                 table = rows_of(table_of(strengths, len(ctx.needs_grad), upstream.device), ctx.needs_grad)
                 grads = gradient(upstream, table, 0, params)
@@ -115,30 +114,34 @@ class _TwoLaunchPenalty(Function):
             first_groups = (0, *accumulate(group_count(p, strengths.group) for p in params))
         else:
             value, *_ = _ops.penalty(params, (), *strengths)
-        ctx.floats, tensors, ctx.counts, ctx.group = strengths
-        ctx.tensors = len(tensors)
         ctx.first_groups = tuple(compress(first_groups, ctx.needs_grad))
-        ctx.save_for_backward(*tensors, norms, *compress(params, ctx.needs_grad))
+        _save(ctx, strengths, (norms, *compress(params, ctx.needs_grad)))
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        strengths, (norms, *params) = _saved(ctx)
+        norms, *params = ctx.saved_tensors[ctx.tensors :]
+        strengths = _saved_strengths(ctx)
         _check_memory(params)
         if torch.is_grad_enabled():  # create_graph=True
             if not ctx.has_own_norms:
                 raise NotImplementedError("a higher derivative of norms that are cut over processes is not supported")
             table = rows_of(table_of(strengths, len(ctx.needs_grad), upstream.device), ctx.needs_grad)
-            grads = gradient(upstream, table, ctx.group, params)
+            grads = gradient(upstream, table, strengths.group, params)
         else:
             grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, norms, ctx.first_groups, *strengths)
         return None, None, *scattered(grads, ctx.needs_grad)
 
 
-def _saved(ctx: Any) -> tuple[Strengths, Any]:
-    """The strengths and the tensors that the forward saved. Raises if one was changed in place."""
-    saved = ctx.saved_tensors
-    return Strengths(ctx.floats, saved[: ctx.tensors], ctx.counts, ctx.group), saved[ctx.tensors :]
+def _save(ctx: Any, strengths: Strengths, others: Sequence[Tensor | None]) -> None:
+    """Strengths, and behind their tensors these."""
+    ctx.tensors = len(strengths.tensors)
+    ctx.strengths = strengths._replace(tensors=()) if strengths.tensors else strengths
+    ctx.save_for_backward(*strengths.tensors, *others)
+
+
+def _saved_strengths(ctx: Any) -> Strengths:
+    return ctx.strengths._replace(tensors=ctx.saved_tensors[: ctx.tensors]) if ctx.tensors else ctx.strengths  # type: ignore[no-any-return]
 
 
 # Function.apply in Python looks for functorch's wrappers in every argument, 0.15 us each. `penalty` has
