@@ -1,9 +1,8 @@
 // What this library was built with, and what it runs on.
 #include "build_info.h"
 
-#include <torch/version.h>
-
 #include "cpu/dispatch.h"
+#include "torch_compat.h"
 
 #if defined(__clang__)
 #define FUSED_REG_COMPILER __VERSION__  // names itself

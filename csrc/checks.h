@@ -2,12 +2,6 @@
 // "fused_penalty: params[3] must be floating point, got torch.int64".
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
-#include <c10/core/ScalarType.h>
-#include <c10/util/Exception.h>
-#include <c10/util/irange.h>
-
 #include <limits>
 #include <optional>
 #include <string>
@@ -16,6 +10,7 @@
 #include "dtypes.h"
 #include "layout.h"
 #include "overlap.h"
+#include "torch_compat.h"
 
 namespace fused_reg {
 

@@ -1,11 +1,9 @@
 // How the operators see a tensor's memory: as one run of elements, in any order.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/movedim.h>
-
 #include <algorithm>
+
+#include "torch_compat.h"
 
 namespace fused_reg {
 

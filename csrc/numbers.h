@@ -8,15 +8,13 @@
 //   group     what l2_norm takes the norms of
 #pragma once
 
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-
 #include <array>
 #include <numeric>
 #include <vector>
 
 #include "checks.h"
 #include "penalty.h"
+#include "torch_compat.h"
 
 namespace fused_reg {
 

@@ -8,20 +8,13 @@
 // (cpu/list_pass.h says more.)
 #pragma once
 
-#include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/unsqueeze.h>
-#include <c10/core/InferenceMode.h>
-
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "layout.h"
 #include "numbers.h"
+#include "torch_compat.h"
 
 namespace fused_reg {
 

@@ -1,8 +1,8 @@
 // The operators' schemas. Each backend registers its own kernels, in its own folder; operators.h says what they do, and
 // numbers.h how the strengths of a list are given.
-#include <torch/library.h>
 
 #include "operators.h"
+#include "torch_compat.h"
 
 #define NUMBERS FUSED_REG_NUMBERS_SCHEMA
 

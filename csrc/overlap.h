@@ -1,16 +1,13 @@
 // Whether tensors that are written share memory with each other, or with tensors that are read.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-#include <c10/util/irange.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "extent.h"
+#include "torch_compat.h"
 
 namespace fused_reg {
 

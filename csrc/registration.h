@@ -1,9 +1,8 @@
 // Gives a backend's functions to torch's dispatcher.
 #pragma once
 
-#include <torch/library.h>
-
 #include "operators.h"
+#include "torch_compat.h"
 
 namespace fused_reg {
 

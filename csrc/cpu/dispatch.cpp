@@ -1,11 +1,11 @@
 // What is known only at run time: the CPU's instruction set, and whether this process was forked.
 #include "dispatch.h"
 
-#include <ATen/Version.h>
 #include <pthread.h>
 
 #include <string>
 
+#include "../torch_compat.h"
 #include "parallel.h"
 
 namespace fused_reg {

@@ -1,12 +1,10 @@
 #include "grad_memory.h"
 
-#include <ATen/EmptyTensor.h>
-#include <c10/core/CPUAllocator.h>
-
 #include <algorithm>
 #include <map>
 #include <mutex>
 
+#include "../torch_compat.h"
 #include "parallel.h"
 
 #if defined(__linux__)

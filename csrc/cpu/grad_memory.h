@@ -5,7 +5,7 @@
 // whole computation: 28 ms instead of 8 ms for ResNet-50 (2 cores). So freed gradients are kept for the next call.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include "../torch_compat.h"
 
 namespace fused_reg {
 

@@ -1,10 +1,6 @@
 // One pass over a list of CPU tensors: a task a tensor, cut into the chunks of the plan, in one parallel region.
 #pragma once
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -13,6 +9,7 @@
 #include "../layout.h"
 #include "../numbers.h"
 #include "../summation.h"
+#include "../torch_compat.h"
 #include "dispatch.h"
 #include "grad_memory.h"
 #include "parallel.h"

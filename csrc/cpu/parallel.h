@@ -1,9 +1,8 @@
 // Runs the chunks of a plan on torch's threads, each thread over an equal share of the elements.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include "../chunks.h"
+#include "../torch_compat.h"
 
 namespace fused_reg {
 

@@ -1,10 +1,8 @@
 // What is said when a launch fails.
 #pragma once
 
-#include <c10/core/Device.h>
-#include <c10/cuda/CUDAException.h>
-
 #include "../build_info.h"
+#include "torch_compat.h"
 
 namespace fused_reg::cuda {
 

@@ -1,11 +1,6 @@
 // One pass over a list of CUDA tensors: its table, and the launches.
 #pragma once
 
-#include <ATen/cuda/EmptyTensor.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAGuard.h>
-
 #include <array>
 #include <cstring>
 #include <vector>
@@ -18,6 +13,7 @@
 #include "kernels.h"
 #include "number_refs.h"
 #include "stream_state.h"
+#include "torch_compat.h"
 
 namespace fused_reg::cuda {
 

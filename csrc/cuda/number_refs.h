@@ -1,11 +1,10 @@
 // Numbers and strengths as the kernels take them: values, or the addresses of numbers on the device.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <vector>
 
 #include "../numbers.h"
+#include "../torch_compat.h"
 #include "table.h"
 
 namespace fused_reg::cuda {

@@ -1,7 +1,5 @@
 #include "stream_state.h"
 
-#include <ATen/cuda/EmptyTensor.h>
-
 #include <list>
 #include <map>
 #include <mutex>
@@ -9,6 +7,7 @@
 
 #include "check_launch.h"
 #include "kernels.h"
+#include "torch_compat.h"
 
 namespace fused_reg::cuda {
 

@@ -2,10 +2,9 @@
 // another; a launch that is being captured in a graph has its own, because replays may run at any time.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include <vector>
+
+#include "torch_compat.h"
 
 namespace fused_reg::cuda {
 

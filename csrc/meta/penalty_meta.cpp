@@ -1,11 +1,10 @@
 // Shapes and dtypes without data: what meta tensors, FakeTensorMode and torch.compile run.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include "../checks.h"
 #include "../layout.h"
 #include "../numbers.h"
 #include "../registration.h"
+#include "../torch_compat.h"
 
 namespace fused_reg {
 
