@@ -91,7 +91,7 @@ class Strengths(NamedTuple):
         return self.group != 0
 
     def are_trained(self) -> bool:
-        return bool(self.tensors) and any(t.requires_grad for t in self.tensors)
+        return len(self.tensors) > 0 and any(t.requires_grad for t in self.tensors)
 
     def named_tensors(self) -> dict[str, Tensor]:
         pairs = zip(NUMBERS, self.columns(), strict=True)
