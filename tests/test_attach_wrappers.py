@@ -349,7 +349,8 @@ def test_an_optimizer_that_has_another_one_for_a_part():
     net = make()
     optimizer = Several(net.parameters(), clips=False)
     optimizer.part = optimizer.parts[0]
-    regularizer = Regularizer(net, l2=L2)
-    assert regularizer.attach(optimizer).optimizer is optimizer
+    attachment = Regularizer(net, l2=L2).attach(optimizer)
+    assert attachment.optimizer is optimizer
+    attachment.remove()
     optimizer.part = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     assert Regularizer(net, l2=L2).attach(optimizer).optimizer is optimizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from fused_reg._warnings import warn
 from fused_reg.regularizer import strays
 from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.lasting import check_wrapper
-from fused_reg.regularizer.table import Table
+from fused_reg.regularizer.table import Entry, Table
 from fused_reg.regularizer.wrapped import innermost
 
 
@@ -21,6 +21,7 @@ class Attachments:
 
     def __init__(self) -> None:
         self._refs: list[weakref.ref[Attachment]] = []
+        self._lost: strays.Handler | None = None
         self._regularizer = object()  # stands for it where its parameters outlive it
         self._missing: set[int] = set()  # parameters of which was said that no optimizer holds them
 
@@ -56,6 +57,15 @@ class Attachments:
     def handled(self, but: Attachment | None = None) -> set[int]:
         """The identities of the parameters that the active ones handle."""
         return {id(entry.param) for a in self if a is not but for entry in a.entries}
+
+    def lose(self, entries: Sequence[Entry]) -> None:
+        """Those of what this is a copy of are not here: a step that comes without is told so."""
+        self._lost = strays.orphan(entries, self._regularizer)
+
+    def miss_nothing(self) -> None:
+        """The penalty is taken otherwise."""
+        if self._lost is not None:
+            self._lost.is_over = True
 
     def register(self, attachment: Attachment) -> None:
         strays.handle(attachment, self._regularizer)

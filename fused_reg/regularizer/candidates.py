@@ -66,12 +66,15 @@ def candidates_of(params: Any, known: Mapping[str, Mark], shown: Mapping[tuple[i
         for place in walk(params):
             param = shown.get((id(place.module), place.key), place.param)
             places.setdefault(id(param), []).append(place._replace(param=param))
+        present = set(marked_modules(params))
+        new = present - set(known.values())
+        known = {name: mark for name, mark in known.items() if mark not in present}  # of modules that are gone
         with_wrappers = _have_collisions([place for own in places.values() for place in own])
         for i, own in places.items():
             short = [place.full_name if with_wrappers else place.name for place in own]
             others = [name for place in own for name in (place.full_name, *place.plain_names)]
             names = list(dict.fromkeys([*short, *others]))
-            found[i] = Candidate(own[0].param, names, marks_of(own, known), _can_train(own[0].param))
+            found[i] = Candidate(own[0].param, names, marks_of(own, known, new), _can_train(own[0].param))
         if found and not any(c.can_train for c in found.values()):
             raise ValueError("Regularizer: params must hold a dense floating point parameter, got none")
     else:

@@ -51,7 +51,8 @@ def check_wrapper(wrapper: Any, optimizer: Optimizer, regularized: Sequence[Tens
 def check_lasting(optimizer: Optimizer, regularized: Sequence[Tensor], is_wrapper: bool = False) -> None:
     """Raises where a proximal step does not last, and warns where it cannot be tried. torch's optimizers are known."""
     kind = type(optimizer)
-    if kind.__module__.startswith("torch.") or not any(p.numel() for p in regularized):
+    is_known = kind.__module__.startswith("torch.") and kind.__name__ != "Adafactor"  # whose rate is lr times a norm
+    if is_known or not any(p.numel() for p in regularized):
         return
     reasons = []
     for as_it_is in (False, True):  # at first as at its beginning, but some make their state before their first step

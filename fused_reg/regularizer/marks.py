@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -162,11 +162,13 @@ def marks_on(module: Module) -> tuple[Mark, ...]:
     return (mark,) if isinstance(mark, Mark) else ()
 
 
-def marks_of(places: Sequence[Place], known: Mapping[str, Mark]) -> dict[str, Mark]:
-    """By the places of a parameter the innermost marks that speak about it; where the module that had its mark is not
-    around it any more, that mark. ``known`` are those of these names before."""
+def marks_of(places: Sequence[Place], known: Mapping[str, Mark], new: Collection[Mark]) -> dict[str, Mark]:
+    """By the places of a parameter the innermost marks that speak about it; where the module that had its mark is gone,
+    that mark, unless a new one speaks. ``known`` are those of these names before."""
     param, names = places[0].param, [place.name for place in places]
-    lost = _noted_on(param) or next((known[name] for name in names if name in known), None)
+    lost = _noted_on(param)
+    if lost is None and all(next(_speaking(place), None) not in new for place in places):
+        lost = next((known[name] for name in names if name in known), None)
     around = (m for place in places for module, _ in place.around for m in marks_on(module))
     if lost is not None and not lost.is_replaced and lost not in around:
         return {names[0]: lost}

@@ -145,10 +145,24 @@ def _steps_of(kind: type) -> Iterator[tuple[int, Any]]:
 
 
 def _calls(owners: tuple[type, ...], base: type) -> bool:
-    """Whether a function of these classes names the step of the base class, or of what `super` finds."""
-    codes = (code for owner in owners for f in vars(owner).values() for g in _within(f) for code in _codes(g.__code__))
-    names = ({*code.co_names, *code.co_freevars} for code in codes)
-    return any("step" in found and found & {"super", base.__name__} for found in names)
+    """Whether a function of these classes, or one that it names, has the step of the base class, or names that of the
+    base class or of what `super` finds: by whatever name it has the class."""
+    step = inspect.unwrap(vars(base)["step"])
+    ahead = [g for owner in owners for f in vars(owner).values() for g in _within(f)]
+    seen: set[FunctionType] = set()
+    while ahead:
+        f = ahead.pop()
+        if f is step:
+            return True
+        if f in seen:
+            continue
+        seen.add(f)
+        names = {name for code in _codes(f.__code__) for name in (*code.co_names, *code.co_freevars)}
+        named = [*_closure(f), *(f.__globals__[name] for name in names & f.__globals__.keys())]
+        if "step" in names and ("super" in names or base.__name__ in names or any(x is base for x in named)):
+            return True
+        ahead += [g for x in named if isinstance(x, FunctionType) and x.__module__ == f.__module__ for g in _within(x)]
+    return False
 
 
 def _within(function: Any) -> list[FunctionType]:

@@ -160,6 +160,7 @@ class Regularizer:
             self._table.look_at_all()
             return self._whole
         self._table.claim()
+        self._attachments.miss_nothing()
         if self._states is not None and self._table.cells():
             self._watch_schedules(self._states)
         return self._current()
@@ -457,11 +458,13 @@ class Regularizer:
     __float__ = backward = item = _is_no_number
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self._config, "table": self._table}
+        return {"config": self._config, "table": self._table, "is_attached": any(self._attachments)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._config = state["config"]
         self._begin(state["table"])
+        if state["is_attached"]:
+            self._attachments.lose(self._table.entries)
 
 
 def _as_count(name: str, value: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fused_reg._warnings import warn
 from fused_reg.regularizer.closures import closure_of
 from fused_reg.regularizer.steps import may_change
+from fused_reg.regularizer.strengths import KINDS, is_absent
 from fused_reg.regularizer.wrapped import optimizers_in
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.attachment import Attachment
+    from fused_reg.regularizer.table import Entry
 
 #: The rows of parameters; of those that torch may swap, which a weak reference forbids, an attribute. (With one, every
 #: operator takes longer.)
@@ -40,7 +43,7 @@ class Handler:
     """The attachment, which dies with its optimizer; and whether there is nothing more to say of it: it was removed,
     because no penalty is meant, or it was said."""
 
-    attachment: weakref.ref[Attachment]
+    attachment: Callable[[], Attachment | None]  # a weak reference
     is_over: bool = False
 
 
@@ -54,20 +57,54 @@ class _Rows(dict[object, tuple[str, Handler]]):
 def handle(attachment: Attachment, regularizer: object) -> None:
     """Its parameters are handled by it from now on: instead of an earlier one of the same regularizer, and of those
     to other optimizers where the regularizer is new."""
-    if not _hooks:
-        _hooks.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
+    _register()
+    is_said = False
     for entry in attachment.entries:
         own = _Rows(_rows_of(entry.param))
         if regularizer not in own:
             for key, (_, handler) in list(own.items()):
                 if (other := handler.attachment()) is None or other.optimizer is not attachment.optimizer:
                     del own[key]
+                elif other.is_active and not is_said:
+                    is_said = _is_twice(entry, other)
         own[regularizer] = entry.name, attachment.handler
-        if is_traceable_wrapper_subclass(entry.param) or get_swap_module_params_on_conversion():
-            vars(entry.param)[_ATTRIBUTE] = own
-        else:
-            _handled[entry.param] = own
+        _note(entry.param, own)
     _known.clear()
+
+
+def orphan(entries: Sequence[Entry], regularizer: object) -> Handler:
+    """Nothing handles these parameters, which are copies of what an attachment does."""
+    _register()
+    handler = Handler(lambda: None)
+    for entry in entries:
+        _note(entry.param, _Rows({**_rows_of(entry.param), regularizer: (entry.name, handler)}))
+    _known.clear()
+    return handler
+
+
+def _register() -> None:
+    if not _hooks:
+        _hooks.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
+
+
+def _note(p: Tensor, rows: _Rows) -> None:
+    if is_traceable_wrapper_subclass(p) or get_swap_module_params_on_conversion():
+        vars(p)[_ATTRIBUTE] = rows
+    else:
+        _handled[p] = rows
+
+
+def _is_twice(entry: Entry, other: Attachment) -> bool:
+    """Whether a strength of a parameter counts twice in the steps of one optimizer, which is said."""
+    others = next((e for e in other.entries if e.param is entry.param), None)
+    for kind in KINDS if others is not None else ():
+        if not is_absent(getattr(entry, kind)) and not is_absent(getattr(others, kind)):
+            warn(
+                f"attach: {kind} of {entry.name!r} counts twice, because another Regularizer is attached to the same "
+                f"{type(other.optimizer).__name__}; call remove() of its attachment if this one is in its place"
+            )
+            return True
+    return False
 
 
 def _rows_of(p: Tensor) -> dict[object, tuple[str, Handler]]:
@@ -83,6 +120,10 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Of every optimizer's step. A compiler that traces it finds nothing."""
     if is_dynamo_compiling():
         return
+    hooks: OrderedDict[int, Any] = vars(optimizer).get("_optimizer_step_pre_hooks", OrderedDict())
+    if len(hooks) > 1:  # others may change gradients: the penalty enters behind them, as weight_decay does
+        for key in [key for key, hook in hooks.items() if hasattr(getattr(hook, "__self__", None), "entered")]:
+            hooks.move_to_end(key)
     if _begun:
         _begun.pop(id(optimizer), None)  # of a step that raised
     known = _known.get(id(optimizer))
