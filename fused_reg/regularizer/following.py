@@ -38,6 +38,7 @@ class Source:
         self._said: set[str] = set()
         self._marks: dict[str, Mark] = {}  # by the names
         self._candidates: list[Candidate] = []
+        self._idle: list[Tensor] = []  # of them, what is frozen and of a kind that nothing can train
         self._modules: list[Module] = []
         self._places: dict[tuple[int, str], Any] = {}  # what was in these modules when they were last read
         self._content: list[Any] = [_END]  # the same in a row
@@ -53,7 +54,9 @@ class Source:
         return self._module() if isinstance(self._module, weakref.ref) else self._module
 
     def has_changed(self) -> bool:
-        """Whether a module or a parameter is another one by now, or a mark was set."""
+        """Whether a module or a parameter is another one by now, a mark was set, or what nothing can train shall be."""
+        if self._idle and any(p.requires_grad for p in self._idle):
+            return True
         is_same = all(map(is_, chain.from_iterable(self._views), self._content)) and not any(self._empty)
         if is_same and marks.count == self._mark_count:
             return False
@@ -106,6 +109,7 @@ class Source:
             c.names += [name for name in known.get(id(c.param), []) if name not in taken]
         self.chosen = self._choice.of(params, candidates, *complain)
         self._candidates = candidates
+        self._idle = [c.param for c in candidates if not c.can_train]
         self._marks = {**self._marks, **{name: mark for c in candidates for name, mark in c.marks.items()}}
         self._mark_count = marks.count
         self._places = {(id(m), key): gathered.get((id(m), key), x) for m, key, x in _contents(modules)}

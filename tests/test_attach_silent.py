@@ -1,4 +1,4 @@
-"""Penalties that would count twice, enter too early, or stay behind when everything is copied."""
+"""Penalties that would count twice, enter too early, or be left behind."""
 
 import copy
 import warnings
@@ -134,3 +134,16 @@ def test_base_steps_by_other_names(make):
             Regularizer([w], l2=0.5).attach(optimizer)
         found.append([step(w, optimizer, 0.5) for _ in range(3)])
     assert found[0] == pytest.approx(found[1])
+
+
+def test_a_complex_parameter_that_is_unfrozen():
+    net = nn.Linear(2, 2)
+    net.z = nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False)
+    regularizer, without = Regularizer(net, l2=0.5), Regularizer(net, l2=0.5, exclude="z")
+    expected = regularizer().item()
+    net.z.requires_grad_()
+    with pytest.raises(
+        TypeError, match=r"params\['z'\] must be .*, got torch.complex64; leave it out with exclude='z'"
+    ):
+        regularizer()
+    assert without().item() == expected
