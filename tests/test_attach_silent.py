@@ -147,3 +147,13 @@ def test_a_complex_parameter_that_is_unfrozen():
     ):
         regularizer()
     assert without().item() == expected
+
+
+def test_an_optimizer_that_is_initialized_again():
+    w, optimizer = one()
+    attachment = Regularizer([w], l2=0.5).attach(optimizer)
+    step(w, optimizer)
+    optimizer.__init__([w], lr=0.1)
+    assert not attachment.is_active
+    with pytest.warns(UserWarning, match="'0' has its penalty in the steps of an optimizer that is gone"):
+        step(w, optimizer)

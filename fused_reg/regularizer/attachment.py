@@ -97,7 +97,13 @@ class Attachment:
     @property
     def is_active(self) -> bool:
         """Whether the hooks are still there, and no later attachment has taken a parameter over."""
-        return bool(self._hooks) and self.optimizer is not None and not self._taken_over
+        optimizer = self.optimizer
+        return (
+            optimizer is not None
+            and bool(self._hooks)
+            and self._hooks[0].id in vars(optimizer)["_optimizer_step_pre_hooks"]  # not so if it was initialized again
+            and not self._taken_over
+        )
 
     @property
     def is_stepping(self) -> bool:

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 #: operator takes longer.)
 _handled: Any = WeakTensorKeyDictionary()
 _ATTRIBUTE = "_fused_reg_handled"
-#: Optimizers of which is known, since the last attachment, whether they step without a penalty.
-_known: dict[int, weakref.ref[Optimizer]] = {}
+#: Optimizers of which is known, since the last attachment, whether they step without a penalty; and their hooks, which
+#: an initializer that is called again replaces.
+_known: dict[int, tuple[weakref.ref[Optimizer], object]] = {}
 #: Steps within which that of an attached optimizer may come.
 _begun: dict[int, list[tuple[str, Attachment, int]]] = {}
 _hooks: list[Any] = []
@@ -120,14 +121,16 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Of every optimizer's step. A compiler that traces it finds nothing."""
     if is_dynamo_compiling():
         return
-    hooks: OrderedDict[int, Any] = vars(optimizer).get("_optimizer_step_pre_hooks", OrderedDict())
-    if len(hooks) > 1:  # others may change gradients: the penalty enters behind them, as weight_decay does
+    hooks: OrderedDict[int, Any] | None = vars(optimizer).get("_optimizer_step_pre_hooks")
+    if (
+        hooks is not None and len(hooks) > 1
+    ):  # others may change gradients: the penalty enters behind them, as weight_decay does
         for key in [key for key, hook in hooks.items() if hasattr(getattr(hook, "__self__", None), "entered")]:
             hooks.move_to_end(key)
     if _begun:
         _begun.pop(id(optimizer), None)  # of a step that raised
     known = _known.get(id(optimizer))
-    if known is None or known() is not optimizer:
+    if known is None or known[0]() is not optimizer or known[1] is not hooks:
         outside_of_graphs: Any = torch.compiler.disable
         outside_of_graphs(_look)(optimizer, closure_of(args, kwargs) is not None)
 
@@ -137,7 +140,7 @@ def _look(optimizer: Optimizer, evaluates: bool) -> None:
     found = [row for group in groups for p in group["params"] for row in _rows_of(p).values()]
     if found and not may_change(optimizer, evaluates):
         return
-    _known[id(optimizer)] = weakref.ref(optimizer)
+    _known[id(optimizer)] = weakref.ref(optimizer), vars(optimizer).get("_optimizer_step_pre_hooks")
     own = [optimizer, *optimizers_in(optimizer).values()]
     begun = []
     for name, handler in found:
