@@ -70,10 +70,9 @@ struct NumberArg {
 // A tensor may have brought a call to a backend whose parameters are elsewhere.
 inline void check_list(at::TensorList params, const NumbersArg& numbers) {
   check_params(params);
-  for (const ColumnArg& column : numbers.columns) {
-    if (column.tensor != nullptr) {
-      check_number_device(column.name == kNumberNames[kStep] ? "step" : "strengths", *column.tensor,
-                          params[0].device());
+  for (const auto i : c10::irange(static_cast<int>(kNumbers))) {
+    if (const at::Tensor* const tensor = numbers.columns[i].tensor) {
+      check_number_device(i == kStep ? "step" : "strengths", *tensor, params[0].device());
     }
   }
 }

@@ -70,6 +70,7 @@ struct Operators {
     ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_NUMBERS_GIVEN);
     check_number("upstream", {0, upstream}, params[0].device());
     check_grads(grads.size(), params.size());
+    check_ungrouped(pass.group());
     for (const auto t : c10::irange(params.size())) {
       pass.write_grad(t, grads[t]);
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias, cast
 
 import torch
@@ -30,7 +30,7 @@ _NONE = (0,) * len(NUMBERS)
 
 def check_group(where: str, group: object, has_norms: bool, need: str) -> None:
     """Raises unless it is a group that means something; ``need``: what is said where there are no norms."""
-    if group not in GROUPS or group is None:
+    if not isinstance(group, str) or group not in GROUPS:
         raise ValueError(f'{where}group must be "tensor", "row" or "column", got {group!r}')
     if group != "tensor" and not has_norms:
         raise ValueError(f'{where}group="{group}" must {need}, got none')
@@ -80,12 +80,9 @@ class Strengths(NamedTuple):
             return Strengths(self.floats, (*self.tensors, step), (*self.counts[:-1], _IS_TENSOR), self.group)
         return Strengths(self.floats + step, self.tensors, (*self.counts[:-1], len(step)), self.group)
 
-    def mapped(self, change: Callable[[Column], Column]) -> Strengths:
-        return Strengths.of([change(column) for column in self.columns()], self.group)
-
     def at(self, places: Sequence[int], device: torch.device) -> Strengths:
         """The strengths of the parameters at these places of the list, for a launch on this device."""
-        return self.mapped(lambda column: _at(column, places, device))
+        return Strengths.of([_at(column, places, device) for column in self.columns()], self.group)
 
     def has_norms(self) -> bool:
         return self.group != 0

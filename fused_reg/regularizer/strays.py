@@ -125,7 +125,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     if (
         hooks is not None and len(hooks) > 1
     ):  # others may change gradients: the penalty enters behind them, as weight_decay does
-        for key in [key for key, hook in hooks.items() if hasattr(getattr(hook, "__self__", None), "entered")]:
+        for key in [key for key, hook in hooks.items() if _is_penalty(hook)]:
             hooks.move_to_end(key)
     if _begun:
         _begun.pop(id(optimizer), None)  # of a step that raised
@@ -133,6 +133,10 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     if known is None or known[0]() is not optimizer or known[1] is not hooks:
         outside_of_graphs: Any = torch.compiler.disable
         outside_of_graphs(_look)(optimizer, closure_of(args, kwargs) is not None)
+
+
+def _is_penalty(hook: Any) -> bool:
+    return isinstance(getattr(getattr(hook, "__self__", None), "handler", None), Handler)
 
 
 def _look(optimizer: Optimizer, evaluates: bool) -> None:

@@ -11,6 +11,7 @@
 #define FUSED_REG_VECTOR_BYTES 16
 #include "cpu/chunk_kernel_impl.h"
 #include "expect.h"
+#include "six_streams.h"
 
 using namespace fused_reg;
 
@@ -222,20 +223,6 @@ void expect_positive_zeros(const Variant& variant) {
     EXPECT(out[5] > 0x8000, variant.name);
   }
 }
-
-// A pass over all the streams that there may be, as an optimizer's step has: it reads five of them and writes four.
-template <int>
-struct SixStreamsPass : AnyPass {
-  static constexpr unsigned kReads = 0x1f, kWrites = 0x3c;
-
-  template <class V>
-  static FUSED_REG_INLINE void element(V* x, const V*) {
-    x[5] = x[0] + x[4];
-    x[4] = x[4] + x[3];
-    x[3] = x[3] - x[2];
-    x[2] = x[2] + x[1];
-  }
-};
 
 void expect_six_streams() {
   for (const int size : {1, 16, 63, 64, 100, 1024, 1025, 16384}) {

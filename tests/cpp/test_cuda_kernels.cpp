@@ -6,6 +6,7 @@
 
 #include "cuda_list.h"
 #include "expect.h"
+#include "six_streams.h"
 
 namespace fused_reg {
 
@@ -206,20 +207,6 @@ void expect_errors_come_out() {
   EXPECT(launch_tensor_sums(Pass::kPenalty, call, bytes.data(), nullptr, nullptr) == cudaErrorNoKernelImageForDevice);
   cuda_on_host::launch_error = cudaSuccess;
 }
-
-// A pass over all the streams that there may be, as an optimizer's step has.
-template <int>
-struct SixStreamsPass : AnyPass {
-  static constexpr unsigned kReads = 0x1f, kWrites = 0x3c;
-
-  template <class V>
-  static FUSED_REG_INLINE void element(V* x, const V*) {
-    x[5] = x[0] + x[4];
-    x[4] = x[4] + x[3];
-    x[3] = x[3] - x[2];
-    x[2] = x[2] + x[1];
-  }
-};
 
 void expect_six_streams() {
   for (const int size : {1, 100, 1025, kChunkSize, 2 * kChunkSize + 100}) {
