@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "penalty.h"
+#include "passes/passes.h"
 #include "torch_compat.h"
 
 namespace fused_reg {
@@ -59,6 +59,14 @@ struct NumbersArg {
       }
     }
   }
+};
+
+// What an optimizer's step has for a parameter, beside the numbers.
+struct StepRow {
+  double rates[kRates];
+  unsigned options;
+  const at::Tensor* count;              // of the steps; null: none is needed
+  const at::Tensor* streams[kStreams];  // null: not there; stream 0 is the parameter
 };
 
 // A number: a float, or a tensor of one element that wins.

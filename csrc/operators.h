@@ -147,6 +147,58 @@ struct Operators {
     }
   }
 
+  static at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList states, at::TensorList steps,
+                          const c10::List<bool>& is_first, int64_t optimizer, int64_t options, Floats rates,
+                          const OptionalTensor& grad_scale, FUSED_REG_NUMBERS) {
+    const at::NoGradGuard no_grad;
+    const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
+    check_list(params, numbers);
+    const size_t n = params.size();
+    const std::vector<int> streams = state_streams(static_cast<Pass>(optimizer), static_cast<unsigned>(options));
+    check_step(params, grads, states, steps, is_first.size(), streams.size(), rates.size(), options & kUnscale);
+    ListPass pass(params, all_of(n), numbers);
+    // What the kernels read and write: of the layout and dtype of dense(t), copies where a tensor has another.
+    const auto as_dense = [&](const at::Tensor& given, size_t t) {
+      const at::Tensor& dense = pass.dense(t);
+      if (given.scalar_type() == dense.scalar_type() && has_layout_of(given, dense)) {
+        return given;
+      }
+      return at::empty_like(dense).copy_(given);
+    };
+    Tensors own(grads.begin(), grads.end());
+    own.insert(own.end(), states.begin(), states.end());
+    for (const auto i : c10::irange(own.size())) {
+      own[i] = as_dense(own[i], i % n);
+    }
+    std::vector<StepRow> rows(n);
+    for (const auto t : c10::irange(n)) {
+      StepRow& row = rows[t];
+      row.options = static_cast<unsigned>(options) | (!is_first.empty() && is_first[t] ? kFirst : 0);
+      const Floats own_rates = rates.size() == kRates ? rates : rates.slice(kRates * t, kRates);
+      std::copy(own_rates.begin(), own_rates.end(), row.rates);
+      row.options |= own_rates[kWeightDecay] != 0 ? kDecay : 0;
+      row.count = steps.empty() ? nullptr : &steps[t];
+      row.streams[1] = &own[t];
+      for (const auto s : c10::irange(streams.size())) {
+        row.streams[streams[s]] = &own[(s + 1) * n + t];
+      }
+      row.streams[kUnscaled] = options & kUnscale ? &own[t] : nullptr;
+    }
+    at::Tensor value = pass.run_step(static_cast<Pass>(optimizer), rows, {1, grad_scale});
+    if (pass.group() != Grouping::kNone && options & kProximal) {
+      pass.run_prox(pass.run_soft_norms(), own_first_groups(params, pass.group()));
+    }
+    for (const auto t : c10::irange(n)) {
+      copy_back(pass.dense(t), params[t]);
+    }
+    for (const auto i : c10::irange(own.size())) {
+      if (i >= n || options & kUnscale) {
+        copy_back(own[i], i < n ? grads[i] : states[i - n]);
+      }
+    }
+    return value;
+  }
+
   static at::Tensor norms(at::TensorList params, FUSED_REG_NUMBERS) {
     ListPass pass(params, all_of(params.size()), FUSED_REG_NUMBERS_GIVEN);
     check_grouped(pass.group());
@@ -201,6 +253,6 @@ struct Operators {
 // The functions of one backend, under the names of ops.cpp.
 #define FUSED_REG_OPERATORS(apply)                                                                                \
   apply(penalty) apply(penalty_grad) apply(rescale_grad_) apply(accumulate_grad_) apply(empty_grads) apply(prox_) \
-      apply(norms) apply(sums)
+      apply(step_) apply(norms) apply(sums)
 
 }  // namespace fused_reg

@@ -54,6 +54,7 @@ struct Kernel {
 
   Factor factors[kFactorsMax];
   Double wide_factors[kFactorsMax];  // of the sums
+  unsigned options;
   Double scale;                      // of the elements in the sums
   BlockSums sums[2][kBlocks];
 
@@ -65,21 +66,33 @@ struct Kernel {
     }
   }
 
+  static FUSED_REG_INLINE bool is_there(Storage* const* streams, int s) {
+    return !(P::kOptional & bit(s)) || streams[s] != nullptr;
+  }
+
   FUSED_REG_INLINE void elements(Storage* const* streams, int64_t i) const {
     for (int part = 0; part < E::kParts; ++part) {
       Factor x[kStreams];
       for (int s = 0; s < kStreams; ++s) {
         if (P::kReads & bit(s)) {
-          x[s] = E::read(streams[s] + i, part);
+          x[s] = is_there(streams, s) ? E::read(streams[s] + i, part) : Factor{};
+        } else if (P::kOptional & bit(s)) {
+          x[s] = Factor{};
         }
       }
-      P::element(x, factors);
+      if constexpr (P::kHasOptions) {
+        P::element(x, factors, options);
+      } else {
+        P::element(x, factors);
+      }
       for (int s = 0; s < kStreams; ++s) {
-        if (P::kWrites & bit(s)) {
+        if (P::kWrites & bit(s) && is_there(streams, s)) {
           E::write(streams[s] + i, part, x[s]);
-          if constexpr (P::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
-            store(streams[s] + i, with_positive_zero(load<Bits16>(streams[s] + i)));
-          }
+        }
+      }
+      if constexpr (P::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
+        if (!P::kHasOptions || options & kProximal) {
+          store(streams[0] + i, with_positive_zero(load<Bits16>(streams[0] + i)));
         }
       }
     }
@@ -92,7 +105,7 @@ struct Kernel {
       for (int row = 0; row < rows; ++row) {
         const int64_t at = begin + row * kLanes + strip;
         for (int s = 0; s < kStreams; ++s) {
-          if (kRead & bit(s)) {
+          if (kRead & bit(s) && is_there(streams, s)) {
             prefetch(streams[s] + at);
           }
         }
@@ -138,6 +151,7 @@ struct Kernel {
       kernel.wide_factors[f] = broadcast<double>(scalars[f]);
     }
     kernel.scale = broadcast<double>(scale);
+    kernel.options = task.numbers.options;
     Storage* streams[kStreams];
     for (int s = 0; s < kStreams; ++s) {
       streams[s] = static_cast<Storage*>(task.streams[s]);
@@ -158,6 +172,9 @@ struct Kernel {
       Storage padded[kUsed][kBlock];
       Storage* ends[kStreams] = {};
       for (int s = 0; s < kUsed; ++s) {
+        if (!is_there(streams, s)) {
+          continue;
+        }
         ends[s] = padded[s];
         if (kRead & bit(s)) {
           std::memcpy(padded[s], streams[s] + i, count * sizeof(Storage));
@@ -166,7 +183,7 @@ struct Kernel {
       }
       kernel.block(b++, ends, 0, rows);
       for (int s = 0; s < kUsed; ++s) {
-        if (P::kWrites & bit(s)) {
+        if (P::kWrites & bit(s) && is_there(streams, s)) {
           std::memcpy(streams[s] + i, padded[s], count * sizeof(Storage));
         }
       }
@@ -178,6 +195,11 @@ struct Kernel {
 // Where the sums of float64 elements have left its range, they are taken again.
 template <Dtype dtype, class P>
 ChunkSums run_kernel(const ChunkTask& task) {
+  if constexpr (dtype == Dtype::kFloat64 && !std::is_void_v<typename P::Sums> && (P::kWrites & bit(0))) {
+    const ChunkSums sums = run_kernel<dtype, typename P::Sums>(task);  // of what is written over
+    Kernel<dtype, P>::run(task, 1);
+    return sums;
+  }
   const ChunkSums sums = Kernel<dtype, P>::run(task, 1);
   if constexpr (dtype == Dtype::kFloat64 && !std::is_void_v<typename P::Sums>) {
     const int exponent = rescue_exponent(sums, P::kSums & kL2);

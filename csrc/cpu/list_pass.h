@@ -153,6 +153,61 @@ class ListPass {
     });
   }
 
+  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. A proximal step of groups
+  // is left to run_prox().
+  at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale) {
+    std::optional<std::tuple<at::Tensor, at::Tensor>> grouped;
+    if (group_ != Grouping::kNone) {
+      grouped = run_group_penalty();
+    }
+    const double scale = number(grad_scale);
+    bool has_terms = false;
+    for (const auto t : c10::irange(tasks_.size())) {
+      ChunkTask& task = tasks_[t];
+      const StepRow& row = rows[t];
+      task.pass = optimizer;
+      task.terms = terms_of(number(kL1Strength, t), number(kL2Strength, t));
+      has_terms |= task.terms != kNone;
+      task.streams[0] = dense_[t].mutable_data_ptr();
+      for (int s = 1; s < kStreams; ++s) {
+        task.streams[s] = row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr();
+      }
+      task.numbers.factor = 1;
+      task.numbers.options = grouped.has_value() ? row.options & ~unsigned{kProximal | kPreconditioned} : row.options;
+      std::copy(row.rates, row.rates + kRates, task.numbers.step);
+      task.numbers.step[kGradScale] = scale;
+      if (row.count != nullptr) {
+        task.numbers.step[kCount] = row.count->item<double>() + 1;
+        row.count->fill_(task.numbers.step[kCount]);
+      }
+    }
+    if (grouped.has_value()) {
+      auto& [value, norms] = *grouped;
+      const bool is_coupled = !(rows[0].options & kProximal);
+      run([&, all = norms.const_data_ptr<double>()](int64_t c, ChunkTask& task) {
+        const Chunk chunk = plan_.chunk(c);
+        if (!is_coupled) {
+          task.terms = kNone;
+        } else if (number(kNormStrength, chunk.tensor) != 0) {
+          task.terms = static_cast<Terms>(task.terms | kNorm);
+          task.numbers.norm = all[chunk.group];
+        }
+        kernel_(task);
+      });
+      return value;
+    }
+    if (!has_terms) {
+      run([&](int64_t, const ChunkTask& task) { kernel_(task); });
+      return this->value(0);
+    }
+    const std::vector<ChunkSums> sums = run_sums();
+    const auto chunk_penalty = [&](int64_t c, size_t t) {
+      return penalty_of_sums(number(kL1Strength, t), number(kL2Strength, t), sums[c]);
+    };
+    size_t t = 0;
+    return this->value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
+  }
+
   // [tensors, 2] float64: the sums of |w| and of w^2.
   at::Tensor run_term_sums() {
     for (ChunkTask& task : tasks_) {
@@ -188,8 +243,10 @@ class ListPass {
       ChunkTask task = tasks_[chunk.tensor];
       const int64_t offset = chunk.begin * static_cast<int64_t>(dense_[chunk.tensor].element_size());
       task.streams[0] = static_cast<char*>(task.streams[0]) + offset;
-      for (int s = 1; s < kStreams && task.streams[s] != nullptr; ++s) {
-        task.streams[s] = static_cast<char*>(task.streams[s]) + offset;
+      for (int s = 1; s < kStreams; ++s) {
+        if (task.streams[s] != nullptr) {
+          task.streams[s] = static_cast<char*>(task.streams[s]) + offset;
+        }
       }
       task.size = chunk.size;
       body(c, task);

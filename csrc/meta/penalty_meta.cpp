@@ -44,6 +44,11 @@ struct Meta {
     check(params);
   }
 
+  static at::Tensor step_(at::TensorList params, at::TensorList, at::TensorList, at::TensorList, const c10::List<bool>&,
+                          int64_t, int64_t, Floats, const OptionalTensor&, FUSED_REG_NUMBERS) {
+    return value(params);
+  }
+
   static at::Tensor norms(at::TensorList params, FUSED_REG_NUMBERS) {
     check(params);
     c10::SymInt count = 0;

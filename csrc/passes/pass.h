@@ -4,6 +4,7 @@
 //   template <int terms> struct SomePass       terms: those of penalty.h that a chunk has
 //     kReads, kWrites                          the streams that it reads and writes, a bit each: of as many elements as
 //                                              the parameter, which is stream 0
+//     kOptional                                those of them that a tensor may not have
 //     kSums                                    the sums that it takes over a chunk, a bit each
 //     kFactors                                 how many numbers it needs, in the type S that elements are computed in
 //     factors(numbers, f)                      computes them, once for a chunk
@@ -16,6 +17,8 @@
 //                                              yet, if it adds to one; else void
 //     kPadding                                 the byte of which elements consist that change no sum
 //     kPositiveZeros                           whether a zero that comes from the last rounding shall be +0
+//     kHasOptions                              whether element() takes the options of an optimizer's step, and is proximal
+//                                              with one of them only
 //
 // V is S, or a SIMD vector of it; D is a double, or a vector of them.
 #pragma once
@@ -25,13 +28,21 @@
 namespace fused_reg {
 
 constexpr int kStreams = 6;  // at most
-constexpr int kFactorsMax = 4;
+constexpr int kFactorsMax = 18;
+
+// The numbers of an optimizer's step of a tensor (step.h), beside kStep, its learning rate: momentum, beta1 or the decay
+// of the learning rate; dampening, beta2 or alpha; the steps so far, with this one.
+enum StepNumber : int { kWeightDecay, kFirstDecay, kSecondDecay, kEpsilon, kCount, kGradScale, kStepNumbers };
+constexpr int kRates = kCount;  // those that the options of an optimizer say
+constexpr int kUnscaled = 5;  // the stream of gradients that a loss scale is taken from
 
 // The numbers of a chunk.
 struct ChunkNumbers {
   double of[kNumbers];  // its tensor's
   double factor;        // what gradients are multiplied by
   double norm;          // of its group, if it has one
+  double step[kStepNumbers];
+  unsigned options;  // of the step
 };
 
 constexpr unsigned bit(int i) { return 1u << i; }
@@ -47,9 +58,9 @@ constexpr int streams_of = streams_in(Pass::kReads | Pass::kWrites | (Pass::kSum
 struct AnyPass {
   using Sums = void;
   using Fresh = void;
-  static constexpr unsigned kReads = 0, kWrites = 0, kSums = 0;
+  static constexpr unsigned kReads = 0, kWrites = 0, kOptional = 0, kSums = 0;
   static constexpr int kFactors = 0, kPadding = 0;
-  static constexpr bool kPositiveZeros = false;
+  static constexpr bool kPositiveZeros = false, kHasOptions = false;
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers&, S*) {}

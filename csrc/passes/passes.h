@@ -2,7 +2,10 @@
 // groups need the numbers of the terms alone.
 #pragma once
 
+#include <vector>
+
 #include "prox.h"
+#include "step.h"
 #include "terms.h"
 #include "zeros.h"
 
@@ -17,7 +20,11 @@ namespace fused_reg {
   apply(Accumulate, kAllTerms, kNumbers)         \
   apply(Prox, kNone, kNumbers)                   \
   apply(SoftSquares, kNone, kNumbers)            \
-  apply(Zeros, kNone, kNumbers)
+  apply(Zeros, kNone, kNumbers)                  \
+  apply(Sgd, kL1L2, kNumbers)                    \
+  apply(Adam, kL1L2, kNumbers)                   \
+  apply(Rmsprop, kL1L2, kNumbers)                \
+  apply(Adagrad, kL1L2, kNumbers)
 // clang-format on
 
 enum class Pass {
@@ -25,5 +32,27 @@ enum class Pass {
   FUSED_REG_PASSES(FUSED_REG_ENUMERATE)
 #undef FUSED_REG_ENUMERATE
 };
+
+// The streams of an optimizer's states, in the order in which they are given.
+inline std::vector<int> state_streams(Pass optimizer, unsigned options) {
+  switch (optimizer) {
+    case Pass::kSgd:
+      return options & kMomentum ? std::vector<int>{2} : std::vector<int>{};
+    case Pass::kAdam:
+      return options & kAmsgrad ? std::vector<int>{2, 3, 4} : std::vector<int>{2, 3};
+    case Pass::kRmsprop: {
+      std::vector<int> streams{2};
+      if (options & kMomentum) {
+        streams.push_back(3);
+      }
+      if (options & kCentered) {
+        streams.push_back(4);
+      }
+      return streams;
+    }
+    default:
+      return {2};
+  }
+}
 
 }  // namespace fused_reg
