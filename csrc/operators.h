@@ -154,7 +154,7 @@ struct Operators {
     const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
     check_list(params, numbers);
     const size_t n = params.size();
-    const std::vector<int> streams = state_streams(static_cast<Pass>(optimizer), static_cast<unsigned>(options));
+    const std::vector<int> streams = state_streams(optimizer_pass(optimizer), static_cast<unsigned>(options));
     check_step(params, grads, states, steps, is_first.size(), streams.size(), rates.size(), options & kUnscale);
     ListPass pass(params, all_of(n), numbers);
     // What the kernels read and write: of the layout and dtype of dense(t), copies where a tensor has another.
@@ -184,7 +184,7 @@ struct Operators {
       }
       row.streams[kUnscaled] = options & kUnscale ? &own[t] : nullptr;
     }
-    at::Tensor value = pass.run_step(static_cast<Pass>(optimizer), rows, {1, grad_scale});
+    at::Tensor value = pass.run_step(optimizer_pass(optimizer), rows, {1, grad_scale});
     if (pass.group() != Grouping::kNone && options & kProximal) {
       pass.run_prox(pass.run_soft_norms(), own_first_groups(params, pass.group()));
     }

@@ -76,6 +76,7 @@ rescale_grad_: Callable[..., None] = _operator("rescale_grad_")
 accumulate_grad_: Callable[..., Tensor] = _operator("accumulate_grad_")
 empty_grads: Callable[..., list[Tensor]] = _operator("empty_grads")
 prox_: Callable[..., None] = _operator("prox_", check_not_in_graph)
+step_: Callable[..., Tensor] = _operator("step_")
 norms: Callable[..., Tensor] = _operator("norms")
 sums: Callable[..., Tensor] = _operator("sums")
 

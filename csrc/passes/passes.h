@@ -33,6 +33,9 @@ enum class Pass {
 #undef FUSED_REG_ENUMERATE
 };
 
+// Optimizers by number.
+inline Pass optimizer_pass(int64_t optimizer) { return static_cast<Pass>(static_cast<int64_t>(Pass::kSgd) + optimizer); }
+
 // The streams of an optimizer's states, in the order in which they are given.
 inline std::vector<int> state_streams(Pass optimizer, unsigned options) {
   switch (optimizer) {
