@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -26,20 +27,34 @@ _MAXIMIZE, _DECOUPLED, _NESTEROV, _MOMENTUM, _AMSGRAD, _CENTERED = 1, 2, 4, 8, 1
 _PROX: dict[Prox, int] = {False: 0, True: 64, "preconditioned": 64 + 128}
 _UNSCALE = 256
 
+_grad_of = attrgetter("grad")
+
 _KEYS = ("l1", "l2", "prox")
 
 
-class _Launch(NamedTuple):
-    """Parameters that one pass takes, and what they have."""
+class _Plan(NamedTuple):
+    """What steps of a group have in common while nothing changes."""
 
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[Tensor]
-    steps: list[Tensor]
-    is_first: list[bool]
+    values: list[Any]  # the group's, as they were
+    params: list[Tensor]  # with a gradient
+    rest: list[Tensor]  # those without
+    held: list[dict[str, Any]]  # the states
     options: int
     rates: list[float]
     strengths: Strengths
+    keys: Sequence[str]
+
+
+class _Rest(NamedTuple):
+    """Parameters that a step leaves alone, whose penalty is computed when somebody looks."""
+
+    params: list[Tensor]
+    l1: float | Tensor
+    l2: float | Tensor
+
+    def penalty(self) -> Tensor:
+        with torch.no_grad():
+            return fused_penalty(self.params, self.l1, self.l2)
 
 
 class _OnePass(Optimizer):
@@ -47,7 +62,9 @@ class _OnePass(Optimizer):
 
     _pass: ClassVar[int]  # in the order of csrc/passes/passes.h
     _lists: ClassVar[int]  # of torch's `_init_group`
-    _last: list[Callable[[], Tensor]] | None = None  # the penalty of the last step, in parts
+    _last: list[Tensor | _Rest] | None = None  # the penalty of the last step, in parts
+    _plans: list[_Plan]
+    _counts: ClassVar[bool] = True  # whether its state has the number of steps
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,6 +85,7 @@ class _OnePass(Optimizer):
         own = {"l1": l1, "l2": l2, "prox": prox}
         self._check(own, f"{type(self).__name__}: ")
         self._own_defaults = own
+        self._plans = []
         super().__init__(params, *args, **kwargs)
         self.defaults.update(own)
 
@@ -111,10 +129,10 @@ class _OnePass(Optimizer):
     def penalty(self) -> Tensor:
         """The penalty of the parameters before the last step, 0-dim, on their device, without a synchronization; before
         the first step, the penalty now."""
-        parts = self._last
+        parts: Sequence[Tensor | _Rest] | None = self._last
         if parts is None:
-            parts = [lambda group=group: _penalty(group["params"], group) for group in self.param_groups]
-        values = [part() for part in parts]
+            parts = [_Rest(group["params"], group["l1"], group["l2"]) for group in self.param_groups]
+        values = [part if isinstance(part, Tensor) else part.penalty() for part in parts]
         if not values:
             return torch.zeros(())
         return values[0] if len(values) == 1 else torch.stack([v.to(values[0].device) for v in values]).sum()
@@ -135,15 +153,33 @@ class _OnePass(Optimizer):
             self._step_in_turn(found_inf)
             return loss
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        parts: list[Callable[[], Tensor]] = []
-        for launch in self._launches():
-            options = launch.options if grad_scale is None else launch.options | _UNSCALE
-            value = _ops.step_(
-                launch.params, launch.grads, launch.states, launch.steps, launch.is_first, self._pass, options,
-                launch.rates, grad_scale, *launch.strengths,
-            )  # fmt: skip
-            parts.append(lambda value=value: value)
-        self._last = parts + self._left_out()
+        last: list[Tensor | _Rest] = []
+        for i, group in enumerate(self.param_groups):
+            plan = self._plan(i, group)
+            params, grads = plan.params, [p.grad for p in plan.params]
+            states = [held[key] for key in plan.keys for held in plan.held]
+            is_first: list[bool] = []
+            steps: list[Tensor] = []
+            if self._counts:
+                steps = [held["step"] for held in plan.held]
+            elif plan.keys:
+                is_first = [x is None for x in states]
+                if any(is_first):
+                    states = [torch.empty_like(p) if x is None else x for p, x in zip(params, states, strict=True)]
+            options = plan.options if grad_scale is None else plan.options | _UNSCALE
+            if params:
+                last.append(
+                    _ops.step_(
+                        params, grads, states, steps, is_first, self._pass, options, plan.rates, grad_scale,
+                        *plan.strengths,
+                    )
+                )  # fmt: skip
+            if any(is_first):
+                for held, x in zip(plan.held, states, strict=True):
+                    held["momentum_buffer"] = x
+            if plan.rest:
+                last.append(_Rest(plan.rest, group["l1"], group["l2"]))
+        self._last = last
         return loss
 
     def _is_plain(self) -> bool:
@@ -153,45 +189,46 @@ class _OnePass(Optimizer):
             for group in self.param_groups
         )
 
-    def _launches(self) -> list[_Launch]:
-        """Groups whose steps have the same options go together, if their numbers are floats."""
-        return [launch for group in self.param_groups if (launch := self._launch(group)).params]
-
-    def _launch(self, group: dict[str, Any]) -> _Launch:
+    def _plan(self, i: int, group: dict[str, Any]) -> _Plan:
+        """That of the last step, if it still holds."""
+        values = list(group.values())
+        if i < len(self._plans):
+            plan = self._plans[i]
+            params = group["params"]
+            if (
+                all(map(is_, values, plan.values))
+                and len(values) == len(plan.values)
+                and len(params) == len(plan.params)
+                and all(map(is_, params, plan.params))
+                and not any(map(is_, map(_grad_of, params), repeat(None)))
+                and all(map(is_, map(self.state.get, params), plan.held))
+            ):
+                return plan
+            del self._plans[i:]
         params = [p for p in group["params"] if p.grad is not None]
-        grads = [p.grad for p in params]
-        name = type(self).__name__
-        for i, grad in enumerate(grads):
+        for j, p in enumerate(params):
+            grad = p.grad
+            assert grad is not None
             if grad.layout is not torch.strided:
-                raise RuntimeError(f"{name}: params[{i}].grad must be dense (torch.strided), got {grad.layout}")
+                raise RuntimeError(
+                    f"{type(self).__name__}: params[{j}].grad must be dense (torch.strided), got {grad.layout}"
+                )
         keys = self._state_keys(group)
-        own = [self.state[p] for p in params] if keys else []
-        is_first: list[bool] = []
-        if self._pass == 0:
-            if keys:
-                is_first = [s.get("momentum_buffer") is None for s in own]
-                for p, s, first in zip(params, own, is_first, strict=True):
-                    if first:
-                        s["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        elif not all(own):  # torch's own way to make them
-            self._init_group(group, *([] for _ in range(self._lists)))  # type: ignore[attr-defined]
-        states = [s[key] for key in keys for s in own]
-        steps = [] if self._pass == 0 else [s["step"] for s in own]
+        held = [self.state[p] for p in params] if keys else []
+        if self._counts and not all(held):
+            self._init_group(group, *([] for _ in range(self._lists)))  # type: ignore[attr-defined]  # makes them
+        elif not self._counts:
+            for state in held:
+                state.setdefault("momentum_buffer", None)
+        rest = [p for p in group["params"] if p.grad is None] if not (group["l1"] is group["l2"] == 0) else []
         options = self._options(group) | _PROX[group["prox"]] | (_MAXIMIZE if group["maximize"] else 0)
-        l1, l2 = (as_column(name, key, group[key], params) for key in ("l1", "l2"))
+        l1, l2 = (as_column(type(self).__name__, key, group[key], params) for key in ("l1", "l2"))
         lr = group["lr"]
         column: Column = lr.reshape(()) if isinstance(lr, Tensor) else (float(lr),)
         rates = [float(x) for x in self._rates(group)]
-        return _Launch(params, grads, states, steps, is_first, options, rates, Strengths.of((l1, l2, (), column)))
-
-    def _left_out(self) -> list[Callable[[], Tensor]]:
-        """The penalty of parameters that have no gradient, which a step leaves alone: computed when somebody looks."""
-        parts: list[Callable[[], Tensor]] = []
-        for group in self.param_groups:
-            rest = [p for p in group["params"] if p.grad is None]
-            if rest and not (group["l1"] is group["l2"] == 0):
-                parts.append(lambda rest=rest, group=dict(group): _penalty(rest, group))
-        return parts
+        plan = _Plan(values, params, rest, held, options, rates, Strengths.of((l1, l2, (), column)), keys)
+        self._plans.append(plan)
+        return plan
 
     def _step_in_turn(self, found_inf: Tensor | None) -> None:
         """The same where no kernel takes a step: the penalty's gradient, torch's step, and the proximal step."""
@@ -199,21 +236,21 @@ class _OnePass(Optimizer):
         self._last = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            rest = [p for p in group["params"] if p.grad is None]
             if group["prox"] == "preconditioned":
                 raise NotImplementedError(
                     f'{type(self).__name__}: prox="preconditioned" is supported for plain tensors on the CPU'
                 )
-            if not params or group["l1"] is group["l2"] == 0:
+            if group["l1"] is group["l2"] == 0:
                 continue
             sign = -1.0 if group["maximize"] else 1.0
-            if group["prox"]:
-                value = _penalty(params, group)
-            else:
-                value = accumulate_grad_(
-                    params, group["l1"], group["l2"], scale=sign if scale is None else scale * sign
-                )
-            self._last.append(lambda value=value: value)
-        self._last += self._left_out()
+            if params and group["prox"]:
+                self._last.append(_Rest(params, group["l1"], group["l2"]).penalty())
+            elif params:
+                factor = sign if scale is None else scale * sign
+                self._last.append(accumulate_grad_(params, group["l1"], group["l2"], scale=factor))
+            if rest:
+                self._last.append(_Rest(rest, group["l1"], group["l2"]))
         theirs: Any = super().step
         while getattr(theirs, "hooked", False):  # or the hooks of a step would run twice
             theirs = theirs.__wrapped__.__get__(self)
@@ -237,15 +274,10 @@ class _OnePass(Optimizer):
         raise NotImplementedError
 
 
-def _penalty(params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return fused_penalty(params, group["l1"], group["l2"])
-
-
 class SGD(_OnePass, torch.optim.SGD):
     """SGD"""
 
-    _pass, _lists = 0, 3
+    _pass, _lists, _counts = 0, 3, False
 
     def _state_keys(self, group: Mapping[str, Any]) -> Sequence[str]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
