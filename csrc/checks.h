@@ -217,28 +217,22 @@ inline void check_step(at::TensorList params, at::TensorList grads, at::TensorLi
   TORCH_CHECK_VALUE(states.size() == n * states_each && (counts.empty() || counts.size() == n) &&
                         (firsts == 0 || firsts == n) && (rates == kRates || rates == n * kRates),
                     "states, counts and rates must belong to the parameters (", n, ")");
-  std::vector<Region> regions;
   const auto check_one = [&](const at::Tensor& x, size_t t, const char* what, bool is_written) {
     TORCH_CHECK_TYPE(is_supported(x.scalar_type()), "params[", t, "]", what,
                      " must be float32, float64, bfloat16 or float16, got ", name_of(x.scalar_type()));
     TORCH_CHECK_VALUE(x.device() == params[t].device() && x.sizes() == params[t].sizes(), "params[", t, "]", what,
                       " must have the device and shape of its parameter");
-    if (x.numel() > 0) {
-      regions.emplace_back(x, t, what);
-      if (is_written) {
-        check_no_self_overlap(regions.back());
-      }
+    if (is_written && !x.is_non_overlapping_and_dense()) {
+      check_no_self_overlap(Region(x, t, what));
     }
   };
   for (const auto t : c10::irange(n)) {
-    check_memory(t, params[t]);
     check_one(params[t], t, "", true);
     check_one(grads[t], t, ".grad", writes_grads);
     for (const auto s : c10::irange(states_each)) {
       check_one(states[s * n + t], t, "'s state", true);
     }
   }
-  check_disjoint(std::move(regions));
 }
 
 }  // namespace fused_reg

@@ -177,8 +177,7 @@ class ListPass {
       std::copy(row.rates, row.rates + kRates, task.numbers.step);
       task.numbers.step[kGradScale] = scale;
       if (row.count != nullptr) {
-        task.numbers.step[kCount] = row.count->item<double>() + 1;
-        row.count->fill_(task.numbers.step[kCount]);
+        task.numbers.step[kCount] = counted(*row.count);
       }
     }
     if (grouped.has_value()) {
@@ -338,6 +337,15 @@ class ListPass {
   }
 
   double number(Number which, size_t t) const { return columns_[which][t]; }
+
+  // One more step; without the dispatcher, which would take longer than the step of a small parameter.
+  static double counted(const at::Tensor& steps) {
+    if (steps.scalar_type() == at::kFloat && steps.is_cpu() && steps.numel() == 1) {
+      return *steps.mutable_data_ptr<float>() += 1;
+    }
+    steps.add_(1);
+    return steps.item<double>();
+  }
 
   static double number(const NumberArg& arg) { return arg.tensor.has_value() ? arg.tensor->item<double>() : arg.value; }
 
