@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from fused_reg import _ops
+from fused_reg import _devices
 from fused_reg._iterators import read
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import GROUPS, Column, Group, Strengths, check_group
@@ -117,7 +117,7 @@ def check_numbers(function: str, params: list[Tensor], numbers: Mapping[str, Ten
     devices = {p.device for p in params if isinstance(p, Tensor)}
     check_values(f"{function}: ", numbers)
     for name, number in numbers.items():
-        if number is not None and not number.is_cpu and number.device not in devices:
+        if number is not None and not _devices.is_at_hand(number) and number.device not in devices:
             raise ValueError(
                 f"{function}: {name} must be on the CPU or on the parameters' device "
                 f"({', '.join(sorted(map(str, devices)))}), got {number.device}"
@@ -127,7 +127,7 @@ def check_numbers(function: str, params: list[Tensor], numbers: Mapping[str, Ten
 def check_values(where: str, numbers: Mapping[str, Tensor | None]) -> None:
     """What the kernels check of the numbers that they read on the CPU, where they read some late or none."""
     for name, number in numbers.items():
-        if number is None or name == "scale" or not number.is_cpu or not _has_value(number):
+        if number is None or name == "scale" or not _devices.is_at_hand(number) or not _has_value(number):
             continue
         for i, value in enumerate(number.detach().reshape(-1).tolist()):
             if not 0 <= value < math.inf:
@@ -170,13 +170,13 @@ def as_column(function: str, name: str, strength: Strength | None, params: Seque
     tensors = [item for item in checked if isinstance(item, Tensor)]
     if not tensors:
         return tuple(item for item in checked if not isinstance(item, Tensor))
-    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    device = _devices.joint(tensors)
     return torch.stack([_as_float64(item, device) for item in checked])
 
 
 def _in_graph(number: float, params: Sequence[Tensor]) -> Tensor:
     """A number as a tensor: in compiled code a float is a constant, and every other one would compile it again."""
-    device = params[0].device if params and isinstance(params[0], Tensor) else "cpu"
+    device = params[0].device if params and isinstance(params[0], Tensor) else _devices.HOST
     one = torch.ones((), dtype=torch.float64, device=device)
     return one * number  # the compiler makes an input of a float only where it meets a tensor in arithmetic
 
@@ -294,16 +294,9 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
     if "Batching rule not implemented" in str(error):
         return NotImplementedError(f"{function}: torch.func.vmap is not supported, but for fused_penalty")
     if isinstance(error, NotImplementedError):  # of the dispatcher, if no kernels are registered for a device
-        has_cuda = bool(_ops.library.build_info()["cuda_architectures"])
         for i, p in enumerate(params):
-            if p.is_cuda and not has_cuda:
-                return RuntimeError(
-                    f"{function}: params[{i}] is on {p.device}, and fused_reg is built without CUDA; where nvcc and a "
-                    "CUDA build of torch are installed, build it again with "
-                    "`FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
-                )
-            if p.device.type not in ("cpu", "cuda", "meta"):
-                return TypeError(f"{function}: params[{i}] must be on the CPU or a CUDA device, got {p.device}")
+            if refused := _devices.refused(f"{function}: params[{i}]", p.device):
+                return refused
     if isinstance(error, TypeError | ValueError) and _OF_AN_ARGUMENT.match(str(error)):
         return type(error)(f"{function}: {error}{_hint_of(params, str(error))}")
     return error

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from fused_reg import _devices
+
 #: The terms, in the order of the arguments. Each has a strength.
 TERMS = ("l1", "l2", "l2_norm")
 
@@ -99,7 +101,7 @@ def _at(column: Column, places: Sequence[int], device: torch.device) -> Column:
     if not isinstance(column, Tensor):
         return tuple(column[i] for i in places) if len(column) > 1 else column
     column = column if column.ndim == 0 else torch.stack([column[i] for i in places])
-    return column if column.is_cpu else column.to(device)
+    return _devices.reachable(column, device)
 
 
 def group_count(p: Tensor, group: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from fused_reg import _ops
+from fused_reg import _devices, _ops
 from fused_reg._terms import Strengths, group_count, sliced_dim
 
 
@@ -45,7 +45,7 @@ def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
     columns = []
     for given in strengths.columns()[: 3 if strengths.has_norms() else 2]:
         if isinstance(given, Tensor):
-            if not given.is_cpu and given.device != device:
+            if not _devices.is_at_hand(given) and given.device != device:
                 raise ValueError(
                     f"strengths must be on the CPU or on the parameters' device ({device}), got {given.device}"
                 )
@@ -53,15 +53,9 @@ def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
         elif len(given) <= 1:
             column = torch.full((), sum(given), dtype=torch.float64, device=device)
         else:
-            column = _on(device, torch.tensor(given, dtype=torch.float64, device="cpu"))
+            column = _devices.sent(torch.tensor(given, dtype=torch.float64, device="cpu"), device)
         columns.append(column.expand(count))
     return torch.stack(columns, dim=1)
-
-
-def _on(device: torch.device, host: Tensor) -> Tensor:
-    if device.type == "cuda" and type(host) is Tensor:  # a FakeTensor cannot be pinned
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
 
 
 def rows_of(table: Tensor, keep: Sequence[bool]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fused_reg import _ops, reference
+from fused_reg import _devices, _ops, reference
 from fused_reg._terms import GROUPS, Column, Strengths
 
 #: Of longer lists the compiler takes minutes.
@@ -37,8 +37,8 @@ def can_merge(params: Sequence[Tensor], strengths: Strengths) -> bool:
         and 0.0 not in strengths.floats  # a parameter without a term would have no gradient
         and len(params) <= MOST_TENSORS
         and (len(params) <= _FEW_TENSORS or _count(params) <= _MOST_ELEMENTS)
-        # On a GPU the compiler contracts products and sums, and the gradients would have other bits.
-        and all(p.is_cpu and p.dtype is torch.float32 and p.layout is torch.strided for p in params)
+        and all(_devices.row_of(p.device).has_bits_of_kernels for p in params)
+        and all(p.dtype is torch.float32 and p.layout is torch.strided for p in params)
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
+from fused_reg import _devices
 from fused_reg._warnings import warn
 from fused_reg.regularizer import strays
 from fused_reg.regularizer.calls import Part
@@ -303,7 +304,7 @@ class Attachment:
 
     def _is_captured(self) -> bool:
         """In a CUDA graph, which would fill in this step's strengths at every replay. The user advances after each."""
-        return self._part.params[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        return _devices.is_captured(self._part.params[0])
 
     def _steps(self, optimizer: Optimizer, found_inf: Tensor | None) -> float | Tensor | list[float | Tensor]:
         """The learning rate, or one for each entry; 0 where a fused optimizer has skipped its step, which the host does

@@ -106,7 +106,7 @@ class Part:
         self._maximized = list(maximized) or [False] * len(self.entries)
         self._version = -1
         self._chosen: list[bool] = []
-        self._device = torch.device("meta")
+        self._device: torch.device | None = None
         self._calls: list[_Call] = []
         self._current_calls()  # now, not inside a graph that is being compiled
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fused_reg import _devices
 from fused_reg.regularizer.steps import depth_of
 from fused_reg.regularizer.watch import is_same, sample
 
@@ -88,7 +89,7 @@ class Nesting:
 
     def _states(self, params: Iterable[Tensor]) -> list[_State]:
         """Versions, and a few elements as long as the code is not proved by a step: not every change is counted."""
-        return [(p._version, None if self._has_entered or not p.is_cpu else sample(p)) for p in params]
+        return [(p._version, None if self._has_entered or not _devices.is_at_hand(p) else sample(p)) for p in params]
 
 
 def _is_same(a: _State, b: _State) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_reg import _devices
+
 Groups = Sequence[dict[str, Any]]
 
 
@@ -24,7 +26,7 @@ def check_rates(groups: Groups, places: Iterable[int]) -> None:
                 f'lr={rate!r} in group {i}; mode "grad" needs none'
             )
         number = rate_of(groups[i])
-        if not (isinstance(number, Tensor) and not number.is_cpu) and not 0 <= float(number) < math.inf:
+        if not (isinstance(number, Tensor) and not _devices.is_at_hand(number)) and not 0 <= float(number) < math.inf:
             raise ValueError(
                 f'attach: mode "prox" must find learning rates that are finite and >= 0, got lr={float(number)} in '
                 f"group {i}"

@@ -9,9 +9,10 @@ from itertools import dropwhile
 from types import CodeType, FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from fused_reg import _devices
 
 
 def depth_of(optimizer: Optimizer, hook: Any) -> int:
@@ -58,12 +59,12 @@ def is_inert(optimizer: Optimizer) -> bool:
     What a GPU alone knows is not waited for: such a step counts as one. Gradients are read only where all rates are 0.
     """
     found_inf = found_infinity(optimizer)
-    if found_inf is not None and found_inf.is_cpu and bool(found_inf):
+    if found_inf is not None and _devices.is_at_hand(found_inf) and bool(found_inf):
         return True
     if may_change(optimizer):
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if any(g.is_cuda for g in grads) and torch.cuda.is_current_stream_capturing():
+    if any(map(_devices.is_captured, grads)):
         return False
     found = ((g._values() if g.is_sparse else g).any() for g in grads)
     # All before the first is looked at: that of a DTensor takes every process, and a GPU is waited for once.
@@ -92,5 +93,5 @@ def found_infinity(optimizer: Optimizer) -> Tensor | None:
 
 def _is_zero(rate: Any) -> bool:
     if isinstance(rate, Tensor):
-        return rate.is_cpu and not bool(rate.any())
+        return _devices.is_at_hand(rate) and not bool(rate.any())
     return getattr(rate, "ndim", 0) == 0 and bool(rate == 0)

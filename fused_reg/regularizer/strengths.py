@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from fused_reg import _devices
 from fused_reg._arguments import as_number, is_number
 from fused_reg._terms import Group, check_group
 
@@ -94,7 +95,7 @@ def checked(name: str, strength: Any) -> float | Tensor | Schedule:
 def _is_at_hand(tensor: Tensor) -> bool:
     """Whether a look at its value is free: neither on a GPU nor one of those that have none yet."""
     is_plain = type(tensor) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return is_plain and tensor.is_cpu
+    return is_plain and _devices.is_at_hand(tensor)
 
 
 def _check_signature(name: str, schedule: Schedule) -> None:
@@ -144,7 +145,12 @@ def held(name: str, strength: Given, step: int) -> Held:
 
 def as_saved(name: str, strength: Any) -> float:
     """A strength of a state dict, checked: a number, also in a 0-dim tensor."""
-    if isinstance(strength, Tensor) and strength.ndim == 0 and strength.is_floating_point() and not strength.is_meta:
+    if (
+        isinstance(strength, Tensor)
+        and strength.ndim == 0
+        and strength.is_floating_point()
+        and _devices.has_data(strength)
+    ):
         strength = strength.item()
     if not is_number(strength):
         raise ValueError(f"{name} must be a number, got {type(strength).__name__}")
@@ -192,7 +198,7 @@ class Column:
             self._fixed = torch.tensor([number(s) for s in strengths], dtype=torch.float64, device="cpu")
         else:
             # Gathered at each call, on the device, from the 0-dim tensors as they are then.
-            self._device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+            self._device = _devices.joint(tensors)
             self._distinct = [self._as_tensor(s) for s in distinct]
             places = {identity(s): i for i, s in enumerate(distinct)}
             self._places = [places[identity(s)] for s in strengths]

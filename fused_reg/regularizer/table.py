@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fused_reg import _devices
 from fused_reg._terms import Group
 from fused_reg._warnings import warn
 from fused_reg.regularizer.following import Source
@@ -122,8 +123,8 @@ class Table:
     def place_cells(self) -> None:
         """Puts the cells where the parameters are, or on the CPU, from where every device takes them."""
         devices = {entry.param.device for entry in self.entries}
-        device = self.entries[0].param.device if len(devices) == 1 else torch.device("cpu")
-        device = torch.device("cpu") if device.type == "meta" else device
+        first = self.entries[0].param
+        device = first.device if len(devices) == 1 and _devices.has_data(first) else _devices.HOST
         for cell in self.cells().values():
             cell.move(device)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fused_reg import _devices
 from fused_reg._warnings import warn
 from fused_reg.regularizer import strays
 
@@ -48,13 +49,13 @@ class Watch:
         """At every gradient on the CPU. A GPU is waited for where the version has changed, and now and then, because
         not every change is counted there."""
         attachment, last = self._attachment(), self._last.get(id(p))
-        if attachment is None or (p.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if attachment is None or _devices.is_captured(p):
             return
         if last is None:
             self._last[id(p)] = _Last(1, 0, p._version, sample(p))
             return
         last.count += 1
-        if p.is_cpu or p._version != last.version or last.count & (last.count - 1) == 0:
+        if _devices.is_at_hand(p) or p._version != last.version or last.count & (last.count - 1) == 0:
             before, last.version, last.sample = last.sample, p._version, sample(p)
             last.changes += not is_same(before, last.sample)
             if last.changes == _CHANGES and not self._has_warned and strays.is_handled(p, attachment):
@@ -71,7 +72,7 @@ class Watch:
 
 def is_same(a: Tensor, b: Tensor) -> bool:
     """Of two samples. Those without data, as in a dry run, do not tell."""
-    return type(a) is not Tensor or a.is_meta or torch.equal(a, b)
+    return type(a) is not Tensor or not _devices.has_data(a) or torch.equal(a, b)
 
 
 def sample(p: Tensor) -> Tensor:
