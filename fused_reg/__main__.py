@@ -23,7 +23,7 @@ def _versions() -> list[tuple[str, str]]:
         ("torch, built with", info["torch"]),
         ("torch, running", torch.__version__),
         ("compiler", info["compiler"]),
-        ("CUDA architectures", info["cuda_architectures"] or "CPU only"),
+        ("CUDA architectures", info.get("cuda_architectures", "CPU only")),
         ("CPU capability", info["cpu_capability"]),
         ("threads", str(torch.get_num_threads())),
     ]
