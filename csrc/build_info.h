@@ -3,9 +3,20 @@
 #include <map>
 #include <string>
 
+#include "torch_compat.h"
+
+#if defined(__clang__)
+#define FUSED_REG_COMPILER __VERSION__  // names itself
+#else
+#define FUSED_REG_COMPILER "GCC " __VERSION__
+#endif
+
 namespace fused_reg {
 
 // What this library was built with, and what it runs on. A backend adds to it where it registers its operators.
-std::map<std::string, std::string>& build_info();
+inline std::map<std::string, std::string>& build_info() {
+  static std::map<std::string, std::string> info{{"torch", TORCH_VERSION}, {"compiler", FUSED_REG_COMPILER}};
+  return info;
+}
 
 }  // namespace fused_reg

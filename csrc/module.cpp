@@ -16,6 +16,9 @@
 
 namespace fused_reg {
 
+// Read from the bytes of the file where the library cannot be loaded (fused_reg/_library.py).
+__attribute__((used)) extern const char kTorchVersionMark[] = "fused_reg built with torch " TORCH_VERSION;
+
 namespace {
 
 // Each load() takes an argument from Python, or refuses it. Tensors whose operators somebody overrides, what is no

@@ -31,7 +31,7 @@ COMMENTS = (r"//.*", r"(?s:\"{3}.*?\"{3})|#.*")  # of C++, of Python
 
 
 def names_in(text):
-    """What looks like a file of the repository, or several (``dispatch.*``)."""
+    """What looks like a file of the repository, or several (``grad_memory.*``)."""
     return re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:\*|cpp|csv|cuh?|h|json|md|png|py|sh|txt|typed))`", text)
 
 

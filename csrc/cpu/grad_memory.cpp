@@ -70,7 +70,7 @@ class GradAllocator final : public c10::Allocator {
 
   static void give_back(void* context) {
     auto* const block = static_cast<Block*>(context);
-    if (is_forked_child()) {  // the parent may have held the mutex
+    if (is_forked_child) {  // the parent may have held the mutex
       delete block;
       return;
     }
@@ -109,7 +109,7 @@ class GradAllocator final : public c10::Allocator {
 }  // namespace
 
 at::Tensor empty_grad_like(const at::Tensor& dense) {
-  const bool keep = dense.nbytes() >= kSmall && !is_forked_child();
+  const bool keep = dense.nbytes() >= kSmall && !is_forked_child;
   c10::Allocator* const allocator = keep ? static_cast<c10::Allocator*>(&GradAllocator::get()) : c10::GetCPUAllocator();
   return at::detail::empty_strided_generic(dense.sizes(), dense.strides(), allocator,
                                            c10::DispatchKeySet(c10::DispatchKey::CPU), dense.scalar_type());

@@ -1,6 +1,6 @@
 // The CUDA backend of the operators in ops.cpp.
 #include "../build_info.h"
-#include "../registration.h"
+#include "../operators.h"
 #include "list_pass.h"
 
 TORCH_LIBRARY_IMPL(fused_reg, CUDA, m) {

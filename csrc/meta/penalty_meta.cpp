@@ -1,10 +1,5 @@
 // Shapes and dtypes without data: what meta tensors, FakeTensorMode and torch.compile run.
-
-#include "../checks.h"
-#include "../layout.h"
-#include "../numbers.h"
-#include "../registration.h"
-#include "../torch_compat.h"
+#include "../operators.h"
 
 namespace fused_reg {
 

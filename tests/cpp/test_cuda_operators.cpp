@@ -10,7 +10,6 @@
 #include "cpu/list_pass.h"
 #include "cuda/list_pass.h"
 #include "cuda/penalty_kernels.cu"
-#include "cuda/stream_state.cpp"
 #include "expect.h"
 #include "operators.h"
 
