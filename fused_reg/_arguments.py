@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from fused_reg import _devices
 from fused_reg._iterators import read
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import GROUPS, Column, Group, Strengths, check_group
+from fused_reg._terms import GROUPS, NUMBERS, PLACES, STEP, Column, Strengths, check_group
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
@@ -67,22 +67,39 @@ def _check_no_tangent(name: str, tensor: Any) -> None:
 
 def as_strengths(
     function: str,
+    params: Sequence[Tensor],
     l1: Strength | None,
     l2: Strength | None,
-    l2_norm: Strength | None,
-    group: Group,
-    params: Sequence[Tensor],
+    terms: Mapping[str, Any],
     step: Column = (),
 ) -> Strengths:
     """The strengths, checked, for these parameters; ``step``: of a proximal operator, checked before."""
-    if group != "tensor":
-        check_group(f"{function}: ", group, l2_norm is not None, "come with l2_norm, whose norms it is about")
-    if l1 is None and l2 is None and l2_norm is None:
+    if not terms:  # first, for short calls
+        if l1 is None and l2 is None:
+            return SUM_OF_SQUARES.with_step(step)
+        return Strengths.of((as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), (), step))
+    columns: list[Column] = [()] * len(NUMBERS)
+    is_given = l1 is not None or l2 is not None
+    for name, strength in terms.items():
+        if name == "group":
+            if strength != "tensor":
+                has_norms = terms.get("l2_norm") is not None
+                check_group(f"{function}: ", strength, has_norms, "come with l2_norm, whose norms it is about")
+        elif name not in PLACES:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
+        elif strength is not None:
+            columns[PLACES[name]] = as_column(function, name, strength, params)
+            is_given = True
+    if not is_given:
         return SUM_OF_SQUARES.with_step(step)
-    norms = as_column(function, "l2_norm", l2_norm, params)
-    columns = (as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), norms, step)
+    if l1 is not None:
+        columns[0] = as_column(function, "l1", l1, params)
+    if l2 is not None:
+        columns[1] = as_column(function, "l2", l2, params)
+    columns[STEP] = step
+    norms = columns[2]
     # A norm that is 0 for all is none; in a list or tensor it may be the next call's.
-    return Strengths.of(columns, 0 if type(norms) is tuple and not norms else GROUPS[group])
+    return Strengths.of(columns, 0 if type(norms) is tuple and not norms else GROUPS[terms.get("group", "tensor")])
 
 
 def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> Column:

@@ -25,7 +25,7 @@ RECIPES = {
 # How code tells devices apart by their types, rather than by what these can do. Only a backend may.
 ASKS_FOR_A_DEVICE = r"""\.is_(cpu|cuda|meta|mps|xpu)\b|torch\.(cuda|cpu|mps|xpu|accelerator)\b|device\.type\b
     |["'](cuda|meta|mps|xpu)["':]|(?<!device=)"cpu"|\bpin_memory\b"""
-# Where csrc meets torch: the library, what CUDA takes beside it, and the Python module, which is torch's and Python's own.
+# Where csrc meets torch: the library, what CUDA takes beside it, and the Python module.
 TORCH = ["csrc/cuda/torch_compat.h", "csrc/module.cpp", "csrc/torch_compat.h"]
 COMMENTS = (r"//.*", r"(?s:\"{3}.*?\"{3})|#.*")  # of C++, of Python
 
@@ -84,6 +84,8 @@ def test_csrc_meets_torch_in_few_places():
 
 def test_a_backend_is_a_folder():
     """What all share knows the host and no device; a backend tells of itself where it registers."""
-    asks = re.compile(r"\b(is_cuda|is_meta|is_mps|is_xpu|kCUDA|kMeta|WITH_CUDA|USE_CUDA)\b|[\"/](cuda|mps|xpu)/", re.IGNORECASE)
+    asks = re.compile(
+        r"\b(is_cuda|is_meta|is_mps|is_xpu|kCUDA|kMeta|WITH_CUDA|USE_CUDA)\b|[\"/](cuda|mps|xpu)/", re.IGNORECASE
+    )
     shared = [path for path in SOURCES if path.parent == ROOT / "csrc" and path.suffix != ".txt"]
     assert [path.name for path in shared if asks.search(code_of(path))] == []

@@ -356,7 +356,7 @@ class Bucket(NamedTuple):
         return _in_slots(norms, self.shards, self._slots(), self.strengths.group)
 
     def _weights_of_slots(self, strengths: Strengths) -> Tensor:
-        weights = table_of(strengths, len(self.shards), self.shards[0].device)[:, 2]
+        weights = table_of(strengths, len(self.shards), self.shards[0].device)[:, -1]
         return torch.cat([w.expand(n) for w, n in zip(weights.unbind(), self._slots(), strict=True)])
 
     @contextmanager

@@ -21,7 +21,7 @@ from fused_reg.regularizer.lasting import check_lasting
 from fused_reg.regularizer.nesting import Nesting
 from fused_reg.regularizer.rates import check_rates, rate_of
 from fused_reg.regularizer.steps import found_infinity, is_inert
-from fused_reg.regularizer.strengths import KINDS, identity, is_absent, tensor_of
+from fused_reg.regularizer.strengths import identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
 from fused_reg.regularizer.watch import Watch
 
@@ -338,8 +338,8 @@ class Attachment:
                 raise ValueError(
                     f"attach: a parameter must be handled once, but another attachment handles {entry.name!r} already"
                 )
-            for kind, tensor in zip(KINDS, map(tensor_of, entry.strengths), strict=True):
-                if tensor is not None and tensor.requires_grad:
+            for kind, strength in entry.strengths.items():
+                if (tensor := tensor_of(strength)) is not None and tensor.requires_grad:
                     raise ValueError(
                         f"attach: {kind} of {entry.name!r} must be a constant, got a tensor that requires grad, and an "
                         "attached penalty gives it none; add regularizer() to the loss"
@@ -364,7 +364,7 @@ class Attachment:
     def _warn_of_weight_decay(self, optimizer: Optimizer, entries: list[Entry]) -> None:
         for entry, i in zip(entries, self._group_of, strict=True):
             decay = optimizer.param_groups[i].get("weight_decay", 0)
-            if decay is None or isinstance(decay, Tensor) or not decay > 0 or is_absent(entry.l2):
+            if decay is None or isinstance(decay, Tensor) or not decay > 0 or not entry.has("l2"):
                 continue
             if not self._has_decay:
                 self._has_decay = True

@@ -17,10 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fused_reg._terms import TERMS
 from fused_reg._warnings import warn
 from fused_reg.regularizer.closures import closure_of
 from fused_reg.regularizer.steps import may_change
-from fused_reg.regularizer.strengths import KINDS, is_absent
 from fused_reg.regularizer.wrapped import optimizers_in
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ def _note(p: Tensor, rows: _Rows) -> None:
 def _is_twice(entry: Entry, other: Attachment) -> bool:
     """Whether a strength of a parameter counts twice in the steps of one optimizer, which is said."""
     others = next((e for e in other.entries if e.param is entry.param), None)
-    for kind in KINDS if others is not None else ():
-        if not is_absent(getattr(entry, kind)) and not is_absent(getattr(others, kind)):
+    for kind in TERMS:
+        if others is not None and entry.has(kind) and others.has(kind):
             warn(
                 f"attach: {kind} of {entry.name!r} counts twice, because another Regularizer is attached to the same "
                 f"{type(other.optimizer).__name__}; call remove() of its attachment if this one is in its place"
