@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from fused_reg import _ops
+from fused_reg._arguments import FORWARD_MODE
 from fused_reg._terms import Strengths, group_count, sliced_dim
 
 
@@ -101,7 +102,15 @@ def exponent_of(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x.frexp().exponent - 1, 0)
 
 
-class _Composed(Function):
+class _Reverse(Function):
+    """What has derivatives in reverse mode alone."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # of a tangent that another transform hides; others are found before
+        raise NotImplementedError(f"fused_penalty: {FORWARD_MODE}")
+
+
+class _Composed(_Reverse):
     """The penalty for strengths ``table`` [params, 2 or 3 terms]."""
 
     @staticmethod
@@ -137,7 +146,7 @@ class _Composed(Function):
         return torch.stack([_apply(_Composed, *row) for row in _rows(info, in_dims, inputs)]), 0
 
 
-class _GroupNorms(Function):
+class _GroupNorms(_Reverse):
     """`group_norms`."""
 
     @staticmethod
@@ -169,7 +178,7 @@ def _split(norms: Tensor, group: int, params: Sequence[Tensor]) -> tuple[Tensor,
     return torch.functional.split(norms, [group_count(p, group) for p in params])
 
 
-class _TermSums(Function):
+class _TermSums(_Reverse):
     """[len(params), 2] float64: the sum of |w| and the sum of w^2 of each parameter."""
 
     @staticmethod
@@ -192,7 +201,7 @@ class _TermSums(Function):
         return torch.stack([_apply(_TermSums, *row) for row in _rows(info, in_dims, params)]), 0
 
 
-class _Gradient(Function):
+class _Gradient(_Reverse):
     """The gradient of each parameter for strengths ``table`` [params, 2], and its own derivatives."""
 
     @staticmethod
