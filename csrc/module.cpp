@@ -164,7 +164,7 @@ PyObject* build_info_dict(PyObject*, PyObject*) {
 }
 
 // What is said of a list in `fused_reg/_ops.py`, in the time of one look at each item.
-enum Found : long { kHasAttributes = 1, kUnusual = 2, kSeveralDevices = 4, kNegated = 8 };
+enum Found : long { kHasAttributes = 1, kUnusual = 2, kSeveralDevices = 4, kNegated = 8, kOddGrad = 16 };
 
 // Of a tensor that a backend has kernels for.
 bool is_usual(const at::Tensor& t) {
@@ -182,14 +182,19 @@ PyObject* survey(PyObject*, PyObject* list) {
     THPObjectPtr attributes(PyObject_GenericGetDict(item, nullptr));
     PyErr_Clear();  // of an object without
     found |= attributes && PyDict_GET_SIZE(attributes.get()) > 0 ? kHasAttributes : 0;
-    if (!THPVariable_CheckExact(item)) {
+    const bool is_exact = THPVariable_CheckExact(item);
+    if (!is_exact && !THPVariable_Check(item)) {
       found |= kUnusual;
       continue;
     }
     const at::Tensor& t = THPVariable_Unpack(item);
-    found |= (is_usual(t) ? 0 : kUnusual) | (t.is_neg() ? kNegated : 0);
-    found |= device.value_or(t.device()) == t.device() ? 0 : kSeveralDevices;
-    device = t.device();
+    const at::Tensor& grad = t.unsafeGetTensorImpl()->grad();
+    found |= (is_exact && is_usual(t) ? 0 : kUnusual) | (t.is_neg() ? kNegated : 0);
+    found |= grad.defined() && (grad.is_neg() || grad.layout() != at::kStrided) ? kOddGrad : 0;
+    if (is_exact) {  // others may say where they are in Python only
+      found |= device.value_or(t.device()) == t.device() ? 0 : kSeveralDevices;
+      device = t.device();
+    }
   }
   return PyLong_FromLong(found);
   END_HANDLE_TH_ERRORS
@@ -232,7 +237,7 @@ PyMethodDef functions[] = {
      "Raises what accumulate_grad_ or prox_ would of (params, grads, modes)."},
     {"check_dtypes", check_dtypes_of, METH_O, "Raises what the operators would of the dtypes of a list of tensors."},
     {"survey", survey, METH_O,
-     "Bits of what is in a list: attributes, what is no usual tensor, several devices, negated views."},
+     "Bits of what is in a list: attributes, what is no usual tensor, several devices, negated views, odd gradients."},
     {}};
 
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", "The compiled part of fused_reg.", -1, functions};

@@ -20,7 +20,6 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fused_reg import _devices
 from fused_reg._iterators import read
-from fused_reg._partitioned import check_whole
 from fused_reg._terms import GROUPS, NUMBERS, PLACES, STEP, Column, Strengths, check_group
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
@@ -38,7 +37,7 @@ SUM_OF_SQUARES = Strengths.of([(), (1.0,)])
 
 
 def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    """The parameters, read once. What they are is checked later, by the operators."""
+    """The parameters, read once. What they are is checked later, where their way is chosen and by the operators."""
     if type(params) is list:  # first: short calls feel the rest
         tensors = params.copy()
     elif isinstance(params, Tensor):
@@ -51,7 +50,6 @@ def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
         tensors = read(function, params)
     else:
         raise TypeError(f"{function}: params must be a tensor or an iterable of tensors, got {_described(params)}")
-    check_whole(function, tensors)
     for i, p in enumerate(tensors if forward_ad._current_level >= 0 else ()):
         _check_no_tangent(f"{function}: params[{i}]", p)
     return tensors

@@ -25,11 +25,8 @@ def value_and_grad(params: list[Tensor], strengths: Strengths) -> tuple[Tensor, 
 
 def prox_(params: list[Tensor], strengths: Strengths) -> None:
     """The proximal step."""
-    if not is_compiling():
-        if _transforms_active():  # where the operator runs, everything is a leaf
-            _ops.check_not_in_graph("", params)
-        if _have_negated(_ops.survey(params), params):  # the dispatcher writes to no such view; the step is odd
-            params = [torch._neg_view(p) if p.is_neg() else p for p in params]
+    if _transforms_active() and not is_compiling():  # where the operator runs, everything is a leaf
+        _ops.check_not_in_graph("", params)
     _ops.prox_(params, None, (), *strengths)
 
 
@@ -38,21 +35,13 @@ def accumulate_grad_(
 ) -> Tensor:
     """The penalty, whose gradient has been added to ``.grad``; ``skip_missing``: where that is None, none is."""
     modes, grads = grads_of(params, SKIP if skip_missing else WRITE)
-    are_negated = check_dense(params, grads)
-    own = [g.resolve_neg() for g in grads] if are_negated else grads  # the dispatcher writes to no such view
     missing = [p for p, mode in zip(params, modes, strict=True) if mode == WRITE] if WRITE in modes else []
-    fresh: list[Tensor] = _ops.empty_grads(missing) if missing else []
+    fresh: list[Tensor] = []
     if missing:
-        by_mode = {ADD: iter(own), WRITE: iter(fresh)}
-        written = [next(by_mode[mode]) for mode in modes if mode != SKIP]
-    else:
-        written = own
-    value = _ops.accumulate_grad_(params, written, modes, *factor, *strengths)
-    if are_negated:
-        with torch.no_grad():
-            for grad, result in zip(grads, own, strict=True):
-                if grad.is_neg():
-                    grad.copy_(result)
+        fresh = _ops.empty_grads(missing)
+        by_mode = {ADD: iter(grads), WRITE: iter(fresh)}
+        grads = [next(by_mode[mode]) for mode in modes if mode != SKIP]
+    value = _ops.accumulate_grad_(params, grads, modes, *factor, *strengths)
     for p, grad in zip(missing, fresh, strict=True):
         _set_grad(p, grad)
     return value
@@ -72,22 +61,6 @@ def grads_of(params: Sequence[Tensor], if_missing: int) -> tuple[list[int], list
             modes.append(ADD)
             grads.append(grad)
     return modes, grads
-
-
-def check_dense(params: Sequence[Tensor], grads: list[Tensor]) -> bool:
-    """Raises where a gradient of these parameters is sparse; returns whether one is a negated view."""
-    found = 0 if is_compiling() else _ops.survey(grads)
-    for i, p in enumerate(params if found & _ops.UNUSUAL else ()):
-        if p.requires_grad and p.grad is not None and p.grad.layout is not torch.strided:
-            raise TypeError(
-                f"params[{i}].grad must be dense (torch.strided), got {p.grad.layout}; "
-                "build the embedding with sparse=False, or use p.grad = p.grad.to_dense()"
-            )
-    return _have_negated(found, grads)
-
-
-def _have_negated(found: int, tensors: list[Tensor]) -> bool:
-    return found & (_ops.NEGATED | _ops.UNUSUAL) != 0 and any(t.is_neg() for t in tensors)
 
 
 def _set_grad(p: Tensor, grad: Tensor) -> None:

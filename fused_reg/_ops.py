@@ -43,7 +43,7 @@ library = _load()
 
 # What is in a list, as bits (csrc/module.cpp).
 survey: Callable[[list[Any]], int] = library.survey
-HAS_ATTRIBUTES, UNUSUAL, SEVERAL_DEVICES, NEGATED = 1, 2, 4, 8
+HAS_ATTRIBUTES, UNUSUAL, SEVERAL_DEVICES, NEGATED, ODD_GRAD = 1, 2, 4, 8, 16
 
 _operators = torch.ops.fused_reg
 

@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 
 from fused_reg import _one_device, _ops, distributed
 from fused_reg._arguments import are_run, as_list, check_params
+from fused_reg._partitioned import check_whole
 from fused_reg._terms import NUMBERS, Strengths
 from fused_reg.autograd import functions
 from fused_reg.distributed import are_mixed, is_sharded
@@ -30,11 +31,18 @@ _OURS = ("params", "strengths", "scale", *NUMBERS, "torch.func.")
 
 
 def run(
-    function: str, on_one_device: Callable[..., _T], in_parts: Callable[..., _T], params: list[Tensor], *args: Any
+    function: str,
+    on_one_device: Callable[..., _T],
+    in_parts: Callable[..., _T],
+    params: list[Tensor],
+    *args: Any,
+    odd: int = 0,
+    are_whole: bool = False,
 ) -> _T:
-    """One of the two, of ``(params, *args)``, in the name of a function."""
+    """One of the two, of ``(params, *args)``, in the name of a function; ``odd``: what else is for the second;
+    ``are_whole``: the caller has seen to it that they are."""
     try:
-        return (in_parts if _are_parts(function, params) else on_one_device)(params, *args)
+        return (in_parts if _are_parts(function, params, odd, are_whole) else on_one_device)(params, *args)
     except (TypeError, ValueError, NotImplementedError) as error:
         if not str(error).startswith(_OURS):
             raise
@@ -42,8 +50,8 @@ def run(
     raise named
 
 
-def _are_parts(function: str, params: list[Tensor]) -> bool:
-    """Whether a list is in several places. Raises where it is nothing that has a way."""
+def _are_parts(function: str, params: list[Tensor], odd: int, are_whole: bool) -> bool:
+    """Whether a list is in several places, or has something odd. Raises where it is nothing that has a way."""
     if is_compiling():
         if not all(isinstance(p, Tensor) for p in params):  # an operator would say so in other words
             check_params(f"{function}: ", params)
@@ -54,11 +62,13 @@ def _are_parts(function: str, params: list[Tensor]) -> bool:
             "torch.export"
         )
     found = _ops.survey(params)
+    if found & _ops.HAS_ATTRIBUTES and not are_whole:
+        check_whole(function, params)
     if found & _ops.UNUSUAL:
         check_params(f"{function}: ", params)
-    elif not found & _ops.SEVERAL_DEVICES:
+    elif not found & (_ops.SEVERAL_DEVICES | odd):
         return False
-    return is_sharded(params) or are_mixed(params)
+    return bool(found & odd) or is_sharded(params) or are_mixed(params)
 
 
 def penalty(params: list[Tensor], strengths: Strengths, are_positive: bool = False) -> Tensor:
@@ -77,32 +87,37 @@ def value_and_grad(params: list[Tensor], strengths: Strengths) -> tuple[Tensor, 
 
 
 def accumulate_grad_(
-    params: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None], skip_missing: bool = False
+    params: list[Tensor],
+    strengths: Strengths,
+    factor: tuple[float, Tensor | None],
+    skip_missing: bool = False,
+    are_whole: bool = False,
 ) -> Tensor:
     """The penalty, whose gradient has been added to ``.grad``; ``skip_missing``: where that is None, none is."""
     if not params:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     on_one_device, in_parts = _one_device.accumulate_grad_, distributed.accumulate_grad_
-    return run("accumulate_grad_", on_one_device, in_parts, params, strengths, factor, skip_missing)
+    args = params, strengths, factor, skip_missing
+    return run("accumulate_grad_", on_one_device, in_parts, *args, odd=_ops.ODD_GRAD, are_whole=are_whole)
 
 
 def check_accumulation(
     params: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None], skip_missing: bool = False
 ) -> None:
-    """Raises what `accumulate_grad_` would of these arguments."""
+    """Raises what `accumulate_grad_` would of these arguments, of parameters that are whole."""
     check = distributed.check_accumulation
-    run("accumulate_grad_", check, check, params, strengths, factor, skip_missing)
+    run("accumulate_grad_", check, check, params, strengths, factor, skip_missing, are_whole=True)
 
 
-def prox_(params: list[Tensor], strengths: Strengths) -> None:
+def prox_(params: list[Tensor], strengths: Strengths, are_whole: bool = False) -> None:
     """The proximal step; the step is among the strengths."""
     if params:
-        run("prox_", _one_device.prox_, distributed.prox_, params, strengths)
+        run("prox_", _one_device.prox_, distributed.prox_, params, strengths, odd=_ops.NEGATED, are_whole=are_whole)
 
 
 def check_prox(params: list[Tensor], strengths: Strengths) -> None:
-    """Raises what `prox_` would of these arguments."""
-    run("prox_", distributed.check_prox, distributed.check_prox, params, strengths)
+    """Raises what `prox_` would of these arguments, of parameters that are whole."""
+    run("prox_", distributed.check_prox, distributed.check_prox, params, strengths, are_whole=True)
 
 
 def _decomposition(

@@ -294,6 +294,10 @@ def test_what_a_survey_finds():
     assert _ops.survey([one, tagged]) == _ops.HAS_ATTRIBUTES
     assert _ops.survey([one, torch.empty(3, device="meta")]) == _ops.SEVERAL_DEVICES
     assert _ops.survey([one, torch._neg_view(one)]) == _ops.NEGATED
+    for grad, expected in ((one, 0), (one.to_sparse(), _ops.ODD_GRAD), (torch._neg_view(one), _ops.ODD_GRAD)):
+        trained = torch.empty(3, requires_grad=True)
+        trained.grad = grad
+        assert _ops.survey([trained]) == expected
     for other in (None, 1.0, one.to_sparse(), fake("cpu"), one.as_subclass(type("Mine", (torch.Tensor,), {}))):
         assert _ops.survey([one, other]) & _ops.UNUSUAL
 

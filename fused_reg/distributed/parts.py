@@ -7,6 +7,7 @@ parameter. What is wrong with the list is found before it is cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.compiler import is_compiling
 
 from fused_reg import _devices, _ops
 from fused_reg._arguments import check_numbers, check_params, check_values, is_dtensor
-from fused_reg._one_device import ADD, SKIP, WRITE, check_dense, grads_of
+from fused_reg._one_device import ADD, SKIP, WRITE, grads_of
 from fused_reg._terms import Strengths
 from fused_reg.autograd import functions
 from fused_reg.distributed.buckets import Bucket, buckets, value_of
@@ -72,6 +73,8 @@ def accumulate_grad_(
     for p, shard in zip(params, shards, strict=True):
         if shard is not p and p.grad is None and shard.grad is not None:
             p.grad = laid_out_as(p, shard.grad)
+        elif shard is not p and p.grad is not None and p.grad.is_neg():  # the shard has a copy
+            p.grad.copy_(cast(Tensor, shard.grad))
     increment_version([p.grad for p in params if p.grad is not None and is_dtensor(p.grad)])
     return value
 
@@ -83,7 +86,6 @@ def check_accumulation(
     shards = with_grads(params, skip_missing)
     check_numbers(shards, {**strengths.named_tensors(), "scale": factor[1]})
     modes, grads = grads_of(shards, WRITE)
-    check_dense(shards, grads)
     _ops.check_writable(shards, grads, [mode if mode == ADD else SKIP for mode in modes])
     return shards
 
@@ -92,6 +94,8 @@ def prox_(params: list[Tensor], strengths: Strengths) -> None:
     """The proximal step. Nothing is written unless all of it can be."""
     shards = check_prox(params, strengths)
     with torch.no_grad():
+        # The dispatcher writes to no negated view. The step is odd: it may take the memory behind as it is.
+        shards = [torch._neg_view(shard) if shard.is_neg() else shard for shard in shards]
         for bucket in buckets(params, shards, strengths):
             bucket.prox_()
     increment_version([p for p in params if is_dtensor(p)])

@@ -41,22 +41,35 @@ def check_distinct(params: list[Tensor]) -> None:
 def with_grads(params: list[Tensor], skip_missing: bool) -> list[Tensor]:
     """The same, with the shards of ``.grad`` in theirs; ``skip_missing``: without one a shard is frozen."""
     check_distinct(params)
-    return [_with_grad(i, p, skip_missing) if is_dtensor(p) else p for i, p in enumerate(params)]
+    return [_with_grad(i, p, skip_missing) for i, p in enumerate(params)]
 
 
 def _with_grad(i: int, p: Any, skip_missing: bool) -> Tensor:
-    shard: Tensor = p.to_local().detach()
     if p.requires_grad and not p.is_leaf:
         raise ValueError(f"params[{i}] must be a leaf, as a parameter is, got the result of {p.grad_fn}")
-    if p.requires_grad and p.grad is not None:
-        if not is_dtensor(p.grad):
-            raise ValueError(f"params[{i}].grad must be a DTensor as its parameter is, got {type(p.grad).__name__}")
-        if p.grad.placements != p.placements:  # tensor parallel layers leave sums that are pending
-            p.grad = p.grad.redistribute(p.device_mesh, p.placements)
-        shard.requires_grad_()
+    grad = p.grad if p.requires_grad else None
+    if not is_dtensor(p):
+        if grad is not None and grad.layout is not torch.strided:
+            raise TypeError(
+                f"params[{i}].grad must be dense (torch.strided), got {grad.layout}; "
+                "build the embedding with sparse=False, or use p.grad = p.grad.to_dense()"
+            )
+        if grad is None or not grad.is_neg():  # the dispatcher writes to no negated view: it gets a copy
+            return p  # type: ignore[no-any-return]
+        shard, own = p.detach(), grad.resolve_neg()
+    else:
+        shard, own = p.to_local().detach(), None
+        if grad is not None:
+            if not is_dtensor(grad):
+                raise ValueError(f"params[{i}].grad must be a DTensor as its parameter is, got {type(grad).__name__}")
+            if grad.placements != p.placements:  # tensor parallel layers leave sums that are pending
+                p.grad = grad.redistribute(p.device_mesh, p.placements)
+            own = p.grad.to_local()
+    shard.requires_grad_(p.requires_grad and not (skip_missing and grad is None))
+    if own is not None:
         shard.grad_dtype = None  # any
-        shard.grad = p.grad.to_local()
-    return shard.requires_grad_(p.requires_grad and not (skip_missing and p.grad is None))
+        shard.grad = own
+    return shard  # type: ignore[no-any-return]
 
 
 def laid_out_as(p: Any, shard: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class _Call:
 
     def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool) -> Tensor:
         factor = self._factor(scale)
-        return self._run(_routes.accumulate_grad_, self._params, self._strengths(), factor, skip_missing)
+        return self._run(_routes.accumulate_grad_, self._params, self._strengths(), factor, skip_missing, True)
 
     def check_accumulation(self, scale: float | Tensor | None, skip_missing: bool) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
@@ -76,7 +76,7 @@ class _Call:
         return as_scale("accumulate_grad_", scale if self.sign > 0 else -scale, self._params)
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
-        self._run(_routes.prox_, *self._shrinkage(step))
+        self._run(_routes.prox_, *self._shrinkage(step), True)
 
     def check_writable(self, step: float | Tensor | list[float | Tensor]) -> None:
         """Raises what `prox_` would, before anything is written."""

@@ -158,7 +158,7 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
         own = [e for e in entries if e.group == kind]
         params = [e.param for e in own]
         try:
-            parts = _routes.run("report", _parts, _parts, params, group) if params else []
+            parts = _routes.run("report", _parts, _parts, params, group, are_whole=True) if params else []
         except (TypeError, ValueError, RuntimeError) as error:
             raise named(error, [e.name for e in own]) from error
         for places, columns in parts:
