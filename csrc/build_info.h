@@ -3,20 +3,10 @@
 #include <map>
 #include <string>
 
-#include "torch_compat.h"
-
-#if defined(__clang__)
-#define FUSED_REG_COMPILER __VERSION__  // names itself
-#else
-#define FUSED_REG_COMPILER "GCC " __VERSION__
-#endif
-
 namespace fused_reg {
 
 // What this library was built with, and what it runs on. A backend adds to it where it registers its operators.
-inline std::map<std::string, std::string>& build_info() {
-  static std::map<std::string, std::string> info{{"torch", TORCH_VERSION}, {"compiler", FUSED_REG_COMPILER}};
-  return info;
-}
+// A program that calls it is linked with the library, which one that only has operators called by name is not.
+std::map<std::string, std::string>& build_info();
 
 }  // namespace fused_reg

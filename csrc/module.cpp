@@ -22,7 +22,7 @@ __attribute__((used)) extern const char kTorchVersionMark[] = "fused_reg built w
 namespace {
 
 // Each load() takes an argument from Python, or refuses it. Tensors whose operators somebody overrides, what is no
-// tensor, and all else that is refused is left to torch.ops.
+// tensor, and all else that is refused is left to torch.ops (fused_reg/_ops.py).
 bool load(PyObject* x, bool* out) {
   *out = x == Py_True;
   return PyBool_Check(x);
@@ -97,59 +97,25 @@ struct HolderOf<at::ArrayRef<Item>> {
   using type = std::vector<Item>;
 };
 
-// An operator as a function; where that cannot take the arguments, torch.ops does.
+// NotImplemented where the arguments are not those that the operator takes as they are.
 template <class Return, class... Args>
-struct Function {
-  c10::TypedOperatorHandle<Return(Args...)> direct;
-  PyObject* general;
-  PyMethodDef definition;
-
-  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    HANDLE_TH_ERRORS
-    const auto* const f = static_cast<Function*>(PyCapsule_GetPointer(self, nullptr));
-    std::tuple<typename HolderOf<Args>::type...> held;
-    if (at::impl::torch_function_mode_enabled() || !load_all(args, count, &held)) {
-      return PyObject_Vectorcall(f->general, args, count, nullptr);
-    }
-    const auto run = [&](auto&... holders) {
-      const WithoutGil others_may_run;
-      return f->direct.call(holders...);
-    };
-    if constexpr (std::is_void_v<Return>) {
-      std::apply(run, held);
-      Py_RETURN_NONE;
-    } else {
-      return to_python(std::apply(run, held));
-    }
-    END_HANDLE_TH_ERRORS
+PyObject* call(const c10::TypedOperatorHandle<Return(Args...)>& op, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  std::tuple<typename HolderOf<Args>::type...> held;
+  if (at::impl::torch_function_mode_enabled() || !load_all(args, count, &held)) {
+    Py_RETURN_NOTIMPLEMENTED;
   }
-};
-
-// Null, with Python's error set, where it is missing, or `of` is null.
-THPObjectPtr attribute(PyObject* of, const char* name) {
-  return THPObjectPtr(of == nullptr ? nullptr : PyObject_GetAttrString(of, name));
-}
-
-template <class Return, class... Args>
-bool define(PyObject* module, PyObject* operators, const char* name, Return (*)(Args...)) {
-  using F = Function<Return, Args...>;
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("fused_reg::" + std::string(name)).c_str(), "");
-  auto* const f = new F{op.typed<Return(Args...)>(),  // for as long as the process
-                        attribute(attribute(operators, name), "default").release(),
-                        {name, reinterpret_cast<PyCFunction>(&F::call), METH_FASTCALL, nullptr}};
-  THPObjectPtr self(f->general == nullptr ? nullptr : PyCapsule_New(f, nullptr, nullptr));
-  THPObjectPtr function(self ? PyCFunction_NewEx(&f->definition, self, attribute(module, "__name__")) : nullptr);
-  return function && PyModule_AddObjectRef(module, name, function) == 0;
-}
-
-bool define_operators(PyObject* module) {
-  THPObjectPtr torch(PyImport_ImportModule("torch"));
-  THPObjectPtr operators = attribute(attribute(torch, "ops"), "fused_reg");
-  struct AnyListPass;  // the signatures are those of every backend
-#define FUSED_REG_DEFINE(name) \
-  &&define(module, operators, #name, static_cast<decltype(Operators<AnyListPass>::name)*>(nullptr))
-  return operators FUSED_REG_OPERATORS(FUSED_REG_DEFINE);
-#undef FUSED_REG_DEFINE
+  const auto run = [&](auto&... holders) {
+    const WithoutGil others_may_run;
+    return op.call(holders...);
+  };
+  if constexpr (std::is_void_v<Return>) {
+    std::apply(run, held);
+    Py_RETURN_NONE;
+  } else {
+    return to_python(std::apply(run, held));
+  }
+  END_HANDLE_TH_ERRORS
 }
 
 PyObject* build_info_dict(PyObject*, PyObject*) {
@@ -230,6 +196,17 @@ PyObject* check_writable(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+struct AnyListPass;  // the signatures are those of every backend
+
+#define FUSED_REG_FUNCTION(name)                                                                     \
+  {#name, reinterpret_cast<PyCFunction>(+[](PyObject*, PyObject* const* args, Py_ssize_t count) {    \
+     using Signature = decltype(Operators<AnyListPass>::name);                                       \
+     static const auto op =                                                                          \
+         c10::Dispatcher::singleton().findSchemaOrThrow("fused_reg::" #name, "").typed<Signature>(); \
+     return call(op, args, count);                                                                   \
+   }),                                                                                               \
+   METH_FASTCALL, nullptr},
+
 PyMethodDef functions[] = {
     {"build_info", build_info_dict, METH_NOARGS,
      "Versions of torch and the compiler that this library was built with, and what its backends say of themselves."},
@@ -238,7 +215,7 @@ PyMethodDef functions[] = {
     {"check_dtypes", check_dtypes_of, METH_O, "Raises what the operators would of the dtypes of a list of tensors."},
     {"survey", survey, METH_O,
      "Bits of what is in a list: attributes, what is no usual tensor, several devices, negated views, odd gradients."},
-    {}};
+    FUSED_REG_OPERATORS(FUSED_REG_FUNCTION){}};
 
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", "The compiled part of fused_reg.", -1, functions};
 
@@ -246,9 +223,4 @@ PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", "The compiled part of fused_
 
 }  // namespace fused_reg
 
-PyMODINIT_FUNC PyInit__C() {
-  HANDLE_TH_ERRORS
-  THPObjectPtr module(PyModule_Create(&fused_reg::definition));
-  return module && fused_reg::define_operators(module) ? module.release() : nullptr;
-  END_HANDLE_TH_ERRORS
-}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&fused_reg::definition); }

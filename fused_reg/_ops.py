@@ -55,7 +55,8 @@ def _operator(name: str, check: Callable[[str, list[Tensor]], None] | None = Non
 
     def operator(*args: Any) -> Any:
         if not is_compiling():
-            return direct(*args)
+            result = direct(*args)
+            return traced(*args) if result is NotImplemented else result
         if check is not None:
             check("prox_: ", args[0])
         return traced(*args)

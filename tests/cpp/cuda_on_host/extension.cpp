@@ -1,5 +1,6 @@
 // The Python extension with the CUDA operators on CPU tensors: csrc/cuda registered where csrc/cpu would be, to be
 // built in the place of csrc/extension.cpp.
+#include "build_info.cpp"
 #include "cuda/list_pass.h"
 #include "meta/penalty_meta.cpp"
 #include "module.cpp"
