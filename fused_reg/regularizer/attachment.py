@@ -15,14 +15,13 @@ from torch.optim import Optimizer
 from fused_reg._warnings import warn
 from fused_reg.regularizer import strays
 from fused_reg.regularizer.calls import Part
-from fused_reg.regularizer.closures import Closure, closure_of, exchanged, with_penalty
 from fused_reg.regularizer.lasting import check_lasting
 from fused_reg.regularizer.nesting import Nesting
 from fused_reg.regularizer.rates import check_rates, rate_of
-from fused_reg.regularizer.steps import found_infinity, is_inert
+from fused_reg.regularizer.steps import Closure, closure_of, exchanged, found_infinity, is_inert, with_penalty
+from fused_reg.regularizer.strays import Watch
 from fused_reg.regularizer.strengths import KINDS, identity, is_absent, tensor_of
 from fused_reg.regularizer.table import Entry, Table
-from fused_reg.regularizer.watch import Watch
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.attachments import Attachments
@@ -66,7 +65,6 @@ class Attachment:
         self._group_of: list[int]  # the optimizer's, for each entry
         self._groups: list[int]
         self._value: Tensor | None = None
-        self._has_decay = False
         self._said: set[str] = set()
         self.handler = strays.Handler(weakref.ref(self))
         self._follow(optimizer)
@@ -77,7 +75,7 @@ class Attachment:
         if not _outside_of_graphs:
             _outside_of_graphs.extend(map(torch.compiler.disable, (Attachment._before, Attachment._after)))
         self._hooks += [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
-        self._watch = Watch(self)
+        self._watches = [Watch(e, self) for e in self.entries if e.param.requires_grad and e.param.is_leaf]
 
     @property
     def value(self) -> Tensor:
@@ -115,9 +113,10 @@ class Attachment:
         first = next((e for e in self.entries if e.param.grad is not None), None)
         is_held = first is not None and any(p is first.param for group in other.param_groups for p in group["params"])
         if is_held and self._nesting.has_lost(self._part.params):
-            self._warn_once(
+            self.warn_once(
+                "lost",
                 f"attach: a step of {type(self.optimizer).__name__} changes gradients after the penalty has entered "
-                f"and before {type(other).__name__} within it steps; attach to each optimizer that it holds instead"
+                f"and before {type(other).__name__} within it steps; attach to each optimizer that it holds instead",
             )
 
     def remove(self) -> None:
@@ -126,13 +125,13 @@ class Attachment:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
-            self._watch.end()
+            self._end_watch()
             self.handler.is_over = True
 
     def end(self, name: str) -> None:
         """Another attachment has taken this parameter over. A step of this one is an error from now on."""
         self._taken_over = name
-        self._watch.end()
+        self._end_watch()
 
     def __enter__(self) -> Attachment:
         return self
@@ -143,8 +142,8 @@ class Attachment:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = dict.fromkeys(("_optimizer", "_all", "_nesting", "_watch", "handler"))
-        return {**vars(self), **gone, "_hooks": [], "_options": [], "_seen": []}
+        gone = dict.fromkeys(("_optimizer", "_all", "_nesting", "handler"))
+        return {**vars(self), **gone, "_hooks": [], "_watches": [], "_options": [], "_seen": []}
 
     def __repr__(self) -> str:
         optimizer = self.optimizer
@@ -233,9 +232,10 @@ class Attachment:
         if before is None or not ((now := self._penalty()) < before or before < now):
             return True
         if not self._is_open:
-            self._warn_once(
+            self.warn_once(
+                "no gradient",
                 f"attach: a step of {type(optimizer).__name__} changed parameters that have no gradient in .grad, "
-                "where the penalty enters, and had no penalty; add regularizer() to the loss instead"
+                "where the penalty enters, and had no penalty; add regularizer() to the loss instead",
             )
         self._used = None
         return not self._is_open
@@ -257,7 +257,7 @@ class Attachment:
 
     def _check(self) -> None:
         """At a step, because another optimizer may be attached before the first."""
-        self._watch.end()
+        self._end_watch()
         if not self._is_checked or any(p.requires_grad for p in self._frozen):
             self._is_checked = True
             self._frozen = self._all.warn_of_missing(self._table)
@@ -275,10 +275,11 @@ class Attachment:
             self._is_taken = True
             self._used = self._in_step()
             if self._mode == "grad":
-                self._warn_once(
+                self.warn_once(
+                    "base class",
                     f"attach: a step of {type(optimizer).__name__} changed {self.entries[0].name!r} without the step "
                     "of its base class, in which the penalty enters, and so without it; call accumulate_grad_() before "
-                    "such a step"
+                    "such a step",
                 )
         if not self._is_taken:
             return
@@ -291,9 +292,10 @@ class Attachment:
     def _has_stepped(self, optimizer: Optimizer) -> bool:
         """Whether the step that ends was one."""
         if self._mode == "grad" and self._awaits_closure and not self._is_inert:
-            self._warn_once(
+            self.warn_once(
+                "closure",
                 f"attach: a step of {type(optimizer).__name__} did not call its closure, and had no penalty, which "
-                "follows the closure; call step() without one"
+                "follows the closure; call step() without one",
             )
         if self._is_inert and self._is_none(optimizer):
             return False
@@ -355,19 +357,22 @@ class Attachment:
             self._all.register(self)
         self._warn_of_weight_decay(optimizer, entries)
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def warn_once(self, about: str, message: str) -> None:
+        if about not in self._said:
+            self._said.add(about)
             warn(message)
+
+    def _end_watch(self) -> None:
+        while self._watches:
+            self._watches.pop().hook.remove()
 
     def _warn_of_weight_decay(self, optimizer: Optimizer, entries: list[Entry]) -> None:
         for entry, i in zip(entries, self._group_of, strict=True):
             decay = optimizer.param_groups[i].get("weight_decay", 0)
             if decay is None or isinstance(decay, Tensor) or not decay > 0 or is_absent(entry.l2):
                 continue
-            if not self._has_decay:
-                self._has_decay = True
-                warn(
-                    f"attach: L2 counts twice for {entry.name!r}: l2 of the regularizer, and weight_decay={decay} in "
-                    f"the optimizer's group {i}; set one of them to 0"
-                )
+            self.warn_once(
+                "decay",
+                f"attach: L2 counts twice for {entry.name!r}: l2 of the regularizer, and weight_decay={decay} in "
+                f"the optimizer's group {i}; set one of them to 0",
+            )
