@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from fused_reg._warnings import warn
 from fused_reg.in_place import prox_
-from fused_reg.regularizer.rates import rate_of
+from fused_reg.regularizer.share import rate_of
 from fused_reg.regularizer.wrapped import held, optimizers_in
 
 _STEPS = 40

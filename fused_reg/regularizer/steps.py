@@ -53,7 +53,7 @@ def is_inert(optimizer: Optimizer) -> bool:
     if may_change(optimizer):
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if any(g.is_cuda for g in grads) and torch.cuda.is_current_stream_capturing():
+    if any(map(is_captured, grads)):
         return False
     found = ((g._values() if g.is_sparse else g).any() for g in grads)
     # All before the first is looked at: that of a DTensor takes every process, and a GPU is waited for once.
@@ -84,3 +84,8 @@ def found_infinity(optimizer: Optimizer) -> Tensor | None:
     """What ``GradScaler`` leaves to a fused optimizer: not 0 if its step will be skipped."""
     found_inf = optimizer.__dict__.get("found_inf")
     return found_inf.reshape(()) if isinstance(found_inf, Tensor) else None
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done with it goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_reg._warnings import warn
-from fused_reg.regularizer.steps import closure_of, may_change
+from fused_reg.regularizer.steps import closure_of, is_captured, may_change
 from fused_reg.regularizer.strengths import KINDS, is_absent
 from fused_reg.regularizer.wrapped import optimizers_in
 
@@ -198,7 +198,7 @@ class Watch:
         """At every gradient on the CPU. A GPU is waited for where the version has changed, and now and then, because
         not every change is counted there."""
         attachment = self._attachment()
-        if attachment is None or (p.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if attachment is None or is_captured(p):
             return
         self._gradients += 1
         if p.is_cpu or p._version != self._version or self._gradients & (self._gradients - 1) == 0:
