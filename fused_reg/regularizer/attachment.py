@@ -228,12 +228,13 @@ class Attachment:
         return penalized
 
     def _follow(self, optimizer: Optimizer) -> None:
-        if not self._hooks:  # it begins, and takes over what others handle
-            self._share.follow(optimizer)
-        elif self._share.follow(optimizer, lambda: self._all.handled(but=self)):
-            strays.handle(self, self._all)
-        else:
+        if not self._share.has_changed(optimizer):
             return
+        if self._hooks:
+            self._share.read(optimizer, self._all.handled(but=self))
+            strays.handle(self, self._all)
+        else:  # it begins, and takes over what others handle
+            self._share.read(optimizer, ())
         self._frozen = None
         for entry, i in zip(self.entries, self._share.group_of, strict=True):
             decay = optimizer.param_groups[i].get("weight_decay", 0)

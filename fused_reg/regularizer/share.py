@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Container
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,11 @@ class Share:
     """``group_of``: the optimizer's, for each entry; ``part``: for values and gradients. With mode "prox" its sums
     have no sign, and ``shrinking`` is the same without the parameters that a step leaves alone."""
 
+    entries: list[Entry]
+    params: list[Tensor]
+    group_of: list[int]
     part: Part
     shrinking: Part
-    group_of: list[int]
 
     def __init__(self, table: Table, mode: Mode) -> None:
         self._table = table
@@ -33,21 +35,11 @@ class Share:
         self._options: list[Any] = []  # what was in the optimizer at the last look
         self._seen: list[Tensor] = []
 
-    @property
-    def entries(self) -> list[Entry]:
-        return self.part.entries
-
-    @property
-    def params(self) -> list[Tensor]:
-        return self.part.params
-
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_options": [], "_seen": []}
 
-    def follow(self, optimizer: Optimizer, elsewhere: Callable[[], set[int]] = set) -> bool:
-        """Finds the regularizer's parameters among the optimizer's, and says whether either has changed since.
-
-        ``elsewhere``: gives the identities of those that others handle."""
+    def has_changed(self, optimizer: Optimizer) -> bool:
+        """Whether other parameters or options are in the optimizer, or other strengths in the table, by now."""
         self._table.follow()
         options: list[Any] = [self._table.version]
         params: list[Tensor] = []
@@ -56,13 +48,18 @@ class Share:
             params += group["params"]
         if options == self._options and all(map(is_, params, self._seen)):
             return False
+        self._options, self._seen = options, params
+        return True
+
+    def read(self, optimizer: Optimizer, elsewhere: Container[int]) -> None:
+        """Finds the regularizer's parameters among the optimizer's; ``elsewhere``: by identity, what others handle."""
+        options, self._options = self._options, []  # until all is right
         groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         entries = [e for e in self._table.entries if id(e.param) in groups]
         if not entries:
             raise ValueError("attach: optimizer must hold a parameter of the regularizer, got one that holds none")
-        others = elsewhere()
         for entry in entries:
-            if id(entry.param) in others:
+            if id(entry.param) in elsewhere:
                 raise ValueError(
                     f"attach: a parameter must be handled once, but another attachment handles {entry.name!r} already"
                 )
@@ -72,15 +69,15 @@ class Share:
                         f"attach: {kind} of {entry.name!r} must be a constant, got a tensor that requires grad, and an "
                         "attached penalty gives it none; add regularizer() to the loss"
                     )
-        self.group_of = [groups[id(e.param)] for e in entries]
+        self.entries, self.params = entries, [entry.param for entry in entries]
+        self.group_of = [groups[id(p)] for p in self.params]
         self._groups = sorted(set(self.group_of))
         if self._is_proximal:
             self.part, self.shrinking = Part(self._table, entries), Part(self._table, entries)
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
             self.part = Part(self._table, entries, [maximized[i] for i in self.group_of])
-        self._options, self._seen = options, params
-        return True
+        self._options = options
 
     def penalty(self) -> Tensor:
         with torch.no_grad():
