@@ -60,12 +60,6 @@ inline void check_params(at::TensorList params) {
   }
 }
 
-// A strength on the meta device brings a call here whose parameters have data.
-inline void check_meta(at::TensorList params) {
-  TORCH_CHECK_VALUE(params[0].is_meta(), "strengths must be on the CPU or on the parameters' device (",
-                    params[0].device(), "), got meta");
-}
-
 inline void check_number_device(const char* name, const at::Tensor& number, at::Device params) {
   TORCH_CHECK_VALUE(number.is_cpu() || number.device() == params, name,
                     " must be on the CPU or on the parameters' device (", params, "), got ", number.device());

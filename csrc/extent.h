@@ -141,8 +141,8 @@ inline bool Extent::overlaps_itself() const {
 }
 
 // Of all pairs of a list that share memory the first one: the least second, and for it the least first.
-template <class Marks = fused_reg::Marks>  // a test counts what is marked
-std::optional<std::pair<size_t, size_t>> first_shared(const std::vector<Extent>& list) {
+template <class Marks = fused_reg::Marks, class AnyExtent>  // a test counts what is marked
+std::optional<std::pair<size_t, size_t>> first_shared(const std::vector<AnyExtent>& list) {
   std::vector<size_t> by_address(list.size());
   std::iota(by_address.begin(), by_address.end(), size_t{0});
   std::sort(by_address.begin(), by_address.end(),

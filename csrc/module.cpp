@@ -63,6 +63,12 @@ bool load(PyObject* xs, List* out) {
   return true;
 }
 
+template <class... Holders>
+bool load_all(PyObject* const* args, Py_ssize_t count, std::tuple<Holders...>* out) {
+  const auto load_each = [&](Holders&... holders) { return (load(*args++, &holders) && ...); };
+  return count == static_cast<Py_ssize_t>(sizeof...(Holders)) && std::apply(load_each, *out);
+}
+
 PyObject* to_python(at::Tensor&& tensor) { return THPVariable_Wrap(std::move(tensor)); }
 PyObject* to_python(std::vector<at::Tensor>&& tensors) { return THPVariable_WrapList(tensors); }
 template <class... Items>
@@ -99,9 +105,7 @@ struct Function {
     HANDLE_TH_ERRORS
     const auto* const f = static_cast<Function*>(PyCapsule_GetPointer(self, nullptr));
     std::tuple<typename HolderOf<Args>::type...> held;
-    auto load_all = [arg = args](auto&... holders) mutable { return (load(*arg++, &holders) && ...); };
-    if (at::impl::torch_function_mode_enabled() || count != static_cast<Py_ssize_t>(sizeof...(Args)) ||
-        !std::apply(load_all, held)) {
+    if (at::impl::torch_function_mode_enabled() || !load_all(args, count, &held)) {
       return PyObject_Vectorcall(f->general, args, count, nullptr);
     }
     const auto run = [&](auto&... holders) {
@@ -146,9 +150,14 @@ bool define_operators(PyObject* module) {
 }
 
 PyObject* build_info_dict(PyObject*, PyObject*) {
-  const BuildInfo info = build_info();
-  return Py_BuildValue("{ssssssss}", "torch", info.torch, "compiler", info.compiler, "cuda_architectures",
-                       info.cuda_architectures.c_str(), "cpu_capability", info.cpu_capability);
+  THPObjectPtr info(PyDict_New());
+  for (const auto& [name, what] : build_info()) {
+    THPObjectPtr text(info ? PyUnicode_FromString(what.c_str()) : nullptr);
+    if (!text || PyDict_SetItemString(info.get(), name.c_str(), text.get()) != 0) {
+      return nullptr;
+    }
+  }
+  return info.release();
 }
 
 // In Python, a look at the attributes of many small parameters would take as long as their penalty.
@@ -163,15 +172,13 @@ PyObject* have_attributes(PyObject*, PyObject* list) {
 }
 
 // The errors that accumulate_grad_ would raise, or without modes prox_, for lists that they are given in parts.
-PyObject* check_writable(PyObject*, PyObject* args) {
+PyObject* check_writable(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  PyObject* given[3] = {};
-  std::vector<at::Tensor> params, grads;
-  std::vector<int64_t> modes;
-  if (!PyArg_UnpackTuple(args, "check_writable", 3, 3, &given[0], &given[1], &given[2]) || !load(given[0], &params) ||
-      !load(given[1], &grads) || !load(given[2], &modes)) {
-    return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "params must be tensors");
+  std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<int64_t>> lists;
+  if (!load_all(args, count, &lists)) {
+    return PyErr_Format(PyExc_TypeError, "params must be tensors");
   }
+  const auto& [params, grads, modes] = lists;
   check_dtypes(params);
   if (modes.empty()) {
     check_not_in_graph(params);
@@ -185,8 +192,8 @@ PyObject* check_writable(PyObject*, PyObject* args) {
 
 PyMethodDef functions[] = {
     {"build_info", build_info_dict, METH_NOARGS,
-     "Versions of torch and the compiler that this library was built with, and the CPU capability in use."},
-    {"check_writable", check_writable, METH_VARARGS,
+     "Versions of torch and the compiler that this library was built with, and what its backends say of themselves."},
+    {"check_writable", reinterpret_cast<PyCFunction>(check_writable), METH_FASTCALL,
      "Raises what accumulate_grad_ or prox_ would of (params, grads, modes)."},
     {"have_attributes", have_attributes, METH_O, "Whether an object of a list has attributes of its own."},
     {}};

@@ -19,10 +19,10 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from fused_reg import _ops
+from fused_reg import _devices
 from fused_reg._iterators import read
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import GROUPS, Column, Group, Strengths, check_group
+from fused_reg._terms import GROUPS, NUMBERS, PLACES, STEP, Column, Strengths, check_group
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
@@ -67,22 +67,39 @@ def _check_no_tangent(name: str, tensor: Any) -> None:
 
 def as_strengths(
     function: str,
+    params: Sequence[Tensor],
     l1: Strength | None,
     l2: Strength | None,
-    l2_norm: Strength | None,
-    group: Group,
-    params: Sequence[Tensor],
+    terms: Mapping[str, Any],
     step: Column = (),
 ) -> Strengths:
     """The strengths, checked, for these parameters; ``step``: of a proximal operator, checked before."""
-    if group != "tensor":
-        check_group(f"{function}: ", group, l2_norm is not None, "come with l2_norm, whose norms it is about")
-    if l1 is None and l2 is None and l2_norm is None:
+    if not terms:  # first, for short calls
+        if l1 is None and l2 is None:
+            return SUM_OF_SQUARES.with_step(step)
+        return Strengths.of((as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), (), step))
+    columns: list[Column] = [()] * len(NUMBERS)
+    is_given = l1 is not None or l2 is not None
+    for name, strength in terms.items():
+        if name == "group":
+            if strength != "tensor":
+                has_norms = terms.get("l2_norm") is not None
+                check_group(f"{function}: ", strength, has_norms, "come with l2_norm, whose norms it is about")
+        elif name not in PLACES:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
+        elif strength is not None:
+            columns[PLACES[name]] = as_column(function, name, strength, params)
+            is_given = True
+    if not is_given:
         return SUM_OF_SQUARES.with_step(step)
-    norms = as_column(function, "l2_norm", l2_norm, params)
-    columns = (as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), norms, step)
+    if l1 is not None:
+        columns[0] = as_column(function, "l1", l1, params)
+    if l2 is not None:
+        columns[1] = as_column(function, "l2", l2, params)
+    columns[STEP] = step
+    norms = columns[2]
     # A norm that is 0 for all is none; in a list or tensor it may be the next call's.
-    return Strengths.of(columns, 0 if type(norms) is tuple and not norms else GROUPS[group])
+    return Strengths.of(columns, 0 if type(norms) is tuple and not norms else GROUPS[terms.get("group", "tensor")])
 
 
 def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> Column:
@@ -117,7 +134,7 @@ def check_numbers(function: str, params: list[Tensor], numbers: Mapping[str, Ten
     devices = {p.device for p in params if isinstance(p, Tensor)}
     check_values(f"{function}: ", numbers)
     for name, number in numbers.items():
-        if number is not None and not number.is_cpu and number.device not in devices:
+        if number is not None and not _devices.is_at_hand(number) and number.device not in devices:
             raise ValueError(
                 f"{function}: {name} must be on the CPU or on the parameters' device "
                 f"({', '.join(sorted(map(str, devices)))}), got {number.device}"
@@ -127,7 +144,7 @@ def check_numbers(function: str, params: list[Tensor], numbers: Mapping[str, Ten
 def check_values(where: str, numbers: Mapping[str, Tensor | None]) -> None:
     """What the kernels check of the numbers that they read on the CPU, where they read some late or none."""
     for name, number in numbers.items():
-        if number is None or name == "scale" or not number.is_cpu or not _has_value(number):
+        if number is None or name == "scale" or not _devices.is_at_hand(number) or not _has_value(number):
             continue
         for i, value in enumerate(number.detach().reshape(-1).tolist()):
             if not 0 <= value < math.inf:
@@ -170,13 +187,13 @@ def as_column(function: str, name: str, strength: Strength | None, params: Seque
     tensors = [item for item in checked if isinstance(item, Tensor)]
     if not tensors:
         return tuple(item for item in checked if not isinstance(item, Tensor))
-    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    device = _devices.joint(tensors)
     return torch.stack([_as_float64(item, device) for item in checked])
 
 
 def _in_graph(number: float, params: Sequence[Tensor]) -> Tensor:
     """A number as a tensor: in compiled code a float is a constant, and every other one would compile it again."""
-    device = params[0].device if params and isinstance(params[0], Tensor) else "cpu"
+    device = params[0].device if params and isinstance(params[0], Tensor) else _devices.HOST
     one = torch.ones((), dtype=torch.float64, device=device)
     return one * number  # the compiler makes an input of a float only where it meets a tensor in arithmetic
 
@@ -294,16 +311,9 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
     if "Batching rule not implemented" in str(error):
         return NotImplementedError(f"{function}: torch.func.vmap is not supported, but for fused_penalty")
     if isinstance(error, NotImplementedError):  # of the dispatcher, if no kernels are registered for a device
-        has_cuda = bool(_ops.library.build_info()["cuda_architectures"])
         for i, p in enumerate(params):
-            if p.is_cuda and not has_cuda:
-                return RuntimeError(
-                    f"{function}: params[{i}] is on {p.device}, and fused_reg is built without CUDA; where nvcc and a "
-                    "CUDA build of torch are installed, build it again with "
-                    "`FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
-                )
-            if p.device.type not in ("cpu", "cuda", "meta"):
-                return TypeError(f"{function}: params[{i}] must be on the CPU or a CUDA device, got {p.device}")
+            if refused := _devices.refused(f"{function}: params[{i}]", p.device):
+                return refused
     if isinstance(error, TypeError | ValueError) and _OF_AN_ARGUMENT.match(str(error)):
         return type(error)(f"{function}: {error}{_hint_of(params, str(error))}")
     return error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.compiler import is_compiling
+from typing_extensions import Unpack
 
 from fused_reg import _ops, distributed
 from fused_reg._arguments import (
@@ -23,21 +24,21 @@ from fused_reg._arguments import (
     check_values,
     raise_explained,
 )
-from fused_reg._terms import Group, Strengths
+from fused_reg._terms import Strengths, Terms, takes_terms
 from fused_reg.distributed import by_device
 
 # What _ops.accumulate_grad_ does with the gradient of a parameter: nothing, write it, add to it.
 _SKIP, _WRITE, _ADD = 0, 1, 2
 
 
+@takes_terms
 def accumulate_grad_(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
     *,
-    l2_norm: Strength | None = None,
-    group: Group = "tensor",
     scale: float | Tensor = 1.0,
+    **terms: Unpack[Terms[Strength]],
 ) -> Tensor:
     r"""Adds the gradient of the penalty to ``.grad``, and returns the penalty: one pass (with ``l2_norm`` two).
 
@@ -52,8 +53,7 @@ def accumulate_grad_(
             not require grad keeps its ``.grad``, and counts in the penalty.
         l1: as for :func:`fused_penalty`, but taken as a constant.
         l2: as for :func:`fused_penalty`, but taken as a constant.
-        l2_norm: as for :func:`fused_penalty`, but taken as a constant.
-        group: as for :func:`fused_penalty`.
+        terms: as for :func:`fused_penalty`, but taken as constants.
         scale: a finite float, or a 0-dim tensor on the CPU or on the parameters' device: a loss scale (``GradScaler``),
             or 1 / the number of accumulation steps.
 
@@ -85,7 +85,7 @@ def accumulate_grad_(
     """
     name = "accumulate_grad_"
     tensors = as_list(name, params)
-    strengths = as_strengths(name, l1, l2, l2_norm, group, tensors)
+    strengths = as_strengths(name, tensors, l1, l2, terms)
     value = accumulate(name, tensors, strengths, as_scale(name, scale, tensors))
     if tensors and not is_compiling() and not any(p.requires_grad for p in tensors):
         warnings.warn(
@@ -222,14 +222,14 @@ def _grads_of(params: list[Tensor], if_missing: int) -> tuple[list[int], list[Te
     return modes, grads
 
 
+@takes_terms
 def prox_(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
     *,
-    l2_norm: Strength | None = None,
-    group: Group = "tensor",
     step: Strength,
+    **terms: Unpack[Terms[Strength]],
 ) -> None:
     r"""The proximal operator of ``step * penalty``, in place: it makes weights *exactly* zero.
 
@@ -249,8 +249,7 @@ def prox_(
         params: as for :func:`fused_penalty`; all of them are written, whether they require grad or not.
         l1: as for :func:`fused_penalty`: the soft threshold.
         l2: as for :func:`fused_penalty`: shrinks, and makes nothing zero.
-        l2_norm: as for :func:`fused_penalty`: the block soft threshold makes whole groups zero.
-        group: as for :func:`fused_penalty`; ``"row"`` prunes neurons and output channels, ``"column"`` input features.
+        terms: as for :func:`fused_penalty`: {prox}
         step: a finite float >= 0, a 0-dim tensor, or a sequence with one per parameter: the learning rate.
 
     Raises:
@@ -274,7 +273,7 @@ def prox_(
     """
     name = "prox_"
     tensors = as_list(name, params)
-    strengths = as_strengths(name, l1, l2, l2_norm, group, tensors, as_step(name, step, tensors))
+    strengths = as_strengths(name, tensors, l1, l2, terms, as_step(name, step, tensors))
     shrink(name, tensors, strengths)
 
 

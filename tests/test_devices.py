@@ -8,7 +8,7 @@ from oracle import assert_same_bits, assert_value, gradients, loop_gradients
 from samples import DTYPES, FULL_DTYPES, draw, leaves, numbers, one_each
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_reg import _ops, accumulate_grad_, fused_penalty, prox_, value_and_grad
+from fused_reg import _devices, _ops, accumulate_grad_, fused_penalty, prox_, value_and_grad
 from fused_reg._arguments import explained
 from fused_reg._terms import Strengths
 from fused_reg.distributed import by_device
@@ -272,7 +272,7 @@ def test_which_lists_are_mixed():
     assert not by_device.is_mixed([here, there], RuntimeError())
 
 
-@pytest.mark.skipif(bool(_ops.library.build_info()["cuda_architectures"]), reason="fused_reg is built with CUDA")
+@pytest.mark.skipif("cuda_architectures" in _ops.library.build_info(), reason="fused_reg is built with CUDA")
 @pytest.mark.parametrize("position", [0, 1])
 def test_built_without_cuda(position):
     """Hard case 36: says what is missing and how to mend it."""
@@ -296,6 +296,23 @@ def test_devices_without_kernels(other, position):
     assert type(error) is TypeError
     where = params[position].device
     assert str(error) == f"value_and_grad: params[{position}] must be on the CPU or a CUDA device, got {where}"
+
+
+def test_a_new_type_of_device_is_a_row(monkeypatch):
+    """What is said of it, what it is mixed with, and what it does follow from there."""
+    here, there = torch.empty(3), fake("xpu")
+    missing = NotImplementedError("Could not run 'fused_reg::penalty'")
+    assert not _devices.can_mix({here.device, there.device})
+    assert not _devices.is_captured(there)
+    row = _devices.Device("an XPU", build="fused_reg is built without it", is_captured=lambda: True)
+    monkeypatch.setitem(_devices._ROWS, "xpu", row)
+    assert _devices.can_mix({here.device, there.device})
+    assert _devices.is_captured(there)
+    assert not _devices.is_captured(here)
+    error = explained("prox_", [there], missing)
+    assert str(error) == "prox_: params[0] is on xpu:0, and fused_reg is built without it"
+    error = explained("prox_", [here, fake("mps")], missing)
+    assert str(error) == "prox_: params[1] must be on the CPU, a CUDA device or an XPU, got mps:0"
 
 
 def test_other_errors_stay():

@@ -35,12 +35,21 @@ void advise_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t byt
 class GradAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    Block* block = take(bytes);
-    if (block == nullptr) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Block* block;
+    const auto kept = kept_.find(bytes);
+    if (kept != kept_.end()) {
+      block = kept->second;
+      kept_.erase(kept);
+      kept_bytes_ -= bytes;
+    } else {
       block = new Block{c10::GetCPUAllocator()->allocate(bytes), bytes};
       advise_huge_pages(block->memory.get(), bytes);
     }
-    use(bytes);
+    used_ += bytes;
+    peak_ = std::max(peak_, used_);
+    limit_ = std::max(limit_, peak_);
+    trim();
     return {block->memory.get(), block, &give_back, at::Device(at::kCPU)};
   }
 
@@ -58,27 +67,6 @@ class GradAllocator final : public c10::Allocator {
     c10::DataPtr memory;
     size_t bytes;
   };
-
-  // A kept block of this size, or null.
-  Block* take(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto it = kept_.find(bytes);
-    if (it == kept_.end()) {
-      return nullptr;
-    }
-    Block* const block = it->second;
-    kept_.erase(it);
-    kept_bytes_ -= bytes;
-    return block;
-  }
-
-  void use(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    used_ += bytes;
-    peak_ = std::max(peak_, used_);
-    limit_ = std::max(limit_, peak_);
-    trim();
-  }
 
   static void give_back(void* context) {
     auto* const block = static_cast<Block*>(context);

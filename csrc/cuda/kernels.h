@@ -3,10 +3,15 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "../passes/passes.h"
 #include "table.h"
 
 namespace fused_reg::cuda {
+
+// The compute capabilities that the kernels are compiled for: "7.5 9.0".
+std::string architectures();
 
 // Which rows a pass has in its table.
 struct Rows {

@@ -82,7 +82,7 @@ class ListPass {
   // The penalty, 0-dim, float64 if any parameter is, else float32; and every gradient that was asked for, times scale.
   // One launch.
   at::Tensor run_penalty(const NumberArg& scale) {
-    const NumberArgRef factor(scale, device_);
+    const ColumnRefs factor(scale, device_);
     if (call_.chunks == 0) {
       return zero();
     }
@@ -114,7 +114,7 @@ class ListPass {
   // keep_if_one: the gradients are there already for 1.
   void run_gradient(const NumberArg& upstream, const OptionalTensor& norms, at::IntArrayRef first_groups,
                     bool keep_if_one) {
-    const NumberArgRef factor(upstream, device_);
+    const ColumnRefs factor(upstream, device_);
     if (call_.chunks == 0 || (keep_if_one && factor.is(1))) {
       return;
     }
@@ -174,8 +174,8 @@ class ListPass {
     adds_ |= add;
   }
 
-  void set_factor(const NumberArgRef& factor) {
-    call_.factor = factor.ref();
+  void set_factor(const ColumnRefs& factor) {
+    call_.factor = factor[0];
     call_.factor_source = factor.source();
   }
 

@@ -1,7 +1,6 @@
 // The launches of the kernels.
 #include <algorithm>
 
-#include "../build_info.h"
 #include "group_kernels.cuh"
 #include "kernels.h"
 
@@ -78,14 +77,15 @@ cudaError_t launch_inline(Pass pass, const Call& call, const void* bytes, size_t
   return launch_table(pass, table, stream);
 }
 
-// Told to the build information while the library is loaded.
-const bool registered = [] {
-  constexpr int architectures[] = {__CUDA_ARCH_LIST__};  // 750, 800, ...
-  set_cuda_architectures(architectures, std::size(architectures));
-  return true;
-}();
-
 }  // namespace
+
+std::string architectures() {
+  std::string names;
+  for (const int number : {__CUDA_ARCH_LIST__}) {  // 750, 800, ...
+    names += (names.empty() ? "" : " ") + std::to_string(number / 100) + "." + std::to_string(number / 10 % 10);
+  }
+  return names;
+}
 
 cudaError_t launch(Pass pass, const Call& call, const void* table, size_t table_bytes, cudaStream_t stream) {
   if (table_bytes <= kSmallTable) {

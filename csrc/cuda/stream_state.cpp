@@ -3,6 +3,7 @@
 #include <list>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "check_launch.h"
@@ -20,20 +21,22 @@ struct KeptTable {
   at::Tensor memory;
 };
 
+struct OfStream {
+  std::optional<uint32_t> ticket;
+  std::list<KeptTable> tables;  // last used first
+};
+
 struct State {
   std::mutex mutex;
   uint32_t tickets = 0;  // given out
-  std::map<std::pair<c10::DeviceIndex, c10::StreamId>, uint32_t> ticket;
-  std::map<std::pair<c10::DeviceIndex, c10::StreamId>, std::list<KeptTable>> tables;  // last used first
+  std::map<std::pair<c10::DeviceIndex, c10::StreamId>, OfStream> streams;
+
+  OfStream& of(const Launch& launch) { return streams[{launch.stream.device_index(), launch.stream.id()}]; }
 };
 
 State& state() {
   static auto* const s = new State;  // never destroyed: CUDA may be gone by then
   return *s;
-}
-
-std::pair<c10::DeviceIndex, c10::StreamId> key_of(const Launch& launch) {
-  return {launch.stream.device_index(), launch.stream.id()};
 }
 
 void upload_to(const at::Tensor& memory, const std::vector<unsigned char>& bytes, const Launch& launch) {
@@ -67,8 +70,8 @@ uint32_t ticket_for(const Launch& launch) {
   if (launch.capturing) {
     return fresh();
   }
-  const auto found = s.ticket.find(key_of(launch));
-  return found != s.ticket.end() ? found->second : s.ticket.emplace(key_of(launch), fresh()).first->second;
+  std::optional<uint32_t>& own = s.of(launch).ticket;
+  return own ? *own : own.emplace(fresh());
 }
 
 at::Tensor device_table(const std::vector<unsigned char>& bytes, const Launch& launch) {
@@ -77,7 +80,7 @@ at::Tensor device_table(const std::vector<unsigned char>& bytes, const Launch& l
   }
   State& s = state();
   const std::lock_guard<std::mutex> lock(s.mutex);
-  std::list<KeptTable>& tables = s.tables[key_of(launch)];
+  std::list<KeptTable>& tables = s.of(launch).tables;
   for (auto it = tables.begin(); it != tables.end(); ++it) {
     if (it->bytes == bytes) {
       tables.splice(tables.begin(), tables, it);

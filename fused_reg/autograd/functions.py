@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from fused_reg import _ops
+from fused_reg import _devices, _ops
 from fused_reg._arguments import PLAIN_TYPES, check_values
 from fused_reg._terms import Strengths, group_count
 from fused_reg.autograd.composed import composed_penalty, gradient, rows_of, scattered, table_of
@@ -171,4 +171,4 @@ def _check_memory(params: Sequence[Tensor]) -> None:
 
 def _is_one_on_cpu(upstream: Tensor) -> bool:
     """Whether a look at the upstream gradient costs nothing and finds 1. A subclass (FakeTensor) is not looked at."""
-    return type(upstream) is Tensor and upstream.is_cpu and upstream.item() == 1
+    return type(upstream) is Tensor and _devices.is_at_hand(upstream) and upstream.item() == 1

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fused_reg import _ops, reference
-from fused_reg._terms import GROUPS, Column, Strengths
+from fused_reg import _devices, _ops, reference
+from fused_reg._terms import GROUPS, KINDS, NUMBERS, Column, Strengths
 
 #: Of longer lists the compiler takes minutes.
 MOST_TENSORS = 512
@@ -32,13 +32,13 @@ _MOST_SUMMED = 1 << 17
 def can_merge(params: Sequence[Tensor], strengths: Strengths) -> bool:
     """Whether a list in compiled code is one for `merged_penalty`."""
     return (
-        not strengths.has_norms()
-        and any(strengths.counts)
+        any(strengths.counts[:2])
+        and not any(strengths.counts[2:])
         and 0.0 not in strengths.floats  # a parameter without a term would have no gradient
         and len(params) <= MOST_TENSORS
         and (len(params) <= _FEW_TENSORS or _count(params) <= _MOST_ELEMENTS)
-        # On a GPU the compiler contracts products and sums, and the gradients would have other bits.
-        and all(p.is_cpu and p.dtype is torch.float32 and p.layout is torch.strided for p in params)
+        and all(_devices.row_of(p.device).has_bits_of_kernels for p in params)
+        and all(p.dtype is torch.float32 and p.layout is torch.strided for p in params)
     )
 
 
@@ -60,9 +60,10 @@ def merged_penalty(params: Sequence[Tensor], strengths: Strengths, are_positive:
 def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The penalty of any list as it is specified, for ``torch.func`` in compiled code, where no autograd function may
     stand. Its gradient is computed in float64."""
-    l1, l2, l2_norm, _ = (_one_each(column, len(params), torch.float64) for column in strengths.columns())
     group = next(name for name, number in GROUPS.items() if number == max(strengths.group, 1))
-    return reference.fused_penalty(params, l1, l2, l2_norm=l2_norm, group=group)  # type: ignore[arg-type]
+    columns = dict(zip(NUMBERS, strengths.columns(), strict=True))
+    given: dict[str, Any] = {kind: _one_each(columns[kind], len(params), torch.float64) for kind in KINDS}
+    return reference.fused_penalty(params, **given, group=group)  # type: ignore[arg-type]
 
 
 class _ValueFrom(Function):

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fused_reg import _ops
+from fused_reg import _devices, _ops
 from fused_reg._terms import Strengths
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 def is_mixed(params: list[Tensor], error: Exception) -> bool:
     """Whether a call that failed may be made device by device."""
     devices = {p.device for p in params if isinstance(p, Tensor)}
-    return isinstance(error, ValueError) and len(devices) > 1 and {d.type for d in devices} <= {"cpu", "cuda"}
+    return isinstance(error, ValueError) and _devices.can_mix(devices)
 
 
 def penalty(
@@ -78,7 +78,7 @@ def accumulate_grad_(
         own_modes = [modes[i] for i in part.places]
         own_grads = [grad_at[i] for i in part.places if i in grad_at]
         device = part.params[0].device
-        own_scale = scale_tensor if scale_tensor is None or scale_tensor.is_cpu else scale_tensor.to(device)
+        own_scale = scale_tensor if scale_tensor is None else _devices.reachable(scale_tensor, device)
         arguments = part.params, own_grads, [*own_modes, 0], scale, own_scale, *part.strengths
         values.append(_ops.accumulate_grad_(*arguments))
     return total(values, params)

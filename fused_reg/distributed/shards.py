@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from fused_reg import _ops
+from fused_reg import _devices, _ops
 from fused_reg._arguments import PLAIN_TYPES, is_dtensor, relabelled
 from fused_reg._terms import GROUPS, Strengths, group_count, sliced_dim, slots
 from fused_reg.autograd import functions
@@ -258,8 +258,8 @@ class Bucket(NamedTuple):
         self, on_shards: Callable[[list[Tensor], Strengths, _Scale], Tensor], factor: _Scale
     ) -> Tensor:
         scale, tensor = factor
-        if tensor is not None and not tensor.is_cpu:
-            tensor = tensor.to(self.shards[0].device)
+        if tensor is not None:
+            tensor = _devices.reachable(tensor, self.shards[0].device)
         with self._places_in_errors():
             if self.sharing_groups is None:
                 value = on_shards(self.shards, self.strengths, (scale, tensor))
@@ -356,7 +356,7 @@ class Bucket(NamedTuple):
         return _in_slots(norms, self.shards, self._slots(), self.strengths.group)
 
     def _weights_of_slots(self, strengths: Strengths) -> Tensor:
-        weights = table_of(strengths, len(self.shards), self.shards[0].device)[:, 2]
+        weights = table_of(strengths, len(self.shards), self.shards[0].device)[:, -1]
         return torch.cat([w.expand(n) for w, n in zip(weights.unbind(), self._slots(), strict=True)])
 
     @contextmanager

@@ -12,21 +12,13 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
+from fused_reg import _devices
 from fused_reg._warnings import warn
 from fused_reg.regularizer import strays
 from fused_reg.regularizer.lasting import check_lasting
 from fused_reg.regularizer.nesting import Nesting
 from fused_reg.regularizer.share import Share
-from fused_reg.regularizer.steps import (
-    Closure,
-    closure_of,
-    exchanged,
-    found_infinity,
-    is_captured,
-    is_inert,
-    with_penalty,
-)
-from fused_reg.regularizer.strengths import is_absent
+from fused_reg.regularizer.steps import Closure, closure_of, exchanged, found_infinity, is_inert, with_penalty
 from fused_reg.regularizer.table import Entry, Table
 
 if TYPE_CHECKING:
@@ -238,7 +230,7 @@ class Attachment:
         self._frozen = None
         for entry, i in zip(self.entries, self._share.group_of, strict=True):
             decay = optimizer.param_groups[i].get("weight_decay", 0)
-            if decay is not None and not isinstance(decay, Tensor) and decay > 0 and not is_absent(entry.l2):
+            if decay is not None and not isinstance(decay, Tensor) and decay > 0 and entry.has("l2"):
                 self.warn_once(
                     "decay",
                     f"attach: L2 counts twice for {entry.name!r}: l2 of the regularizer, and weight_decay={decay} in "
@@ -250,7 +242,7 @@ class Attachment:
 
     def _remember(self) -> None:
         """The penalty before what may be no step. Afterwards it tells."""
-        if self._before_inert is None and not is_captured(self._share.params[0]):
+        if self._before_inert is None and not _devices.is_captured(self._share.params[0]):
             self._before_inert = self._share.penalty()
 
     def _accumulate(self, optimizer: Optimizer) -> Tensor:
@@ -288,7 +280,7 @@ class Attachment:
         if self._mode == "prox":
             self._share.shrinking.prox_(self._share.rates(optimizer, found_inf), self._used)
         # Several optimizers count once; a graph would repeat one step's numbers, and its user counts.
-        if self._all.is_first(self) and not is_captured(self._share.params[0]):
+        if self._all.is_first(self) and not _devices.is_captured(self._share.params[0]):
             self._table.count(found_inf)
 
     def _has_stepped(self, optimizer: Optimizer) -> bool:

@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from fused_reg._terms import TERM_OF
 from fused_reg._warnings import warn
 from fused_reg.distributed import cuts
 from fused_reg.regularizer import marks
 from fused_reg.regularizer.candidates import Candidate, candidates_of
 from fused_reg.regularizer.marks import Mark
 from fused_reg.regularizer.selection import Choice
-from fused_reg.regularizer.strengths import KINDS, Given, Penalty
+from fused_reg.regularizer.strengths import Given, Penalty
 
 _NAMES_SHOWN = 4
 _END = object()
@@ -135,9 +136,9 @@ class Source:
 
     def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Given]:
         """The strengths that a parameter has by its penalty and by what was changed since."""
-        given: dict[str, Given] = {kind: getattr(penalty, kind) for kind in KINDS}
+        given = dict(penalty.given)
         for (where, kind), strength in self._changes.items():
-            if given[kind] is not None if where is None else candidate.matches(where):
+            if given[TERM_OF[kind]] is not None if where is None else candidate.matches(where):
                 given[kind] = strength
         return given
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from fused_reg import _devices
 from fused_reg._warnings import warn
 from fused_reg.in_place import prox_
 from fused_reg.regularizer.share import rate_of
@@ -91,8 +92,7 @@ def _tried(
     optimizer: Optimizer, regularized: Sequence[Tensor], as_it_is: bool, with_closure: bool
 ) -> tuple[bool, float]:
     """Whether a difference lasts, and how far the weights moved, in units of lr. Nothing of the optimizer changes."""
-    devices = {p.device for p in regularized if p.is_cuda}
-    with torch.inference_mode(False), torch.random.fork_rng(devices), warnings.catch_warnings():
+    with torch.inference_mode(False), _devices.kept_random_states(regularized), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pair = [_copy_of(optimizer, {id(p) for p in regularized}, as_it_is) for _ in range(2)]
         (_, own), (_, shrunk) = pair

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fused_reg import _devices
 from fused_reg.regularizer.strays import is_same, sample
 
 _State: TypeAlias = "tuple[int, Tensor | None]"
@@ -86,7 +87,7 @@ class Nesting:
 
     def _states(self, params: Iterable[Tensor]) -> list[_State]:
         """Versions, and a few elements as long as the code is not proved by a step: not every change is counted."""
-        return [(p._version, None if self._has_entered or not p.is_cpu else sample(p)) for p in params]
+        return [(p._version, None if self._has_entered or not _devices.is_at_hand(p) else sample(p)) for p in params]
 
 
 def _first_grad(params: Iterable[Tensor]) -> tuple[Tensor, int] | None:

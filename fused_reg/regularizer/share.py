@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fused_reg import _devices
 from fused_reg.regularizer.calls import Part
-from fused_reg.regularizer.strengths import KINDS, identity, tensor_of
+from fused_reg.regularizer.strengths import identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class Share:
                 raise ValueError(
                     f"attach: a parameter must be handled once, but another attachment handles {entry.name!r} already"
                 )
-            for kind, tensor in zip(KINDS, map(tensor_of, entry.strengths), strict=True):
-                if tensor is not None and tensor.requires_grad:
+            for kind, strength in entry.strengths.items():
+                if (tensor := tensor_of(strength)) is not None and tensor.requires_grad:
                     raise ValueError(
                         f"attach: {kind} of {entry.name!r} must be a constant, got a tensor that requires grad, and an "
                         "attached penalty gives it none; add regularizer() to the loss"
@@ -101,7 +102,10 @@ class Share:
                     f'lr={rate!r} in group {i}; mode "grad" needs none'
                 )
             number = rate_of(group)
-            if not (isinstance(number, Tensor) and not number.is_cpu) and not 0 <= float(number) < math.inf:
+            if (
+                not (isinstance(number, Tensor) and not _devices.is_at_hand(number))
+                and not 0 <= float(number) < math.inf
+            ):
                 raise ValueError(
                     f'attach: mode "prox" must find learning rates that are finite and >= 0, got lr={float(number)} in '
                     f"group {i}"

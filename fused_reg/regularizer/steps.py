@@ -6,10 +6,11 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
+
+from fused_reg import _devices
 
 Closure: TypeAlias = Callable[..., Any]
 
@@ -48,12 +49,12 @@ def is_inert(optimizer: Optimizer) -> bool:
     What a GPU alone knows is not waited for: such a step counts as one. Gradients are read only where all rates are 0.
     """
     found_inf = found_infinity(optimizer)
-    if found_inf is not None and found_inf.is_cpu and bool(found_inf):
+    if found_inf is not None and _devices.is_at_hand(found_inf) and bool(found_inf):
         return True
     if may_change(optimizer):
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if any(map(is_captured, grads)):
+    if any(map(_devices.is_captured, grads)):
         return False
     found = ((g._values() if g.is_sparse else g).any() for g in grads)
     # All before the first is looked at: that of a DTensor takes every process, and a GPU is waited for once.
@@ -76,7 +77,7 @@ def may_change(optimizer: Optimizer, evaluates: bool = False) -> bool:
 
 def _is_zero(rate: Any) -> bool:
     if isinstance(rate, Tensor):
-        return rate.is_cpu and not bool(rate.any())
+        return _devices.is_at_hand(rate) and not bool(rate.any())
     return getattr(rate, "ndim", 0) == 0 and bool(rate == 0)
 
 
@@ -84,8 +85,3 @@ def found_infinity(optimizer: Optimizer) -> Tensor | None:
     """What ``GradScaler`` leaves to a fused optimizer: not 0 if its step will be skipped."""
     found_inf = optimizer.__dict__.get("found_inf")
     return found_inf.reshape(()) if isinstance(found_inf, Tensor) else None
-
-
-def is_captured(tensor: Tensor) -> bool:
-    """Whether what is done with it goes into a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -17,9 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fused_reg import _devices
+from fused_reg._terms import TERMS
 from fused_reg._warnings import warn
-from fused_reg.regularizer.steps import closure_of, is_captured, may_change
-from fused_reg.regularizer.strengths import KINDS, is_absent
+from fused_reg.regularizer.steps import closure_of, may_change
 from fused_reg.regularizer.wrapped import optimizers_in
 
 if TYPE_CHECKING:
@@ -109,8 +110,8 @@ def _rows_of(p: Tensor) -> dict[object, _Row]:
 def _is_twice(entry: Entry, other: Attachment) -> bool:
     """Whether a strength of a parameter counts twice in the steps of one optimizer, which is said."""
     theirs = next((e for e in other.entries if e.param is entry.param), None) if other.is_active else None
-    for kind in KINDS if theirs is not None else ():
-        if not is_absent(getattr(entry, kind)) and not is_absent(getattr(theirs, kind)):
+    for kind in TERMS:
+        if theirs is not None and entry.has(kind) and theirs.has(kind):
             warn(
                 f"attach: {kind} of {entry.name!r} counts twice, because another Regularizer is attached to the same "
                 f"{type(other.optimizer).__name__}; call remove() of its attachment if this one is in its place"
@@ -198,10 +199,10 @@ class Watch:
         """At every gradient on the CPU. A GPU is waited for where the version has changed, and now and then, because
         not every change is counted there."""
         attachment = self._attachment()
-        if attachment is None or is_captured(p):
+        if attachment is None or _devices.is_captured(p):
             return
         self._gradients += 1
-        if p.is_cpu or p._version != self._version or self._gradients & (self._gradients - 1) == 0:
+        if _devices.is_at_hand(p) or p._version != self._version or self._gradients & (self._gradients - 1) == 0:
             before, self._version, self._sample = self._sample, p._version, sample(p)
             self._changes += before is not None and not is_same(before, self._sample)
             if self._changes == _CHANGES and any(r.handler is attachment.handler for r in _rows_of(p).values()):
@@ -215,7 +216,7 @@ class Watch:
 
 def is_same(a: Tensor, b: Tensor) -> bool:
     """Of two samples. Those without data, as in a dry run, do not tell."""
-    return type(a) is not Tensor or a.is_meta or torch.equal(a, b)
+    return type(a) is not Tensor or not _devices.has_data(a) or torch.equal(a, b)
 
 
 def sample(p: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ void expect_an_error_of_the_caller_is_thrown() {
 }  // namespace
 
 int main() {
-  EXPECT(std::string(fused_reg::build_info().torch).find('.') != std::string::npos);
+  EXPECT(fused_reg::build_info()["torch"].find('.') != std::string::npos);
   expect_right_numbers();
   expect_same_bits_inside_parallel_for();
   expect_same_bits_for_any_thread_count();
