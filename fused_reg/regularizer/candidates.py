@@ -57,14 +57,14 @@ class Candidate(Named):
             raise TypeError(f"{where} must be dense (torch.strided), got {param.layout};{out}")
 
 
-def candidates_of(params: Any, known: Mapping[str, Mark], shown: Mapping[tuple[int, str], Tensor]) -> list[Candidate]:
+def candidates_of(params: Any, known: Mapping[str, Mark], content: Mapping[tuple[int, str], Any]) -> list[Candidate]:
     """The parameters, read once, each once, with their names. Of a module: ``known`` are the marks by the names of
-    before, ``shown`` the parameters in whose places others are shown for a while."""
+    before, ``content`` what is in its places, where others may be shown for a while."""
     found: dict[int, Candidate] = {}
     if isinstance(params, Module):
         places: dict[int, list[Place]] = {}
         for place in walk(params):
-            param = shown.get((id(place.module), place.key), place.param)
+            param = content[id(place.module), place.key]
             places.setdefault(id(param), []).append(place._replace(param=param))
         present = set(marked_modules(params))
         new = present - set(known.values())
