@@ -29,10 +29,12 @@ _END = object()
 class _Snapshot:
     """What is in the tables of modules when they are read, by the identity of the module and the key."""
 
+    places: dict[tuple[int, str], Any]
+
     def __init__(self, modules: Sequence[Module] = (), before: _Snapshot | None = None) -> None:
         self.mark_count = marks.count
         self.modules = modules
-        known: dict[tuple[int, str], Any] = {} if before is None else before.places
+        known = {} if before is None else before.places
         tables = [(id(m), table) for m in modules for table in (m._parameters, m._modules)]
         self.places = {(i, key): _uncut(x, known.get((i, key))) for i, table in tables for key, x in table.items()}
         self._content = [*self.places.values(), _END]
