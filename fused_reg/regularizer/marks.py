@@ -12,8 +12,8 @@ from torch.nn import Module
 from typing_extensions import Unpack
 
 from fused_reg._terms import ANY_TERM, MoreTerms, check_group, takes_terms
+from fused_reg.regularizer.names import Place, dims, is_bias, walk
 from fused_reg.regularizer.strengths import Given, Penalty, as_flag, as_penalty
-from fused_reg.regularizer.walk import Place, dims, is_bias, walk
 
 M = TypeVar("M", bound=Module)
 

@@ -21,13 +21,12 @@ from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
-from fused_reg.regularizer.patterns import check_matches
+from fused_reg.regularizer.names import check_matches
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
 from fused_reg.regularizer.selection import Choice, as_patterns, as_rules
 from fused_reg.regularizer.strengths import Given, as_flag, as_penalty, given_strengths
 from fused_reg.regularizer.table import Entry, Table
-from fused_reg.regularizer.twice import warn_if_attached, watched
 
 
 @takes_terms
@@ -200,7 +199,7 @@ class Regularizer:
 
     def __call__(self) -> Tensor:
         """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
-        return watched(self._used().penalty(), self._attachments)
+        return self._attachments.watched(self._used().penalty())
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The regularized parameters with their (first) names, also those that are frozen now."""
@@ -218,7 +217,7 @@ class Regularizer:
         if scale is None:
             raise TypeError("accumulate_grad_: scale must be a float or a 0-dim tensor, got None")
         part = self._used()
-        warn_if_attached(self._attachments, "by accumulate_grad_")
+        self._attachments.warn_of_twice("by accumulate_grad_")
         return part.accumulate_grad_(scale)[0]
 
     def prox_(self, step: float | Tensor) -> None:
@@ -231,7 +230,7 @@ class Regularizer:
             got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
             raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
         part = self._used()
-        warn_if_attached(self._attachments, "by prox_")
+        self._attachments.warn_of_twice("by prox_")
         part.prox_(step)
 
     @property

@@ -12,7 +12,7 @@ from fused_reg._partitioned import check_whole
 from fused_reg._terms import ANY_TERM, KINDS, TERMS
 from fused_reg.regularizer.candidates import Candidate, marked_modules
 from fused_reg.regularizer.marks import Mark
-from fused_reg.regularizer.patterns import check_matches
+from fused_reg.regularizer.names import check_matches
 from fused_reg.regularizer.strengths import Penalty, as_penalty, is_absent
 
 #: A rule: its pattern, and what it names of a penalty.

@@ -13,7 +13,7 @@ from fused_reg import _devices
 from fused_reg._terms import TERM_OF, Group
 from fused_reg._warnings import warn
 from fused_reg.regularizer.following import Source
-from fused_reg.regularizer.patterns import Named
+from fused_reg.regularizer.names import Named
 from fused_reg.regularizer.strengths import (
     Cell,
     Given,
