@@ -129,15 +129,47 @@ PyObject* build_info_dict(PyObject*, PyObject*) {
   return info.release();
 }
 
-// In Python, a look at the attributes of many small parameters would take as long as their penalty.
-PyObject* have_attributes(PyObject*, PyObject* list) {
-  bool found = false;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list) && !found; ++i) {
-    THPObjectPtr attributes(PyObject_GenericGetDict(PyList_GET_ITEM(list, i), nullptr));
+// What is said of a list in `fused_reg/_ops.py`, in the time of one look at each item.
+enum Found : long { kHasAttributes = 1, kUnusual = 2, kSeveralDevices = 4, kNegated = 8 };
+
+// Of a tensor that a backend has kernels for.
+bool is_usual(const at::Tensor& t) {
+  static const auto penalty = c10::Dispatcher::singleton().findSchemaOrThrow("fused_reg::penalty", "");
+  const bool has_kernels = t.is_cpu() || penalty.hasKernelForDispatchKey(c10::legacyExtractDispatchKey(t.key_set()));
+  return has_kernels && t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested();
+}
+
+PyObject* survey(PyObject*, PyObject* list) {
+  HANDLE_TH_ERRORS
+  long found = 0;
+  std::optional<at::Device> device;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    PyObject* const item = PyList_GET_ITEM(list, i);
+    THPObjectPtr attributes(PyObject_GenericGetDict(item, nullptr));
     PyErr_Clear();  // of an object without
-    found = attributes && PyDict_GET_SIZE(attributes.get()) > 0;
+    found |= attributes && PyDict_GET_SIZE(attributes.get()) > 0 ? kHasAttributes : 0;
+    if (!THPVariable_CheckExact(item)) {
+      found |= kUnusual;
+      continue;
+    }
+    const at::Tensor& t = THPVariable_Unpack(item);
+    found |= (is_usual(t) ? 0 : kUnusual) | (t.is_neg() ? kNegated : 0);
+    found |= device.value_or(t.device()) == t.device() ? 0 : kSeveralDevices;
+    device = t.device();
   }
-  return PyBool_FromLong(found);
+  return PyLong_FromLong(found);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* check_dtypes_of(PyObject*, PyObject* list) {
+  HANDLE_TH_ERRORS
+  std::vector<at::Tensor> params;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    params.push_back(THPVariable_Unpack(PyList_GET_ITEM(list, i)));
+  }
+  check_dtypes(params);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
 }
 
 // The errors that accumulate_grad_ would raise, or without modes prox_, for lists that they are given in parts.
@@ -175,7 +207,9 @@ PyMethodDef functions[] = {
      "Versions of torch and the compiler that this library was built with, and what its backends say of themselves."},
     {"check_writable", reinterpret_cast<PyCFunction>(check_writable), METH_FASTCALL,
      "Raises what accumulate_grad_ or prox_ would of (params, grads, modes)."},
-    {"have_attributes", have_attributes, METH_O, "Whether an object of a list has attributes of its own."},
+    {"check_dtypes", check_dtypes_of, METH_O, "Raises what the operators would of the dtypes of a list of tensors."},
+    {"survey", survey, METH_O,
+     "Bits of what is in a list: attributes, what is no usual tensor, several devices, negated views."},
     FUSED_REG_OPERATORS(FUSED_REG_FUNCTION){}};
 
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", "The compiled part of fused_reg.", -1, functions};

@@ -54,3 +54,16 @@ TORCH_LIBRARY_IMPL(fused_reg, Autograd, m) {
 #define FUSED_REG_FALL_THROUGH(name) m.impl(#name, torch::CppFunction::makeFallthrough());
   FUSED_REG_OPERATORS(FUSED_REG_FALL_THROUGH)
 }
+
+namespace fused_reg {
+
+static void refuse_vmap(const c10::OperatorHandle&, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "torch.func.vmap is not supported, but for fused_penalty");
+}
+
+}  // namespace fused_reg
+
+TORCH_LIBRARY_IMPL(fused_reg, FuncTorchBatched, m) {
+#define FUSED_REG_REFUSE(name) m.impl(#name, torch::CppFunction::makeFromBoxedFunction<&fused_reg::refuse_vmap>());
+  FUSED_REG_OPERATORS(FUSED_REG_REFUSE)
+}

@@ -1,17 +1,16 @@
 """Checks what users pass, and words what is wrong with it.
 
-The path of a correct call is short: the operators check dtypes and layouts in C++ (``csrc/checks.h``), and only a
-call that failed is looked at again, here, for the reason.
+The path of a correct call is short: dtypes and memory are checked by the operators (``csrc/checks.h``), and only a list
+of which a survey in C++ finds something unusual is looked at here, one parameter after the other.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, NoReturn, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from fused_reg._terms import GROUPS, NUMBERS, PLACES, STEP, Column, Strengths, c
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
 
-_FORWARD_MODE = (
+FORWARD_MODE = (
     "forward-mode differentiation is not supported; use backward, torch.func.grad or jacrev (twice for a Hessian)"
 )
 _PARAMETER_CONTAINERS = (torch.nn.ParameterList, torch.nn.ParameterDict)
@@ -40,20 +39,18 @@ SUM_OF_SQUARES = Strengths.of([(), (1.0,)])
 
 def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
     """The parameters, read once. What they are is checked later, by the operators."""
-    if isinstance(params, Tensor):
-        params = [params]
-    if isinstance(params, torch.nn.Module) and not isinstance(params, _PARAMETER_CONTAINERS):
+    if type(params) is list:  # first: short calls feel the rest
+        tensors = params.copy()
+    elif isinstance(params, Tensor):
+        tensors = [params]
+    elif isinstance(params, torch.nn.Module) and not isinstance(params, _PARAMETER_CONTAINERS):
         raise TypeError(
             f"{function}: params must be tensors, got the module {type(params).__name__}; pass its `.parameters()`"
         )
-    try:
+    elif isinstance(params, Iterable) or hasattr(params, "__getitem__"):
         tensors = read(function, params)
-    except TypeError:
-        if isinstance(params, Iterable):
-            raise  # from inside the iterable
-        raise TypeError(
-            f"{function}: params must be a tensor or an iterable of tensors, got {_described(params)}"
-        ) from None
+    else:
+        raise TypeError(f"{function}: params must be a tensor or an iterable of tensors, got {_described(params)}")
     check_whole(function, tensors)
     for i, p in enumerate(tensors if forward_ad._current_level >= 0 else ()):
         _check_no_tangent(f"{function}: params[{i}]", p)
@@ -62,7 +59,7 @@ def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
 
 def _check_no_tangent(name: str, tensor: Any) -> None:
     if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-        raise NotImplementedError(f"{name} must not have a tangent: {_FORWARD_MODE}")
+        raise NotImplementedError(f"{name} must not have a tangent: {FORWARD_MODE}")
 
 
 def as_strengths(
@@ -129,34 +126,39 @@ def as_scale(function: str, scale: float | Tensor, params: Sequence[Tensor]) -> 
     return (1.0, _in_graph(factor, params)) if is_compiling() else (factor, None)
 
 
-def check_numbers(function: str, params: list[Tensor], numbers: Mapping[str, Tensor | None]) -> None:
+def check_numbers(params: list[Tensor], numbers: Mapping[str, Tensor | None]) -> None:
     """Raises unless every number is on the CPU, finite and >= 0, or where one of the parameters is."""
-    devices = {p.device for p in params if isinstance(p, Tensor)}
-    check_values(f"{function}: ", numbers)
+    devices = {p.device for p in params}
+    check_values(numbers)
     for name, number in numbers.items():
         if number is not None and not _devices.is_at_hand(number) and number.device not in devices:
             raise ValueError(
-                f"{function}: {name} must be on the CPU or on the parameters' device "
-                f"({', '.join(sorted(map(str, devices)))}), got {number.device}"
+                f"{name} must be on the CPU or on the parameters' device ({', '.join(sorted(map(str, devices)))}), "
+                f"got {number.device}"
             )
 
 
-def check_values(where: str, numbers: Mapping[str, Tensor | None]) -> None:
+def check_values(numbers: Mapping[str, Tensor | None]) -> None:
     """What the kernels check of the numbers that they read on the CPU, where they read some late or none."""
     for name, number in numbers.items():
-        if number is None or name == "scale" or not _devices.is_at_hand(number) or not _has_value(number):
+        if (
+            number is None
+            or name == "scale"
+            or not _devices.is_at_hand(number)
+            or is_compiling()
+            or not are_run((number,))
+        ):
             continue
         for i, value in enumerate(number.detach().reshape(-1).tolist()):
             if not 0 <= value < math.inf:
                 place = f"[{i}]" if number.ndim > 0 else ""
-                raise ValueError(f"{where}{name}{place} must be finite and >= 0, got {value}")
+                raise ValueError(f"{name}{place} must be finite and >= 0, got {value}")
 
 
-def _has_value(number: Tensor) -> bool:
-    """Not so what a compiler, or ``torch.func``, traces with."""
+def are_run(tensors: Iterable[Tensor]) -> bool:
+    """Whether these have values: not so what a compiler, or ``torch.func``, traces with."""
     return (
-        type(number) in PLAIN_TYPES
-        and not is_compiling()
+        PLAIN_TYPES.issuperset(map(type, tensors))
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
@@ -274,66 +276,38 @@ def _is_sequence(x: Any) -> TypeGuard[Sequence[Any]]:
     return getattr(x, "ndim", 0) == 1 and hasattr(x, "tolist")  # a NumPy array
 
 
-def raise_explained(function: str, params: list[Tensor], error: Exception) -> NoReturn:
-    """Raises what `explained` says of an error that is being handled."""
-    reason = explained(function, params, error)
-    raise reason from (None if reason is not error else error.__cause__)
-
-
-def explained(function: str, params: list[Tensor], error: Exception) -> Exception:
-    """The error to raise for a call that failed: the first thing that is wrong with its parameters, else itself."""
+def check_params(where: str, params: Sequence[Any]) -> None:
+    """Raises where a parameter is nothing that an operator takes, but for its dtype."""
     for i, p in enumerate(params):
+        name = f"{where}params[{i}]"
         if isinstance(p, UninitializedParameter | UninitializedBuffer):
-            return TypeError(
-                f"{function}: params[{i}] must be initialized, got {type(p).__name__}; "
-                "run the module once so that it knows its shapes"
+            raise TypeError(
+                f"{name} must be initialized, got {type(p).__name__}; run the module once so that it knows its shapes"
             )
         if not isinstance(p, Tensor):
-            return TypeError(f"{function}: params[{i}] must be a tensor, got {_described(p)}")
+            raise TypeError(f"{name} must be a tensor, got {_described(p)}")
         if p.is_nested:
-            return TypeError(f"{function}: params[{i}] must be one dense tensor, got a nested tensor")
-        if p.is_quantized:  # like the two kinds around it, it never reaches the operators' own checks
-            return TypeError(f"{function}: params[{i}] must be floating point, got {p.dtype}")
+            raise TypeError(f"{name} must be one dense tensor, got a nested tensor")
+        if p.is_quantized:  # it never reaches the operators' own checks
+            raise TypeError(f"{name} must be floating point, got {p.dtype}")
         if p.layout is not torch.strided:
-            return TypeError(f"{function}: params[{i}] must be dense (torch.strided), got {p.layout}")
-        if function == "accumulate_grad_" and p.is_leaf and p.grad is not None and p.grad.layout is not torch.strided:
-            return TypeError(
-                f"{function}: params[{i}].grad must be dense (torch.strided), got {p.grad.layout}; "
-                "build the embedding with sparse=False, or use p.grad = p.grad.to_dense()"
-            )
-    if "forward mode AD" in str(error):  # of torch, where the tangent is hidden below another transform
-        return NotImplementedError(f"{function}: {_FORWARD_MODE}")
-    if torch._C._get_tracing_state() is not None:
-        return NotImplementedError(
-            f"{function}: torch.jit.trace is not supported; trace without the penalty, or take torch.compile or "
-            "torch.export"
-        )
-    if "Batching rule not implemented" in str(error):
-        return NotImplementedError(f"{function}: torch.func.vmap is not supported, but for fused_penalty")
-    if isinstance(error, NotImplementedError):  # of the dispatcher, if no kernels are registered for a device
-        for i, p in enumerate(params):
-            if refused := _devices.refused(f"{function}: params[{i}]", p.device):
-                return refused
-    if isinstance(error, TypeError | ValueError) and _OF_AN_ARGUMENT.match(str(error)):
-        return type(error)(f"{function}: {error}{_hint_of(params, str(error))}")
-    return error
+            raise TypeError(f"{name} must be dense (torch.strided), got {p.layout}")
+        if type(p).__torch_dispatch__ is Tensor.__torch_dispatch__:  # else it may be on a device by name only
+            check_device(name, p.device)
 
 
-_OF_AN_ARGUMENT = re.compile(r"(params|strengths|l1|l2|l2_norm|scale|step)\b")
+def check_device(name: str, device: torch.device) -> None:
+    """Raises where a device has no kernels."""
+    if refused := _devices.refused(name, device):
+        raise refused
 
 
-def _hint_of(params: list[Tensor], reason: str) -> str:
-    """Of the frozen base weights of a quantized model."""
-    index = re.match(r"params\[(\d+)\] must be float", reason)
-    if index is None or (p := params[int(index[1])]).requires_grad or p.is_complex():
-        return ""
-    others_train = any(p.requires_grad for p in params)
-    return "; of a quantized model pass the parameters that require grad" if others_train else ""
-
-
-def relabelled(error: Exception, labels: Sequence[object]) -> Exception:
+def relabelled(error: Exception, labels: Sequence[str]) -> Exception:
     """The error with ``params[label]`` for ``params[3]``, where these are the labels of a call's parameters."""
-    return type(error)(re.sub(r"params\[(\d+)\]", lambda match: f"params[{labels[int(match[1])]}]", str(error)))
+    text = str(error)
+    for i, label in reversed([*enumerate(labels)]):  # a label is no earlier place
+        text = text.replace(f"params[{i}]", f"params[{label}]")
+    return type(error)(text)
 
 
 def _described(p: object) -> str:

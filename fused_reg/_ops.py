@@ -41,6 +41,10 @@ def _load() -> ModuleType:
 
 library = _load()
 
+# What is in a list, as bits (csrc/module.cpp).
+survey: Callable[[list[Any]], int] = library.survey
+HAS_ATTRIBUTES, UNUSUAL, SEVERAL_DEVICES, NEGATED = 1, 2, 4, 8
+
 _operators = torch.ops.fused_reg
 
 

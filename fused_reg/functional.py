@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn import Parameter
 from typing_extensions import Unpack
 
-from fused_reg import _ops, distributed
-from fused_reg._arguments import Strength, as_list, as_strengths, raise_explained
-from fused_reg._terms import NUMBERS, Strengths, Terms, takes_terms
-from fused_reg.autograd.routes import penalty, penalty_in_graph
-from fused_reg.distributed import by_device
+from fused_reg import _routes
+from fused_reg._arguments import Strength, as_list, as_strengths, is_number
+from fused_reg._terms import Terms, takes_terms
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -82,44 +79,20 @@ def fused_penalty(
     Source: Tibshirani 1996 (L1), Hoerl and Kennard 1970 (L2), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006
     (group lasso).
     """
-    if is_compiling() and not terms:
-        params = list(params) if hasattr(params, "__next__") else params  # an iterator is read once
-        value = _plain_penalty(params, l1, l2)
-        if value is not None:
-            return value
     tensors = as_list("fused_penalty", params)
     strengths = as_strengths("fused_penalty", tensors, l1, l2, terms)
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
-    value = penalty(tensors, strengths)
-    if not value.requires_grad and torch.is_grad_enabled() and not is_compiling() and not _transforms_active():
+    if is_compiling():
+        return _routes.penalty(tensors, strengths, all(s is None or is_number(s) for s in (l1, l2)))
+    value = _routes.penalty(tensors, strengths)
+    if not value.requires_grad and torch.is_grad_enabled() and not _transforms_active():
         warnings.warn(
             "fused_penalty: no parameter requires grad, so that the penalty trains nothing; pass the parameters "
             "themselves, not `.data`, and for the value alone call it under torch.no_grad()",
             stacklevel=2,
         )
     return value
-
-
-def _plain_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None, l2: Strength | None) -> Tensor | None:
-    """In compiled code the penalty of a list of plain tensors by positive numbers; None of any other.
-
-    There is nothing to convert, and Dynamo, which looks at every global in each run, finds few: hence a number for the
-    largest strength, and no call of what does the same for any list."""
-    is_plain = (
-        type(params) is list
-        and params
-        and all(type(p) is Tensor or type(p) is Parameter for p in params)
-        and not (l1 is None and l2 is None)
-        and (l1 is None or (type(l1) is float and 0.0 < l1 < 1e300))
-        and (l2 is None or (type(l2) is float and 0.0 < l2 < 1e300))
-    )
-    if not is_plain:
-        return None
-    one = params[0].new_ones(()).double()  # type: ignore[index]
-    strengths = [one * strength for strength in (l1, l2) if strength is not None]  # type: ignore[operator]
-    counts = (0 if l1 is None else -1, 0 if l2 is None else -1, *[0] * (len(NUMBERS) - 2))
-    return penalty_in_graph(params, (), strengths, counts, 0, True)
 
 
 @takes_terms
@@ -163,17 +136,4 @@ def value_and_grad(
     strengths = as_strengths("value_and_grad", tensors, l1, l2, terms)
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu"), ()
-    try:
-        if distributed.is_sharded(tensors):
-            return distributed.value_and_grad(tensors, strengths)
-        return _value_and_grad(tensors, strengths)
-    except Exception as error:
-        if by_device.is_mixed(tensors, error):
-            return by_device.value_and_grad(_value_and_grad, tensors, strengths)
-        raise_explained("value_and_grad", tensors, error)
-
-
-def _value_and_grad(params: Sequence[Tensor], strengths: Strengths) -> tuple[Tensor, tuple[Tensor, ...]]:
-    with torch.no_grad():
-        value, grads, _ = _ops.penalty(params, [True] * len(params), *strengths)
-    return value, tuple(grads)
+    return _routes.value_and_grad(tensors, strengths)

@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from fused_reg import _devices, _ops
+from fused_reg._arguments import FORWARD_MODE
 from fused_reg._terms import KINDS, NUMBERS, PLACES, TERMS, Strengths, group_count, sliced_dim
 
 
@@ -118,7 +119,15 @@ def exponent_of(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x.frexp().exponent - 1, 0)
 
 
-class _Composed(Function):
+class _Reverse(Function):
+    """What has derivatives in reverse mode alone."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # of a tangent that another transform hides; others are found before
+        raise NotImplementedError(f"fused_penalty: {FORWARD_MODE}")
+
+
+class _Composed(_Reverse):
     """The penalty for the strengths of a table."""
 
     @staticmethod
@@ -154,7 +163,7 @@ class _Composed(Function):
         return torch.stack([_apply(_Composed, *row) for row in _rows(info, in_dims, inputs)]), 0
 
 
-class _GroupNorms(Function):
+class _GroupNorms(_Reverse):
     """`group_norms`."""
 
     @staticmethod
@@ -186,7 +195,7 @@ def _split(norms: Tensor, group: int, params: Sequence[Tensor]) -> tuple[Tensor,
     return torch.functional.split(norms, [group_count(p, group) for p in params])
 
 
-class _TermSums(Function):
+class _TermSums(_Reverse):
     """What each strength of a table, which is a constant, is a factor of; 0 in the columns of what is no strength."""
 
     @staticmethod
@@ -214,7 +223,7 @@ class _TermSums(Function):
         return torch.stack([_apply(_TermSums, *row) for row in _rows(info, in_dims, inputs)]), 0
 
 
-class _Gradient(Function):
+class _Gradient(_Reverse):
     """The gradient of each parameter for the strengths of a table without norms, and its own derivatives."""
 
     @staticmethod

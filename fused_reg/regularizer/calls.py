@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fused_reg import _routes
 from fused_reg._arguments import as_scale, as_step, as_strengths, relabelled
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import TERM_OF, TERMS, Group, Strengths
-from fused_reg.distributed import by_device
+from fused_reg.distributed import value_of
 from fused_reg.functional import fused_penalty
-from fused_reg.in_place import accumulate, check_accumulation, check_writable, shrink
 from fused_reg.regularizer.strengths import Column
 from fused_reg.regularizer.table import Entry, Table
 
@@ -62,13 +62,13 @@ class _Call:
         return self._run(lambda: fused_penalty(self._params, **self._given()))
 
     def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool) -> Tensor:
-        name, factor = "accumulate_grad_", self._factor(scale)
-        return self._run(accumulate, name, self._params, self._strengths(), factor, skip_missing)
+        factor = self._factor(scale)
+        return self._run(_routes.accumulate_grad_, self._params, self._strengths(), factor, skip_missing)
 
     def check_accumulation(self, scale: float | Tensor | None, skip_missing: bool) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
-        name, factor = "accumulate_grad_", self._factor(scale)
-        self._run(check_accumulation, name, self._params, self._strengths(), factor, skip_missing)
+        factor = self._factor(scale)
+        self._run(_routes.check_accumulation, self._params, self._strengths(), factor, skip_missing)
 
     def _factor(self, scale: float | Tensor | None) -> tuple[float, Tensor | None]:
         if scale is None:
@@ -76,17 +76,17 @@ class _Call:
         return as_scale("accumulate_grad_", scale if self.sign > 0 else -scale, self._params)
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
-        self._run(shrink, *self._shrinkage(step))
+        self._run(_routes.prox_, *self._shrinkage(step))
 
     def check_writable(self, step: float | Tensor | list[float | Tensor]) -> None:
         """Raises what `prox_` would, before anything is written."""
-        self._run(check_writable, *self._shrinkage(step))
+        self._run(_routes.check_prox, *self._shrinkage(step))
 
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
         if isinstance(step, list):
             self._steps = Column((step[i] for i in self._places), like=self._steps)
             step = self._steps.get()
-        return "prox_", self._params, self._strengths().with_step(as_step("prox_", step, self._params))
+        return self._params, self._strengths().with_step(as_step("prox_", step, self._params))
 
     def _run(self, function: Callable[..., _T], *args: Any) -> _T:
         """``function(*args)``, whose errors have ``params['fc.weight']`` for ``params[3]`` of this call's list."""
@@ -168,7 +168,7 @@ class Part:
             return values[0]
         if not values:
             return torch.zeros((), dtype=torch.float32, device=self._device)
-        return by_device.total(values, [p for call in calls for p in call.params])
+        return value_of(values, [p for call in calls for p in call.params])
 
 
 def _calls(entries: Sequence[Entry], chosen: Sequence[bool], maximized: Sequence[bool]) -> Iterator[_Call]:

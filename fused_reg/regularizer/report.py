@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_reg import _ops
-from fused_reg._arguments import explained
+from fused_reg import _ops, _routes
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import DEFAULTS, GROUPS, KINDS, TERM_OF, TERMS, Strengths, group_count
-from fused_reg.distributed import Bucket, buckets, shards_of
+from fused_reg.distributed import Bucket, checked_buckets, shards_of
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.calls import named
 from fused_reg.regularizer.strengths import Cell, Held, identity, tensor_of
@@ -159,12 +158,17 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
         own = [e for e in entries if e.group == kind]
         params = [e.param for e in own]
         try:
-            for bucket in buckets(params, shards_of(params), Strengths(group=group)):
-                found = measured.setdefault(bucket.shards[0].device, [])
-                found.append(([own[i] for i in bucket.places], _columns(bucket)))
-        except Exception as error:
-            raise named(explained("report", params, error), [e.name for e in own]) from error
+            parts = _routes.run("report", _parts, _parts, params, group) if params else []
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise named(error, [e.name for e in own]) from error
+        for places, columns in parts:
+            measured.setdefault(columns.device, []).append(([own[i] for i in places], columns))
     return {id(e): row for device, parts in measured.items() for e, row in _rows_on(device, parts)}
+
+
+def _parts(params: list[Tensor], group: int) -> list[tuple[list[int], Tensor]]:
+    """The places of the parameters of each bucket, and what is measured of them."""
+    return [(b.places, _columns(b)) for b in checked_buckets(params, shards_of(params), Strengths(group=group))]
 
 
 def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) -> Iterator[tuple[Entry, Row]]:
