@@ -165,8 +165,8 @@ def are_run(tensors: Iterable[Tensor]) -> bool:
 def as_column(function: str, name: str, strength: Strength | None, params: Sequence[Tensor]) -> Column:
     if strength is None:
         return ()
-    if type(strength) is float and 0 < strength < math.inf and not is_compiling():  # first: short calls feel the rest
-        return (strength,)
+    if type(strength) is float and 0 < strength < math.inf:  # first: short calls and compiled code feel the rest
+        return _in_graph(strength, params) if is_compiling() else (strength,)
     if isinstance(strength, Tensor):
         return _tensor_strength(function, name, strength, len(params))
     if is_number(strength):

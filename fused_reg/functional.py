@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from typing_extensions import Unpack
 
 from fused_reg import _routes
-from fused_reg._arguments import Strength, as_list, as_strengths, is_number
+from fused_reg._arguments import Strength, as_list, as_strengths
 from fused_reg._terms import Terms, takes_terms
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -84,7 +84,9 @@ def fused_penalty(
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     if is_compiling():
-        return _routes.penalty(tensors, strengths, all(s is None or is_number(s) for s in (l1, l2)))
+        # A number that is 0 has dropped its term.
+        are_positive = (l1 is None or type(l1) is float) and (l2 is None or type(l2) is float)
+        return _routes.penalty(tensors, strengths, are_positive)
     value = _routes.penalty(tensors, strengths)
     if not value.requires_grad and torch.is_grad_enabled() and not _transforms_active():
         warnings.warn(

@@ -1,8 +1,7 @@
 """The specification, in plain torch and independent of the kernels: the functions of the package with the same
 signatures, computed in float64, and the loop that people write by hand.
 
-Tests and benchmarks compare with it. The package itself takes it only as what the compiler shall merge with a model
-(``_merged.py``), and there the tests compare with the kernels.
+Tests and benchmarks compare with it. The package itself does not use it.
 """
 
 from __future__ import annotations
