@@ -163,7 +163,12 @@ def test_choice(given, error, message):
         (PARAMETER, {"l1": 0.5}, TypeError, "regularized: module must be a torch.nn.Module, got Parameter"),
         (nn.ReLU(), {}, ValueError, "regularized: l1, l2 or l2_norm must give a strength, got none"),
         (nn.ReLU(), {"l1": 1, "bias": 1}, TypeError, "regularized: bias must be True or False, got 1"),
-        (nn.ReLU(), {"l1": 1, "group": "row"}, ValueError, 'regularized: group="row" must have an l2_norm, got none'),
+        (
+            nn.ReLU(),
+            {"l1": 1, "group": "row"},
+            ValueError,
+            'regularized: group="row" must come with l2_norm, whose norms',
+        ),
         (
             nn.ReLU(),
             {"l1": 1, "group": "x"},

@@ -14,11 +14,11 @@ from torch import Tensor
 from fused_reg import _ops
 from fused_reg._arguments import explained
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import DEFAULTS, GROUPS, KINDS, TERM_OF, TERMS, Strengths, group_count
+from fused_reg._terms import DEFAULTS, GROUPS, KINDS, SHAPES, TERM_OF, TERMS, Strengths, group_count
 from fused_reg.distributed import Bucket, buckets, shards_of
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.calls import named
-from fused_reg.regularizer.strengths import Cell, Held, identity, tensor_of
+from fused_reg.regularizer.strengths import Cell, Column, Held, identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
 
 Row = dict[str, Any]
@@ -159,12 +159,22 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
         own = [e for e in entries if e.group == kind]
         params = [e.param for e in own]
         try:
-            for bucket in buckets(params, shards_of(params), Strengths(group=group)):
+            for bucket in buckets(params, shards_of(params), _shapes_of(own, group)):
                 found = measured.setdefault(bucket.shards[0].device, [])
                 found.append(([own[i] for i in bucket.places], _columns(bucket)))
         except Exception as error:
             raise named(explained("report", params, error), [e.name for e in own]) from error
     return {id(e): row for device, parts in measured.items() for e, row in _rows_on(device, parts)}
+
+
+def _shapes_of(entries: Sequence[Entry], group: int) -> Strengths:
+    """What the sums of their terms need beside the parameters."""
+    shapes = {}
+    for kind, term in TERM_OF.items():
+        if kind in SHAPES and any(e.has(term) for e in entries):
+            column = Column(e.strengths[kind] for e in entries).get()
+            shapes[kind] = column if isinstance(column, Tensor) else (column,)
+    return Strengths(group=group).having(**shapes)
 
 
 def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) -> Iterator[tuple[Entry, Row]]:
@@ -184,9 +194,9 @@ def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) 
 
 def _columns(bucket: Bucket) -> Tensor:
     """[parameters, measures] float64: the `_MEASURES` of each."""
-    shards = bucket.shards[:-1]
     norms = bucket.norms_of_tensors()
-    absolute, squares, *others, zeros = bucket.over_all(_ops.sums(shards, True, *Strengths()).T)
+    sums = _ops.sums(bucket.shards, True, *bucket.strengths._replace(group=0))[:-1]  # without the empty tensor's
+    absolute, squares, *others, zeros = bucket.over_all(sums.T)
     are_sliced = bucket.strengths.group != GROUPS["tensor"]
     slice_norms, zero_slices = bucket.over_rest(bucket.sums_of_slices()) if are_sliced else (norms, norms)
     return torch.stack([absolute, squares, slice_norms, *others, norms, zeros, zero_slices], dim=1)
