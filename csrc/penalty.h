@@ -5,6 +5,8 @@
 //   prox(w)     = soft(w) * max(0, 1 - step * l2_norm / ||soft(w_g)||) / (1 + 2 * step * l2)
 //                 with soft(w) = sgn(w) * max(0, |w| - step * l1)
 //
+// and of further terms what is said with each.
+//
 // V is a float, a double, or a SIMD vector of either: the formulas use operators and `?:` only. Every
 // operation must round once, as in the hand-written loop: compile with -ffp-contract=off (nvcc:
 // -fmad=false). The tests compare the bits.
@@ -21,33 +23,40 @@
 
 namespace fused_reg {
 
-// The numbers of a tensor: the strengths of its terms, and the step of its proximal operator.
+// The numbers of a tensor, and their names as arguments: the columns of the operators, in their order. L1 and L2 alone
+// need the first kTermNumbers; a list without further terms the first kGroupNumbers.
 enum Number : int { kL1Strength, kL2Strength, kNormStrength, kStep, kNumbers };
-constexpr int kTermNumbers = kNormStrength;  // without groups
+constexpr const char* kNumberNames[] = {"l1", "l2", "l2_norm", "step"};
+static_assert(sizeof kNumberNames / sizeof *kNumberNames == kNumbers);
+constexpr int kTermNumbers = kNormStrength, kGroupNumbers = kStep + 1;
 
 // The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN.
-enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kAllTerms = kL1L2 | kNorm };
+enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4 };
 
-FUSED_REG_INLINE Terms terms_of(double l1, double l2) {
-  return static_cast<Terms>((l1 != 0 ? kL1 : kNone) | (l2 != 0 ? kL2 : kNone));
+// What is known of a chunk.
+struct ChunkNumbers {
+  double of[kNumbers];  // its tensor's
+  double factor;        // what gradients are multiplied by
+  double norm;          // of its group, if it has one
+  Terms terms;          // an absent one is neither summed nor differentiated
+};
+
+// What a term's gradient is multiplied by: the upstream gradient times the strength, each rounded to the
+// type S in which the gradient is computed.
+template <class S>
+FUSED_REG_INLINE S gradient_factor(double upstream, double strength) {
+  return static_cast<S>(upstream) * static_cast<S>(strength);
 }
 
-// sum + |w|
+// |w|. Of a vector it clears the sign: one instruction, where compare and blend are two.
 template <class V>
-FUSED_REG_INLINE V add_l1_term(V sum, V w) {
+FUSED_REG_INLINE V magnitude(V w) {
   if constexpr (std::is_arithmetic_v<V>) {
-    return sum + std::fabs(w);
-  } else {  // clears the sign: one instruction, where compare and blend are two
+    return std::fabs(w);
+  } else {
     using Bits = decltype(w < w);
-    return sum + (V)((Bits)w & ~(Bits)(-V{}));
+    return (V)((Bits)w & ~(Bits)(-V{}));
   }
-}
-
-// sum + w^2. MultiplyAdd says how: fused gives the same bits where the square is exact, as in float64 for elements of
-// 32 bits and less; for float64 elements it must round twice, on every machine.
-template <class MultiplyAdd, class V>
-FUSED_REG_INLINE V add_l2_term(V sum, V w) {
-  return MultiplyAdd::of(w, w, sum);
 }
 
 struct TwoRoundings {
@@ -57,25 +66,11 @@ struct TwoRoundings {
   }
 };
 
-// The sums of a chunk's terms. Those of float64 elements may be too large or too small for a double where the penalty
-// or the norm is not: they are first taken with exponent 0, and where digits may have been lost, once more of the
-// elements divided by a power of two, which rounds nothing. Sums of narrower elements always fit, with exponent 0.
-struct ChunkSums {
-  double l1 = 0;  // sum of |w / 2^exponent|
-  double l2 = 0;  // sum of (w / 2^exponent)^2
-  int exponent = 0;
+// A sum over elements that were divided by 2^exponent.
+struct ScaledSum {
+  double sum;
+  int exponent;
 };
-
-constexpr int kRescueExponent = 600;
-
-// What the float64 elements must be taken again with, after their sums with exponent 0 (an absent one is 0); 0: these
-// are good.
-FUSED_REG_INLINE int rescue_exponent(const ChunkSums& sums, bool has_l2) {
-  if (sums.l1 > 0x1p1000 || sums.l2 > 0x1p1000) {
-    return kRescueExponent;
-  }
-  return has_l2 && sums.l2 < 0x1p-900 ? -kRescueExponent : 0;
-}
 
 // strength * 2^exponent * sum, without an overflow on the way.
 FUSED_REG_INLINE double scaled_product(double strength, double sum, int exponent) {
@@ -87,47 +82,116 @@ FUSED_REG_INLINE double scaled_product(double strength, double sum, int exponent
   return std::ldexp(fraction * sum, own + exponent);
 }
 
-// The penalty of elements whose terms have these sums.
-FUSED_REG_INLINE double penalty_of_sums(double l1, double l2, const ChunkSums& sums) {
-  const double l1_penalty = l1 == 0 ? 0 : scaled_product(l1, sums.l1, sums.exponent);
-  return l1_penalty + (l2 == 0 ? 0 : scaled_product(l2, sums.l2, 2 * sums.exponent));
-}
+// A TERM, its value, gradient and proximal operator; AllTerms lists them.
+//
+//   kBit, kStrength                 its bit in Terms, its strength
+//   kSum, kDegree                   the place of its sum among those of a chunk; the sum of w * x is that of w, times
+//                                   x^kDegree
+//   gradient(w, f)                  f[0] is gradient_factor(); gradient_factors(n, f) computes what else there is of
+//                                   kFactors
+//
+// L1 and L2 are summed side by side, and compiled for each combination. A further term is summed by itself, and has
+//
+//   sum_factors(n, exponent, f)     what its sum needs, in float64; exponent: that of rescue_exponent() after a sum of
+//   0 result_exponent(n, exponent)    of that sum add(sum, w, f) prox_factors(n, f)              what its proximal
+//   operator needs, which follows on those of L1 and L2 prox(w, f)
+struct Term {
+  static constexpr int kFactors = 1;
 
-// What a term's gradient is multiplied by: the upstream gradient times the strength, each rounded to the
-// type S in which the gradient is computed.
-template <class S>
-FUSED_REG_INLINE S gradient_factor(double upstream, double strength) {
-  return static_cast<S>(upstream) * static_cast<S>(strength);
-}
-
-// c1 and c2 are the factors of the two terms. c1 * sgn(w) is written as a choice; 0 * c1 is NaN for an
-// infinite upstream gradient, as in the loop.
-template <int terms, class V>
-FUSED_REG_INLINE V gradient(V w, V c1, V c2) {
-  if constexpr (terms == kNone) {
-    return V{};
-  } else if constexpr (terms == kL1) {
-    const V zero = c1 * 0;
-    return w > 0 ? c1 : (w < 0 ? -c1 : zero);
-  } else if constexpr (terms == kL2) {
-    return c2 * (w + w);
-  } else {
-    return gradient<kL1>(w, c1, c2) + gradient<kL2>(w, c1, c2);
-  }
-}
-
-// The sum of squares of a group: 4^exponent * sum.
-struct Squares {
-  double sum;
-  int exponent;
+  template <class S>
+  static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers&, S*) {}
 };
 
-// NaN has one form.
-FUSED_REG_INLINE double norm_of(const Squares& squares) {
+struct L1 : Term {
+  static constexpr Terms kBit = kL1;
+  static constexpr Number kStrength = kL1Strength;
+  static constexpr int kSum = 0, kDegree = 1;
+
+  template <class V>
+  static FUSED_REG_INLINE V add(V sum, V w) {
+    return sum + magnitude(w);
+  }
+
+  // f * sgn(w) is written as a choice; 0 * f is NaN for an infinite upstream gradient, as in the loop.
+  template <class V>
+  static FUSED_REG_INLINE V gradient(V w, const V* f) {
+    const V zero = f[0] * 0;
+    return w > 0 ? f[0] : (w < 0 ? -f[0] : zero);
+  }
+};
+
+struct L2 : Term {
+  static constexpr Terms kBit = kL2;
+  static constexpr Number kStrength = kL2Strength;
+  static constexpr int kSum = 1, kDegree = 2;
+
+  // MultiplyAdd says how: fused gives the same bits where the square is exact, as in float64 for elements of 32 bits
+  // and less; for float64 elements it must round twice, on every machine.
+  template <class MultiplyAdd, class V>
+  static FUSED_REG_INLINE V add(V sum, V w) {
+    return MultiplyAdd::of(w, w, sum);
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V gradient(V w, const V* f) {
+    return f[0] * (w + w);
+  }
+};
+
+// Terms in the order in which they are added.
+template <class... T>
+struct TermList {
+  static constexpr int kCount = sizeof...(T);
+  static constexpr int kBits = (kNone | ... | T::kBit);
+
+  static FUSED_REG_INLINE Terms present(const double* numbers) {
+    return static_cast<Terms>((kNone | ... | (numbers[T::kStrength] != 0 ? T::kBit : kNone)));
+  }
+
+  static FUSED_REG_INLINE double penalty(const double* numbers, const ScaledSum* sums) {
+    return (... + penalty_of<T>(numbers[T::kStrength], sums[T::kSum]));
+  }
+
+  static FUSED_REG_INLINE void unscale(const ScaledSum* sums, double* unscaled) {
+    ((unscaled[T::kSum] = std::ldexp(sums[T::kSum].sum, T::kDegree * sums[T::kSum].exponent)), ...);
+  }
+
+ private:
+  template <class Term>
+  static FUSED_REG_INLINE double penalty_of(double strength, const ScaledSum& sum) {
+    return strength == 0 ? 0 : scaled_product(strength, sum.sum, Term::kDegree * sum.exponent);
+  }
+};
+
+using FurtherTerms = TermList<>;
+using AllTerms = TermList<L1, L2>;
+constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits | kNorm;
+constexpr int kSums = AllTerms::kCount;
+
+// The sums of a chunk's terms. Those of float64 elements may be too large or too small for a double where the penalty
+// or the norm is not: they are first taken with exponent 0, and where digits may have been lost, once more of the
+// elements divided by a power of two, which rounds nothing.
+struct ChunkSums {
+  ScaledSum of[kSums];
+};
+
+constexpr int kRescueExponent = 600;
+
+// What the float64 elements must be taken again with, after their sums with exponent 0 (an absent one is 0); 0: these
+// are good.
+FUSED_REG_INLINE int rescue_exponent(double l1, double l2, bool has_l2) {
+  if (l1 > 0x1p1000 || l2 > 0x1p1000) {
+    return kRescueExponent;
+  }
+  return has_l2 && l2 < 0x1p-900 ? -kRescueExponent : 0;
+}
+
+// The norm of a group, of its sum of squares. NaN has one form.
+FUSED_REG_INLINE double norm_of(const ScaledSum& squares) {
   return squares.sum == squares.sum ? std::ldexp(std::sqrt(squares.sum), squares.exponent) : static_cast<double>(NAN);
 }
 
-FUSED_REG_INLINE double norm_penalty(double l2_norm, const Squares& squares) {
+FUSED_REG_INLINE double norm_penalty(double l2_norm, const ScaledSum& squares) {
   return l2_norm == 0 ? 0 : scaled_product(l2_norm, std::sqrt(squares.sum), squares.exponent);
 }
 

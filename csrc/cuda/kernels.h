@@ -13,11 +13,11 @@ struct Rows {
   int streams, numbers;
 };
 
-constexpr Rows rows_of(Pass pass) {
+constexpr Rows rows_of(Pass pass, bool has_further = false) {
   switch (pass) {
 #define FUSED_REG_ROWS(name, terms, numbers) \
   case Pass::k##name:                        \
-    return {streams_of<name##Pass<terms>>, numbers};
+    return {streams_of<name##Pass<terms>>, !has_further && numbers == kNumbers ? kGroupNumbers : numbers};
     FUSED_REG_PASSES(FUSED_REG_ROWS)
 #undef FUSED_REG_ROWS
   }

@@ -38,14 +38,19 @@ struct Plan {
 
 template <class Table, template <int> class P, int known, int numbers>
 Plan<Table> plan_of(const Call& call) {
+  if constexpr (numbers > kGroupNumbers) {
+    if (!call.has_further) {
+      return plan_of < Table, P, known & ~kFurther, kGroupNumbers > (call);
+    }
+  }
   if constexpr (P<known>::kSums != 0 && P<known>::kWrites != 0) {
     return {penalty_kernel<Table, P>, call.runs};
   } else if constexpr (P<known>::kSums != 0) {
-    return {sums_kernel<Table, P, known>, call.runs};
+    return {sums_kernel<Table, P, known, numbers>, call.runs};
   } else if constexpr (numbers == kTermNumbers) {
     return {element_kernel<Table, P>, call.chunks};
   } else {
-    return {group_element_kernel<Table, P, known>, call.chunks};
+    return {group_element_kernel<Table, P, known, numbers>, call.chunks};
   }
 }
 

@@ -58,7 +58,7 @@ struct Meta {
 
   static at::Tensor sums(at::TensorList params, bool with_zeros, FUSED_REG_NUMBERS) {
     check(params);
-    const int64_t columns = with_zeros ? 3 : 2;
+    const int64_t columns = with_zeros ? kSums + 1 : kSums;
     return at::empty({static_cast<int64_t>(params.size()), columns}, params[0].options().dtype(at::kDouble));
   }
 

@@ -5,13 +5,17 @@
 //     kReads, kWrites                          the streams that it reads and writes, a bit each: of as many elements as
 //                                              the parameter, which is stream 0
 //     kSums                                    the sums that it takes over a chunk, a bit each
-//     kFactors                                 how many numbers it needs, in the type S that elements are computed in
-//     factors(numbers, f)                      computes them, once for a chunk
-//     element(x, f)                            computes the streams that it writes from those that it reads
+//     kFactors                                 how many numbers its elements need, in the type S that they are computed
+//     in factors(numbers, f)                      computes them, once for a chunk element(x, f) computes the streams
+//     that it writes from those that it reads kSumFactors, sum_factors<S>              the same of what its sums need,
+//     in float64
+//       (numbers, exponent, f)
 //     add<MultiplyAdd>(sums, w, f, scaled)     adds a parameter's element to the sums, in float64; scaled(x) is x, or
-//                                              where the sums left the range of float64, x times a power of two
+//                                              where the sums left the range of float64, x / 2^exponent
 //     Sums                                     the pass that takes its sums alone, where they can leave the range of
 //                                              float64 and must be taken again; else void
+//     kOfAnyDtype                              whether those of elements that are narrower than float64 can
+//     result_exponent(numbers, exponent)       of sums that were taken so
 //     Fresh                                    the pass that does the same where a stream that it adds to is not there
 //                                              yet, if it adds to one; else void
 //     kPadding                                 the byte of which elements consist that change no sum
@@ -25,14 +29,7 @@
 namespace fused_reg {
 
 constexpr int kStreams = 6;  // at most
-constexpr int kFactorsMax = 4;
-
-// The numbers of a chunk.
-struct ChunkNumbers {
-  double of[kNumbers];  // its tensor's
-  double factor;        // what gradients are multiplied by
-  double norm;          // of its group, if it has one
-};
+constexpr int kPassSums = 2;
 
 constexpr unsigned bit(int i) { return 1u << i; }
 
@@ -48,11 +45,14 @@ struct AnyPass {
   using Sums = void;
   using Fresh = void;
   static constexpr unsigned kReads = 0, kWrites = 0, kSums = 0;
-  static constexpr int kFactors = 0, kPadding = 0;
-  static constexpr bool kPositiveZeros = false;
+  static constexpr int kFactors = 0, kSumFactors = 0, kPadding = 0;
+  static constexpr bool kOfAnyDtype = false, kPositiveZeros = false;
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers&, S*) {}
+  template <class S>
+  static FUSED_REG_INLINE void sum_factors(const ChunkNumbers&, int, double*) {}
+  static FUSED_REG_INLINE int result_exponent(const ChunkNumbers&, int exponent) { return exponent; }
   template <class V>
   static FUSED_REG_INLINE void element(V*, const V*) {}
   template <class MultiplyAdd, class D, class Scaled>

@@ -1,5 +1,5 @@
-// The passes: name, the terms that it is compiled for, and how many of the numbers it needs. Those of lists without
-// groups need the numbers of the terms alone.
+// The passes: name, the terms that it is compiled for, and how many of the numbers it needs at most. Those of lists
+// without groups and further terms need the numbers of L1 and L2 alone.
 #pragma once
 
 #include "prox.h"
@@ -15,9 +15,9 @@ namespace fused_reg {
   apply(PenaltyAccumulate, kL1L2, kTermNumbers)  \
   apply(Gradient, kAllTerms, kTermNumbers)       \
   apply(Accumulate, kAllTerms, kNumbers)         \
-  apply(Prox, kNone, kNumbers)                   \
-  apply(SoftSquares, kNone, kNumbers)            \
-  apply(Zeros, kNone, kNumbers)
+  apply(Prox, kFurther, kNumbers)                \
+  apply(SoftSquares, kNone, kGroupNumbers)       \
+  apply(Zeros, kNone, kGroupNumbers)
 // clang-format on
 
 enum class Pass {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "expect.h"
-#include "penalty.h"
+#include "passes/passes.h"
 
 using namespace fused_reg;
 
@@ -14,12 +14,27 @@ namespace {
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
+// The gradient of a pass, with numbers {l1, l2, l2_norm, step, ...}.
+template <int terms>
+double gradient(double w, const ChunkNumbers& numbers) {
+  using Pass = GradientPass<terms>;
+  double f[Pass::kFactors], x[2] = {w, 0};
+  Pass::factors(numbers, f);
+  Pass::element(x, f);
+  return x[1];
+}
+
+template <int terms>
+double gradient(double w, double l1, double l2) {
+  return gradient<terms>(w, {{l1, l2}, 1, 0, static_cast<Terms>(terms & kL1L2)});
+}
+
 template <int terms>
 void expect_gradient_is_the_slope() {
   const double l1 = (terms & kL1) ? 0.7 : 0, l2 = (terms & kL2) ? 0.3 : 0;
   for (const double w : {-3.0, -0.25, 0.125, 2.0}) {
     const double h = 1e-6;
-    const auto value = [&](double x) { return l1 * add_l1_term(0.0, x) + l2 * add_l2_term<TwoRoundings>(0.0, x); };
+    const auto value = [&](double x) { return l1 * L1::add(0.0, x) + l2 * L2::add<TwoRoundings>(0.0, x); };
     const double slope = (value(w + h) - value(w - h)) / (2 * h);
     EXPECT(std::abs(gradient<terms>(w, l1, l2) - slope) < 1e-8, terms, w, slope);
   }
@@ -34,7 +49,10 @@ void expect_special_values() {
   EXPECT(gradient<kL1>(-kInf, 2.0, 0.0) == -2);
   EXPECT(gradient<kL1L2>(-kInf, 2.0, 1.0) == -kInf);
   EXPECT(gradient<kNone>(kNan, 1.0, 1.0) == 0);
-  EXPECT(terms_of(0, 0) == kNone && terms_of(1, 0) == kL1 && terms_of(0, 1) == kL2 && terms_of(1, 1) == kL1L2);
+  for (const int terms : {kNone, kL1, kL2, kL1L2}) {
+    const double numbers[kNumbers] = {terms & kL1 ? 0.5 : 0, terms & kL2 ? 0.5 : 0, 1, 1};
+    EXPECT(AllTerms::present(numbers) == terms, terms);
+  }
 }
 
 void expect_factor_rounds_as_the_loop() {
@@ -43,27 +61,33 @@ void expect_factor_rounds_as_the_loop() {
   EXPECT(gradient_factor<double>(upstream, strength) == upstream * strength);
 }
 
+double penalty_of(double l1, double l2, const ScaledSum& sum1, const ScaledSum& sum2) {
+  const double numbers[kNumbers] = {l1, l2};
+  const ScaledSum sums[kSums] = {sum1, sum2};
+  return AllTerms::penalty(numbers, sums);
+}
+
 // A penalty from sums of scaled elements, and of a subnormal strength.
 void expect_penalty_of_sums() {
   for (const int exponent : {0, kRescueExponent, -kRescueExponent}) {
     for (const double strength : {1.0, 0.3, 1e-300, 1e300, 5e-324, 1e-310}) {
-      const ChunkSums sums{1.5, 2.25, exponent};
       const auto expect_near = [&](double penalty, long double exact) {
         EXPECT(exact > 1e308L ? penalty == kInf : std::abs(penalty - exact) <= 1.2e-16L * exact + 5e-324L, exponent,
                strength, penalty);
       };
-      expect_near(penalty_of_sums(strength, 0, sums), std::ldexp(static_cast<long double>(strength) * 1.5L, exponent));
-      expect_near(penalty_of_sums(0, strength, sums),
+      expect_near(penalty_of(strength, 0, {1.5, exponent}, {2.25, exponent}),
+                  std::ldexp(static_cast<long double>(strength) * 1.5L, exponent));
+      expect_near(penalty_of(0, strength, {1.5, exponent}, {2.25, exponent}),
                   std::ldexp(static_cast<long double>(strength) * 2.25L, 2 * exponent));
     }
   }
-  EXPECT(penalty_of_sums(1e-310, 0, {1e10, 0, 0}) == 1e-310 * 1e10);
-  EXPECT(penalty_of_sums(0.5, 0.25, {2, 4, 0}) == 2 && penalty_of_sums(0, 0, {kInf, kNan, 0}) == 0);
-  EXPECT(penalty_of_sums(0, 1, {kInf, 3, 0}) == 3 && std::isnan(penalty_of_sums(1, 0, {kNan, 3, 0})));
+  EXPECT(penalty_of(1e-310, 0, {1e10, 0}, {0, 0}) == 1e-310 * 1e10);
+  EXPECT(penalty_of(0.5, 0.25, {2, 0}, {4, 0}) == 2 && penalty_of(0, 0, {kInf, 0}, {kNan, 0}) == 0);
+  EXPECT(penalty_of(0, 1, {kInf, 0}, {3, 0}) == 3 && std::isnan(penalty_of(1, 0, {kNan, 0}, {3, 0})));
 }
 
 void expect_sums_are_taken_again() {
-  const auto again = [](double l1, double l2, bool has_l2) { return rescue_exponent({l1, l2, 0}, has_l2); };
+  const auto again = [](double l1, double l2, bool has_l2) { return rescue_exponent(l1, l2, has_l2); };
   EXPECT(again(1, 1, true) == 0 && again(kNan, kNan, true) == 0);
   EXPECT(again(0, kInf, true) == kRescueExponent && again(0, 0x1p1001, true) == kRescueExponent);
   EXPECT(again(kInf, 0, false) == kRescueExponent && again(0x1p1001, 0, false) == kRescueExponent);
@@ -101,7 +125,7 @@ void expect_norm_gradient_at_extremes(const std::vector<double>& norms, const st
 void expect_squares_without_overflow() {
   for (const int exponent : {0, kRescueExponent, -kRescueExponent}) {
     for (const double strength : {1.0, 0.3, 1e-300, 1e300, 5e-324}) {
-      const Squares squares{2.25, exponent};
+      const ScaledSum squares{2.25, exponent};
       EXPECT(norm_of(squares) == std::ldexp(1.5, exponent), exponent);
       const double penalty = norm_penalty(strength, squares);
       const long double exact = std::ldexp(static_cast<long double>(strength) * 1.5L, exponent);
@@ -127,6 +151,11 @@ void expect_soft() {
 }
 
 void expect_zeros_are_positive() {
+  const auto prox = [](double w, double threshold, double shrinkage) {
+    const double f[] = {threshold, shrinkage};
+    ProxPass<kNone>::element(&w, f);
+    return w;
+  };
   EXPECT(!std::signbit(prox(-1e-300, 0.0, 1e-300)) && !std::signbit(prox(-0.0, 0.0, 1.0)));
   EXPECT(!std::signbit(prox(-0.5, 0.5, 1.0)) && !std::signbit(prox(-2.0, 0.5, 0.0)));
   const uint16_t bits[] = {0x8000, 0, 1, 0x8001, 0x7c00, 0xfe00}, expected[] = {0, 0, 1, 0x8001, 0x7c00, 0xfe00};
