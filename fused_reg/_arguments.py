@@ -22,7 +22,19 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from fused_reg import _ops
 from fused_reg._iterators import read
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import DEFAULTS, GROUPS, NUMBERS, PLACES, SHAPES, STEP, TERM_OF, Column, Strengths, check_shape
+from fused_reg._terms import (
+    APART,
+    DEFAULTS,
+    GROUPS,
+    NUMBERS,
+    PLACES,
+    SHAPES,
+    STEP,
+    TERM_OF,
+    Column,
+    Strengths,
+    check_shape,
+)
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
@@ -165,6 +177,30 @@ def check_values(where: str, numbers: Mapping[str, Tensor | None]) -> None:
             if not 0 <= value < math.inf:
                 place = f"[{i}]" if number.ndim > 0 else ""
                 raise ValueError(f"{where}{name}{place} must be finite and >= 0, got {value}")
+
+
+def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
+    """Raises where a parameter has terms that together have no proximal operator in closed form, or may have: what the
+    host does not know counts."""
+    for pair in APART.items():
+        if not all(strengths.counts[PLACES[term]] for term in pair):
+            continue
+        columns = dict(zip(NUMBERS, strengths.columns(), strict=True))
+        both = zip(*(_on_host(columns[term], count) for term in pair), strict=True)
+        for i, values in enumerate(both):
+            if all(values):
+                raise ValueError(
+                    f"{where}{' and '.join(pair)} of one parameter have no proximal operator in closed form, got both "
+                    f"for params[{i}]"
+                )
+
+
+def _on_host(column: Column, count: int) -> list[float]:
+    """The numbers for each parameter, 1 where the host does not know them."""
+    if isinstance(column, Tensor):
+        known = column.is_cpu and _has_value(column)
+        column = tuple(column.detach().reshape(-1).tolist()) if known else (1.0,)
+    return [*column] * (count if len(column) == 1 else 1)
 
 
 def _has_value(number: Tensor) -> bool:

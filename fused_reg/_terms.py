@@ -24,6 +24,7 @@ class Row(NamedTuple):
     default: float | str | None = None
     shapes: str = ""  # the term whose shape it gives, without which it means nothing;
     about: str = ""  # and how an error says so
+    apart: str = ""  # a term with which it has no proximal operator in closed form
 
 
 #: The terms: all that Python knows of them, but for what they are (`reference`). An argument that a row adds has a type
@@ -58,6 +59,9 @@ TERMS = tuple(row.name for row in ROWS if not row.shapes)
 #: Of each of them the term without which it means nothing, and what it is where it is not given.
 TERM_OF = {row.name: row.shapes or row.name for row in ROWS if row.name in KINDS}
 DEFAULTS = {row.name: row.default if isinstance(row.default, float) else 0.0 for row in ROWS if row.name in KINDS}
+
+#: Pairs of terms that together have no proximal operator in closed form.
+APART = {row.name: row.apart for row in ROWS if row.apart}
 
 #: The arguments that are no strengths.
 SHAPES = {row.name: row for row in ROWS if row.shapes}

@@ -20,6 +20,7 @@ from fused_reg._arguments import (
     as_scale,
     as_step,
     as_strengths,
+    check_closed_form,
     check_numbers,
     check_values,
     raise_explained,
@@ -185,6 +186,7 @@ def _checked_shards(
 
 def check_writable(name: str, tensors: list[Tensor], strengths: Strengths) -> None:
     """Raises what `shrink` would of these arguments."""
+    check_closed_form(f"{name}: ", strengths, len(tensors))
     try:
         shards = tensors
         if distributed.is_sharded(tensors):
@@ -281,6 +283,7 @@ def shrink(name: str, tensors: list[Tensor], strengths: Strengths) -> None:
     """`prox_` for arguments that have been checked, in the name of a function; the step is among the strengths."""
     if not tensors:
         return
+    check_closed_form(f"{name}: ", strengths, len(tensors))
     if is_compiling() or _are_functorch_transforms_active():  # where the operator runs, everything is a leaf
         _ops.check_not_in_graph(f"{name}: ", tensors)
     elif _is_tracing():
