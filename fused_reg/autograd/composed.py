@@ -212,8 +212,12 @@ class _TermSums(Function):
         # The gradient of sum(cotangent * S): a penalty whose strengths are the cotangents.
         _, *needs_grad = ctx.needs_input_grad
         table, *params = ctx.saved_tensors
-        factors = rows_of(_shaped(cotangent, table), needs_grad)
-        return None, *scattered(_apply(_Gradient, factors.new_ones(()), factors, *params), needs_grad)
+        is_positive = cotangent >= 0  # as the operators want strengths
+        parts = torch.where(is_positive, cotangent, 0), torch.where(is_positive, 0, -cotangent)
+        plus, minus = (
+            _apply(_Gradient, part.new_ones(()), rows_of(_shaped(part, table), needs_grad), *params) for part in parts
+        )
+        return None, *scattered([a - b for a, b in zip(plus, minus, strict=True)], needs_grad)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
