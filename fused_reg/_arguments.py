@@ -109,7 +109,8 @@ def as_strengths(
     columns[STEP] = step
     for kind in _SHAPES:
         if _is_there(columns[PLACES[TERM_OF[kind]]]):
-            columns[PLACES[kind]] = _as_constant(function, kind, terms.get(kind, DEFAULTS[kind]), params)
+            given = terms.get(kind)
+            columns[PLACES[kind]] = _as_constant(function, kind, DEFAULTS[kind] if given is None else given, params)
     return Strengths.of(columns, GROUPS[terms.get("group", "tensor")] if _is_there(columns[2]) else 0)
 
 
@@ -377,7 +378,7 @@ def explained(function: str, params: list[Tensor], error: Exception) -> Exceptio
     return error
 
 
-_OF_AN_ARGUMENT = re.compile(r"(params|strengths|l1|l2|l2_norm|scale|step)\b")
+_OF_AN_ARGUMENT = re.compile(rf"(params|strengths|scale|{'|'.join(NUMBERS)})\b")
 
 
 def _hint_of(params: list[Tensor], reason: str) -> str:
