@@ -50,6 +50,26 @@ ROWS = (
         shapes="l2_norm",
         about="whose norms it is about",
     ),
+    Row(
+        "smooth_l1",
+        "the strength of the sum of ``|w|`` with a parabola at 0 (Huber, as ``torch.nn.SmoothL1Loss``), likewise: "
+        "``w ** 2 / (2 * beta)`` where ``|w| < beta``, else ``|w| - beta / 2``. Its gradient is ``smooth_l1 * w / "
+        "beta``, and ``smooth_l1 * sgn(w)`` beyond ``beta``.",
+        "shrinks by what its gradient is afterwards, and makes nothing zero. Not with ``l2_norm`` on one parameter, "
+        "which has no closed form.",
+        r"smooth\_l1_t \sum_i s_t(w_{t,i})",
+        r"smooth\_l1_t\, s_t'(w_{t,i})",
+        apart="l2_norm",
+    ),
+    Row(
+        "beta",
+        "where ``smooth_l1`` goes from the parabola to the straight line: a number >= 0 as the strengths are, but a "
+        "constant. 0 is L1. Given with ``smooth_l1``.",
+        "where its gradient is constant.",
+        default=1.0,
+        shapes="smooth_l1",
+        about="whose width it is",
+    ),
 )
 
 #: The numbers of the terms, in the order of the arguments, and those of them that are strengths.
@@ -89,6 +109,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 class MoreStrengths(TypedDict, Generic[S], total=False):
     """The numbers of the terms behind the first three, as arguments by keyword."""
+
+    smooth_l1: S | None
+    beta: S | None
 
 
 class MoreTerms(MoreStrengths[S], Generic[S], total=False):
