@@ -20,7 +20,19 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fused_reg import _devices
 from fused_reg._iterators import read
-from fused_reg._terms import GROUPS, NUMBERS, PLACES, STEP, Column, Strengths, check_group
+from fused_reg._terms import (
+    APART,
+    DEFAULTS,
+    GROUPS,
+    NUMBERS,
+    PLACES,
+    SHAPES,
+    STEP,
+    TERM_OF,
+    Column,
+    Strengths,
+    check_shape,
+)
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
@@ -76,10 +88,8 @@ def as_strengths(
     columns: list[Column] = [()] * len(NUMBERS)
     is_given = l1 is not None or l2 is not None
     for name, strength in terms.items():
-        if name == "group":
-            if strength != "tensor":
-                has_norms = terms.get("l2_norm") is not None
-                check_group(f"{function}: ", strength, has_norms, "come with l2_norm, whose norms it is about")
+        if name in SHAPES:
+            check_shape(f"{function}: ", name, strength, terms.get(SHAPES[name].shapes))
         elif name not in PLACES:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
         elif strength is not None:
@@ -92,9 +102,27 @@ def as_strengths(
     if l2 is not None:
         columns[1] = as_column(function, "l2", l2, params)
     columns[STEP] = step
-    norms = columns[2]
-    # A norm that is 0 for all is none; in a list or tensor it may be the next call's.
-    return Strengths.of(columns, 0 if type(norms) is tuple and not norms else GROUPS[terms.get("group", "tensor")])
+    for kind in _SHAPES:
+        if _is_there(columns[PLACES[TERM_OF[kind]]]):
+            given = terms.get(kind)
+            columns[PLACES[kind]] = _as_constant(function, kind, DEFAULTS[kind] if given is None else given, params)
+    return Strengths.of(columns, GROUPS[terms.get("group", "tensor")] if _is_there(columns[2]) else 0)
+
+
+def _is_there(column: Column) -> bool:
+    """A strength that is 0 for all is none; in a list or tensor it may be the next call's."""
+    return type(column) is not tuple or column != ()
+
+
+#: The numbers that are no strengths.
+_SHAPES = [kind for kind in TERM_OF if kind in SHAPES]
+
+
+def _as_constant(function: str, name: str, number: Strength | None, params: Sequence[Tensor]) -> Column:
+    column = as_column(function, name, number, params)
+    if isinstance(column, Tensor) and column.requires_grad:
+        raise ValueError(f"{function}: {name} must be a constant, got a tensor that requires grad; use `.detach()`")
+    return column
 
 
 def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> Column:
@@ -151,6 +179,30 @@ def check_values(numbers: Mapping[str, Tensor | None]) -> None:
             if not 0 <= value < math.inf:
                 place = f"[{i}]" if number.ndim > 0 else ""
                 raise ValueError(f"{name}{place} must be finite and >= 0, got {value}")
+
+
+def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
+    """Raises where a parameter has terms that together have no proximal operator in closed form, or may have: what the
+    host does not know counts."""
+    for pair in APART.items():
+        if not all(strengths.counts[PLACES[term]] for term in pair):
+            continue
+        columns = dict(zip(NUMBERS, strengths.columns(), strict=True))
+        both = zip(*(_on_host(columns[term], count) for term in pair), strict=True)
+        for i, values in enumerate(both):
+            if all(values):
+                raise ValueError(
+                    f"{where}{' and '.join(pair)} of one parameter have no proximal operator in closed form, got both "
+                    f"for params[{i}]"
+                )
+
+
+def _on_host(column: Column, count: int) -> list[float]:
+    """The numbers for each parameter, 1 where the host does not know them."""
+    if isinstance(column, Tensor):
+        known = _devices.is_at_hand(column) and not is_compiling() and are_run((column,))
+        column = tuple(column.detach().reshape(-1).tolist()) if known else (1.0,)
+    return [*column] * (count if len(column) == 1 else 1)
 
 
 def are_run(tensors: Iterable[Tensor]) -> bool:

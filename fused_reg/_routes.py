@@ -18,7 +18,7 @@ from torch._C import _is_tracing
 from torch.compiler import is_compiling
 
 from fused_reg import _one_device, _ops, distributed
-from fused_reg._arguments import are_run, as_list, check_params
+from fused_reg._arguments import are_run, as_list, check_closed_form, check_params
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import NUMBERS, Strengths
 from fused_reg.autograd import functions
@@ -112,11 +112,13 @@ def check_accumulation(
 def prox_(params: list[Tensor], strengths: Strengths, are_whole: bool = False) -> None:
     """The proximal step; the step is among the strengths."""
     if params:
+        check_closed_form("prox_: ", strengths, len(params))
         run("prox_", _one_device.prox_, distributed.prox_, params, strengths, odd=_ops.NEGATED, are_whole=are_whole)
 
 
 def check_prox(params: list[Tensor], strengths: Strengths) -> None:
     """Raises what `prox_` would of these arguments, of parameters that are whole."""
+    check_closed_form("prox_: ", strengths, len(params))
     run("prox_", distributed.check_prox, distributed.check_prox, params, strengths, are_whole=True)
 
 

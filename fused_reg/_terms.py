@@ -24,7 +24,9 @@ class Row(NamedTuple):
     value: str = ""  # TeX, of one tensor t
     gradient: str = ""
     default: float | str | None = None
-    shapes: str = ""  # the term whose shape it gives, without which it means nothing
+    shapes: str = ""  # the term whose shape it gives, without which it means nothing;
+    about: str = ""  # and how an error says so
+    apart: str = ""  # a term with which it has no proximal operator in closed form
 
 
 #: The terms: all that Python knows of them, but for what they are (`reference`). An argument that a row adds has a type
@@ -48,6 +50,27 @@ ROWS = (
         "``'row'`` prunes neurons and output channels, ``'column'`` input features.",
         default="tensor",
         shapes="l2_norm",
+        about="whose norms it is about",
+    ),
+    Row(
+        "smooth_l1",
+        "the strength of the sum of ``|w|`` with a parabola at 0 (Huber, as ``torch.nn.SmoothL1Loss``), likewise: "
+        "``w ** 2 / (2 * beta)`` where ``|w| < beta``, else ``|w| - beta / 2``. Its gradient is ``smooth_l1 * w / "
+        "beta``, and ``smooth_l1 * sgn(w)`` beyond ``beta``.",
+        "shrinks by what its gradient is afterwards, and makes nothing zero. Not with ``l2_norm`` on one parameter, "
+        "which has no closed form.",
+        r"smooth\_l1_t \sum_i s_t(w_{t,i})",
+        r"smooth\_l1_t\, s_t'(w_{t,i})",
+        apart="l2_norm",
+    ),
+    Row(
+        "beta",
+        "where ``smooth_l1`` goes from the parabola to the straight line: a number >= 0 as the strengths are, but a "
+        "constant. 0 is L1. Given with ``smooth_l1``.",
+        "where its gradient is constant.",
+        default=1.0,
+        shapes="smooth_l1",
+        about="whose width it is",
     ),
 )
 
@@ -58,6 +81,12 @@ TERMS = tuple(row.name for row in ROWS if not row.shapes)
 #: Of each of them the term without which it means nothing, and what it is where it is not given.
 TERM_OF = {row.name: row.shapes or row.name for row in ROWS if row.name in KINDS}
 DEFAULTS = {row.name: row.default if isinstance(row.default, float) else 0.0 for row in ROWS if row.name in KINDS}
+
+#: Pairs of terms that together have no proximal operator in closed form.
+APART = {row.name: row.apart for row in ROWS if row.apart}
+
+#: The arguments that are no strengths.
+SHAPES = {row.name: row for row in ROWS if row.shapes}
 
 #: What the operators take of a list, in this order (``csrc/penalty.h``).
 NUMBERS = (*KINDS[:3], "step", *KINDS[3:])
@@ -82,6 +111,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 class MoreStrengths(TypedDict, Generic[S], total=False):
     """The numbers of the terms behind the first three, as arguments by keyword."""
+
+    smooth_l1: S | None
+    beta: S | None
 
 
 class MoreTerms(MoreStrengths[S], Generic[S], total=False):
@@ -142,12 +174,22 @@ _IS_TENSOR = -1
 _NONE = (0,) * len(NUMBERS)
 
 
-def check_group(where: str, group: object, has_norms: bool, need: str) -> None:
-    """Raises unless it is a group that means something; ``need``: what is said where there are no norms."""
+def check_group(where: str, group: object) -> None:
     if not isinstance(group, str) or group not in GROUPS:
         raise ValueError(f'{where}group must be "tensor", "row" or "column", got {group!r}')
-    if group != "tensor" and not has_norms:
-        raise ValueError(f'{where}group="{group}" must {need}, got none')
+
+
+def check_shape(where: str, name: str, given: object, strength: object) -> None:
+    """Raises where an argument is given that means nothing without a strength, and that is not."""
+    if name == "group":
+        check_group(where, given)
+    if strength is None and given is not None and not (name == "group" and given == "tensor"):
+        raise ValueError(lacking(where, name, given))
+
+
+def lacking(where: str, name: str, given: object) -> str:
+    what = f'group="{given}"' if name == "group" else name
+    return f"{where}{what} must come with {SHAPES[name].shapes}, {SHAPES[name].about}, got none"
 
 
 class Strengths(NamedTuple):

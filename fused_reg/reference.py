@@ -14,14 +14,21 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_reg._arguments import Strength
-from fused_reg._terms import DEFAULTS, ROWS, TERMS, Group, Terms, takes_terms
+from fused_reg._terms import DEFAULTS, KINDS, ROWS, TERMS, Group, Terms, takes_terms
 
 #: Of each term what its strength is a factor of, for a parameter and the other arguments of its terms.
 _SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     "l1": lambda w, _: w.abs().sum(),
     "l2": lambda w, _: w.square().sum(),
     "l2_norm": lambda w, given: _norms(w, given["group"]).sum(),
+    "smooth_l1": lambda w, given: _smooth_l1(w, given["beta"]).sum(),
 }
+
+
+def _smooth_l1(w: Tensor, beta: float | Tensor) -> Tensor:
+    width = torch.as_tensor(beta, dtype=w.dtype, device=w.device)
+    slope = 0.5 / torch.where(width > 0, width, 1)
+    return torch.where(w.abs() < width, w * w * slope, w.abs() - width / 2)
 
 
 def _with_terms(
@@ -51,6 +58,13 @@ def _per_parameter(strength: Strength | None, default: float, count: int) -> lis
 
 def _is_present(strength: float | Tensor) -> bool:
     return isinstance(strength, Tensor) or strength != 0
+
+
+def _smooth_l1_prox(w: Tensor, height: float | Tensor, beta: float | Tensor) -> Tensor:
+    """For a gradient of at most this height."""
+    width = torch.as_tensor(beta + height, dtype=w.dtype, device=w.device)
+    within = w * beta / torch.where(width > 0, width, 1)
+    return torch.where(w.abs() <= width, within, w - torch.sign(w) * height)
 
 
 def _norms(w: Tensor, group: Group) -> Tensor:
@@ -210,13 +224,14 @@ def prox_(
     """
     own = _with_terms(params, l1, l2, terms)
     for (p, given), eta in zip(own, _per_parameter(step, 0.0, len(own)), strict=True):
-        a, b, c = given["l1"], given["l2"], given["l2_norm"]
+        a, b, c, d, beta = (given[kind] for kind in KINDS)
         w = p.double()
         soft = torch.where(w.abs() <= eta * a, 0.0, w - torch.sign(w) * eta * a)
         soft = torch.where(w.isnan(), w, soft)
         norms = _norms(soft, given["group"])
         block = torch.where(norms <= eta * c, 0.0, 1 - eta * c / norms)
-        p.copy_(soft * block / (1 + 2 * eta * b)).add_(0.0)  # a zero is +0, also one that comes from the last rounding
+        x = _smooth_l1_prox(soft * block / (1 + 2 * eta * b), eta * d / (1 + 2 * eta * b), beta)
+        p.copy_(x).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 
 
 @takes_terms

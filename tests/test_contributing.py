@@ -16,9 +16,9 @@ SOURCES = {
     if path.is_file() and not re.search(r"\.so$|__pycache__", str(path))
 }
 
-# What the code of a term, a pass, a dtype has in it: L1, the counts of zeros, bfloat16.
+# What the code of a term, a pass, a dtype has in it: smooth L1, the counts of zeros, bfloat16.
 RECIPES = {
-    "term": r"\bl1\b|\bl1_\w+|\bkL1\b|\bkL1Strength\b",
+    "term": r"\bsmooth_l1\b|\bkSmoothL1\b|\bSmoothL1\b",
     "pass": r"\bZeros(Pass)?\b|\bkZeros\b|\brun_zero_counts\b",
     "dtype": r"\bkBFloat16\b|torch\.bfloat16\b",
 }

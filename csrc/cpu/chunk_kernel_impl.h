@@ -197,10 +197,9 @@ ChunkSums run_kernel(const ChunkTask& task) {
   return sums;
 }
 
-// What a pass is compiled for of these terms: those of L1 and L2 that there are; with others, all that it knows, or all
-// but the further ones.
+// What a pass that knows some terms is compiled for (passes/terms.h), where a chunk has these of them.
 constexpr int compiled(int terms, int known) {
-  return (terms & ~kL1L2) == 0 ? terms : known & (terms & kFurther ? ~kNone : ~kFurther);
+  return terms & kFurther ? known & ~kL1L2 : terms & kNorm ? terms | kL2 : terms;
 }
 
 template <Dtype dtype, template <int> class P, int known, int terms = 0>

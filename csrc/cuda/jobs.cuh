@@ -12,7 +12,7 @@ constexpr bool kWide = std::is_same_v<typename Element<dtype>::Scalar, double>;
 // known: the terms that P is compiled for; scaled: float64 sums are of elements divided by 2^exponent.
 template <Dtype dtype, template <int> class P, int known, bool scaled>
 class Job {
-  using Whole = P<known>;
+  using Whole = P<known == kL1L2 ? known : known & ~kL1L2>;
 
  public:
   using E = Element<dtype>;
@@ -55,7 +55,7 @@ class Job {
   // What is written, from what is read: x[s] are elements of stream s.
   template <int streams, int count>
   __device__ __forceinline__ void write(Storage (&x)[streams][count], bool adds) const {
-    if constexpr ((known & ~kL1L2) != 0 || known == kNone) {
+    if constexpr (known != kL1L2) {
       return write_with<Whole>(x, adds);
     } else {
       switch (terms_) {

@@ -73,11 +73,12 @@ struct KnownGradient {
   }
 };
 
-// That of any terms of a list, and of the norm. An absent one is -0.0, which changes no bit of a sum.
-template <class List>
+// That of the norm and of terms of a list, of which the compiler knows some. An absent one is -0.0, which changes no
+// bit of a sum.
+template <int known, class List>
 struct AnyGradient;
-template <class... T>
-struct AnyGradient<TermList<T...>> {
+template <int known, class... T>
+struct AnyGradient<known, TermList<T...>> {
   enum { kStart, kHasNorm, kNormScale, kNormFactor, kFirst };
   static constexpr int kFactors = (kFirst + ... + (1 + T::kFactors));
 
@@ -100,15 +101,24 @@ struct AnyGradient<TermList<T...>> {
   static FUSED_REG_INLINE V of(V w, const V* f) {
     V sum = f[kStart];
     const V* own = f + kFirst;
-    ((sum = sum + (own[0] != 0 ? T::gradient(w, own + 1) : -V{}), own += 1 + T::kFactors), ...);
-    return f[kHasNorm] != 0 ? add_norm_gradient(sum, w, f[kNormScale], f[kNormFactor]) : sum;
+    ((sum = sum + where<bool(known & T::kBit)>(own[0], T::gradient(w, own + 1)), own += 1 + T::kFactors), ...);
+    return sum + where<bool(known & kNorm)>(f[kHasNorm], (w * f[kNormScale]) * f[kNormFactor]);
+  }
+
+ private:
+  template <bool is_known, class V>
+  static FUSED_REG_INLINE V where(V is_present, V gradient) {
+    return is_known ? gradient : (is_present != 0 ? gradient : -V{});
   }
 };
 
-// out = factor * gradient
+// out = factor * gradient. terms: those of L1 and L2; with the norm, L1 or not, and maybe L2; and without either, the
+// norm and further terms, each maybe, and maybe L1 and L2.
 template <int terms>
 struct GradientPass : AnyPass {
-  using Any = AnyGradient<std::conditional_t<(terms & kFurther) != 0, AllTerms, TermList<L1, L2>>>;
+  using Listed = std::conditional_t<(terms & kL1L2) == kL2, TermList<L2>, TermList<L1, L2>>;
+  using Any =
+      AnyGradient<terms & kL1L2 ? terms & ~kL2 : kNone, std::conditional_t<(terms & kFurther) != 0, AllTerms, Listed>>;
   using Gradient = std::conditional_t<(terms & ~kL1L2) == 0, KnownGradient<terms>, Any>;
   static constexpr unsigned kReads = bit(0), kWrites = bit(1);
   static constexpr int kFactors = Gradient::kFactors;

@@ -215,8 +215,12 @@ class _TermSums(_Reverse):
         # The gradient of sum(cotangent * S): a penalty whose strengths are the cotangents.
         _, *needs_grad = ctx.needs_input_grad
         table, *params = ctx.saved_tensors
-        factors = rows_of(_shaped(cotangent, table), needs_grad)
-        return None, *scattered(_apply(_Gradient, factors.new_ones(()), factors, *params), needs_grad)
+        is_positive = cotangent >= 0  # as the operators want strengths
+        parts = torch.where(is_positive, cotangent, 0), torch.where(is_positive, 0, -cotangent)
+        plus, minus = (
+            _apply(_Gradient, part.new_ones(()), rows_of(_shaped(part, table), needs_grad), *params) for part in parts
+        )
+        return None, *scattered([a - b for a, b in zip(plus, minus, strict=True)], needs_grad)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
@@ -257,9 +261,18 @@ class _Gradient(_Reverse):
 
         params_grad: tuple[Tensor | None, ...] = (None,) * len(params)
         if any(needs_params):
-            # The L1 part is piecewise constant in w. The L2 part is linear: its own gradient, at the cotangent.
-            l2_table = torch.stack((torch.zeros_like(table[:, 1]), table[:, 1]), dim=1)
-            params_grad = _apply(_Gradient, upstream, l2_table, *cotangents)
+            # The L1 part is piecewise constant in w. The L2 part is linear: its own gradient, at the cotangent. So is
+            # smooth L1 where its gradient is not yet that of L1, and there with an L2 of its own.
+            zeros = torch.zeros_like(table[:, 1])
+            params_grad = _apply(_Gradient, upstream, torch.stack((zeros, table[:, 1]), dim=1), *cotangents)
+            if table.shape[1] > 2:
+                smooth, beta = table[:, 2], table[:, 3]
+                unit = torch.stack((zeros, zeros, torch.ones_like(beta), beta), dim=1)
+                slopes = _apply(_Gradient, torch.ones_like(upstream), unit, *[p.double() for p in params])
+                bent = [torch.where(s.abs() < 1, c, 0) for s, c in zip(slopes, cotangents, strict=True)]
+                l2 = torch.where(beta > 0, smooth / (2 * torch.where(beta > 0, beta, 1)), 0)
+                more = _apply(_Gradient, upstream, torch.stack((zeros, l2), dim=1), *bent)
+                params_grad = tuple(a + b for a, b in zip(params_grad, more, strict=True))
         return upstream_grad, table_grad, *params_grad
 
     @staticmethod

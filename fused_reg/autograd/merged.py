@@ -60,9 +60,9 @@ def merged_penalty(params: Sequence[Tensor], strengths: Strengths, are_positive:
 def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The penalty of any list as it is specified, for ``torch.func`` in compiled code, where no autograd function may
     stand. Its gradient is computed in float64."""
-    l1, l2, l2_norm = (_one_each(column, len(params), torch.float64) for column in strengths.columns()[:3])
+    columns = (_one_each(column, len(params), torch.float64) for column in strengths.columns())
     total: Any = 0
-    for p, a, b, c in zip(params, l1, l2, l2_norm, strict=True):
+    for p, a, b, c, _, d, beta in zip(params, *columns, strict=True):
         w = p.double()
         value = w.new_zeros(())
         if a is not None:
@@ -71,6 +71,8 @@ def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
             value = value + b * w.square().sum()
         if c is not None:
             value = value + c * _norms(w, strengths.group).sum()
+        if d is not None:
+            value = value + d * _smooth_l1(w, beta).sum()
         total = total + value
     return total if any(p.dtype is torch.float64 for p in params) else total.float()  # type: ignore[no-any-return]
 
@@ -79,6 +81,12 @@ def _norms(w: Tensor, group: int) -> Tensor:
     kept = sliced_dim(w, group)
     others = [d for d in range(w.ndim) if d != kept]
     return torch.linalg.vector_norm(w, dim=others) if others else w.abs()
+
+
+def _smooth_l1(w: Tensor, beta: float | Tensor | None) -> Tensor:
+    width = torch.as_tensor(0.0 if beta is None else beta, dtype=w.dtype, device=w.device)
+    within = w.square() / (2 * torch.where(width > 0, width, 1))
+    return torch.where(w.abs() < width, within, w.abs() - width / 2)
 
 
 class _ValueFrom(Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
-from fused_reg._terms import ANY_TERM, MoreTerms, check_group, takes_terms
+from fused_reg._terms import ANY_TERM, SHAPES, MoreTerms, check_shape, takes_terms
 from fused_reg.regularizer.names import Place, dims, is_bias, walk
 from fused_reg.regularizer.strengths import Given, Penalty, as_flag, as_penalty
 
@@ -136,7 +136,9 @@ def regularized(
     penalty = as_penalty("regularized", l1=l1, l2=l2, l2_norm=l2_norm, **terms)
     if penalty.is_empty:
         raise ValueError(f"regularized: {ANY_TERM} must give a strength, got none")
-    check_group("regularized: ", penalty.group, l2_norm is not None, "have an l2_norm")
+    for name, row in SHAPES.items():
+        given = penalty.group if name == "group" else penalty.given[name]
+        check_shape("regularized: ", name, given, penalty.given[row.shapes])
     as_flag("regularized: bias", bias)
     holder: Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps holds the attributes
     mark = Mark(holder, penalty, bias)

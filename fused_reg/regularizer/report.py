@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fused_reg import _ops, _routes
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import DEFAULTS, GROUPS, KINDS, TERM_OF, TERMS, Strengths, group_count
+from fused_reg._terms import DEFAULTS, GROUPS, KINDS, SHAPES, TERM_OF, TERMS, Strengths, group_count
 from fused_reg.distributed import Bucket, checked_buckets, shards_of
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.calls import named
-from fused_reg.regularizer.strengths import Cell, Held, identity, tensor_of
+from fused_reg.regularizer.strengths import Cell, Column, Held, identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
 
 Row = dict[str, Any]
@@ -157,8 +157,10 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     for kind, group in GROUPS.items():
         own = [e for e in entries if e.group == kind]
         params = [e.param for e in own]
+        if not own:
+            continue
         try:
-            parts = _routes.run("report", _parts, _parts, params, group, are_whole=True) if params else []
+            parts = _routes.run("report", _parts, _parts, params, _shapes_of(own, group), are_whole=True)
         except (TypeError, ValueError, RuntimeError) as error:
             raise named(error, [e.name for e in own]) from error
         for places, columns in parts:
@@ -166,9 +168,19 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     return {id(e): row for device, parts in measured.items() for e, row in _rows_on(device, parts)}
 
 
-def _parts(params: list[Tensor], group: int) -> list[tuple[list[int], Tensor]]:
+def _parts(params: list[Tensor], shapes: Strengths) -> list[tuple[list[int], Tensor]]:
     """The places of the parameters of each bucket, and what is measured of them."""
-    return [(b.places, _columns(b)) for b in checked_buckets(params, shards_of(params), Strengths(group=group))]
+    return [(b.places, _columns(b)) for b in checked_buckets(params, shards_of(params), shapes)]
+
+
+def _shapes_of(entries: Sequence[Entry], group: int) -> Strengths:
+    """What the sums of their terms need beside the parameters."""
+    shapes = {}
+    for kind, term in TERM_OF.items():
+        if kind in SHAPES and any(e.has(term) for e in entries):
+            column = Column(e.strengths[kind] for e in entries).get()
+            shapes[kind] = column if isinstance(column, Tensor) else (column,)
+    return Strengths(group=group).having(**shapes)
 
 
 def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) -> Iterator[tuple[Entry, Row]]:
@@ -188,9 +200,9 @@ def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) 
 
 def _columns(bucket: Bucket) -> Tensor:
     """[parameters, measures] float64: the `_MEASURES` of each."""
-    shards = bucket.shards[:-1]
     norms = bucket.norms_of_tensors()
-    absolute, squares, *others, zeros = bucket.over_all(_ops.sums(shards, True, *Strengths()).T)
+    sums = _ops.sums(bucket.shards, True, *bucket.strengths._replace(group=0))[:-1]  # without the empty tensor's
+    absolute, squares, *others, zeros = bucket.over_all(sums.T)
     are_sliced = bucket.strengths.group != GROUPS["tensor"]
     slice_norms, zero_slices = bucket.over_rest(bucket.sums_of_slices()) if are_sliced else (norms, norms)
     return torch.stack([absolute, squares, slice_norms, *others, norms, zeros, zero_slices], dim=1)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch.nn import Module
 
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import ANY_TERM, KINDS, TERMS
+from fused_reg._terms import ANY_TERM, KINDS, SHAPES, TERMS, lacking
 from fused_reg.regularizer.candidates import Candidate, marked_modules
 from fused_reg.regularizer.marks import Mark
 from fused_reg.regularizer.names import check_matches
@@ -114,8 +114,9 @@ class Choice:
             if not own:
                 other = "a rule before it" if _only(chosen, pattern) else "weights_only, include, exclude or a dtype"
                 yield f"Regularizer: rules[{i}] must apply to a parameter, but {other} takes all of {pattern!r}"
-            elif "group" in given and all(self._norms_of(c) is None for c in own):
-                yield f"Regularizer: rules[{i}] {pattern!r}: group must have an l2_norm, got none"
+            for name in SHAPES:
+                if own and name in given and all(self._is_without(c, name) for c in own):
+                    yield lacking(f"Regularizer: rules[{i}] {pattern!r}: ", name, given[name])
         yield from self._idle_defaults(chosen)
 
     def _idle_defaults(self, chosen: Sequence[Candidate]) -> Iterable[str]:
@@ -126,12 +127,15 @@ class Choice:
                     f"Regularizer: {kind} must apply to a parameter, but rules or marks by `regularized` speak about "
                     "all of them"
                 )
-        if self.default.group != "tensor" and all("group" in g or self._norms_of(c) is None for c, g in takers):
-            yield f'Regularizer: group="{self.default.group}" must have an l2_norm, got none'
+        own = {**self.default.given, "group": None if self.default.group == "tensor" else self.default.group}
+        for name in SHAPES:
+            if own[name] is not None and all(name in g or self._is_without(c, name) for c, g in takers):
+                yield lacking("Regularizer: ", name, own[name])
 
-    def _norms_of(self, candidate: Candidate) -> Any:
-        rule = self._rule_of(candidate)
-        return (rule[1] if rule else {}).get("l2_norm", self._base_of(candidate).given["l2_norm"])
+    def _is_without(self, candidate: Candidate, name: str) -> bool:
+        """Whether it lacks the term that an argument of this name shapes."""
+        term, rule = SHAPES[name].shapes, self._rule_of(candidate)
+        return (rule[1] if rule else {}).get(term, self._base_of(candidate).given[term]) is None
 
     def _idle_marks(self, marked: Mapping[Mark, str], candidates: Sequence[Candidate]) -> Iterable[str]:
         owned: dict[Mark, list[Candidate]] = {mark: [] for mark in marked}

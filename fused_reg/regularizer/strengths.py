@@ -117,7 +117,7 @@ def as_penalty(function: str, where: str = "", **given: Any) -> Penalty:
     """The penalty of these arguments of a function, checked; ``where`` of them begins the message of an error."""
     where = f"{function}: {where}"
     group = given.pop("group", "tensor")
-    check_group(where, group, True, "")
+    check_group(where, group)
     strengths = given_strengths(function, where, **given)
     return Penalty({kind: strengths.get(kind) for kind in KINDS}, group)
 

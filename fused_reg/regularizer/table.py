@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_reg import _devices
-from fused_reg._terms import TERM_OF, Group
+from fused_reg._terms import SHAPES, TERM_OF, Group, lacking
 from fused_reg._warnings import warn
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.names import Named
@@ -180,6 +180,9 @@ class Table:
             kind: [e for e in self.entries if (e.is_given(kind) if names is None else e.matches(names))]
             for kind, names in meant.items()
         }
+        for kind in SHAPES.keys() & own.keys():
+            if SHAPES[kind].shapes not in new and not any(e.is_given(kind) for e in own[kind]):
+                raise ValueError(lacking("set_strength: ", kind, strengths[kind]))
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
         for kind, strength in new.items():
             if isinstance(strength, float):
