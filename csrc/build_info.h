@@ -1,20 +1,12 @@
 #pragma once
 
-#include <cstddef>
+#include <map>
 #include <string>
 
 namespace fused_reg {
 
-struct BuildInfo {
-  const char* torch;  // version of torch's headers
-  const char* compiler;
-  std::string cuda_architectures;  // compute capabilities ("7.5 9.0"); empty: no CUDA kernels were built
-  const char* cpu_capability;      // instruction set in use: AVX512, AVX2 or baseline
-};
-
-BuildInfo build_info();
-
-// The CUDA kernels tell what they were compiled for: 750, 900.
-void set_cuda_architectures(const int* architectures, size_t count);
+// What this library was built with, and what it runs on. A backend adds to it where it registers its operators.
+// A program that calls it is linked with the library, which one that only has operators called by name is not.
+std::map<std::string, std::string>& build_info();
 
 }  // namespace fused_reg

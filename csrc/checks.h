@@ -2,6 +2,7 @@
 // "fused_penalty: params[3] must be floating point, got torch.int64".
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <string>
@@ -41,14 +42,24 @@ inline bool is_supported(at::ScalarType dtype) { return dtype_of(dtype).has_valu
 // Of a tensor that is supported.
 inline Dtype dtype_of(const at::Tensor& t) { return dtype_of(t.scalar_type()).value(); }
 
+// Of the frozen base weights of a quantized model.
+inline const char* hint_of(const at::Tensor& p, at::TensorList params) {
+  const bool is_frozen = !p.requires_grad() && !p.is_complex();
+  const auto trains = [](const at::Tensor& other) { return other.requires_grad(); };
+  return is_frozen && std::any_of(params.begin(), params.end(), trains)
+             ? "; of a quantized model pass the parameters that require grad"
+             : "";
+}
+
 inline void check_dtypes(at::TensorList params) {
   TORCH_CHECK_VALUE(!params.empty(), "params must not be empty");
   for (const auto i : c10::irange(params.size())) {
     const at::Tensor& p = params[i];
     TORCH_CHECK_TYPE(at::isFloatingType(p.scalar_type()), "params[", i, "] must be floating point, got ",
-                     name_of(p.scalar_type()));
+                     name_of(p.scalar_type()), hint_of(p, params));
     TORCH_CHECK_TYPE(is_supported(p.scalar_type()), "params[", i,
-                     "] must be float32, float64, bfloat16 or float16, got ", name_of(p.scalar_type()));
+                     "] must be float32, float64, bfloat16 or float16, got ", name_of(p.scalar_type()),
+                     hint_of(p, params));
   }
 }
 
@@ -59,12 +70,6 @@ inline void check_params(at::TensorList params) {
     TORCH_CHECK_VALUE(p.device() == params[0].device(), "params[", i, "] must be on ", params[0].device(),
                       ", as params[0], got ", p.device());
   }
-}
-
-// A strength on the meta device brings a call here whose parameters have data.
-inline void check_meta(at::TensorList params) {
-  TORCH_CHECK_VALUE(params[0].is_meta(), "strengths must be on the CPU or on the parameters' device (",
-                    params[0].device(), "), got meta");
 }
 
 inline void check_number_device(const char* name, const at::Tensor& number, at::Device params) {

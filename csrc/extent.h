@@ -89,26 +89,17 @@ class Marks {
   Marks(uintptr_t begin, uintptr_t end, size_t unit)
       : begin_(begin), unit_(unit), words_((end - begin) / unit / kBits + 1) {}
 
-  bool any(uintptr_t from, size_t bytes) const {
-    return in_words(from, bytes, [&](size_t i, uint64_t bits) { return (words_[i] & bits) != 0; });
-  }
-
-  void set(uintptr_t from, size_t bytes) {
-    in_words(from, bytes, [&](size_t i, uint64_t bits) {
-      words_[i] |= bits;
-      return false;
-    });
-  }
-
-  bool any(const Extent& e) const {
-    return e.any_run([&](uintptr_t run) { return any(run, e.run()); });
+  bool any(const Extent& e) {
+    return any_word(e, [](uint64_t& word, uint64_t bits) { return (word & bits) != 0; });
   }
 
   void set(const Extent& e) {
-    e.any_run([&](uintptr_t run) {
-      set(run, e.run());
-      return false;
-    });
+    any_word(e, [](uint64_t& word, uint64_t bits) { return word |= bits, false; });
+  }
+
+  // Until one is set already; whether it was.
+  bool set_until_any(const Extent& e) {
+    return any_word(e, [](uint64_t& word, uint64_t bits) { return std::exchange(word, word | bits) & bits; });
   }
 
  private:
@@ -116,15 +107,17 @@ class Marks {
 
   // body(word, bits in it), until it answers true.
   template <class Body>
-  bool in_words(uintptr_t from, size_t bytes, const Body& body) const {
-    const size_t last = (from - begin_ + bytes) / unit_ - 1;
-    for (size_t i = (from - begin_) / unit_; i <= last; i = (i / kBits + 1) * kBits) {
-      const size_t count = std::min(kBits - i % kBits, last - i + 1);
-      if (body(i / kBits, (~uint64_t{0} >> (kBits - count)) << i % kBits)) {
-        return true;
+  bool any_word(const Extent& e, const Body& body) {
+    return e.any_run([&](uintptr_t run) {
+      const size_t last = (run - begin_ + e.run()) / unit_ - 1;
+      for (size_t i = (run - begin_) / unit_; i <= last; i = (i / kBits + 1) * kBits) {
+        const size_t count = std::min(kBits - i % kBits, last - i + 1);
+        if (body(words_[i / kBits], (~uint64_t{0} >> (kBits - count)) << i % kBits)) {
+          return true;
+        }
       }
-    }
-    return false;
+      return false;
+    });
   }
 
   uintptr_t begin_;
@@ -133,16 +126,12 @@ class Marks {
 };
 
 inline bool Extent::overlaps_itself() const {
-  if (overlaps_itself_ || !is_interleaved_) {
-    return overlaps_itself_;
-  }
-  Marks marks(begin_, end_, element_size_);
-  return any_run([&](uintptr_t run) { return marks.any(run, run_) || (marks.set(run, run_), false); });
+  return overlaps_itself_ || (is_interleaved_ && Marks(begin_, end_, element_size_).set_until_any(*this));
 }
 
 // Of all pairs of a list that share memory the first one: the least second, and for it the least first.
-template <class Marks = fused_reg::Marks>  // a test counts what is marked
-std::optional<std::pair<size_t, size_t>> first_shared(const std::vector<Extent>& list) {
+template <class Marks = fused_reg::Marks, class AnyExtent>  // a test counts what is marked
+std::optional<std::pair<size_t, size_t>> first_shared(const std::vector<AnyExtent>& list) {
   std::vector<size_t> by_address(list.size());
   std::iota(by_address.begin(), by_address.end(), size_t{0});
   std::sort(by_address.begin(), by_address.end(),

@@ -16,10 +16,13 @@
 
 namespace fused_reg {
 
+// Read from the bytes of the file where the library cannot be loaded (fused_reg/_library.py).
+__attribute__((used)) extern const char kTorchVersionMark[] = "fused_reg built with torch " TORCH_VERSION;
+
 namespace {
 
 // Each load() takes an argument from Python, or refuses it. Tensors whose operators somebody overrides, what is no
-// tensor, and all else that is refused is left to torch.ops.
+// tensor, and all else that is refused is left to torch.ops (fused_reg/_ops.py).
 bool load(PyObject* x, bool* out) {
   *out = x == Py_True;
   return PyBool_Check(x);
@@ -63,6 +66,12 @@ bool load(PyObject* xs, List* out) {
   return true;
 }
 
+template <class... Holders>
+bool load_all(PyObject* const* args, Py_ssize_t count, std::tuple<Holders...>* out) {
+  const auto load_each = [&](Holders&... holders) { return (load(*args++, &holders) && ...); };
+  return count == static_cast<Py_ssize_t>(sizeof...(Holders)) && std::apply(load_each, *out);
+}
+
 PyObject* to_python(at::Tensor&& tensor) { return THPVariable_Wrap(std::move(tensor)); }
 PyObject* to_python(std::vector<at::Tensor>&& tensors) { return THPVariable_WrapList(tensors); }
 template <class... Items>
@@ -88,90 +97,94 @@ struct HolderOf<at::ArrayRef<Item>> {
   using type = std::vector<Item>;
 };
 
-// An operator as a function; where that cannot take the arguments, torch.ops does.
+// NotImplemented where the arguments are not those that the operator takes as they are.
 template <class Return, class... Args>
-struct Function {
-  c10::TypedOperatorHandle<Return(Args...)> direct;
-  PyObject* general;
-  PyMethodDef definition;
-
-  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-    HANDLE_TH_ERRORS
-    const auto* const f = static_cast<Function*>(PyCapsule_GetPointer(self, nullptr));
-    std::tuple<typename HolderOf<Args>::type...> held;
-    auto load_all = [arg = args](auto&... holders) mutable { return (load(*arg++, &holders) && ...); };
-    if (at::impl::torch_function_mode_enabled() || count != static_cast<Py_ssize_t>(sizeof...(Args)) ||
-        !std::apply(load_all, held)) {
-      return PyObject_Vectorcall(f->general, args, count, nullptr);
-    }
-    const auto run = [&](auto&... holders) {
-      const WithoutGil others_may_run;
-      return f->direct.call(holders...);
-    };
-    if constexpr (std::is_void_v<Return>) {
-      std::apply(run, held);
-      Py_RETURN_NONE;
-    } else {
-      return to_python(std::apply(run, held));
-    }
-    END_HANDLE_TH_ERRORS
+PyObject* call(const c10::TypedOperatorHandle<Return(Args...)>& op, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  std::tuple<typename HolderOf<Args>::type...> held;
+  if (at::impl::torch_function_mode_enabled() || !load_all(args, count, &held)) {
+    Py_RETURN_NOTIMPLEMENTED;
   }
-};
-
-// Null, with Python's error set, where it is missing, or `of` is null.
-THPObjectPtr attribute(PyObject* of, const char* name) {
-  return THPObjectPtr(of == nullptr ? nullptr : PyObject_GetAttrString(of, name));
-}
-
-template <class Return, class... Args>
-bool define(PyObject* module, PyObject* operators, const char* name, Return (*)(Args...)) {
-  using F = Function<Return, Args...>;
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("fused_reg::" + std::string(name)).c_str(), "");
-  auto* const f = new F{op.typed<Return(Args...)>(),  // for as long as the process
-                        attribute(attribute(operators, name), "default").release(),
-                        {name, reinterpret_cast<PyCFunction>(&F::call), METH_FASTCALL, nullptr}};
-  THPObjectPtr self(f->general == nullptr ? nullptr : PyCapsule_New(f, nullptr, nullptr));
-  THPObjectPtr function(self ? PyCFunction_NewEx(&f->definition, self, attribute(module, "__name__")) : nullptr);
-  return function && PyModule_AddObjectRef(module, name, function) == 0;
-}
-
-bool define_operators(PyObject* module) {
-  THPObjectPtr torch(PyImport_ImportModule("torch"));
-  THPObjectPtr operators = attribute(attribute(torch, "ops"), "fused_reg");
-  struct AnyListPass;  // the signatures are those of every backend
-#define FUSED_REG_DEFINE(name) \
-  &&define(module, operators, #name, static_cast<decltype(Operators<AnyListPass>::name)*>(nullptr))
-  return operators FUSED_REG_OPERATORS(FUSED_REG_DEFINE);
-#undef FUSED_REG_DEFINE
+  const auto run = [&](auto&... holders) {
+    const WithoutGil others_may_run;
+    return op.call(holders...);
+  };
+  if constexpr (std::is_void_v<Return>) {
+    std::apply(run, held);
+    Py_RETURN_NONE;
+  } else {
+    return to_python(std::apply(run, held));
+  }
+  END_HANDLE_TH_ERRORS
 }
 
 PyObject* build_info_dict(PyObject*, PyObject*) {
-  const BuildInfo info = build_info();
-  return Py_BuildValue("{ssssssss}", "torch", info.torch, "compiler", info.compiler, "cuda_architectures",
-                       info.cuda_architectures.c_str(), "cpu_capability", info.cpu_capability);
+  THPObjectPtr info(PyDict_New());
+  for (const auto& [name, what] : build_info()) {
+    THPObjectPtr text(info ? PyUnicode_FromString(what.c_str()) : nullptr);
+    if (!text || PyDict_SetItemString(info.get(), name.c_str(), text.get()) != 0) {
+      return nullptr;
+    }
+  }
+  return info.release();
 }
 
-// In Python, a look at the attributes of many small parameters would take as long as their penalty.
-PyObject* have_attributes(PyObject*, PyObject* list) {
-  bool found = false;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list) && !found; ++i) {
-    THPObjectPtr attributes(PyObject_GenericGetDict(PyList_GET_ITEM(list, i), nullptr));
+// What is said of a list in `fused_reg/_ops.py`, in the time of one look at each item.
+enum Found : long { kHasAttributes = 1, kUnusual = 2, kSeveralDevices = 4, kNegated = 8, kOddGrad = 16 };
+
+// Of a tensor that a backend has kernels for.
+bool is_usual(const at::Tensor& t) {
+  static const auto penalty = c10::Dispatcher::singleton().findSchemaOrThrow("fused_reg::penalty", "");
+  const bool has_kernels = t.is_cpu() || penalty.hasKernelForDispatchKey(c10::legacyExtractDispatchKey(t.key_set()));
+  return has_kernels && t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested();
+}
+
+PyObject* survey(PyObject*, PyObject* list) {
+  HANDLE_TH_ERRORS
+  long found = 0;
+  std::optional<at::Device> device;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    PyObject* const item = PyList_GET_ITEM(list, i);
+    THPObjectPtr attributes(PyObject_GenericGetDict(item, nullptr));
     PyErr_Clear();  // of an object without
-    found = attributes && PyDict_GET_SIZE(attributes.get()) > 0;
+    found |= attributes && PyDict_GET_SIZE(attributes.get()) > 0 ? kHasAttributes : 0;
+    const bool is_exact = THPVariable_CheckExact(item);
+    if (!is_exact && !THPVariable_Check(item)) {
+      found |= kUnusual;
+      continue;
+    }
+    const at::Tensor& t = THPVariable_Unpack(item);
+    const at::Tensor& grad = t.unsafeGetTensorImpl()->grad();
+    found |= (is_exact && is_usual(t) ? 0 : kUnusual) | (t.is_neg() ? kNegated : 0);
+    found |= grad.defined() && (grad.is_neg() || grad.layout() != at::kStrided) ? kOddGrad : 0;
+    if (is_exact) {  // others may say where they are in Python only
+      found |= device.value_or(t.device()) == t.device() ? 0 : kSeveralDevices;
+      device = t.device();
+    }
   }
-  return PyBool_FromLong(found);
+  return PyLong_FromLong(found);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* check_dtypes_of(PyObject*, PyObject* list) {
+  HANDLE_TH_ERRORS
+  std::vector<at::Tensor> params;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    params.push_back(THPVariable_Unpack(PyList_GET_ITEM(list, i)));
+  }
+  check_dtypes(params);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
 }
 
 // The errors that accumulate_grad_ would raise, or without modes prox_, for lists that they are given in parts.
-PyObject* check_writable(PyObject*, PyObject* args) {
+PyObject* check_writable(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  PyObject* given[3] = {};
-  std::vector<at::Tensor> params, grads;
-  std::vector<int64_t> modes;
-  if (!PyArg_UnpackTuple(args, "check_writable", 3, 3, &given[0], &given[1], &given[2]) || !load(given[0], &params) ||
-      !load(given[1], &grads) || !load(given[2], &modes)) {
-    return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "params must be tensors");
+  std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<int64_t>> lists;
+  if (!load_all(args, count, &lists)) {
+    return PyErr_Format(PyExc_TypeError, "params must be tensors");
   }
+  const auto& [params, grads, modes] = lists;
   check_dtypes(params);
   if (modes.empty()) {
     check_not_in_graph(params);
@@ -183,13 +196,26 @@ PyObject* check_writable(PyObject*, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
+struct AnyListPass;  // the signatures are those of every backend
+
+#define FUSED_REG_FUNCTION(name)                                                                     \
+  {#name, reinterpret_cast<PyCFunction>(+[](PyObject*, PyObject* const* args, Py_ssize_t count) {    \
+     using Signature = decltype(Operators<AnyListPass>::name);                                       \
+     static const auto op =                                                                          \
+         c10::Dispatcher::singleton().findSchemaOrThrow("fused_reg::" #name, "").typed<Signature>(); \
+     return call(op, args, count);                                                                   \
+   }),                                                                                               \
+   METH_FASTCALL, nullptr},
+
 PyMethodDef functions[] = {
     {"build_info", build_info_dict, METH_NOARGS,
-     "Versions of torch and the compiler that this library was built with, and the CPU capability in use."},
-    {"check_writable", check_writable, METH_VARARGS,
+     "Versions of torch and the compiler that this library was built with, and what its backends say of themselves."},
+    {"check_writable", reinterpret_cast<PyCFunction>(check_writable), METH_FASTCALL,
      "Raises what accumulate_grad_ or prox_ would of (params, grads, modes)."},
-    {"have_attributes", have_attributes, METH_O, "Whether an object of a list has attributes of its own."},
-    {}};
+    {"check_dtypes", check_dtypes_of, METH_O, "Raises what the operators would of the dtypes of a list of tensors."},
+    {"survey", survey, METH_O,
+     "Bits of what is in a list: attributes, what is no usual tensor, several devices, negated views, odd gradients."},
+    FUSED_REG_OPERATORS(FUSED_REG_FUNCTION){}};
 
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", "The compiled part of fused_reg.", -1, functions};
 
@@ -197,9 +223,4 @@ PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", "The compiled part of fused_
 
 }  // namespace fused_reg
 
-PyMODINIT_FUNC PyInit__C() {
-  HANDLE_TH_ERRORS
-  THPObjectPtr module(PyModule_Create(&fused_reg::definition));
-  return module && fused_reg::define_operators(module) ? module.release() : nullptr;
-  END_HANDLE_TH_ERRORS
-}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&fused_reg::definition); }

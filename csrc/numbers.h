@@ -8,6 +8,7 @@
 //   group     what l2_norm takes the norms of
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <numeric>
 #include <vector>
@@ -17,8 +18,6 @@
 #include "torch_compat.h"
 
 namespace fused_reg {
-
-constexpr const char* kNumberNames[kNumbers] = {"l1", "l2", "l2_norm", "step"};
 
 constexpr int64_t kIsTensor = -1;
 
@@ -58,6 +57,12 @@ struct NumbersArg {
         first += count;
       }
     }
+  }
+
+  // Whether there are numbers of terms other than L1 and L2.
+  bool has_further() const {
+    return std::any_of(columns.begin() + kGroupNumbers, columns.end(),
+                       [](const ColumnArg& column) { return column.tensor != nullptr || !column.floats.empty(); });
   }
 };
 

@@ -255,4 +255,11 @@ struct Operators {
   apply(penalty) apply(penalty_grad) apply(rescale_grad_) apply(accumulate_grad_) apply(empty_grads) apply(prox_) \
       apply(step_) apply(norms) apply(sums)
 
+template <class Functions>
+void register_operators(torch::Library& m) {
+#define FUSED_REG_REGISTER(name) m.impl(#name, TORCH_FN(Functions::name));
+  FUSED_REG_OPERATORS(FUSED_REG_REGISTER)
+#undef FUSED_REG_REGISTER
+}
+
 }  // namespace fused_reg

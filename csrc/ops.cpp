@@ -51,8 +51,8 @@ TORCH_LIBRARY(fused_reg, m) {
   // The norm of every group after the soft threshold step * l1, as penalty gives those before it.
   m.def("norms(Tensor[] params, " NUMBERS ") -> Tensor", tags);
 
-  // [number of params, 2 or 3] float64: the sum of |w| and the sum of w^2 of each parameter; and how many of its
-  // elements are 0, if that is asked for.
+  // [number of params, 3 or 4] float64: the sum of each term over each parameter, that of |w|, of w^2, and of smooth L1
+  // if its numbers are given, else 0; and how many of its elements are 0, if that is asked for.
   m.def("sums(Tensor[] params, bool with_zeros, " NUMBERS ") -> Tensor", tags);
 }
 
@@ -61,4 +61,17 @@ TORCH_LIBRARY(fused_reg, m) {
 TORCH_LIBRARY_IMPL(fused_reg, Autograd, m) {
 #define FUSED_REG_FALL_THROUGH(name) m.impl(#name, torch::CppFunction::makeFallthrough());
   FUSED_REG_OPERATORS(FUSED_REG_FALL_THROUGH)
+}
+
+namespace fused_reg {
+
+static void refuse_vmap(const c10::OperatorHandle&, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "torch.func.vmap is not supported, but for fused_penalty");
+}
+
+}  // namespace fused_reg
+
+TORCH_LIBRARY_IMPL(fused_reg, FuncTorchBatched, m) {
+#define FUSED_REG_REFUSE(name) m.impl(#name, torch::CppFunction::makeFromBoxedFunction<&fused_reg::refuse_vmap>());
+  FUSED_REG_OPERATORS(FUSED_REG_REFUSE)
 }

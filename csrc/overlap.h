@@ -12,23 +12,22 @@
 namespace fused_reg {
 
 // A tensor with elements, and what a message calls it.
-struct Region {
+struct Region : Extent {
   const at::Tensor* tensor;
   size_t index;    // in the list
   const char* of;  // "" for the parameter, ".grad" for its gradient
-  Extent extent;
 
   Region(const at::Tensor& t, size_t index, const char* of)
-      : tensor(&t),
+      : Extent(reinterpret_cast<uintptr_t>(t.const_data_ptr()), t.element_size(), t.sizes(), t.strides()),
+        tensor(&t),
         index(index),
-        of(of),
-        extent(reinterpret_cast<uintptr_t>(t.const_data_ptr()), t.element_size(), t.sizes(), t.strides()) {}
+        of(of) {}
 
   std::string name() const { return "params[" + std::to_string(index) + "]" + of; }
 };
 
 inline void check_no_self_overlap(const Region& r) {
-  TORCH_CHECK_VALUE(!r.extent.overlaps_itself(), r.name(),
+  TORCH_CHECK_VALUE(!r.overlaps_itself(), r.name(),
                     " must have memory for each of its elements, got a tensor with several in one place (strides ",
                     r.tensor->strides(), ")");
 }
@@ -36,12 +35,7 @@ inline void check_no_self_overlap(const Region& r) {
 // Of all conflicts the first in the list, parameters before gradients: addresses shall not decide what is said.
 inline void check_disjoint(std::vector<Region> regions) {
   std::stable_sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return *a.of < *b.of; });
-  std::vector<Extent> extents;
-  extents.reserve(regions.size());
-  for (const Region& r : regions) {
-    extents.push_back(r.extent);
-  }
-  const auto shared = first_shared(extents);
+  const auto shared = first_shared(regions);
   if (shared.has_value()) {
     const Region &first = regions[shared->first], &second = regions[shared->second];
     TORCH_CHECK_VALUE(!first.tensor->is_same(*second.tensor), second.name(), " must not be the same tensor as ",

@@ -5,12 +5,15 @@
 //   prox(w)     = soft(w) * max(0, 1 - step * l2_norm / ||soft(w_g)||) / (1 + 2 * step * l2)
 //                 with soft(w) = sgn(w) * max(0, |w| - step * l1)
 //
+// and of further terms what is said with each.
+//
 // V is a float, a double, or a SIMD vector of either: the formulas use operators and `?:` only. Every
 // operation must round once, as in the hand-written loop: compile with -ffp-contract=off (nvcc:
 // -fmad=false). The tests compare the bits.
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 #if defined(__CUDACC__)
@@ -21,33 +24,47 @@
 
 namespace fused_reg {
 
-// The numbers of a tensor: the strengths of its terms, and the step of its proximal operator.
-enum Number : int { kL1Strength, kL2Strength, kNormStrength, kStep, kNumbers };
-constexpr int kTermNumbers = kNormStrength;  // without groups
+// The numbers of a tensor, and their names as arguments: the columns of the operators, in their order. L1 and L2 alone
+// need the first kTermNumbers; a list without further terms the first kGroupNumbers.
+enum Number : int { kL1Strength, kL2Strength, kNormStrength, kStep, kSmoothL1Strength, kBeta, kNumbers };
+constexpr const char* kNumberNames[] = {"l1", "l2", "l2_norm", "step", "smooth_l1", "beta"};
+static_assert(sizeof kNumberNames / sizeof *kNumberNames == kNumbers);
+constexpr int kTermNumbers = kNormStrength, kGroupNumbers = kStep + 1;
 
 // The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN.
-enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kAllTerms = kL1L2 | kNorm };
+enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kSmoothL1 = 8 };
 
-FUSED_REG_INLINE Terms terms_of(double l1, double l2) {
-  return static_cast<Terms>((l1 != 0 ? kL1 : kNone) | (l2 != 0 ? kL2 : kNone));
+// The numbers of an optimizer's step of a tensor (passes/step.h), beside kStep, its learning rate: momentum, beta1 or the
+// decay of the learning rate; dampening, beta2 or alpha; the steps so far, with this one.
+enum StepNumber : int { kWeightDecay, kFirstDecay, kSecondDecay, kEpsilon, kCount, kGradScale, kStepNumbers };
+constexpr int kRates = kCount;  // those that the options of an optimizer say
+
+// What is known of a chunk.
+struct ChunkNumbers {
+  double of[kNumbers];  // its tensor's
+  double factor;        // what gradients are multiplied by
+  double norm;          // of its group, if it has one
+  Terms terms;          // an absent one is neither summed nor differentiated
+  double step[kStepNumbers];
+  unsigned options;  // of a step
+};
+
+// What a term's gradient is multiplied by: the upstream gradient times the strength, each rounded to the
+// type S in which the gradient is computed.
+template <class S>
+FUSED_REG_INLINE S gradient_factor(double upstream, double strength) {
+  return static_cast<S>(upstream) * static_cast<S>(strength);
 }
 
-// sum + |w|
+// |w|. Of a vector it clears the sign: one instruction, where compare and blend are two.
 template <class V>
-FUSED_REG_INLINE V add_l1_term(V sum, V w) {
+FUSED_REG_INLINE V magnitude(V w) {
   if constexpr (std::is_arithmetic_v<V>) {
-    return sum + std::fabs(w);
-  } else {  // clears the sign: one instruction, where compare and blend are two
+    return std::fabs(w);
+  } else {
     using Bits = decltype(w < w);
-    return sum + (V)((Bits)w & ~(Bits)(-V{}));
+    return (V)((Bits)w & ~(Bits)(-V{}));
   }
-}
-
-// sum + w^2. MultiplyAdd says how: fused gives the same bits where the square is exact, as in float64 for elements of
-// 32 bits and less; for float64 elements it must round twice, on every machine.
-template <class MultiplyAdd, class V>
-FUSED_REG_INLINE V add_l2_term(V sum, V w) {
-  return MultiplyAdd::of(w, w, sum);
 }
 
 struct TwoRoundings {
@@ -57,25 +74,11 @@ struct TwoRoundings {
   }
 };
 
-// The sums of a chunk's terms. Those of float64 elements may be too large or too small for a double where the penalty
-// or the norm is not: they are first taken with exponent 0, and where digits may have been lost, once more of the
-// elements divided by a power of two, which rounds nothing. Sums of narrower elements always fit, with exponent 0.
-struct ChunkSums {
-  double l1 = 0;  // sum of |w / 2^exponent|
-  double l2 = 0;  // sum of (w / 2^exponent)^2
-  int exponent = 0;
+// A sum over elements that were divided by 2^exponent.
+struct ScaledSum {
+  double sum;
+  int exponent;
 };
-
-constexpr int kRescueExponent = 600;
-
-// What the float64 elements must be taken again with, after their sums with exponent 0 (an absent one is 0); 0: these
-// are good.
-FUSED_REG_INLINE int rescue_exponent(const ChunkSums& sums, bool has_l2) {
-  if (sums.l1 > 0x1p1000 || sums.l2 > 0x1p1000) {
-    return kRescueExponent;
-  }
-  return has_l2 && sums.l2 < 0x1p-900 ? -kRescueExponent : 0;
-}
 
 // strength * 2^exponent * sum, without an overflow on the way.
 FUSED_REG_INLINE double scaled_product(double strength, double sum, int exponent) {
@@ -87,47 +90,195 @@ FUSED_REG_INLINE double scaled_product(double strength, double sum, int exponent
   return std::ldexp(fraction * sum, own + exponent);
 }
 
-// The penalty of elements whose terms have these sums.
-FUSED_REG_INLINE double penalty_of_sums(double l1, double l2, const ChunkSums& sums) {
-  const double l1_penalty = l1 == 0 ? 0 : scaled_product(l1, sums.l1, sums.exponent);
-  return l1_penalty + (l2 == 0 ? 0 : scaled_product(l2, sums.l2, 2 * sums.exponent));
-}
+// A TERM, its value, gradient and proximal operator; AllTerms lists them.
+//
+//   kBit, kStrength                 its bit in Terms, its strength
+//   kSum, kDegree                   the place of its sum among those of a chunk; the sum of w * x is that of w, times
+//                                   x^kDegree
+//   gradient(w, f)                  f[0] is gradient_factor(); gradient_factors(n, f) computes what else there is of
+//                                   kFactors
+//
+// L1 and L2 are summed side by side, and compiled for each combination. A further term is summed by itself, and has
+//
+//   sum_factors(n, exponent, f)     what its sum needs, in float64; exponent: that of rescue_exponent() after a sum of
+//   0 result_exponent(n, exponent)    of that sum add(sum, w, f) prox_factors(n, f)              what its proximal
+//   operator needs, which follows on those of L1 and L2 prox(w, f)
+struct Term {
+  static constexpr int kFactors = 1;
 
-// What a term's gradient is multiplied by: the upstream gradient times the strength, each rounded to the
-// type S in which the gradient is computed.
-template <class S>
-FUSED_REG_INLINE S gradient_factor(double upstream, double strength) {
-  return static_cast<S>(upstream) * static_cast<S>(strength);
-}
-
-// c1 and c2 are the factors of the two terms. c1 * sgn(w) is written as a choice; 0 * c1 is NaN for an
-// infinite upstream gradient, as in the loop.
-template <int terms, class V>
-FUSED_REG_INLINE V gradient(V w, V c1, V c2) {
-  if constexpr (terms == kNone) {
-    return V{};
-  } else if constexpr (terms == kL1) {
-    const V zero = c1 * 0;
-    return w > 0 ? c1 : (w < 0 ? -c1 : zero);
-  } else if constexpr (terms == kL2) {
-    return c2 * (w + w);
-  } else {
-    return gradient<kL1>(w, c1, c2) + gradient<kL2>(w, c1, c2);
-  }
-}
-
-// The sum of squares of a group: 4^exponent * sum.
-struct Squares {
-  double sum;
-  int exponent;
+  template <class S>
+  static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers&, S*) {}
 };
 
-// NaN has one form.
-FUSED_REG_INLINE double norm_of(const Squares& squares) {
+struct L1 : Term {
+  static constexpr Terms kBit = kL1;
+  static constexpr Number kStrength = kL1Strength;
+  static constexpr int kSum = 0, kDegree = 1;
+
+  template <class V>
+  static FUSED_REG_INLINE V add(V sum, V w) {
+    return sum + magnitude(w);
+  }
+
+  // f * sgn(w) is written as a choice; 0 * f is NaN for an infinite upstream gradient, as in the loop.
+  template <class V>
+  static FUSED_REG_INLINE V gradient(V w, const V* f) {
+    const V zero = f[0] * 0;
+    return w > 0 ? f[0] : (w < 0 ? -f[0] : zero);
+  }
+};
+
+struct L2 : Term {
+  static constexpr Terms kBit = kL2;
+  static constexpr Number kStrength = kL2Strength;
+  static constexpr int kSum = 1, kDegree = 2;
+
+  // MultiplyAdd says how: fused gives the same bits where the square is exact, as in float64 for elements of 32 bits
+  // and less; for float64 elements it must round twice, on every machine.
+  template <class MultiplyAdd, class V>
+  static FUSED_REG_INLINE V add(V sum, V w) {
+    return MultiplyAdd::of(w, w, sum);
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V gradient(V w, const V* f) {
+    return f[0] * (w + w);
+  }
+};
+
+// |w| with a parabola of the width beta at 0: w^2 / (2 beta) where |w| < beta, else |w| - beta / 2.
+struct SmoothL1 : Term {
+  static constexpr Terms kBit = kSmoothL1;
+  static constexpr Number kStrength = kSmoothL1Strength;
+  static constexpr int kSum = 2, kDegree = 1, kFactors = 4, kSumFactors = 4, kProxFactors = 3;
+
+  // Tiny sums of elements that are all below beta are those of (w * 2^shift)^2 / (2 beta / 2^e), whatever beta.
+  static FUSED_REG_INLINE bool is_parabola(double beta, int exponent) { return exponent < 0 && beta > 0x1p-899; }
+  static FUSED_REG_INLINE int parabola_shift(double beta) {
+    const int shift = 600 - std::ilogb(beta) / 2;
+    return shift < 1023 ? shift : 1023;
+  }
+
+  static FUSED_REG_INLINE void sum_factors(const ChunkNumbers& n, int exponent, double* f) {
+    constexpr double kLargest = std::numeric_limits<double>::max();
+    const bool is_parabola = SmoothL1::is_parabola(n.of[kBeta], exponent);
+    const double beta = std::ldexp(n.of[kBeta], is_parabola ? -std::ilogb(n.of[kBeta]) : -exponent);
+    const double slope = 0.5 / beta;
+    f[0] = std::ldexp(1.0, is_parabola ? parabola_shift(n.of[kBeta]) : -exponent);
+    f[1] = is_parabola ? kLargest : beta;
+    f[2] = slope > kLargest ? kLargest : slope;
+    f[3] = beta / 2;
+  }
+
+  static FUSED_REG_INLINE int result_exponent(const ChunkNumbers& n, int exponent) {
+    const double beta = n.of[kBeta];
+    return is_parabola(beta, exponent) ? -2 * parabola_shift(beta) - std::ilogb(beta) : exponent;
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V add(V sum, V w, const V* f) {
+    const V x = w * f[0], size = magnitude(x);
+    return sum + (size < f[1] ? (x * f[2]) * x : size - f[3]);
+  }
+
+  // Within beta (w * f[2]) * f[1], where f[2] is a power of two: 1 unless the slope would leave the range of S.
+  template <class S>
+  static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers& n, S* f) {
+    constexpr S kLargest = std::numeric_limits<S>::max(), kSmallest = std::numeric_limits<S>::min();
+    const double beta = n.of[kBeta];
+    const S height = f[0], half = static_cast<S>(0.5 / beta), slope = height * half * 2, size = std::fabs(slope);
+    f[1] = slope;
+    f[2] = 1;
+    f[3] = static_cast<S>(beta);
+    if (beta > 0 && height != 0 && height - height == 0 &&
+        !(half >= kSmallest && half <= kLargest && size >= kSmallest && size <= kLargest)) {
+      constexpr int kLimit = sizeof(S) == 4 ? 126 : 1022;
+      int own = 0, of_beta = 0;
+      const double ratio = std::frexp(static_cast<double>(height), &own) / std::frexp(beta, &of_beta);
+      const int wanted = own - of_beta, exponent = wanted > 2 * kLimit ? 2 * kLimit : wanted;
+      const int scale = exponent > kLimit ? kLimit : exponent < -kLimit ? -kLimit : exponent;
+      f[1] = static_cast<S>(std::ldexp(ratio, exponent - scale));
+      f[2] = static_cast<S>(std::ldexp(1.0, scale));
+    } else if (beta == 0) {
+      f[1] = height;
+    }
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V gradient(V w, const V* f) {
+    const V within = (w * f[2]) * f[1];
+    return magnitude(w) < f[3] ? within : (w > 0 ? f[0] : (w < 0 ? -f[0] : within));
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void prox_factors(const ChunkNumbers& n, S* f) {
+    const double step = n.of[kStep] / (1 + 2 * (n.of[kStep] * n.of[kL2Strength]));
+    const double height = step * n.of[kStrength], beta = n.of[kBeta];
+    f[0] = static_cast<S>(height);
+    f[1] = static_cast<S>(beta + height);
+    f[2] = static_cast<S>(height == 0 ? 1 : 1 / (1 + height / beta));
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V prox(V w, const V* f) {
+    return w > f[1] ? w - f[0] : (w < -f[1] ? w + f[0] : w * f[2]);
+  }
+};
+
+// Terms in the order in which they are added.
+template <class... T>
+struct TermList {
+  static constexpr int kCount = sizeof...(T);
+  static constexpr int kBits = (kNone | ... | T::kBit);
+
+  static FUSED_REG_INLINE Terms present(const double* numbers) {
+    return static_cast<Terms>((kNone | ... | (numbers[T::kStrength] != 0 ? T::kBit : kNone)));
+  }
+
+  static FUSED_REG_INLINE double penalty(const double* numbers, const ScaledSum* sums) {
+    return (... + penalty_of<T>(numbers[T::kStrength], sums[T::kSum]));
+  }
+
+  static FUSED_REG_INLINE void unscale(const ScaledSum* sums, double* unscaled) {
+    ((unscaled[T::kSum] = std::ldexp(sums[T::kSum].sum, T::kDegree * sums[T::kSum].exponent)), ...);
+  }
+
+ private:
+  template <class Term>
+  static FUSED_REG_INLINE double penalty_of(double strength, const ScaledSum& sum) {
+    return strength == 0 ? 0 : scaled_product(strength, sum.sum, Term::kDegree * sum.exponent);
+  }
+};
+
+using FurtherTerms = TermList<SmoothL1>;
+using AllTerms = TermList<L1, L2, SmoothL1>;
+constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits | kNorm;
+constexpr int kSums = AllTerms::kCount;
+
+// The sums of a chunk's terms. Those of float64 elements may be too large or too small for a double where the penalty
+// or the norm is not: they are first taken with exponent 0, and where digits may have been lost, once more of the
+// elements divided by a power of two, which rounds nothing.
+struct ChunkSums {
+  ScaledSum of[kSums];
+};
+
+constexpr int kRescueExponent = 600;
+
+// What the float64 elements must be taken again with, after their sums with exponent 0 (an absent one is 0); 0: these
+// are good.
+FUSED_REG_INLINE int rescue_exponent(double l1, double l2, bool has_l2) {
+  if (l1 > 0x1p1000 || l2 > 0x1p1000) {
+    return kRescueExponent;
+  }
+  return has_l2 && l2 < 0x1p-900 ? -kRescueExponent : 0;
+}
+
+// The norm of a group, of its sum of squares. NaN has one form.
+FUSED_REG_INLINE double norm_of(const ScaledSum& squares) {
   return squares.sum == squares.sum ? std::ldexp(std::sqrt(squares.sum), squares.exponent) : static_cast<double>(NAN);
 }
 
-FUSED_REG_INLINE double norm_penalty(double l2_norm, const Squares& squares) {
+FUSED_REG_INLINE double norm_penalty(double l2_norm, const ScaledSum& squares) {
   return l2_norm == 0 ? 0 : scaled_product(l2_norm, std::sqrt(squares.sum), squares.exponent);
 }
 

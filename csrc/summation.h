@@ -43,12 +43,13 @@ struct BlockSums {
 
 // The sums of a tensor's terms.
 struct TermSums {
-  double l1;  // sum of |w|
-  double l2;  // sum of w^2
+  double of[kSums];
 };
 
 FUSED_REG_INLINE TermSums unscaled(const ChunkSums& sums) {
-  return {std::ldexp(sums.l1, sums.exponent), std::ldexp(sums.l2, 2 * sums.exponent)};
+  TermSums unscaled;
+  AllTerms::unscale(sums.of, unscaled.of);
+  return unscaled;
 }
 
 // A sum whose error does not grow with its length: the error of every addition is kept and added at the end (Knuth's
@@ -122,17 +123,17 @@ double column_sum(int64_t count, const Value& value) {
 }
 
 // The sum of squares of a group, from those of its chunks.
-inline Squares squares_of(const ChunkSums* chunks, int64_t count) {
+inline ScaledSum squares_of(const ChunkSums* chunks, int64_t count) {
+  const auto squares = [&](int64_t c) -> const ScaledSum& { return chunks[c].of[L2::kSum]; };
   if (count == 1) {
-    return {chunks[0].l2, chunks[0].exponent};
+    return squares(0);
   }
-  int exponent = chunks[0].exponent;
+  int exponent = squares(0).exponent;
   for (int64_t c = 1; c < count; ++c) {
-    exponent = chunks[c].exponent > exponent ? chunks[c].exponent : exponent;
+    exponent = squares(c).exponent > exponent ? squares(c).exponent : exponent;
   }
-  return {column_sum<kTensorColumns>(
-              count, [&](int64_t c) { return std::ldexp(chunks[c].l2, 2 * (chunks[c].exponent - exponent)); }),
-          exponent};
+  const auto square = [&](int64_t c) { return std::ldexp(squares(c).sum, 2 * (squares(c).exponent - exponent)); };
+  return {column_sum<kTensorColumns>(count, square), exponent};
 }
 
 }  // namespace fused_reg

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_reg
-from fused_reg import _ops, reference
+from fused_reg import _devices, _ops, reference
 
 # What the value may differ by, relative, from the reference: one rounding of the result's dtype.
 _VALUE_TOLERANCE = {torch.float32: 2**-23, torch.float64: 4e-15}
@@ -23,15 +23,10 @@ def _versions() -> list[tuple[str, str]]:
         ("torch, built with", info["torch"]),
         ("torch, running", torch.__version__),
         ("compiler", info["compiler"]),
-        ("CUDA architectures", info["cuda_architectures"] or "CPU only"),
+        ("CUDA architectures", info.get("cuda_architectures", "CPU only")),
         ("CPU capability", info["cpu_capability"]),
         ("threads", str(torch.get_num_threads())),
     ]
-
-
-def _devices() -> list[torch.device]:
-    cuda = range(torch.cuda.device_count()) if _ops.library.build_info()["cuda_architectures"] else ()
-    return [torch.device("cpu"), *(torch.device("cuda", i) for i in cuda)]
 
 
 def _sample(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -85,7 +80,7 @@ def main() -> int:
     for name, value in _versions():
         print(f"{name:20} {value}")
     status = 0
-    for device in _devices():
+    for device in _devices.present():
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             failures = _failures(dtype, device)
             print(f"self-check {device} {dtype}: {'; '.join(failures) or 'ok'}")

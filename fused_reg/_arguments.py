@@ -1,17 +1,16 @@
 """Checks what users pass, and words what is wrong with it.
 
-The path of a correct call is short: the operators check dtypes and layouts in C++ (``csrc/checks.h``), and only a
-call that failed is looked at again, here, for the reason.
+The path of a correct call is short: dtypes and memory are checked by the operators (``csrc/checks.h``), and only a list
+of which a survey in C++ finds something unusual is looked at here, one parameter after the other.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, NoReturn, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,15 +18,26 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from fused_reg import _ops
+from fused_reg import _devices
 from fused_reg._iterators import read
-from fused_reg._partitioned import check_whole
-from fused_reg._terms import GROUPS, Column, Group, Strengths, check_group
+from fused_reg._terms import (
+    APART,
+    DEFAULTS,
+    GROUPS,
+    NUMBERS,
+    PLACES,
+    SHAPES,
+    STEP,
+    TERM_OF,
+    Column,
+    Strengths,
+    check_shape,
+)
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
 Strength: TypeAlias = "float | Tensor | Sequence[float | Tensor]"
 
-_FORWARD_MODE = (
+FORWARD_MODE = (
     "forward-mode differentiation is not supported; use backward, torch.func.grad or jacrev (twice for a Hessian)"
 )
 _PARAMETER_CONTAINERS = (torch.nn.ParameterList, torch.nn.ParameterDict)
@@ -39,22 +49,19 @@ SUM_OF_SQUARES = Strengths.of([(), (1.0,)])
 
 
 def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    """The parameters, read once. What they are is checked later, by the operators."""
-    if isinstance(params, Tensor):
-        params = [params]
-    if isinstance(params, torch.nn.Module) and not isinstance(params, _PARAMETER_CONTAINERS):
+    """The parameters, read once. What they are is checked later, where their way is chosen and by the operators."""
+    if type(params) is list:  # first: short calls feel the rest
+        tensors = params.copy()
+    elif isinstance(params, Tensor):
+        tensors = [params]
+    elif isinstance(params, torch.nn.Module) and not isinstance(params, _PARAMETER_CONTAINERS):
         raise TypeError(
             f"{function}: params must be tensors, got the module {type(params).__name__}; pass its `.parameters()`"
         )
-    try:
+    elif isinstance(params, Iterable) or hasattr(params, "__getitem__"):
         tensors = read(function, params)
-    except TypeError:
-        if isinstance(params, Iterable):
-            raise  # from inside the iterable
-        raise TypeError(
-            f"{function}: params must be a tensor or an iterable of tensors, got {_described(params)}"
-        ) from None
-    check_whole(function, tensors)
+    else:
+        raise TypeError(f"{function}: params must be a tensor or an iterable of tensors, got {_described(params)}")
     for i, p in enumerate(tensors if forward_ad._current_level >= 0 else ()):
         _check_no_tangent(f"{function}: params[{i}]", p)
     return tensors
@@ -62,27 +69,60 @@ def as_list(function: str, params: Iterable[Tensor] | Tensor) -> list[Tensor]:
 
 def _check_no_tangent(name: str, tensor: Any) -> None:
     if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-        raise NotImplementedError(f"{name} must not have a tangent: {_FORWARD_MODE}")
+        raise NotImplementedError(f"{name} must not have a tangent: {FORWARD_MODE}")
 
 
 def as_strengths(
     function: str,
+    params: Sequence[Tensor],
     l1: Strength | None,
     l2: Strength | None,
-    l2_norm: Strength | None,
-    group: Group,
-    params: Sequence[Tensor],
+    terms: Mapping[str, Any],
     step: Column = (),
 ) -> Strengths:
     """The strengths, checked, for these parameters; ``step``: of a proximal operator, checked before."""
-    if group != "tensor":
-        check_group(f"{function}: ", group, l2_norm is not None, "come with l2_norm, whose norms it is about")
-    if l1 is None and l2 is None and l2_norm is None:
+    if not terms:  # first, for short calls
+        if l1 is None and l2 is None:
+            return SUM_OF_SQUARES.with_step(step)
+        return Strengths.of((as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), (), step))
+    columns: list[Column] = [()] * len(NUMBERS)
+    is_given = l1 is not None or l2 is not None
+    for name, strength in terms.items():
+        if name in SHAPES:
+            check_shape(f"{function}: ", name, strength, terms.get(SHAPES[name].shapes))
+        elif name not in PLACES:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
+        elif strength is not None:
+            columns[PLACES[name]] = as_column(function, name, strength, params)
+            is_given = True
+    if not is_given:
         return SUM_OF_SQUARES.with_step(step)
-    norms = as_column(function, "l2_norm", l2_norm, params)
-    columns = (as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), norms, step)
-    # A norm that is 0 for all is none; in a list or tensor it may be the next call's.
-    return Strengths.of(columns, 0 if type(norms) is tuple and not norms else GROUPS[group])
+    if l1 is not None:
+        columns[0] = as_column(function, "l1", l1, params)
+    if l2 is not None:
+        columns[1] = as_column(function, "l2", l2, params)
+    columns[STEP] = step
+    for kind in _SHAPES:
+        if _is_there(columns[PLACES[TERM_OF[kind]]]):
+            given = terms.get(kind)
+            columns[PLACES[kind]] = _as_constant(function, kind, DEFAULTS[kind] if given is None else given, params)
+    return Strengths.of(columns, GROUPS[terms.get("group", "tensor")] if _is_there(columns[2]) else 0)
+
+
+def _is_there(column: Column) -> bool:
+    """A strength that is 0 for all is none; in a list or tensor it may be the next call's."""
+    return type(column) is not tuple or column != ()
+
+
+#: The numbers that are no strengths.
+_SHAPES = [kind for kind in TERM_OF if kind in SHAPES]
+
+
+def _as_constant(function: str, name: str, number: Strength | None, params: Sequence[Tensor]) -> Column:
+    column = as_column(function, name, number, params)
+    if isinstance(column, Tensor) and column.requires_grad:
+        raise ValueError(f"{function}: {name} must be a constant, got a tensor that requires grad; use `.detach()`")
+    return column
 
 
 def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> Column:
@@ -112,34 +152,63 @@ def as_scale(function: str, scale: float | Tensor, params: Sequence[Tensor]) -> 
     return (1.0, _in_graph(factor, params)) if is_compiling() else (factor, None)
 
 
-def check_numbers(function: str, params: list[Tensor], numbers: Mapping[str, Tensor | None]) -> None:
+def check_numbers(params: list[Tensor], numbers: Mapping[str, Tensor | None]) -> None:
     """Raises unless every number is on the CPU, finite and >= 0, or where one of the parameters is."""
-    devices = {p.device for p in params if isinstance(p, Tensor)}
-    check_values(f"{function}: ", numbers)
+    devices = {p.device for p in params}
+    check_values(numbers)
     for name, number in numbers.items():
-        if number is not None and not number.is_cpu and number.device not in devices:
+        if number is not None and not _devices.is_at_hand(number) and number.device not in devices:
             raise ValueError(
-                f"{function}: {name} must be on the CPU or on the parameters' device "
-                f"({', '.join(sorted(map(str, devices)))}), got {number.device}"
+                f"{name} must be on the CPU or on the parameters' device ({', '.join(sorted(map(str, devices)))}), "
+                f"got {number.device}"
             )
 
 
-def check_values(where: str, numbers: Mapping[str, Tensor | None]) -> None:
+def check_values(numbers: Mapping[str, Tensor | None]) -> None:
     """What the kernels check of the numbers that they read on the CPU, where they read some late or none."""
     for name, number in numbers.items():
-        if number is None or name == "scale" or not number.is_cpu or not _has_value(number):
+        if (
+            number is None
+            or name == "scale"
+            or not _devices.is_at_hand(number)
+            or is_compiling()
+            or not are_run((number,))
+        ):
             continue
         for i, value in enumerate(number.detach().reshape(-1).tolist()):
             if not 0 <= value < math.inf:
                 place = f"[{i}]" if number.ndim > 0 else ""
-                raise ValueError(f"{where}{name}{place} must be finite and >= 0, got {value}")
+                raise ValueError(f"{name}{place} must be finite and >= 0, got {value}")
 
 
-def _has_value(number: Tensor) -> bool:
-    """Not so what a compiler, or ``torch.func``, traces with."""
+def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
+    """Raises where a parameter has terms that together have no proximal operator in closed form, or may have: what the
+    host does not know counts."""
+    for pair in APART.items():
+        if not all(strengths.counts[PLACES[term]] for term in pair):
+            continue
+        columns = dict(zip(NUMBERS, strengths.columns(), strict=True))
+        both = zip(*(_on_host(columns[term], count) for term in pair), strict=True)
+        for i, values in enumerate(both):
+            if all(values):
+                raise ValueError(
+                    f"{where}{' and '.join(pair)} of one parameter have no proximal operator in closed form, got both "
+                    f"for params[{i}]"
+                )
+
+
+def _on_host(column: Column, count: int) -> list[float]:
+    """The numbers for each parameter, 1 where the host does not know them."""
+    if isinstance(column, Tensor):
+        known = _devices.is_at_hand(column) and not is_compiling() and are_run((column,))
+        column = tuple(column.detach().reshape(-1).tolist()) if known else (1.0,)
+    return [*column] * (count if len(column) == 1 else 1)
+
+
+def are_run(tensors: Iterable[Tensor]) -> bool:
+    """Whether these have values: not so what a compiler, or ``torch.func``, traces with."""
     return (
-        type(number) in PLAIN_TYPES
-        and not is_compiling()
+        PLAIN_TYPES.issuperset(map(type, tensors))
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
@@ -148,8 +217,8 @@ def _has_value(number: Tensor) -> bool:
 def as_column(function: str, name: str, strength: Strength | None, params: Sequence[Tensor]) -> Column:
     if strength is None:
         return ()
-    if type(strength) is float and 0 < strength < math.inf and not is_compiling():  # first: short calls feel the rest
-        return (strength,)
+    if type(strength) is float and 0 < strength < math.inf:  # first: short calls and compiled code feel the rest
+        return _in_graph(strength, params) if is_compiling() else (strength,)
     if isinstance(strength, Tensor):
         return _tensor_strength(function, name, strength, len(params))
     if is_number(strength):
@@ -170,13 +239,13 @@ def as_column(function: str, name: str, strength: Strength | None, params: Seque
     tensors = [item for item in checked if isinstance(item, Tensor)]
     if not tensors:
         return tuple(item for item in checked if not isinstance(item, Tensor))
-    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    device = _devices.joint(tensors)
     return torch.stack([_as_float64(item, device) for item in checked])
 
 
 def _in_graph(number: float, params: Sequence[Tensor]) -> Tensor:
     """A number as a tensor: in compiled code a float is a constant, and every other one would compile it again."""
-    device = params[0].device if params and isinstance(params[0], Tensor) else "cpu"
+    device = params[0].device if params and isinstance(params[0], Tensor) else _devices.HOST
     one = torch.ones((), dtype=torch.float64, device=device)
     return one * number  # the compiler makes an input of a float only where it meets a tensor in arithmetic
 
@@ -257,73 +326,38 @@ def _is_sequence(x: Any) -> TypeGuard[Sequence[Any]]:
     return getattr(x, "ndim", 0) == 1 and hasattr(x, "tolist")  # a NumPy array
 
 
-def raise_explained(function: str, params: list[Tensor], error: Exception) -> NoReturn:
-    """Raises what `explained` says of an error that is being handled."""
-    reason = explained(function, params, error)
-    raise reason from (None if reason is not error else error.__cause__)
-
-
-def explained(function: str, params: list[Tensor], error: Exception) -> Exception:
-    """The error to raise for a call that failed: the first thing that is wrong with its parameters, else itself."""
+def check_params(where: str, params: Sequence[Any]) -> None:
+    """Raises where a parameter is nothing that an operator takes, but for its dtype."""
     for i, p in enumerate(params):
+        name = f"{where}params[{i}]"
         if isinstance(p, UninitializedParameter | UninitializedBuffer):
-            return TypeError(
-                f"{function}: params[{i}] must be initialized, got {type(p).__name__}; "
-                "run the module once so that it knows its shapes"
+            raise TypeError(
+                f"{name} must be initialized, got {type(p).__name__}; run the module once so that it knows its shapes"
             )
         if not isinstance(p, Tensor):
-            return TypeError(f"{function}: params[{i}] must be a tensor, got {_described(p)}")
+            raise TypeError(f"{name} must be a tensor, got {_described(p)}")
         if p.is_nested:
-            return TypeError(f"{function}: params[{i}] must be one dense tensor, got a nested tensor")
-        if p.is_quantized:  # like the two kinds around it, it never reaches the operators' own checks
-            return TypeError(f"{function}: params[{i}] must be floating point, got {p.dtype}")
+            raise TypeError(f"{name} must be one dense tensor, got a nested tensor")
+        if p.is_quantized:  # it never reaches the operators' own checks
+            raise TypeError(f"{name} must be floating point, got {p.dtype}")
         if p.layout is not torch.strided:
-            return TypeError(f"{function}: params[{i}] must be dense (torch.strided), got {p.layout}")
-        if function == "accumulate_grad_" and p.is_leaf and p.grad is not None and p.grad.layout is not torch.strided:
-            return TypeError(
-                f"{function}: params[{i}].grad must be dense (torch.strided), got {p.grad.layout}; "
-                "build the embedding with sparse=False, or use p.grad = p.grad.to_dense()"
-            )
-    if "forward mode AD" in str(error):  # of torch, where the tangent is hidden below another transform
-        return NotImplementedError(f"{function}: {_FORWARD_MODE}")
-    if torch._C._get_tracing_state() is not None:
-        return NotImplementedError(
-            f"{function}: torch.jit.trace is not supported; trace without the penalty, or take torch.compile or "
-            "torch.export"
-        )
-    if "Batching rule not implemented" in str(error):
-        return NotImplementedError(f"{function}: torch.func.vmap is not supported, but for fused_penalty")
-    if isinstance(error, NotImplementedError):  # of the dispatcher, if no kernels are registered for a device
-        has_cuda = bool(_ops.library.build_info()["cuda_architectures"])
-        for i, p in enumerate(params):
-            if p.is_cuda and not has_cuda:
-                return RuntimeError(
-                    f"{function}: params[{i}] is on {p.device}, and fused_reg is built without CUDA; where nvcc and a "
-                    "CUDA build of torch are installed, build it again with "
-                    "`FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .` in its source"
-                )
-            if p.device.type not in ("cpu", "cuda", "meta"):
-                return TypeError(f"{function}: params[{i}] must be on the CPU or a CUDA device, got {p.device}")
-    if isinstance(error, TypeError | ValueError) and _OF_AN_ARGUMENT.match(str(error)):
-        return type(error)(f"{function}: {error}{_hint_of(params, str(error))}")
-    return error
+            raise TypeError(f"{name} must be dense (torch.strided), got {p.layout}")
+        if type(p).__torch_dispatch__ is Tensor.__torch_dispatch__:  # else it may be on a device by name only
+            check_device(name, p.device)
 
 
-_OF_AN_ARGUMENT = re.compile(r"(params|strengths|l1|l2|l2_norm|scale|step)\b")
+def check_device(name: str, device: torch.device) -> None:
+    """Raises where a device has no kernels."""
+    if refused := _devices.refused(name, device):
+        raise refused
 
 
-def _hint_of(params: list[Tensor], reason: str) -> str:
-    """Of the frozen base weights of a quantized model."""
-    index = re.match(r"params\[(\d+)\] must be float", reason)
-    if index is None or (p := params[int(index[1])]).requires_grad or p.is_complex():
-        return ""
-    others_train = any(p.requires_grad for p in params)
-    return "; of a quantized model pass the parameters that require grad" if others_train else ""
-
-
-def relabelled(error: Exception, labels: Sequence[object]) -> Exception:
+def relabelled(error: Exception, labels: Sequence[str]) -> Exception:
     """The error with ``params[label]`` for ``params[3]``, where these are the labels of a call's parameters."""
-    return type(error)(re.sub(r"params\[(\d+)\]", lambda match: f"params[{labels[int(match[1])]}]", str(error)))
+    text = str(error)
+    for i, label in reversed([*enumerate(labels)]):  # a label is no earlier place
+        text = text.replace(f"params[{i}]", f"params[{label}]")
+    return type(error)(text)
 
 
 def _described(p: object) -> str:

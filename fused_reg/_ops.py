@@ -41,6 +41,10 @@ def _load() -> ModuleType:
 
 library = _load()
 
+# What is in a list, as bits (csrc/module.cpp).
+survey: Callable[[list[Any]], int] = library.survey
+HAS_ATTRIBUTES, UNUSUAL, SEVERAL_DEVICES, NEGATED, ODD_GRAD = 1, 2, 4, 8, 16
+
 _operators = torch.ops.fused_reg
 
 
@@ -51,7 +55,8 @@ def _operator(name: str, check: Callable[[str, list[Tensor]], None] | None = Non
 
     def operator(*args: Any) -> Any:
         if not is_compiling():
-            return direct(*args)
+            result = direct(*args)
+            return traced(*args) if result is NotImplemented else result
         if check is not None:
             check("prox_: ", args[0])
         return traced(*args)

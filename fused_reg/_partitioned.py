@@ -24,7 +24,7 @@ _FSDP_1 = (
 
 def check_whole(function: str, params: list[Any], names: Sequence[str] | None = None) -> None:
     """Raises where a parameter is not whole. Who cuts parameters leaves attributes, which few have."""
-    if is_compiling() or not _ops.library.have_attributes(params):
+    if is_compiling() or not _ops.survey(params) & _ops.HAS_ATTRIBUTES:
         return
     lazy = (UninitializedParameter, UninitializedBuffer)
     if not all(isinstance(p, Tensor) and not isinstance(p, lazy) for p in params):  # the other checks speak of these

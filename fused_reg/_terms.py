@@ -2,17 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias, cast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict  # of a type that is one of several, before Python 3.11
 
-#: The terms, in the order of the arguments. Each has a strength.
-TERMS = ("l1", "l2", "l2_norm")
+from fused_reg import _devices
+
+
+class Row(NamedTuple):
+    """An argument of a term: its strength, or what gives it its shape; and what the docstrings say of it."""
+
+    name: str
+    text: str = ""
+    prox: str = ""  # of its proximal operator
+    value: str = ""  # TeX, of one tensor t
+    gradient: str = ""
+    default: float | str | None = None
+    shapes: str = ""  # the term whose shape it gives, without which it means nothing;
+    about: str = ""  # and how an error says so
+    apart: str = ""  # a term with which it has no proximal operator in closed form
+
+
+#: The terms: all that Python knows of them, but for what they are (`reference`). An argument that a row adds has a type
+#: in `MoreTerms`.
+ROWS = (
+    Row("l1", value=r"l1_t \sum_i |w_{t,i}|", gradient=r"l1_t \operatorname{sgn}(w_{t,i})"),
+    Row("l2", value=r"l2_t \sum_i w_{t,i}^2", gradient=r"2\, l2_t\, w_{t,i}"),
+    Row(
+        "l2_norm",
+        "the strength of the sum of Euclidean norms, not squared (group lasso), likewise. Its gradient is "
+        "``l2_norm * w / ||w||``, and 0 where the norm is 0.",
+        "the block soft threshold makes whole groups zero.",
+        r"l2\_norm_t \sum_g \lVert w_{t,g} \rVert_2",
+        r"l2\_norm_t \frac{w_{t,i}}{\lVert w_{t,g(i)} \rVert_2}",
+    ),
+    Row(
+        "group",
+        "what the norms are of: ``'tensor'``, whole tensors; ``'row'``, the slices of each tensor along dimension 0 (a "
+        "neuron's weights, an output channel); ``'column'``, those along dimension 1 (the weights of an input feature, "
+        "an input channel). A tensor without that dimension is one slice. Given with ``l2_norm``.",
+        "``'row'`` prunes neurons and output channels, ``'column'`` input features.",
+        default="tensor",
+        shapes="l2_norm",
+        about="whose norms it is about",
+    ),
+    Row(
+        "smooth_l1",
+        "the strength of the sum of ``|w|`` with a parabola at 0 (Huber, as ``torch.nn.SmoothL1Loss``), likewise: "
+        "``w ** 2 / (2 * beta)`` where ``|w| < beta``, else ``|w| - beta / 2``. Its gradient is ``smooth_l1 * w / "
+        "beta``, and ``smooth_l1 * sgn(w)`` beyond ``beta``.",
+        "shrinks by what its gradient is afterwards, and makes nothing zero. Not with ``l2_norm`` on one parameter, "
+        "which has no closed form.",
+        r"smooth\_l1_t \sum_i s_t(w_{t,i})",
+        r"smooth\_l1_t\, s_t'(w_{t,i})",
+        apart="l2_norm",
+    ),
+    Row(
+        "beta",
+        "where ``smooth_l1`` goes from the parabola to the straight line: a number >= 0 as the strengths are, but a "
+        "constant. 0 is L1. Given with ``smooth_l1``.",
+        "where its gradient is constant.",
+        default=1.0,
+        shapes="smooth_l1",
+        about="whose width it is",
+    ),
+)
+
+#: The numbers of the terms, in the order of the arguments, and those of them that are strengths.
+KINDS = tuple(row.name for row in ROWS if row.name != "group")
+TERMS = tuple(row.name for row in ROWS if not row.shapes)
+
+#: Of each of them the term without which it means nothing, and what it is where it is not given.
+TERM_OF = {row.name: row.shapes or row.name for row in ROWS if row.name in KINDS}
+DEFAULTS = {row.name: row.default if isinstance(row.default, float) else 0.0 for row in ROWS if row.name in KINDS}
+
+#: Pairs of terms that together have no proximal operator in closed form.
+APART = {row.name: row.apart for row in ROWS if row.apart}
+
+#: The arguments that are no strengths.
+SHAPES = {row.name: row for row in ROWS if row.shapes}
 
 #: What the operators take of a list, in this order (``csrc/penalty.h``).
-NUMBERS = (*TERMS, "step")
+NUMBERS = (*KINDS[:3], "step", *KINDS[3:])
+PLACES = {kind: NUMBERS.index(kind) for kind in KINDS}
+STEP = NUMBERS.index("step")
+
+#: In an error: any of the strengths.
+ANY_TERM = f"{', '.join(TERMS[:-1])} or {TERMS[-1]}"
 
 #: What ``l2_norm`` takes the norm of: a whole tensor, or each of its slices along dimension 0, or 1.
 Group: TypeAlias = Literal["tensor", "row", "column"]
@@ -23,17 +105,91 @@ GROUPS: dict[Group | None, int] = {None: 0, "tensor": 1, "row": 2, "column": 3}
 #: The numbers of one kind for a list: floats (none: the term is absent; one; one per parameter), or a tensor of these.
 Column: TypeAlias = "tuple[float, ...] | Tensor"
 
+S = TypeVar("S")  # a strength, as a function takes it
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class MoreStrengths(TypedDict, Generic[S], total=False):
+    """The numbers of the terms behind the first three, as arguments by keyword."""
+
+    smooth_l1: S | None
+    beta: S | None
+
+
+class MoreTerms(MoreStrengths[S], Generic[S], total=False):
+    """The arguments of functions of which ``l2_norm`` is no keyword."""
+
+    group: Group
+
+
+class Terms(MoreTerms[S], Generic[S], total=False):
+    """Those of the others."""
+
+    l2_norm: S | None
+
+
+def takes_terms(item: F, without: str = "") -> F:
+    """Of a function, or a class, whose arguments end with ``**terms``: the signature with a name for each, and in the
+    docstring a line for each in the place of ``terms: ...``, in which ``{text}`` is the row's, and the formulas."""
+    function: Any = item.__init__ if isinstance(item, type) else item  # type: ignore[misc]
+    written = inspect.signature(function)
+    parameters = [p for p in written.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    strength = written.parameters["l1"].annotation
+    rows = [row for row in ROWS if row.name not in (*written.parameters, without)]
+    place = next((i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), len(parameters))
+    parameters[place:place] = [
+        inspect.Parameter(
+            row.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=row.default,
+            annotation="Group" if row.name == "group" else strength,
+        )
+        for row in rows
+    ]
+    function.__signature__ = written.replace(parameters=parameters)
+
+    def lines(match: re.Match[str]) -> str:
+        indent, text = match.groups()
+        return "\n".join(
+            textwrap.fill(
+                f"{row.name}: {text.format(text=row.text, prox=row.prox)}",
+                120,
+                initial_indent=indent,
+                subsequent_indent=indent + " " * 4,
+                break_on_hyphens=False,
+            )
+            for row in rows
+        )
+
+    if item.__doc__:  # python -OO has none
+        doc = re.sub(r"^( +)terms: (.*)$", lines, item.__doc__, flags=re.MULTILINE)
+        for what in ("value", "gradient"):
+            doc = doc.replace(f"{{{what}}}", " + ".join(filter(None, (getattr(row, what) for row in ROWS))))
+        item.__doc__ = doc
+    return item
+
+
 _ROWS = GROUPS["row"]
 _IS_TENSOR = -1
 _NONE = (0,) * len(NUMBERS)
 
 
-def check_group(where: str, group: object, has_norms: bool, need: str) -> None:
-    """Raises unless it is a group that means something; ``need``: what is said where there are no norms."""
+def check_group(where: str, group: object) -> None:
     if not isinstance(group, str) or group not in GROUPS:
         raise ValueError(f'{where}group must be "tensor", "row" or "column", got {group!r}')
-    if group != "tensor" and not has_norms:
-        raise ValueError(f'{where}group="{group}" must {need}, got none')
+
+
+def check_shape(where: str, name: str, given: object, strength: object) -> None:
+    """Raises where an argument is given that means nothing without a strength, and that is not."""
+    if name == "group":
+        check_group(where, given)
+    if strength is None and given is not None and not (name == "group" and given == "tensor"):
+        raise ValueError(lacking(where, name, given))
+
+
+def lacking(where: str, name: str, given: object) -> str:
+    what = f'group="{given}"' if name == "group" else name
+    return f"{where}{what} must come with {SHAPES[name].shapes}, {SHAPES[name].about}, got none"
 
 
 class Strengths(NamedTuple):
@@ -75,10 +231,13 @@ class Strengths(NamedTuple):
         return Strengths.of([columns.get(name, column) for name, column in pairs], self.group)
 
     def with_step(self, step: Column) -> Strengths:
-        """The same with the step of a proximal operator, the last of the columns."""
+        """The same with the step of a proximal operator, the last of the columns that most lists have."""
+        before, behind = self.counts[:STEP], self.counts[STEP + 1 :]
+        if any(behind):
+            return self.having(step=step)
         if isinstance(step, Tensor):
-            return Strengths(self.floats, (*self.tensors, step), (*self.counts[:-1], _IS_TENSOR), self.group)
-        return Strengths(self.floats + step, self.tensors, (*self.counts[:-1], len(step)), self.group)
+            return Strengths(self.floats, (*self.tensors, step), (*before, _IS_TENSOR, *behind), self.group)
+        return Strengths(self.floats + step, self.tensors, (*before, len(step), *behind), self.group)
 
     def at(self, places: Sequence[int], device: torch.device) -> Strengths:
         """The strengths of the parameters at these places of the list, for a launch on this device."""
@@ -99,7 +258,7 @@ def _at(column: Column, places: Sequence[int], device: torch.device) -> Column:
     if not isinstance(column, Tensor):
         return tuple(column[i] for i in places) if len(column) > 1 else column
     column = column if column.ndim == 0 else torch.stack([column[i] for i in places])
-    return column if column.is_cpu else column.to(device)
+    return _devices.reachable(column, device)
 
 
 def group_count(p: Tensor, group: int) -> int:

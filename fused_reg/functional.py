@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn import Parameter
+from typing_extensions import Unpack
 
-from fused_reg import _ops, distributed
-from fused_reg._arguments import Strength, as_list, as_strengths, raise_explained
-from fused_reg._terms import Group, Strengths
-from fused_reg.autograd.routes import penalty, penalty_in_graph
-from fused_reg.distributed import by_device
+from fused_reg import _routes
+from fused_reg._arguments import Strength, as_list, as_strengths
+from fused_reg._terms import Terms, takes_terms
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
+@takes_terms
 def fused_penalty(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
-    *,
-    l2_norm: Strength | None = None,
-    group: Group = "tensor",
+    **terms: Unpack[Terms[Strength]],
 ) -> Tensor:
     r"""The L1/L2 penalty of a list of parameters, differentiable, in one pass over their memory.
 
     .. math::
-        \text{penalty} = \sum_t \Big( l1_t \sum_i |w_{t,i}| + l2_t \sum_i w_{t,i}^2
-        + l2\_norm_t \sum_g \lVert w_{t,g} \rVert_2 \Big)
+        \text{penalty} = \sum_t \Big( {value} \Big)
 
     It equals ``sum(l1 * p.abs().sum() + l2 * (p ** 2).sum() + l2_norm * torch.norm(p) for p in params)``. The gradient
     of the first two terms has the bits of that loop's (float32 and float64), and the value is exact to one rounding.
@@ -48,11 +44,7 @@ def fused_penalty(
         l2: the strength of the sum of squares (ridge), likewise. Both together are the elastic net.
             A strength not given is 0, and a strength of 0.0 drops its term. If none is given the penalty is the plain
             sum of squares (``l2=1``), for the caller to scale.
-        l2_norm: the strength of the sum of Euclidean norms, not squared (group lasso), likewise. Its gradient is
-            ``l2_norm * w / ||w||``, and 0 where the norm is 0.
-        group: what the norms are of: ``"tensor"``, whole tensors; ``"row"``, the slices of each tensor along dimension
-            0 (a neuron's weights, an output channel); ``"column"``, those along dimension 1 (the weights of an input
-            feature, an input channel). A tensor without that dimension is one slice. Given with ``l2_norm``.
+        terms: {text}
 
     Returns:
         A 0-dim tensor on the first parameter's device, float64 if any parameter is float64, else float32. Parameters
@@ -87,17 +79,16 @@ def fused_penalty(
     Source: Tibshirani 1996 (L1), Hoerl and Kennard 1970 (L2), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006
     (group lasso).
     """
-    if is_compiling() and l2_norm is None and group == "tensor":
-        params = list(params) if hasattr(params, "__next__") else params  # an iterator is read once
-        value = _plain_penalty(params, l1, l2)
-        if value is not None:
-            return value
     tensors = as_list("fused_penalty", params)
-    strengths = as_strengths("fused_penalty", l1, l2, l2_norm, group, tensors)
+    strengths = as_strengths("fused_penalty", tensors, l1, l2, terms)
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
-    value = penalty(tensors, strengths)
-    if not value.requires_grad and torch.is_grad_enabled() and not is_compiling() and not _transforms_active():
+    if is_compiling():
+        # A number that is 0 has dropped its term.
+        are_positive = (l1 is None or type(l1) is float) and (l2 is None or type(l2) is float)
+        return _routes.penalty(tensors, strengths, are_positive)
+    value = _routes.penalty(tensors, strengths)
+    if not value.requires_grad and torch.is_grad_enabled() and not _transforms_active():
         warnings.warn(
             "fused_penalty: no parameter requires grad, so that the penalty trains nothing; pass the parameters "
             "themselves, not `.data`, and for the value alone call it under torch.no_grad()",
@@ -106,40 +97,17 @@ def fused_penalty(
     return value
 
 
-def _plain_penalty(params: Iterable[Tensor] | Tensor, l1: Strength | None, l2: Strength | None) -> Tensor | None:
-    """In compiled code the penalty of a list of plain tensors by positive numbers; None of any other.
-
-    There is nothing to convert, and Dynamo, which looks at every global in each run, finds few: hence a number for the
-    largest strength, and no call of what does the same for any list."""
-    is_plain = (
-        type(params) is list
-        and params
-        and all(type(p) is Tensor or type(p) is Parameter for p in params)
-        and not (l1 is None and l2 is None)
-        and (l1 is None or (type(l1) is float and 0.0 < l1 < 1e300))
-        and (l2 is None or (type(l2) is float and 0.0 < l2 < 1e300))
-    )
-    if not is_plain:
-        return None
-    one = params[0].new_ones(()).double()  # type: ignore[index]
-    strengths = [one * strength for strength in (l1, l2) if strength is not None]  # type: ignore[operator]
-    counts = (0 if l1 is None else -1, 0 if l2 is None else -1, 0, 0)
-    return penalty_in_graph(params, (), strengths, counts, 0, True)
-
-
+@takes_terms
 def value_and_grad(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
-    *,
-    l2_norm: Strength | None = None,
-    group: Group = "tensor",
+    **terms: Unpack[Terms[Strength]],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     r"""The penalty and its gradient in every parameter, in one pass (with ``l2_norm`` two) and outside of autograd.
 
     .. math::
-        \frac{\partial\,\text{penalty}}{\partial w_{t,i}} = l1_t \operatorname{sgn}(w_{t,i}) + 2\, l2_t\, w_{t,i}
-        + l2\_norm_t \frac{w_{t,i}}{\lVert w_{t,g(i)} \rVert_2}
+        \frac{\partial\,\text{penalty}}{\partial w_{t,i}} = {gradient}
 
     of the penalty that :func:`fused_penalty` defines.
 
@@ -147,8 +115,7 @@ def value_and_grad(
         params: as for :func:`fused_penalty`; ``requires_grad`` does not matter.
         l1: as for :func:`fused_penalty`, but taken as a constant.
         l2: as for :func:`fused_penalty`, but taken as a constant.
-        l2_norm: as for :func:`fused_penalty`, but taken as a constant.
-        group: as for :func:`fused_penalty`.
+        terms: as for :func:`fused_penalty`, but taken as constants.
 
     Returns:
         The penalty, as :func:`fused_penalty` returns it, and a tuple with one gradient per parameter, of the
@@ -168,20 +135,7 @@ def value_and_grad(
     Source: as :func:`fused_penalty`; the subgradient of the absolute value at 0 is 0, as in torch.
     """
     tensors = as_list("value_and_grad", params)
-    strengths = as_strengths("value_and_grad", l1, l2, l2_norm, group, tensors)
+    strengths = as_strengths("value_and_grad", tensors, l1, l2, terms)
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu"), ()
-    try:
-        if distributed.is_sharded(tensors):
-            return distributed.value_and_grad(tensors, strengths)
-        return _value_and_grad(tensors, strengths)
-    except Exception as error:
-        if by_device.is_mixed(tensors, error):
-            return by_device.value_and_grad(_value_and_grad, tensors, strengths)
-        raise_explained("value_and_grad", tensors, error)
-
-
-def _value_and_grad(params: Sequence[Tensor], strengths: Strengths) -> tuple[Tensor, tuple[Tensor, ...]]:
-    with torch.no_grad():
-        value, grads, _ = _ops.penalty(params, [True] * len(params), *strengths)
-    return value, tuple(grads)
+    return _routes.value_and_grad(tensors, strengths)

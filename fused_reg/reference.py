@@ -1,44 +1,54 @@
 """The specification, in plain torch and independent of the kernels: the functions of the package with the same
 signatures, computed in float64, and the loop that people write by hand.
 
-Tests and benchmarks compare with it. The package itself takes it only as what the compiler shall merge with a model
-(``_merged.py``), and there the tests compare with the kernels.
+Tests and benchmarks compare with it. The package itself does not use it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fused_reg._arguments import Strength
-from fused_reg._terms import Group
+from fused_reg._terms import DEFAULTS, KINDS, ROWS, TERMS, Group, Terms, takes_terms
+
+#: Of each term what its strength is a factor of, for a parameter and the other arguments of its terms.
+_SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
+    "l1": lambda w, _: w.abs().sum(),
+    "l2": lambda w, _: w.square().sum(),
+    "l2_norm": lambda w, given: _norms(w, given["group"]).sum(),
+    "smooth_l1": lambda w, given: _smooth_l1(w, given["beta"]).sum(),
+}
 
 
-class _Term(NamedTuple):
-    """A parameter and its strengths."""
-
-    param: Tensor
-    l1: float | Tensor
-    l2: float | Tensor
-    l2_norm: float | Tensor
+def _smooth_l1(w: Tensor, beta: float | Tensor) -> Tensor:
+    width = torch.as_tensor(beta, dtype=w.dtype, device=w.device)
+    slope = 0.5 / torch.where(width > 0, width, 1)
+    return torch.where(w.abs() < width, w * w * slope, w.abs() - width / 2)
 
 
-def _terms(
-    params: Iterable[Tensor] | Tensor, l1: Strength | None, l2: Strength | None, l2_norm: Strength | None
-) -> list[_Term]:
+def _with_terms(
+    params: Iterable[Tensor] | Tensor, l1: Strength | None, l2: Strength | None, terms: Terms[Strength]
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Each parameter with its own arguments of each term."""
     tensors = [params] if isinstance(params, Tensor) else list(params)
-    if l1 is None and l2 is None and l2_norm is None:
-        l2 = 1.0
-    columns = (_per_parameter(strength, len(tensors)) for strength in (l1, l2, l2_norm))
-    return [_Term(*term) for term in zip(tensors, *columns, strict=True)]
+    given: dict[str, Any] = {"l1": l1, "l2": l2, **terms}
+    if unknown := given.keys() - {row.name for row in ROWS}:
+        raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
+    if all(given.get(term) is None for term in TERMS):
+        given["l2"] = 1.0
+    columns = [_per_parameter(given.get(kind), default, len(tensors)) for kind, default in DEFAULTS.items()]
+    rest = {"group": "tensor"} | {key: x for key, x in given.items() if key not in DEFAULTS}
+    return [(p, dict(zip(DEFAULTS, own, strict=True)) | rest) for p, *own in zip(tensors, *columns, strict=True)]
 
 
-def _per_parameter(strength: Strength | None, count: int) -> list[float | Tensor]:
+def _per_parameter(strength: Strength | None, default: float, count: int) -> list[float | Tensor]:
     if strength is None:
-        return [0.0] * count
+        return [default] * count
     if isinstance(strength, Sequence):
         return list(strength)
     if getattr(strength, "ndim", 0) == 1:  # a tensor or a NumPy array
@@ -50,6 +60,13 @@ def _is_present(strength: float | Tensor) -> bool:
     return isinstance(strength, Tensor) or strength != 0
 
 
+def _smooth_l1_prox(w: Tensor, height: float | Tensor, beta: float | Tensor) -> Tensor:
+    """For a gradient of at most this height."""
+    width = torch.as_tensor(beta + height, dtype=w.dtype, device=w.device)
+    within = w * beta / torch.where(width > 0, width, 1)
+    return torch.where(w.abs() <= width, within, w - torch.sign(w) * height)
+
+
 def _norms(w: Tensor, group: Group) -> Tensor:
     """The norm of each group, in a shape that broadcasts with ``w``."""
     kept = {"tensor": -1, "row": 0, "column": 1}[group]
@@ -58,23 +75,23 @@ def _norms(w: Tensor, group: Group) -> Tensor:
     return norms
 
 
+@takes_terms
 def fused_penalty(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
-    *,
-    l2_norm: Strength | None = None,
-    group: Group = "tensor",
+    **terms: Unpack[Terms[Strength]],
 ) -> Tensor:
-    r"""``sum_t l1_t * sum|w_t| + l2_t * sum w_t^2 + l2_norm_t * sum_g ||w_t,g||``, every element in float64, rounded
-    once at the end.
+    r"""The penalty, every element in float64, rounded once at the end.
+
+    .. math::
+        \text{penalty} = \sum_t \Big( {value} \Big)
 
     Args:
         params: as for :func:`fused_reg.fused_penalty`.
         l1: likewise.
         l2: likewise.
-        l2_norm: likewise.
-        group: likewise.
+        terms: likewise.
 
     Returns:
         A differentiable 0-dim tensor, float64 if any parameter is float64, else float32.
@@ -89,27 +106,23 @@ def fused_penalty(
     """
     total: Tensor | None = None
     dtype = torch.float32
-    for p, a, b, c in _terms(params, l1, l2, l2_norm):
+    for p, given in _with_terms(params, l1, l2, terms):
         dtype = torch.promote_types(dtype, p.dtype)
         w = p.double()
         value = w.new_zeros(())
-        if _is_present(a):
-            value = value + a * w.abs().sum()
-        if _is_present(b):
-            value = value + b * w.square().sum()
-        if _is_present(c):
-            value = value + c * _norms(w, group).sum()
+        for term in TERMS:
+            if _is_present(given[term]):
+                value = value + given[term] * _SUMS[term](w, given)
         total = value if total is None else total + value.to(total.device)
     return torch.zeros(()) if total is None else total.to(dtype)
 
 
+@takes_terms
 def value_and_grad(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
-    *,
-    l2_norm: Strength | None = None,
-    group: Group = "tensor",
+    **terms: Unpack[Terms[Strength]],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The penalty and its gradient in every parameter, by autograd through :func:`fused_penalty`.
 
@@ -117,8 +130,7 @@ def value_and_grad(
         params: as for :func:`fused_reg.value_and_grad`.
         l1: likewise.
         l2: likewise.
-        l2_norm: likewise.
-        group: likewise.
+        terms: likewise.
 
     Returns:
         The value, and a tuple with one gradient per parameter, computed in float64 and rounded once.
@@ -132,20 +144,20 @@ def value_and_grad(
     tensors = [params] if isinstance(params, Tensor) else list(params)
     with torch.enable_grad():
         leaves = [p.detach().requires_grad_() for p in tensors]
-        value = fused_penalty(leaves, l1, l2, l2_norm=l2_norm, group=group)
+        value = fused_penalty(leaves, l1, l2, **terms)
         grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) if leaves else ()
     return value.detach(), grads
 
 
+@takes_terms
 @torch.no_grad()
 def accumulate_grad_(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
     *,
-    l2_norm: Strength | None = None,
-    group: Group = "tensor",
     scale: float | Tensor = 1.0,
+    **terms: Unpack[Terms[Strength]],
 ) -> Tensor:
     """``p.grad += scale * d(penalty)/dp`` for every parameter that requires grad, each sum in float64.
 
@@ -153,8 +165,7 @@ def accumulate_grad_(
         params: as for :func:`fused_reg.accumulate_grad_`.
         l1: likewise.
         l2: likewise.
-        l2_norm: likewise.
-        group: likewise.
+        terms: likewise.
         scale: likewise.
 
     Returns:
@@ -171,7 +182,7 @@ def accumulate_grad_(
     tensors = [params] if isinstance(params, Tensor) else list(params)
     with torch.enable_grad():
         leaves = [p.detach().double().requires_grad_() for p in tensors]
-        value = fused_penalty(leaves, l1, l2, l2_norm=l2_norm, group=group)
+        value = fused_penalty(leaves, l1, l2, **terms)
         grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) if leaves else ()
     dtype = torch.float32
     for p, grad in zip(tensors, grads, strict=True):
@@ -182,15 +193,15 @@ def accumulate_grad_(
     return value.detach().to(dtype)
 
 
+@takes_terms
 @torch.no_grad()
 def prox_(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
     *,
-    l2_norm: Strength | None = None,
-    group: Group = "tensor",
     step: Strength,
+    **terms: Unpack[Terms[Strength]],
 ) -> None:
     r"""The proximal operator of ``step * penalty``, in place, computed in float64: the answer ``x`` minimizes
 
@@ -200,8 +211,7 @@ def prox_(
         params: as for :func:`fused_reg.prox_`.
         l1: likewise.
         l2: likewise.
-        l2_norm: likewise.
-        group: likewise.
+        terms: likewise.
         step: likewise.
 
     Example:
@@ -212,23 +222,24 @@ def prox_(
         >>> p
         tensor([ 0.3333, -1.0000,  0.0000])
     """
-    terms = _terms(params, l1, l2, l2_norm)
-    for (p, a, b, c), eta in zip(terms, _per_parameter(step, len(terms)), strict=True):
+    own = _with_terms(params, l1, l2, terms)
+    for (p, given), eta in zip(own, _per_parameter(step, 0.0, len(own)), strict=True):
+        a, b, c, d, beta = (given[kind] for kind in KINDS)
         w = p.double()
         soft = torch.where(w.abs() <= eta * a, 0.0, w - torch.sign(w) * eta * a)
         soft = torch.where(w.isnan(), w, soft)
-        norms = _norms(soft, group)
+        norms = _norms(soft, given["group"])
         block = torch.where(norms <= eta * c, 0.0, 1 - eta * c / norms)
-        p.copy_(soft * block / (1 + 2 * eta * b)).add_(0.0)  # a zero is +0, also one that comes from the last rounding
+        x = _smooth_l1_prox(soft * block / (1 + 2 * eta * b), eta * d / (1 + 2 * eta * b), beta)
+        p.copy_(x).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 
 
+@takes_terms
 def loop(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
-    *,
-    l2_norm: Strength | None = None,
-    group: Group = "tensor",
+    **terms: Unpack[Terms[Strength]],
 ) -> Tensor:
     """The loop that people write by hand, in the parameters' own dtypes. Its gradient is the contract's, bit for bit
     where ``l2_norm`` is absent.
@@ -237,8 +248,7 @@ def loop(
         params: as for :func:`fused_reg.fused_penalty`; not empty.
         l1: likewise.
         l2: likewise.
-        l2_norm: likewise.
-        group: likewise.
+        terms: likewise.
 
     Returns:
         A differentiable 0-dim tensor of the parameters' promoted dtype. Its value has the rounding of its sums.
@@ -250,11 +260,8 @@ def loop(
         tensor(6.5000)
     """
     total: Any = 0
-    for p, a, b, c in _terms(params, l1, l2, l2_norm):
-        if _is_present(a):
-            total = total + a * p.abs().sum()
-        if _is_present(b):
-            total = total + b * (p**2).sum()
-        if _is_present(c):
-            total = total + c * _norms(p, group).sum()
+    for p, given in _with_terms(params, l1, l2, terms):
+        for term in TERMS:
+            if _is_present(given[term]):
+                total = total + given[term] * _SUMS[term](p, given)
     return torch.as_tensor(total)

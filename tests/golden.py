@@ -19,7 +19,8 @@ from fused_reg import Regularizer, _ops, accumulate_grad_, fused_penalty, prox_,
 
 FILE = Path(__file__).with_name("golden.csv")
 KINDS = ("value", "gradient", "accumulated", "proximal step", "norms", "report")
-BLOCKS = 512  # lines of the file
+SMOOTH = 512  # the blocks of 0.1; from here on, lists have smooth_l1, too
+BLOCKS = SMOOTH + 32  # lines of the file
 LISTS = 8  # of each
 
 _SMALL = ((), (0,), (1,), (3,), (17,), (64,), (257,), (5, 7), (0, 4), (9, 64), (33, 65), (1, 3000), (3000, 1))
@@ -48,6 +49,9 @@ class Draw:
         self.strengths = self.some_strengths()
         self.grads = [self.like(p) if self.rng.randint(2) else None for p in self.params]
         self.scale, self.step = self.positive(), self.strength()
+        if seed >= SMOOTH * LISTS:
+            self.strengths["smooth_l1"] = self.strength()
+            self.strengths |= {"beta": self.strength()} if self.rng.randint(4) else {}
 
     def one_of(self, items):
         return items[self.rng.randint(len(items))]
@@ -105,7 +109,9 @@ class Draw:
             p.grad_dtype = None  # any
             p.grad = None if grad is None else grad.clone()
         accumulated = accumulate_grad_(trained, **strengths, scale=self.scale)
-        prox_(stepped, **strengths, step=self.step)
+        # Smooth L1 and norms together have no proximal step.
+        without = ("l2_norm", "group") if "smooth_l1" in strengths else ()
+        prox_(stepped, **{k: s for k, s in strengths.items() if k not in without}, step=self.step)
         with torch.no_grad():
             values = [value, fused_penalty(params, **strengths)]
         return {
@@ -119,7 +125,9 @@ class Draw:
 
     def report(self) -> list[torch.Tensor]:
         numbers = {k: s for k, s in self.strengths.items() if isinstance(s, float) or k == "group"}
-        if not numbers.keys() & {"l1", "l2", "l2_norm"}:
+        if "smooth_l1" not in numbers:
+            numbers.pop("beta", None)
+        if not numbers.keys() & {"l1", "l2", "l2_norm", "smooth_l1"}:
             numbers = {"l2": 1.0}
         if "l2_norm" not in numbers:
             numbers.pop("group", None)

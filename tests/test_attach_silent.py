@@ -1,7 +1,9 @@
 """Penalties that would count twice, enter too early, or be left behind."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -157,3 +159,22 @@ def test_an_optimizer_that_is_initialized_again():
     assert not attachment.is_active
     with pytest.warns(UserWarning, match="'0' has its penalty in the steps of an optimizer that is gone"):
         step(w, optimizer)
+
+
+def test_an_attachment_ends_with_its_optimizer():
+    """Nothing else keeps it and its parameters alive, also behind a step."""
+    w, optimizer = one()
+    attachment = weakref.ref(Regularizer([w], l2=0.5).attach(optimizer))
+    step(w, optimizer)
+    del optimizer
+    gc.collect()
+    assert attachment() is None
+
+
+def test_a_shallow_copy_of_what_is_attached():
+    """Its parameters are the same, and have their penalty."""
+    w, optimizer = one()
+    regularizer = Regularizer([w], l2=0.5)
+    regularizer.attach(optimizer)
+    copy.copy(regularizer)
+    assert step(w, optimizer) == pytest.approx(0.9)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from fused_reg import Regularizer, fused_penalty
-from fused_reg.regularizer.steps import depth_of
+from fused_reg.regularizer.nesting import depth_of
 
 MODES = pytest.mark.parametrize("mode", ["grad", "prox"])
 

@@ -282,3 +282,14 @@ def test_graph_dies_without_the_garbage_collector(device):
             assert [ref() for ref in died] == [None, None], run
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("term", ["l1", "l2"])
+def test_mixed_derivatives_of_both_signs(term):
+    """Of a loss that falls where the strength grows, as a meta-learner's may."""
+    params = leaves([draw((5,), torch.float64), draw((2, 3), torch.float64)])
+    strength = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(fused_penalty(params, **{term: strength}), strength, create_graph=True)
+    grads = torch.autograd.grad(-slope, params)
+    expected = value_and_grad(params, **{term: 1.0})[1]
+    assert all(torch.equal(-g, e) for g, e in zip(grads, expected, strict=True))

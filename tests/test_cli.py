@@ -34,7 +34,7 @@ def test_prints_every_item_and_exits_0():
         "torch, built with": info["torch"],
         "torch, running": torch.__version__,
         "compiler": info["compiler"],
-        "CUDA architectures": info["cuda_architectures"] or "CPU only",
+        "CUDA architectures": info.get("cuda_architectures", "CPU only"),
         "CPU capability": info["cpu_capability"],
     }
     assert {name: lines.pop(name) for name in versions} == versions

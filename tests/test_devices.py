@@ -8,10 +8,12 @@ from oracle import assert_same_bits, assert_value, gradients, loop_gradients
 from samples import DTYPES, FULL_DTYPES, draw, leaves, numbers, one_each
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_reg import _ops, accumulate_grad_, fused_penalty, prox_, value_and_grad
-from fused_reg._arguments import explained
+from fused_reg import _devices, _ops, accumulate_grad_, fused_penalty, prox_, value_and_grad
+from fused_reg._arguments import check_device, check_params
+from fused_reg._routes import run
 from fused_reg._terms import Strengths
-from fused_reg.distributed import by_device
+from fused_reg.distributed import are_mixed, parts, value_of
+from fused_reg.distributed.buckets import buckets
 
 FUNCTIONS = pytest.mark.parametrize("function", [fused_penalty, value_and_grad])
 BOTH = {"l1": 0.1, "l2": 1 / 3}
@@ -181,10 +183,10 @@ def test_parts_of_a_list():
     places = ("cpu", "meta", "meta", "cpu", "cpu", "meta")
     params = [torch.empty(i, device=device) for i, device in enumerate(places)]
     l2 = torch.arange(6.0)
-    cpu, meta = by_device._parts(params, numbers((0.5,), l2))
+    cpu, meta = buckets(params, params, numbers((0.5,), l2))
     assert (cpu.places, meta.places) == ([0, 3, 4], [1, 2, 5])
     for part, device in ((cpu, "cpu"), (meta, "meta")):
-        *own, end = part.params
+        *own, end = part.shards
         assert all(a is params[i] for a, i in zip(own, part.places, strict=True))
         assert (end.dtype, end.shape, end.device.type) == (torch.float64, (0,), device)
         l1, l2_of_part, *_ = part.strengths.columns()
@@ -192,44 +194,50 @@ def test_parts_of_a_list():
         assert l2_of_part.tolist() == [*part.places, part.places[0]]
 
 
-def test_parts_come_together():
+def test_parts_come_together(monkeypatch):
     """The sum of the values, rounded once; the gradients in their places."""
     params = [torch.full((2,), float(i), device=device) for i, device in enumerate(("cpu", "meta", "cpu"))]
 
-    def one_device(part, given):
+    def operator(part, needs_grad, *given):
         assert given == numbers((7.0,))
         value = torch.tensor(1 / 3 if part[0].is_meta else 1.0, dtype=torch.float64)
-        return value, tuple(part[:-1])
+        return value, list(part), []
 
-    value, grads = by_device.value_and_grad(one_device, params, numbers((7.0,)))
+    monkeypatch.setattr(_ops, "penalty", operator)
+    value, grads = parts.value_and_grad(params, numbers((7.0,)))
     assert_same_bits([value], [torch.tensor(4 / 3)])
     assert all(g is p for g, p in zip(grads, params, strict=True))
     double = [*params, torch.ones(1, dtype=torch.float64)]
-    value = by_device.penalty(lambda *a: one_device(*a)[0], double, numbers((7.0,)))
+    with torch.no_grad():
+        value = parts.penalty(double, numbers((7.0,)))
     assert_same_bits([value], [torch.tensor(1 + 1 / 3, dtype=torch.float64)])
+    assert value_of([value.float()], params).dtype == torch.float32
 
 
 def test_gradients_accumulate_in_parts(monkeypatch):
-    """Each part gets its own gradients, modes and strengths."""
+    """Each part gets its own gradients, modes and strengths; a gradient that is missing is where its parameter is."""
     devices = ("cpu", "meta", "cpu", "meta")
-    params = [torch.empty(i + 1, device=device) for i, device in enumerate(devices)]
-    grads = by_device.empty_grads(params)
-    assert [(g.numel(), g.device.type) for g in grads] == [(1, "cpu"), (2, "meta"), (3, "cpu"), (4, "meta")]
+    params = [torch.empty(i + 1, device=device, requires_grad=True) for i, device in enumerate(devices)]
+    for p in params[1:3]:
+        p.grad = torch.zeros_like(p)
     checked, calls = [], []
 
     def operator(part, own_grads, modes, scale, scale_tensor, *given):
-        calls.append((part[0].device.type, own_grads, modes, scale, scale_tensor, Strengths(*given).columns()[0]))
+        sizes = [(g.numel(), g.device.type) for g in own_grads]
+        calls.append((sizes, modes, scale, scale_tensor, Strengths(*given).columns()[0]))
         return torch.tensor(1.0 if part[0].is_cpu else 1 / 3, dtype=torch.float64)
 
     monkeypatch.setattr(_ops, "accumulate_grad_", operator)
     monkeypatch.setattr(_ops, "check_writable", lambda *lists: checked.append((lists, len(calls))))
     given = numbers((0.1, 0.2, 0.3, 0.4))
-    value = by_device.accumulate_grad_(params, grads, [1, 2, 2, 1], 0.5, None, given)
-    assert checked == [((params, grads, [1, 2, 2, 1]), 0)]  # the whole list, before anything is written
+    value = parts.accumulate_grad_(params, given, (0.5, None), False)
+    # The whole list, before anything is written.
+    assert checked == [((params, [params[1].grad, params[2].grad], [0, 2, 2, 0]), 0)]
     assert calls == [
-        ("cpu", [grads[0], grads[2]], [1, 2, 0], 0.5, None, (0.1, 0.3, 0.1)),
-        ("meta", [grads[1], grads[3]], [2, 1, 0], 0.5, None, (0.2, 0.4, 0.2)),
+        ([(1, "cpu"), (3, "cpu")], [1, 2, 0], 0.5, None, (0.1, 0.3, 0.1)),
+        ([(2, "meta"), (4, "meta")], [2, 1, 0], 0.5, None, (0.2, 0.4, 0.2)),
     ]
+    assert [(p.grad.numel(), p.grad.device) for p in params] == [(p.numel(), p.device) for p in params]
     assert_same_bits([value], [torch.tensor(4 / 3)])
 
 
@@ -239,12 +247,22 @@ def test_proximal_steps_in_parts(monkeypatch):
     monkeypatch.setattr(_ops, "prox_", lambda part, *rest: calls.append(([p.numel() for p in part], *rest)))
     monkeypatch.setattr(_ops, "check_writable", lambda whole, *none: checked.append((whole, none, len(calls))))
     given = numbers(l2_norm=(0.5,), step=(0.1, 0.2, 0.3), group="row")
-    by_device.prox_(params, given)
+    parts.prox_(params, given)
     assert checked == [(params, ((), ()), 0)]
     assert calls == [
         ([1, 3, 0], None, (), *given.having(step=(0.1, 0.3, 0.1))),
         ([2, 0], None, (), *given.having(step=(0.2, 0.2))),
     ]
+
+
+def test_a_list_in_parts_is_checked_before_it_is_cut():
+    """So that an error has the place in the list, not that in a part."""
+    params = [torch.ones(2), torch.ones(2, device="meta"), torch.ones(2), torch.ones(2)]
+    for function in (parts.penalty, parts.value_and_grad):
+        with raises(ValueError, "l1[3] must be finite and >= 0, got -1.0"):
+            function(params, numbers(torch.tensor([1.0, 1.0, 1.0, -1.0])))
+        with raises(TypeError, "params[3] must be floating point, got torch.int32"):
+            function([*params[:3], params[3].int()], numbers((0.5,)))
 
 
 def test_strengths_of_a_part():
@@ -254,7 +272,7 @@ def test_strengths_of_a_part():
     assert part.tensors[0].tolist() == l1[[2, 0, 2]].tolist()
     part.tensors[0].sum().backward()
     assert l1.grad.tolist() == [1, 0, 2]
-    assert part.counts == (-1, 3, 0, 0)
+    assert part.counts == (-1, 3, 0, 0, 0, 0)
     one = numbers((0.5,), torch.tensor(0.25))
     assert one.at([1], torch.device("meta")) == one  # a strength on the CPU goes everywhere
     elsewhere = numbers(torch.ones(2, device="meta"))
@@ -263,42 +281,76 @@ def test_strengths_of_a_part():
 
 def test_which_lists_are_mixed():
     here, there = torch.empty(3), fake("cuda")
-    error = ValueError("params[1] must be on cpu, as params[0], got cuda:0")
-    assert by_device.is_mixed([here, there], error)
-    assert by_device.is_mixed([here, there, None], error)
-    assert not by_device.is_mixed([here, here], error)
-    assert not by_device.is_mixed([here, torch.empty(3, device="meta")], error)
-    assert not by_device.is_mixed([here, there], TypeError("params[1] must be floating point"))
-    assert not by_device.is_mixed([here, there], RuntimeError())
+    assert are_mixed([here, there])
+    assert not are_mixed([here, here])
+    assert not are_mixed([here, torch.empty(3, device="meta")])
+    assert not are_mixed([here, fake("xpu")])
 
 
-@pytest.mark.skipif(bool(_ops.library.build_info()["cuda_architectures"]), reason="fused_reg is built with CUDA")
-@pytest.mark.parametrize("position", [0, 1])
-def test_built_without_cuda(position):
+def test_what_a_survey_finds():
+    one, tagged = torch.empty(3), torch.nn.Parameter(torch.empty(3))
+    tagged.mark = 1
+    assert _ops.survey([one, torch.nn.Parameter(one)]) == _ops.survey([]) == 0
+    assert _ops.survey([one, tagged]) == _ops.HAS_ATTRIBUTES
+    assert _ops.survey([one, torch.empty(3, device="meta")]) == _ops.SEVERAL_DEVICES
+    assert _ops.survey([one, torch._neg_view(one)]) == _ops.NEGATED
+    for grad, expected in ((one, 0), (one.to_sparse(), _ops.ODD_GRAD), (torch._neg_view(one), _ops.ODD_GRAD)):
+        trained = torch.empty(3, requires_grad=True)
+        trained.grad = grad
+        assert _ops.survey([trained]) == expected
+    for other in (None, 1.0, one.to_sparse(), fake("cpu"), one.as_subclass(type("Mine", (torch.Tensor,), {}))):
+        assert _ops.survey([one, other]) & _ops.UNUSUAL
+
+
+@pytest.mark.skipif("cuda_architectures" in _ops.library.build_info(), reason="fused_reg is built with CUDA")
+def test_built_without_cuda():
     """Hard case 36: says what is missing and how to mend it."""
-    params = [torch.empty(3), torch.empty(3)]
-    params[position] = fake("cuda")
-    missing = NotImplementedError("Could not run 'fused_reg::penalty' with arguments from the 'CUDA' backend.")
-    error = explained("fused_penalty", params, missing)
-    assert type(error) is RuntimeError
-    sentence = f"fused_penalty: params[{position}] is on cuda:0, and fused_reg is built without CUDA; where nvcc and"
-    assert str(error).startswith(sentence)
-    assert "FORCE_CUDA=1 pip install" in str(error)
+    with pytest.raises(RuntimeError, match="FORCE_CUDA=1 pip install") as error:
+        check_device("fused_penalty: params[1]", torch.device("cuda:0"))
+    sentence = "fused_penalty: params[1] is on cuda:0, and fused_reg is built without CUDA; where nvcc and"
+    assert str(error.value).startswith(sentence)
 
 
-@pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize("other", ["xpu", "mps"])
-def test_devices_without_kernels(other, position):
-    """Hard case 36."""
-    params = [torch.empty(3), torch.empty(3)]
-    params[position] = fake(other)
-    error = explained("value_and_grad", params, NotImplementedError("Could not run 'fused_reg::penalty_and_grad'"))
-    assert type(error) is TypeError
-    where = params[position].device
-    assert str(error) == f"value_and_grad: params[{position}] must be on the CPU or a CUDA device, got {where}"
+def test_devices_without_kernels(other):
+    """Hard case 36. A tensor that is there by name only may go on: its operators are its own."""
+    with raises(TypeError, f"value_and_grad: params[0] must be on the CPU or a CUDA device, got {other}:0"):
+        check_device("value_and_grad: params[0]", torch.device(other, 0))
+    check_params("", [torch.empty(3), fake(other)])
 
 
-def test_other_errors_stay():
-    """Where no parameter is to blame: an operator that a subclass does not know, or too little memory."""
-    for error in (NotImplementedError("_Mine does not know fused_reg.penalty"), torch.OutOfMemoryError("mine")):
-        assert explained("fused_penalty", [torch.empty(3), torch.empty(3)], error) is error
+def test_a_new_type_of_device_is_a_row(monkeypatch):
+    """What is said of it, what it is mixed with, and what it does follow from there."""
+    here, there = torch.empty(3), fake("xpu")
+    assert not _devices.can_mix({here.device, there.device})
+    assert not _devices.is_captured(there)
+    row = _devices.Device("an XPU", build="fused_reg is built without it", is_captured=lambda: True)
+    monkeypatch.setitem(_devices._ROWS, "xpu", row)
+    assert _devices.can_mix({here.device, there.device})
+    assert _devices.is_captured(there)
+    assert not _devices.is_captured(here)
+    with raises(RuntimeError, "prox_: params[0] is on xpu:0, and fused_reg is built without it"):
+        check_device("prox_: params[0]", there.device)
+    with raises(TypeError, "prox_: params[1] must be on the CPU, a CUDA device or an XPU, got mps:0"):
+        check_device("prox_: params[1]", torch.device("mps", 0))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError("_Mine does not know fused_reg.penalty"),
+        torch.OutOfMemoryError("mine"),
+        ValueError("mine"),
+        KeyError("params"),
+    ],
+    ids=repr,
+)
+def test_other_errors_stay(error):
+    """Where no argument is to blame: an operator that a subclass does not know, or too little memory."""
+
+    def fails(params):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        run("fused_penalty", fails, fails, [torch.empty(3)])
+    assert raised.value is error

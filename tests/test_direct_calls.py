@@ -29,10 +29,10 @@ class Seen(TorchFunctionMode):
 def test_a_mode_sees_the_call(name, numbers):
     params = [draw(5, torch.float32)]
     with Seen() as seen:
-        getattr(_ops.library, name)(params, *numbers)
+        getattr(_ops, name)(params, *numbers)
     assert general(name) in seen.calls
     with torch._C.DisableTorchFunction():
-        getattr(_ops.library, name)(params, *numbers)
+        getattr(_ops, name)(params, *numbers)
 
 
 @pytest.mark.parametrize("strength", [0.5, 1, True, torch.tensor(0.5).numpy()[()]], ids=lambda x: type(x).__name__)
@@ -42,19 +42,19 @@ def test_lists_and_numbers(strength, sequence):
     params = sequence([draw(5, torch.float32), draw(7, torch.float64, seed=1)])
     arguments = (params, sequence([]), sequence([strength]), sequence([]), sequence([1, 0, 0, 0]), 0)
     expected, *_ = general("penalty")(list(params), [], [float(strength)], *HALF[1:])
-    assert_same_bits([_ops.library.penalty(*arguments)[0]], [expected])
+    assert_same_bits([_ops.penalty(*arguments)[0]], [expected])
 
 
 def test_results():
     """A tensor, a list, tuples of both, None."""
     params = [draw(5, torch.float32), draw(7, torch.float32, seed=1)]
-    value, grads, norms = _ops.library.penalty(params, [True, False], *NORMS)
+    value, grads, norms = _ops.penalty(params, [True, False], *NORMS)
     expected, (grad,), (norm,) = general("penalty")(params, [True, False], *NORMS)
     assert (type(grads), type(norms)) == (list, list)
     assert_same_bits([value, *grads, *norms], [expected, grad, norm])
-    assert _ops.library.prox_([p.clone() for p in params], None, [], *HALF) is None
-    assert_same_bits([_ops.library.norms(params, *NORMS)], [norm])
-    assert [g.shape for g in _ops.library.empty_grads(params)] == [(5,), (7,)]
+    assert _ops.prox_([p.clone() for p in params], None, [], *HALF) is None
+    assert_same_bits([_ops.norms(params, *NORMS)], [norm])
+    assert [g.shape for g in _ops.empty_grads(params)] == [(5,), (7,)]
 
 
 @pytest.mark.parametrize(
@@ -86,5 +86,5 @@ def test_errors_are_those_of_torch_ops(name, arguments):
     with pytest.raises(Exception) as expected:  # noqa: PT011
         general(name)(*arguments)
     with pytest.raises(type(expected.value)) as error:
-        getattr(_ops.library, name)(*arguments)
+        getattr(_ops, name)(*arguments)
     assert str(error.value) == str(expected.value)

@@ -25,6 +25,7 @@ STRENGTHS = (
     {"l1": [0.1 * i for i in range(9)], "l2_norm": [0.3 * (i % 3) for i in range(9)]},
     {"l1": torch.tensor(0.1), "l2_norm": torch.arange(9) / 8, "group": "row"},
     {"l2": 0.1, "l2_norm": 0.3, "group": "column"},
+    {"l1": 0.1, "smooth_l1": [0.1 * i for i in range(9)], "beta": torch.arange(9) / 4},
 )
 
 

@@ -120,7 +120,7 @@ def test_strengths(strength, error, message):
         (
             {},
             ValueError,
-            "Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none",
+            "Regularizer: l1, l2, l2_norm, smooth_l1, rules or marks by `regularized` must give a strength, got none",
         ),
         (
             {"l1": 0.5, "group": "rows"},
@@ -139,11 +139,11 @@ def test_strengths(strength, error, message):
         ({"rules": ["0.*"]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got '0.*'"),
         ({"rules": [0.5]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got 0.5"),
         ({"rules": [("0.*", 0.5)]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got ("),
-        ({"rules": [("0.*", {})]}, ValueError, "Regularizer: rules[0] must give l1, l2 or l2_norm, got {}"),
+        ({"rules": [("0.*", {})]}, ValueError, "Regularizer: rules[0] must give l1, l2, l2_norm or smooth_l1, got {}"),
         (
             {"rules": [("0.*", {"l3": 1})]},
             ValueError,
-            "Regularizer: rules[0] must have keys of l1, l2, l2_norm, group, got 'l3'",
+            "Regularizer: rules[0] must have keys of l1, l2, l2_norm, smooth_l1, beta, group, got 'l3'",
         ),
         (
             {"rules": [("0.*", {"l1": 1, "group": "r"})]},
@@ -161,9 +161,14 @@ def test_choice(given, error, message):
     ("module", "given", "error", "message"),
     [
         (PARAMETER, {"l1": 0.5}, TypeError, "regularized: module must be a torch.nn.Module, got Parameter"),
-        (nn.ReLU(), {}, ValueError, "regularized: l1, l2 or l2_norm must give a strength, got none"),
+        (nn.ReLU(), {}, ValueError, "regularized: l1, l2, l2_norm or smooth_l1 must give a strength, got none"),
         (nn.ReLU(), {"l1": 1, "bias": 1}, TypeError, "regularized: bias must be True or False, got 1"),
-        (nn.ReLU(), {"l1": 1, "group": "row"}, ValueError, 'regularized: group="row" must have an l2_norm, got none'),
+        (
+            nn.ReLU(),
+            {"l1": 1, "group": "row"},
+            ValueError,
+            'regularized: group="row" must come with l2_norm, whose norms',
+        ),
         (
             nn.ReLU(),
             {"l1": 1, "group": "x"},
@@ -179,7 +184,7 @@ def test_regularized(module, given, error, message):
 
 def test_set_strength():
     regularizer = Regularizer(make_net(), l1=0.5)
-    with pytest.raises(TypeError, match="set_strength: l1, l2 or l2_norm must be given, got none"):
+    with pytest.raises(TypeError, match="set_strength: l1, l2, l2_norm or smooth_l1 must be given, got none"):
         regularizer.set_strength()
     with pytest.raises(ValueError, match=r"set_strength: where must match the name of a parameter, got '9\.\*'"):
         regularizer.set_strength(l1=0.25, where="9.*")
@@ -261,8 +266,14 @@ def test_wrong_state_dicts_change_nothing():
         (state(params="0.weight"), "groups[0]: params must be a list of names, got '0.weight'"),
         (state(params=[]), "groups[0]: params must be a list of names, got []"),
         (state(params=[*first, "3.weight"]), "groups must name each parameter once, got '3.weight' twice"),
-        (state(l3=0.5), "groups[0] must have the keys params, l1, l2, l2_norm, group, scheduled, got ['params', 'l1'"),
-        ({"step": 1, "groups": ["0.weight"]}, "groups[0] must have the keys params, l1, l2, l2_norm, group, scheduled"),
+        (
+            state(l3=0.5),
+            "groups[0] must have the keys params, l1, l2, l2_norm, smooth_l1, beta, group, scheduled, got",
+        ),
+        (
+            {"step": 1, "groups": ["0.weight"]},
+            "groups[0] must have the keys params, l1, l2, l2_norm, smooth_l1, beta",
+        ),
         ({"step": 1, "groups": {}}, "groups must be a list, as `state_dict` gives it, got dict"),
         (state() | {"step": None}, "step must be an integer >= 0, got None"),
         (state() | {"step": math.nan}, "step must be an integer >= 0, got nan"),

@@ -12,7 +12,6 @@ namespace fused_reg {
 
 struct ChunkTask {
   Dtype dtype;
-  Terms terms;  // a term that is absent is neither summed nor differentiated
   Pass pass;
   void* streams[kStreams];  // those of the pass: [size] elements, any alignment
   int64_t size;

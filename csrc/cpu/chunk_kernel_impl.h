@@ -52,11 +52,11 @@ struct Kernel {
   using MultiplyAdd = std::conditional_t<kWide, TwoRoundings, OneRounding>;
   static constexpr unsigned kRead = P::kReads | (P::kSums ? bit(0) : 0);
 
-  Factor factors[kFactorsMax];
-  Double wide_factors[kFactorsMax];  // of the sums
+  Factor factors[P::kFactors + 1];
+  Double sum_factors[P::kSumFactors + 1];
+  Double scale;  // of the elements in the sums
+  BlockSums sums[kPassSums][kBlocks];
   unsigned options;
-  Double scale;                      // of the elements in the sums
-  BlockSums sums[2][kBlocks];
 
   // What a strip of a row will be, some rows later.
   static FUSED_REG_INLINE void prefetch(const Storage* strip) {
@@ -99,9 +99,9 @@ struct Kernel {
   }
 
   FUSED_REG_BLOCK void block(int b, Storage* const* streams, int64_t begin, int rows) {
-    Lanes lanes[2];
+    Lanes lanes[kPassSums];
     for (int strip = 0; strip < kLanes; strip += kStrip) {
-      DoublePair strip_sums[kStrip / kFloats][2] = {};  // kept in registers
+      DoublePair strip_sums[kStrip / kFloats][kPassSums] = {};  // kept in registers
       for (int row = 0; row < rows; ++row) {
         const int64_t at = begin + row * kLanes + strip;
         for (int s = 0; s < kStreams; ++s) {
@@ -115,7 +115,7 @@ struct Kernel {
             const DoublePair w = E::widened(streams[0] + i);
             for (int h = 0; h < 2; ++h) {
               Double x[2] = {strip_sums[v][0].half[h], strip_sums[v][1].half[h]};
-              P::template add<MultiplyAdd>(x, w.half[h], wide_factors, [&](Double y) __attribute__((always_inline)) {
+              P::template add<MultiplyAdd>(x, w.half[h], sum_factors, [&](Double y) __attribute__((always_inline)) {
                 return kWide ? y * scale : y;
               });
               strip_sums[v][0].half[h] = x[0];
@@ -134,23 +134,27 @@ struct Kernel {
         }
       }
     }
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < kPassSums; ++k) {
       if (P::kSums & bit(k)) {
         lanes[k].fold_into(sums[k][b].lanes);
       }
     }
   }
 
-  // The sums of w * scale; float64 only.
-  static ChunkSums run(const ChunkTask& task, double scale) {
+  // The sums, float64 ones those of w / 2^exponent.
+  static ChunkSums run(const ChunkTask& task, int exponent) {
     Kernel kernel;
-    Scalar scalars[kFactorsMax];
+    Scalar scalars[P::kFactors + 1];
     P::factors(task.numbers, scalars);
     for (int f = 0; f < P::kFactors; ++f) {
       kernel.factors[f] = broadcast<Scalar>(scalars[f]);
-      kernel.wide_factors[f] = broadcast<double>(scalars[f]);
     }
-    kernel.scale = broadcast<double>(scale);
+    double doubles[P::kSumFactors + 1];
+    P::template sum_factors<Scalar>(task.numbers, exponent, doubles);
+    for (int f = 0; f < P::kSumFactors; ++f) {
+      kernel.sum_factors[f] = broadcast<double>(doubles[f]);
+    }
+    kernel.scale = broadcast<double>(std::ldexp(1.0, -exponent));
     kernel.options = task.numbers.options;
     Storage* streams[kStreams];
     for (int s = 0; s < kStreams; ++s) {
@@ -188,41 +192,94 @@ struct Kernel {
         }
       }
     }
-    return {P::kSums & kL1 ? total(kernel.sums[0], b) : 0, P::kSums & kL2 ? total(kernel.sums[1], b) : 0};
+    ChunkSums found{};
+    const int result_exponent = P::result_exponent(task.numbers, exponent);
+    for (int k = 0; k < kPassSums; ++k) {
+      found.of[k] = {P::kSums & bit(k) ? total(kernel.sums[k], b) : 0, result_exponent};
+    }
+    return found;
   }
 };
 
-// Where the sums of float64 elements have left its range, they are taken again.
+// Where sums have left the range of float64, they are taken again.
 template <Dtype dtype, class P>
 ChunkSums run_kernel(const ChunkTask& task) {
   if constexpr (dtype == Dtype::kFloat64 && !std::is_void_v<typename P::Sums> && (P::kWrites & bit(0))) {
     const ChunkSums sums = run_kernel<dtype, typename P::Sums>(task);  // of what is written over
-    Kernel<dtype, P>::run(task, 1);
+    Kernel<dtype, P>::run(task, 0);
     return sums;
   }
-  const ChunkSums sums = Kernel<dtype, P>::run(task, 1);
-  if constexpr (dtype == Dtype::kFloat64 && !std::is_void_v<typename P::Sums>) {
-    const int exponent = rescue_exponent(sums, P::kSums & kL2);
+  const ChunkSums sums = Kernel<dtype, P>::run(task, 0);
+  if constexpr (!std::is_void_v<typename P::Sums> && (dtype == Dtype::kFloat64 || P::kOfAnyDtype)) {
+    const int exponent = rescue_exponent(sums.of[0].sum, sums.of[1].sum, P::kSums & kL2);
     if (exponent != 0) {
-      const ChunkSums again = Kernel<dtype, typename P::Sums>::run(task, std::ldexp(1.0, -exponent));
-      return {again.l1, again.l2, exponent};
+      return Kernel<dtype, typename P::Sums>::run(task, exponent);
     }
   }
   return sums;
 }
 
-// By the terms that the chunk has of those that the pass knows.
+// What a pass that knows some terms is compiled for (passes/terms.h), where a chunk has these of them.
+constexpr int compiled(int terms, int known) {
+  return terms & kFurther ? known & ~kL1L2 : terms & kNorm ? terms | kL2 : terms;
+}
+
 template <Dtype dtype, template <int> class P, int known, int terms = 0>
-ChunkSums run_terms(const ChunkTask& task) {
-  if constexpr ((terms & ~known) == 0) {
-    if ((task.terms & known) == terms) {
+ChunkSums run_compiled(const ChunkTask& task) {
+  if constexpr ((terms & ~known) == 0 && compiled(terms, known) == terms) {
+    if (compiled(task.numbers.terms & known, known) == terms) {
       return run_kernel<dtype, P<terms>>(task);
     }
   }
   if constexpr (terms < known) {
-    return run_terms<dtype, P, known, terms + 1>(task);
+    return run_compiled<dtype, P, known, terms + 1>(task);
   }
   return {};
+}
+
+// The sums of further terms that the chunk has.
+template <Dtype dtype, class... T>
+void sum_further(const ChunkTask& task, ChunkSums* sums, TermList<T...>) {
+  ((task.numbers.terms & T::kBit
+        ? void(sums->of[T::kSum] = run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task).of[1])
+        : void()),
+   ...);
+}
+
+// A step: without a penalty, with L1 and L2, or with any terms, those of a chunk chosen at run time.
+template <Dtype dtype, template <int> class P>
+ChunkSums run_step(const ChunkTask& task) {
+  if (task.numbers.terms == kNone) {
+    return run_kernel<dtype, P<kNone>>(task);
+  }
+  if ((task.numbers.terms & ~kL1L2) == 0) {
+    return run_kernel<dtype, P<kL1L2>>(task);
+  }
+  ChunkSums further{};
+  sum_further<dtype>(task, &further, FurtherTerms{});
+  ChunkSums sums = run_kernel<dtype, P<kFurther>>(task);
+  for (int k = kPassSums; k < kSums; ++k) {
+    sums.of[k] = further.of[k];
+  }
+  return sums;
+}
+
+// A pass; with further terms in parts, for which the chunk is still in the cache.
+template <Dtype dtype, template <int> class P, int known>
+ChunkSums run_terms(const ChunkTask& task) {
+  if constexpr (P<known>::kHasOptions) {
+    return run_step<dtype, P>(task);
+  } else if constexpr (P<known>::kSums != 0 && known != kNone) {
+    if (task.numbers.terms & kFurther) {
+      ChunkSums sums = run_compiled<dtype, PenaltyPass, kL1L2>(task);
+      sum_further<dtype>(task, &sums, FurtherTerms{});
+      if constexpr (P<known>::kWrites != 0) {
+        run_compiled<dtype, P<known>::template Alone, kAllTerms>(task);
+      }
+      return sums;
+    }
+  }
+  return run_compiled<dtype, P, known>(task);
 }
 
 template <Dtype dtype>

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <string>
+
+#include "../torch_compat.h"
 #include "chunk_kernel.h"
 
 namespace fused_reg {
@@ -14,6 +17,20 @@ struct CpuCapability {
 constexpr int64_t kSmallList = 32768;
 
 // The widest instruction set that this CPU has and ATEN_CPU_CAPABILITY allows.
-const CpuCapability& cpu_capability();
+inline const CpuCapability& cpu_capability() {
+  static const CpuCapability capability = [] {
+#if defined(__x86_64__)
+    const std::string name = at::get_cpu_capability();
+    if (name == "AVX512") {
+      return CpuCapability{"AVX512", chunk_kernel_avx512, chunk_kernel_avx2};
+    }
+    if (name == "AVX2") {
+      return CpuCapability{"AVX2", chunk_kernel_avx2, chunk_kernel_avx2};
+    }
+#endif
+    return CpuCapability{"baseline", chunk_kernel_baseline, chunk_kernel_baseline};
+  }();
+  return capability;
+}
 
 }  // namespace fused_reg

@@ -35,12 +35,21 @@ void advise_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t byt
 class GradAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    Block* block = take(bytes);
-    if (block == nullptr) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Block* block;
+    const auto kept = kept_.find(bytes);
+    if (kept != kept_.end()) {
+      block = kept->second;
+      kept_.erase(kept);
+      kept_bytes_ -= bytes;
+    } else {
       block = new Block{c10::GetCPUAllocator()->allocate(bytes), bytes};
       advise_huge_pages(block->memory.get(), bytes);
     }
-    use(bytes);
+    used_ += bytes;
+    peak_ = std::max(peak_, used_);
+    limit_ = std::max(limit_, peak_);
+    trim();
     return {block->memory.get(), block, &give_back, at::Device(at::kCPU)};
   }
 
@@ -59,30 +68,9 @@ class GradAllocator final : public c10::Allocator {
     size_t bytes;
   };
 
-  // A kept block of this size, or null.
-  Block* take(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto it = kept_.find(bytes);
-    if (it == kept_.end()) {
-      return nullptr;
-    }
-    Block* const block = it->second;
-    kept_.erase(it);
-    kept_bytes_ -= bytes;
-    return block;
-  }
-
-  void use(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    used_ += bytes;
-    peak_ = std::max(peak_, used_);
-    limit_ = std::max(limit_, peak_);
-    trim();
-  }
-
   static void give_back(void* context) {
     auto* const block = static_cast<Block*>(context);
-    if (is_forked_child()) {  // the parent may have held the mutex
+    if (is_forked_child) {  // the parent may have held the mutex
       delete block;
       return;
     }
@@ -121,7 +109,7 @@ class GradAllocator final : public c10::Allocator {
 }  // namespace
 
 at::Tensor empty_grad_like(const at::Tensor& dense) {
-  const bool keep = dense.nbytes() >= kSmall && !is_forked_child();
+  const bool keep = dense.nbytes() >= kSmall && !is_forked_child;
   c10::Allocator* const allocator = keep ? static_cast<c10::Allocator*>(&GradAllocator::get()) : c10::GetCPUAllocator();
   return at::detail::empty_strided_generic(dense.sizes(), dense.strides(), allocator,
                                            c10::DispatchKeySet(c10::DispatchKey::CPU), dense.scalar_type());

@@ -18,7 +18,8 @@ namespace fused_reg {
 
 class ListPass {
  public:
-  ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers) : group_(numbers.group) {
+  ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers)
+      : group_(numbers.group), has_further_(numbers.has_further()) {
     check_list(params, numbers);
     for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
       columns_[c] = HostColumn(numbers.columns[c], selection);
@@ -33,11 +34,11 @@ class ListPass {
       dense_.push_back(as_run(params[t], group_));
       ChunkTask& task = tasks_.emplace_back();
       task.dtype = dtype_of(dense_[t]);
-      task.terms = terms_of(number(kL1Strength, t), number(kL2Strength, t));
       task.streams[0] = const_cast<void*>(dense_[t].const_data_ptr());
       for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
         task.numbers.of[c] = columns_[c][t];
       }
+      task.numbers.terms = AllTerms::present(task.numbers.of);
       task.size = dense_[t].numel();
       sizes.push_back(task.size);
       groups.push_back(group_ == Grouping::kNone ? 1 : groups_of(params[t], group_));
@@ -65,9 +66,7 @@ class ListPass {
   at::Tensor run_penalty(const NumberArg& scale) {
     set_passes(number(scale), Pass::kPenaltyGradient, Pass::kPenaltyAccumulate);
     const std::vector<ChunkSums> sums = run_sums();
-    const auto chunk_penalty = [&](int64_t c, size_t t) {
-      return penalty_of_sums(number(kL1Strength, t), number(kL2Strength, t), sums[c]);
-    };
+    const auto chunk_penalty = [&](int64_t c, size_t t) { return AllTerms::penalty(tasks_[t].numbers.of, sums[c].of); };
     size_t t = 0;
     return value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
   }
@@ -76,16 +75,16 @@ class ListPass {
   std::tuple<at::Tensor, at::Tensor> run_group_penalty() {
     for (ChunkTask& task : tasks_) {
       task.pass = Pass::kPenalty;
-      task.terms = static_cast<Terms>((task.terms & kL1) | kL2);
+      task.numbers.terms = static_cast<Terms>(task.numbers.terms | kL2);
     }
     const std::vector<ChunkSums> sums = run_sums();
     std::vector<double> penalties(plan_.groups());
-    at::Tensor norms = norms_of(sums, [&](int64_t t, int64_t g, const Squares& squares) {
+    at::Tensor norms = norms_of(sums, [&](int64_t t, int64_t g, const ScaledSum& squares) {
       penalties[g] = norm_penalty(number(kNormStrength, t), squares);
     });
     const auto chunk_penalty = [&](int64_t c, size_t t) {
       const bool is_group = plan_.chunks_per_group(t) == 1;
-      return penalty_of_sums(number(kL1Strength, t), number(kL2Strength, t), sums[c]) +
+      return AllTerms::penalty(tasks_[t].numbers.of, sums[c].of) +
              (is_group ? penalties[plan_.first_group(t) + c - plan_.first_chunk(t)] : 0);
     };
     std::vector<int64_t> large;  // groups of several chunks
@@ -123,7 +122,7 @@ class ListPass {
         return;
       }
       if (number(kNormStrength, t) != 0) {
-        task.terms = static_cast<Terms>(task.terms | kNorm);
+        task.numbers.terms = static_cast<Terms>(task.numbers.terms | kNorm);
         task.numbers.norm = all[first_groups[t] + chunk.group - plan_.first_group(t)];
       }
       kernel_(task);
@@ -166,8 +165,8 @@ class ListPass {
       ChunkTask& task = tasks_[t];
       const StepRow& row = rows[t];
       task.pass = optimizer;
-      task.terms = terms_of(number(kL1Strength, t), number(kL2Strength, t));
-      has_terms |= task.terms != kNone;
+      task.numbers.terms = AllTerms::present(task.numbers.of);
+      has_terms |= task.numbers.terms != kNone;
       task.streams[0] = dense_[t].mutable_data_ptr();
       for (int s = 1; s < kStreams; ++s) {
         task.streams[s] = row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr();
@@ -186,9 +185,9 @@ class ListPass {
       run([&, all = norms.const_data_ptr<double>()](int64_t c, ChunkTask& task) {
         const Chunk chunk = plan_.chunk(c);
         if (!is_coupled) {
-          task.terms = kNone;
+          task.numbers.terms = kNone;
         } else if (number(kNormStrength, chunk.tensor) != 0) {
-          task.terms = static_cast<Terms>(task.terms | kNorm);
+          task.numbers.terms = static_cast<Terms>(task.numbers.terms | kNorm);
           task.numbers.norm = all[chunk.group];
         }
         kernel_(task);
@@ -200,24 +199,23 @@ class ListPass {
       return this->value(0);
     }
     const std::vector<ChunkSums> sums = run_sums();
-    const auto chunk_penalty = [&](int64_t c, size_t t) {
-      return penalty_of_sums(number(kL1Strength, t), number(kL2Strength, t), sums[c]);
-    };
+    const auto chunk_penalty = [&](int64_t c, size_t t) { return AllTerms::penalty(tasks_[t].numbers.of, sums[c].of); };
     size_t t = 0;
     return this->value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
   }
 
-  // [tensors, 2] float64: the sums of |w| and of w^2.
+  // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
   at::Tensor run_term_sums() {
     for (ChunkTask& task : tasks_) {
-      task.terms = kL1L2;
+      task.numbers.terms = static_cast<Terms>(kL1L2 | (has_further_ ? kFurther : kNone));
     }
     const std::vector<ChunkSums> sums = run_sums();
-    at::Tensor out = at::empty({plan_.tensors(), 2}, at::kDouble);
-    double* row = out.mutable_data_ptr<double>();
+    at::Tensor out = at::empty({plan_.tensors(), kSums}, at::kDouble);
+    double* next = out.mutable_data_ptr<double>();
     for (const auto t : c10::irange(plan_.tensors())) {
-      *row++ = tensor_sum(t, [&](int64_t c) { return unscaled(sums[c]).l1; });
-      *row++ = tensor_sum(t, [&](int64_t c) { return unscaled(sums[c]).l2; });
+      for (const auto i : c10::irange(kSums)) {
+        *next++ = tensor_sum(t, [&](int64_t c) { return unscaled(sums[c]).of[i]; });
+      }
     }
     return out;
   }
@@ -228,7 +226,7 @@ class ListPass {
     const std::vector<ChunkSums> counts = run_sums();
     at::Tensor out = at::empty({plan_.tensors()}, at::kDouble);
     for (const auto t : c10::irange(plan_.tensors())) {
-      out.mutable_data_ptr<double>()[t] = tensor_sum(t, [&](int64_t c) { return counts[c].l2; });
+      out.mutable_data_ptr<double>()[t] = tensor_sum(t, [&](int64_t c) { return counts[c].of[1].sum; });
     }
     return out;
   }
@@ -268,7 +266,7 @@ class ListPass {
       const int64_t count = plan_.chunks_per_group(t);
       const ChunkSums* of_group = sums.data() + plan_.first_chunk(t);
       for (int64_t g = plan_.first_group(t); g < plan_.first_group(t + 1); ++g, of_group += count) {
-        const Squares squares = squares_of(of_group, count);
+        const ScaledSum squares = squares_of(of_group, count);
         all[g] = norm_of(squares);
         each(t, g, squares);
       }
@@ -330,7 +328,7 @@ class ListPass {
   void set_passes(double factor, Pass write, Pass add) {
     for (const auto t : c10::irange(tasks_.size())) {
       ChunkTask& task = tasks_[t];
-      task.terms = terms_of(number(kL1Strength, t), number(kL2Strength, t));
+      task.numbers.terms = AllTerms::present(task.numbers.of);
       task.pass = adds_.empty() || task.streams[1] == nullptr ? Pass::kPenalty : adds_[t] ? add : write;
       task.numbers.factor = factor;
     }
@@ -351,6 +349,7 @@ class ListPass {
 
   std::array<HostColumn, kNumbers> columns_;
   Grouping group_;
+  bool has_further_;
   std::vector<at::Tensor> dense_;
   std::vector<ChunkTask> tasks_;
   std::vector<bool> adds_;  // per tensor, where gradients are asked for

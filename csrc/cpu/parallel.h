@@ -9,8 +9,8 @@ namespace fused_reg {
 // Elements that a thread is worth waking for; ATen's own figure.
 constexpr int64_t kGrainSize = 32768;
 
-// True in a child of fork(): OpenMP's threads did not come along, and to wait for them is to hang.
-bool is_forked_child();
+// Set in a child of fork(): OpenMP's threads did not come along, and to wait for them is to hang.
+inline bool is_forked_child = false;
 
 // body(chunk) once for every chunk. Serial where threads do not pay.
 template <class Body>
@@ -21,7 +21,7 @@ void for_each_chunk(const ChunkPlan& plan, const Body& body) {
       body(c);
     }
   };
-  if (is_forked_child()) {
+  if (is_forked_child) {
     range(0, plan.elements());
   } else {
     at::parallel_for(0, plan.elements(), kGrainSize, range);

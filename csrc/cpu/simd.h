@@ -13,8 +13,6 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false for _mm512_undefined_pd (GCC bug 105593)
 #endif
-#else
-#include <c10/util/Half.h>
 #endif
 
 namespace fused_reg::FUSED_REG_ISA {
@@ -88,16 +86,20 @@ using OneRounding = TwoRoundings;  // no such instruction; used only where both 
 FUSED_REG_INLINE DoublePair widen(const float* p) { return {{Double{p[0], p[1]}, Double{p[2], p[3]}}}; }
 FUSED_REG_INLINE DoublePair widen(Float v) { return {{Double{v[0], v[1]}, Double{v[2], v[3]}}}; }
 FUSED_REG_INLINE Float load_float16(const uint16_t* p) {
-  Float v{};
-  for (int i = 0; i < kFloats; ++i) {
-    v[i] = c10::detail::fp16_ieee_to_fp32_value(p[i]);
-  }
-  return v;
+  const Bits32 bits = __builtin_convertvector(load<Bits16>(p), Bits32), magnitude = bits & 0x7fff;
+  // By way of exponents so high that infinity and NaN have their own; and no subnormal float, which may be flushed to
+  // 0.
+  const Float normal = (Float)((magnitude << 13) + 0x70000000) * 0x1p-112f;
+  const Float subnormal = (Float)(magnitude | 0x3f000000) - 0.5f;
+  return (Float)((Bits32)(magnitude < 0x400 ? subnormal : normal) | (bits & 0x8000) << 16);
 }
 FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
-  for (int i = 0; i < kFloats; ++i) {
-    p[i] = c10::detail::fp16_ieee_from_fp32_value(v[i]);
-  }
+  const Bits32 bits = (Bits32)v, magnitude = bits & 0x7fffffff;
+  const Bits32 normal = (magnitude - 0x38000000 + (((magnitude >> 13) & 1) + 0xfff)) >> 13;
+  const Bits32 subnormal = (Bits32)((Float)magnitude + 0.5f) - 0x3f000000;
+  const Bits32 finite = magnitude < 0x38800000 ? subnormal : normal;
+  const Bits32 other = v == v ? Bits32{} + 0x7c00 : Bits32{} + 0x7e00;
+  store(p, __builtin_convertvector((magnitude < 0x47800000 ? finite : other) | (bits >> 16 & 0x8000), Bits16));
 }
 #endif
 

@@ -1,7 +1,7 @@
 // What is said when a launch fails.
 #pragma once
 
-#include "../build_info.h"
+#include "kernels.h"
 #include "torch_compat.h"
 
 namespace fused_reg::cuda {
@@ -13,9 +13,8 @@ inline void check_launch(cudaError_t error, at::Device device) {
     int major = 0, minor = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index()));
-    TORCH_CHECK(false, "fused_reg: built for the CUDA architectures ", build_info().cuda_architectures, ", but ",
-                device, " has ", major, ".", minor, "; build it again with TORCH_CUDA_ARCH_LIST=\"", major, ".", minor,
-                "\"");
+    TORCH_CHECK(false, "fused_reg: built for the CUDA architectures ", architectures(), ", but ", device, " has ",
+                major, ".", minor, "; build it again with TORCH_CUDA_ARCH_LIST=\"", major, ".", minor, "\"");
   }
   C10_CUDA_CHECK(error);
 }

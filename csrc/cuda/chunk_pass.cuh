@@ -18,7 +18,7 @@ constexpr unsigned kAll = 0xffffffff;
 
 // The folded lanes of every block of a chunk.
 struct Blocks {
-  double sums[kBlocks][2][kFoldedLanes];  // of the terms' two sums
+  double sums[kBlocks][kPassSums][kFoldedLanes];
 };
 
 // The warps that take a chunk together: all of a CTA.
@@ -263,8 +263,13 @@ class ChunkPass {
   bool adds_;
 };
 
-// The sums of a chunk, in every thread of a warp: the trees over its blocks and then over the folded lanes.
-__device__ __forceinline__ ChunkSums total(const Blocks& blocks, int count, int thread) {
+// The sums of a pass over a chunk.
+struct PassSums {
+  double of[kPassSums];
+};
+
+// These, in every thread of a warp: the trees over its blocks and then over the folded lanes.
+__device__ __forceinline__ PassSums total(const Blocks& blocks, int count, int thread) {
   const int lane = thread % kFoldedLanes, term = thread / kFoldedLanes % 2, odd = thread / kFoldedLanes / 2;
   const auto block = [&](int b) { return b < count ? blocks.sums[b][term][lane] : 0.0; };
   const auto pair = [&](int b) { return block(b) + block(b + 8); };

@@ -122,6 +122,7 @@ class Cursor {
     }
     found.factor = factor;
     found.norm = norm;
+    found.terms = AllTerms::present(found.of);
     return found;
   }
 

@@ -17,7 +17,7 @@ __device__ __forceinline__ CompensatedSum warp_sum(CompensatedSum sum) {
 }
 
 // The sum of squares of a group of several chunks, in every thread of a warp: as sum_of() in summation.h.
-__device__ __forceinline__ Squares group_squares(const Squares* chunks, uint32_t count) {
+__device__ __forceinline__ ScaledSum group_squares(const ScaledSum* chunks, uint32_t count) {
   static_assert(kTensorColumns == kWarp);
   const uint32_t thread = threadIdx.x % kWarp;
   int exponent = __ldcg(&chunks[0].exponent), lowest = exponent;
@@ -52,7 +52,7 @@ __device__ __forceinline__ void sum_large_groups(const View& view) {
     const uint32_t t = owner(call.tensors, g, [&](uint32_t i) { return view.group_info(i).first_large; });
     const GroupInfo& info = view.group_info(t);
     const uint32_t within = g - info.first_large, count = chunks_in(info);
-    const Squares squares = group_squares(call.squares + view.entry(t).first_chunk + within * count, count);
+    const ScaledSum squares = group_squares(call.squares + view.entry(t).first_chunk + within * count, count);
     if (threadIdx.x % kWarp == 0) {
       call.norms[info.first + within] = norm_of(squares);
       if (call.value != nullptr) {
@@ -62,15 +62,45 @@ __device__ __forceinline__ void sum_large_groups(const View& view) {
   }
 }
 
-// The penalty of a chunk, and of its group if it is a whole one.
-template <class AnyCursor, class AnyChunk>
-__device__ __forceinline__ double penalty_of(const AnyCursor& cursor, const AnyChunk& chunk, const ChunkSums& sums) {
-  return penalty_of_sums(cursor.number(kL1Strength), cursor.number(kL2Strength), sums) +
-         (chunk.is_group ? norm_penalty(cursor.number(kNormStrength), {sums.l2, sums.exponent}) : 0);
+// The sums of a pass over a chunk, of P's second one where `has_second`; those that have left the range of float64 are
+// taken again. Of a team's two places `filled` is the one that nobody reads.
+template <template <int> class P, int known, class AnyChunk>
+__device__ __forceinline__ ChunkSums sums_of(const AnyChunk& chunk, Blocks* blocks, const Team& team,
+                                             const ChunkNumbers& numbers, bool has_second, int* filled) {
+  for (int exponent = 0;;) {
+    Blocks* const place = blocks + (team.warps() == 1 ? threadIdx.x / kWarp : *filled);
+    run_chunk<P, known, true>(chunk, place, team, numbers, exponent);
+    team.sync();
+    const PassSums sums = total(*place, chunk.blocks(), threadIdx.x % kWarp);
+    if (team.warps() == 1) {
+      __syncwarp();
+    }
+    *filled = 1 - *filled;
+    const bool may_leave = !std::is_void_v<typename P<known>::Sums> &&
+                           (P<known>::kOfAnyDtype || chunk.dtype == Dtype::kFloat64) && exponent == 0;
+    const int again = may_leave ? rescue_exponent(sums.of[0], sums.of[1], has_second) : 0;
+    if (again == 0) {
+      const int result = P<known>::result_exponent(numbers, exponent);
+      return {{{sums.of[0], result}, {sums.of[1], result}}};
+    }
+    exponent = again;
+  }
 }
 
-// The sums of a pass, of every chunk and group; and where Call.value asks for it, the penalty of the list.
-template <class Table, template <int> class P, int known>
+// Those of further terms.
+template <class AnyChunk, class... T>
+__device__ __forceinline__ void sum_further(const AnyChunk& chunk, Blocks* blocks, const Team& team,
+                                            const ChunkNumbers& numbers, int* filled, ChunkSums* sums, TermList<T...>) {
+  ((numbers.terms & T::kBit
+        ? void(sums->of[T::kSum] =
+                   sums_of<TermSum<T>::template Pass, kNone>(chunk, blocks, team, numbers, true, filled).of[1])
+        : void()),
+   ...);
+}
+
+// The sums of a pass, of every chunk and group; and where Call.value asks for it, the penalty of the list. With all
+// numbers it takes those of further terms, too.
+template <class Table, template <int> class P, int known, int numbers_of_pass>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid_constant__ Table table) {
   __shared__ Blocks blocks[kWarps];            // a CTA fills one while another is summed; a warp alone has its own
   __shared__ CompensatedSum run_sums[kWarps];  // of the first thread of a team alone; spares the others registers
@@ -80,44 +110,34 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
   int filled = 0;
   for (uint32_t r = team.index(); r < call.runs; r += team.count()) {
     uint32_t c = r * call.run_length;
-    Cursor<Table, 1, kNumbers> cursor(table, c);
+    Cursor<Table, 1, numbers_of_pass> cursor(table, c);
     if (team.is_first_thread()) {
       run_sum = {};
     }
     for (; c < run_end(call, r); ++c) {
       const auto chunk = cursor.at(c);
-      const ChunkNumbers numbers = cursor.numbers(1, 0);
-      const int terms = call.norms == nullptr || numbers.of[kL1Strength] != 0 ? kL1L2 : kL2;
-      ChunkSums sums;
-      for (bool again = false;; again = true) {
-        Blocks* const place = blocks + (team.warps() == 1 ? threadIdx.x / kWarp : filled);
-        const int exponent = sums.exponent;
-        run_chunk<P, known, true>(chunk, place, team, numbers, terms, exponent);
-        team.sync();
-        sums = total(*place, chunk.blocks(), threadIdx.x % kWarp);
-        sums.exponent = exponent;
-        if (team.warps() == 1) {
-          __syncwarp();
-        }
-        filled = 1 - filled;
-        if (again || std::is_void_v<typename P<known>::Sums> || chunk.dtype != Dtype::kFloat64) {
-          break;
-        }
-        sums.exponent = rescue_exponent(sums, /*has_l2=*/true);
-        if (sums.exponent == 0) {
-          break;
-        }
+      ChunkNumbers numbers = cursor.numbers(1, 0);
+      const bool is_report = call.norms == nullptr && call.value == nullptr;
+      numbers.terms = static_cast<Terms>(numbers.terms | (is_report               ? kL1L2 | kFurther
+                                                          : call.norms != nullptr ? kL2
+                                                                                  : kNone));
+      ChunkSums sums =
+          sums_of<P, known>(chunk, blocks, team, numbers, known == kNone || (numbers.terms & kL2), &filled);
+      if constexpr (numbers_of_pass > kGroupNumbers) {
+        sum_further(chunk, blocks, team, numbers, &filled, &sums, FurtherTerms{});
       }
       if (team.is_first_thread()) {
+        const ScaledSum& squares = sums.of[L2::kSum];
         if (call.value != nullptr) {
-          run_sum.add(penalty_of(cursor, chunk, sums));
+          run_sum.add(AllTerms::penalty(numbers.of, sums.of) +
+                      (chunk.is_group ? norm_penalty(numbers.of[kNormStrength], squares) : 0));
         }
-        if (call.norms == nullptr) {
+        if (is_report) {
           call.chunk_sums[c] = unscaled(sums);
-        } else if (chunk.is_group) {
-          call.norms[chunk.group] = norm_of(Squares{sums.l2, sums.exponent});
-        } else {
-          call.squares[c] = {sums.l2, sums.exponent};
+        } else if (call.norms != nullptr && chunk.is_group) {
+          call.norms[chunk.group] = norm_of(squares);
+        } else if (call.norms != nullptr) {
+          call.squares[c] = squares;
         }
       }
     }
@@ -130,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
   }
   __syncthreads();
   if (is_last_cta(call.ticket)) {
-    sum_large_groups(TableView<Table, 1, kNumbers>(table));
+    sum_large_groups(TableView<Table, 1, numbers_of_pass>(table));
     if (call.value != nullptr) {
       __syncthreads();
       write_value(call);
@@ -138,15 +158,19 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
   }
 }
 
-// A pass without sums over the chunks of a list whose groups have norms, if Call.norms says so.
-template <class Table, template <int> class P, int known>
+// A pass without sums over the chunks of a list that may have groups with norms, if Call.norms says so, and further
+// terms.
+template <class Table, template <int> class P, int known, int numbers_of_pass>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) group_element_kernel(const __grid_constant__ Table table) {
   constexpr int kUsed = streams_of<P<known>>;
   const Call& call = table.call;
   const Team team(call.team);
   const double factor = read(call.factor, call.factor_source);
+  if (call.keep_if_one && factor == 1) {
+    return;
+  }
   for (uint32_t c = team.index(); c < call.chunks; c += team.count()) {
-    Cursor<Table, kUsed, kNumbers> cursor(table, c);
+    Cursor<Table, kUsed, numbers_of_pass> cursor(table, c);
     const auto chunk = cursor.at(c);
     if (chunk.streams[kUsed - 1] == nullptr) {
       continue;
@@ -154,26 +178,31 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) group_element_kernel(con
     const bool has_norm = call.norms != nullptr && cursor.number(kNormStrength) != 0;
     ChunkNumbers numbers = cursor.numbers(factor, call.norms == nullptr ? 0 : call.norms[chunk.group]);
     numbers.of[kNormStrength] = has_norm ? numbers.of[kNormStrength] : 0;
-    const int terms = terms_of(numbers.of[kL1Strength], numbers.of[kL2Strength]) | (has_norm ? kNorm : kNone);
-    run_chunk<P, known>(chunk, nullptr, team, numbers, terms);
+    numbers.terms = static_cast<Terms>(numbers.terms | (has_norm ? kNorm : kNone));
+    run_chunk<P, known>(chunk, nullptr, team, numbers);
   }
 }
 
 // The sums of every tensor, [tensors], from those of its chunks: a warp a tensor.
 static __global__ void __launch_bounds__(kThreads) tensor_sums_kernel(const DeviceTable table, TermSums* out) {
   const int thread = threadIdx.x % kWarp;
-  const TableView<DeviceTable, 1, kNumbers> view(table);
+  const TableView<DeviceTable, 1, kGroupNumbers> view(table);
   const Call& call = table.call;
   for (uint32_t t = blockIdx.x * kWarps + threadIdx.x / kWarp; t < call.tensors; t += gridDim.x * kWarps) {
     const uint32_t end = t + 1 < call.tensors ? view.entry(t + 1).first_chunk : call.chunks;
-    CompensatedSum l1{}, l2{};
+    CompensatedSum sums[kSums]{};
     for (uint32_t c = view.entry(t).first_chunk + thread; c < end; c += kWarp) {
-      l1.add(call.chunk_sums[c].l1);
-      l2.add(call.chunk_sums[c].l2);
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        sums[i].add(call.chunk_sums[c].of[i]);
+      }
     }
-    const TermSums sums{result(warp_sum(l1)), result(warp_sum(l2))};
-    if (thread == 0) {
-      out[t] = sums;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const double sum = result(warp_sum(sums[i]));
+      if (thread == 0) {
+        out[t].of[i] = sum;
+      }
     }
   }
 }

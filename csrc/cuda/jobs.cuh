@@ -12,7 +12,7 @@ constexpr bool kWide = std::is_same_v<typename Element<dtype>::Scalar, double>;
 // known: the terms that P is compiled for; scaled: float64 sums are of elements divided by 2^exponent.
 template <Dtype dtype, template <int> class P, int known, bool scaled>
 class Job {
-  using Whole = P<known>;
+  using Whole = P<known == kL1L2 ? known : known & ~kL1L2>;
 
  public:
   using E = Element<dtype>;
@@ -27,15 +27,10 @@ class Job {
   static constexpr int kBatch = kSums == kL2 && sizeof(Storage) == 2 ? 2 : kOneStream || kAdds ? 4 : 8;
   static constexpr int kUnrolled = kOneStream || kAdds ? 1 : 2;
 
-  __device__ Job(const ChunkNumbers& numbers, int terms, int exponent = 0)
-      : terms_(terms & known), scale_(scaled ? std::ldexp(1.0, -exponent) : 1) {
-    if constexpr ((known & kNorm) != 0) {
-      if (!(terms & kNorm)) {
-        P<known & ~kNorm>::factors(numbers, factors_);
-        return;
-      }
-    }
+  __device__ explicit Job(const ChunkNumbers& numbers, int exponent = 0)
+      : terms_(numbers.terms & known), scale_(scaled ? std::ldexp(1.0, -exponent) : 1) {
     Whole::factors(numbers, factors_);
+    Whole::template sum_factors<Scalar>(numbers, exponent, sum_factors_);
   }
 
   // An element that changes no sum.
@@ -60,15 +55,19 @@ class Job {
   // What is written, from what is read: x[s] are elements of stream s.
   template <int streams, int count>
   __device__ __forceinline__ void write(Storage (&x)[streams][count], bool adds) const {
-    switch (static_cast<Terms>(terms_ & kL1L2)) {
-      case kL1:
-        return write_of < known & kL1 > (x, adds);
-      case kL2:
-        return write_of < known & kL2 > (x, adds);
-      case kL1L2:
-        return write_of < known & kL1L2 > (x, adds);
-      default:
-        return write_of<kNone>(x, adds);
+    if constexpr (known != kL1L2) {
+      return write_with<Whole>(x, adds);
+    } else {
+      switch (terms_) {
+        case kL1:
+          return write_with<P<kL1>>(x, adds);
+        case kL2:
+          return write_with<P<kL2>>(x, adds);
+        case kL1L2:
+          return write_with<P<kL1L2>>(x, adds);
+        default:
+          return write_with<P<kNone>>(x, adds);
+      }
     }
   }
 
@@ -77,28 +76,14 @@ class Job {
   __device__ __forceinline__ void add_of(const Storage (&w)[count], double (&first)[count],
                                          double (&second)[count]) const {
     using MultiplyAdd = std::conditional_t<kWide<dtype>, TwoRoundings, OneRounding>;
-    double wide[kFactorsMax];
-    for (int f = 0; f < Whole::kFactors; ++f) {
-      wide[f] = factors_[f];
-    }
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       double sums[2] = {first[i], second[i]};
-      P<terms>::template add<MultiplyAdd>(sums, static_cast<double>(E::widen(w[i])), wide,
+      P<terms>::template add<MultiplyAdd>(sums, static_cast<double>(E::widen(w[i])), sum_factors_,
                                           [&](double y) { return scaled && kWide<dtype> ? y * scale_ : y; });
       first[i] = sums[0];
       second[i] = sums[1];
     }
-  }
-
-  template <int terms, int streams, int count>
-  __device__ __forceinline__ void write_of(Storage (&x)[streams][count], bool adds) const {
-    if constexpr ((known & kNorm) != 0) {
-      if (terms_ & kNorm) {
-        return write_with<P<terms | kNorm>>(x, adds);
-      }
-    }
-    write_with<P<terms>>(x, adds);
   }
 
   template <class Pass, int streams, int count>
@@ -126,23 +111,24 @@ class Job {
   }
 
   int terms_;
-  Scalar factors_[kFactorsMax];
+  Scalar factors_[Whole::kFactors + 1];
+  double sum_factors_[Whole::kSumFactors + 1];
   double scale_;
 };
 
 // Of a chunk, whatever its dtype.
 template <template <int> class P, int known, bool scaled = false, class AnyChunk, class AnyTeam>
 __device__ __forceinline__ void run_chunk(const AnyChunk& chunk, Blocks* blocks, const AnyTeam& team,
-                                          const ChunkNumbers& numbers, int terms, int exponent = 0) {
+                                          const ChunkNumbers& numbers, int exponent = 0) {
   switch (chunk.dtype) {
     case Dtype::kFloat32:
-      return ChunkPass(chunk, Job<Dtype::kFloat32, P, known, scaled>(numbers, terms, exponent)).run(blocks, team);
+      return ChunkPass(chunk, Job<Dtype::kFloat32, P, known, scaled>(numbers, exponent)).run(blocks, team);
     case Dtype::kFloat64:
-      return ChunkPass(chunk, Job<Dtype::kFloat64, P, known, scaled>(numbers, terms, exponent)).run(blocks, team);
+      return ChunkPass(chunk, Job<Dtype::kFloat64, P, known, scaled>(numbers, exponent)).run(blocks, team);
     case Dtype::kBFloat16:
-      return ChunkPass(chunk, Job<Dtype::kBFloat16, P, known, scaled>(numbers, terms, exponent)).run(blocks, team);
+      return ChunkPass(chunk, Job<Dtype::kBFloat16, P, known, scaled>(numbers, exponent)).run(blocks, team);
     case Dtype::kFloat16:
-      return ChunkPass(chunk, Job<Dtype::kFloat16, P, known, scaled>(numbers, terms, exponent)).run(blocks, team);
+      return ChunkPass(chunk, Job<Dtype::kFloat16, P, known, scaled>(numbers, exponent)).run(blocks, team);
   }
 }
 

@@ -3,21 +3,26 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "../passes/passes.h"
 #include "table.h"
 
 namespace fused_reg::cuda {
+
+// The compute capabilities that the kernels are compiled for: "7.5 9.0".
+std::string architectures();
 
 // Which rows a pass has in its table.
 struct Rows {
   int streams, numbers;
 };
 
-constexpr Rows rows_of(Pass pass) {
+constexpr Rows rows_of(Pass pass, bool has_further = false) {
   switch (pass) {
 #define FUSED_REG_ROWS(name, terms, numbers) \
   case Pass::k##name:                        \
-    return {streams_of<name##Pass<terms>>, numbers};
+    return {streams_of<name##Pass<terms>>, !has_further && numbers == kNumbers ? kGroupNumbers : numbers};
     FUSED_REG_PASSES(FUSED_REG_ROWS)
 #undef FUSED_REG_ROWS
   }

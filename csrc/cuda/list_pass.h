@@ -60,6 +60,7 @@ class ListPass {
     call_.team = plan_.elements() < plan_.chunks() * (kChunkSize / 2) ? 1 : kWarps;
     call_.factor.value = 1;
     call_.factor_source = Source::kValue;
+    call_.has_further = numbers.has_further();
   }
 
   Grouping group() const { return group_; }
@@ -80,9 +81,9 @@ class ListPass {
   void add_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/true); }
 
   // The penalty, 0-dim, float64 if any parameter is, else float32; and every gradient that was asked for, times scale.
-  // One launch.
+  // One launch; with further terms two, if there are gradients.
   at::Tensor run_penalty(const NumberArg& scale) {
-    const NumberArgRef factor(scale, device_);
+    const ColumnRefs factor(scale, device_);
     if (call_.chunks == 0) {
       return zero();
     }
@@ -90,7 +91,14 @@ class ListPass {
     const at::Tensor run_sums = fresh({call_.runs}, at::kDouble);
     set_value(value, run_sums.mutable_data_ptr<double>());
     set_factor(factor);
-    run(adds_ || !factor.is(1) ? Pass::kPenaltyAccumulate : Pass::kPenaltyGradient);
+    if (!call_.has_further) {
+      run(adds_ || !factor.is(1) ? Pass::kPenaltyAccumulate : Pass::kPenaltyGradient);
+      return value;
+    }
+    run(Pass::kPenalty);
+    if (has_grads_) {
+      run(Pass::kAccumulate);
+    }
     return value;
   }
 
@@ -114,7 +122,7 @@ class ListPass {
   // keep_if_one: the gradients are there already for 1.
   void run_gradient(const NumberArg& upstream, const OptionalTensor& norms, at::IntArrayRef first_groups,
                     bool keep_if_one) {
-    const NumberArgRef factor(upstream, device_);
+    const ColumnRefs factor(upstream, device_);
     if (call_.chunks == 0 || (keep_if_one && factor.is(1))) {
       return;
     }
@@ -123,7 +131,7 @@ class ListPass {
     if (group_ != Grouping::kNone) {
       set_groups(*norms, first_groups);
     }
-    run(group_ != Grouping::kNone || adds_ ? Pass::kAccumulate : Pass::kGradient);
+    run(group_ != Grouping::kNone || call_.has_further ? Pass::kAccumulate : Pass::kGradient);
   }
 
   // The norm of every group after the soft threshold, [groups] float64. One launch.
@@ -154,7 +162,7 @@ class ListPass {
     run(Pass::kProx);
   }
 
-  // [tensors, 2] float64: the sums of |w| and of w^2.
+  // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
   at::Tensor run_term_sums() { return tensor_sums(Pass::kPenalty); }
 
   // [tensors] float64: how many elements are 0.
@@ -172,10 +180,11 @@ class ListPass {
     streams_[t][1] = grad.mutable_data_ptr();
     entries_[t].adds = add;
     adds_ |= add;
+    has_grads_ = true;
   }
 
-  void set_factor(const NumberArgRef& factor) {
-    call_.factor = factor.ref();
+  void set_factor(const ColumnRefs& factor) {
+    call_.factor = factor[0];
     call_.factor_source = factor.source();
   }
 
@@ -208,16 +217,16 @@ class ListPass {
 
   // So many numbers, and behind them the squares of the chunks of large groups.
   at::Tensor scratch_behind(int64_t doubles) {
-    static_assert(sizeof(Squares) == 2 * sizeof(double));
+    static_assert(sizeof(ScaledSum) == 2 * sizeof(double));
     const at::Tensor scratch = fresh({doubles + (call_.large_groups == 0 ? 0 : 2 * plan_.chunks())}, at::kDouble);
-    call_.squares = reinterpret_cast<Squares*>(scratch.mutable_data_ptr<double>() + doubles);
+    call_.squares = reinterpret_cast<ScaledSum*>(scratch.mutable_data_ptr<double>() + doubles);
     return scratch;
   }
 
   at::Tensor tensor_sums(Pass pass) {
-    static_assert(sizeof(TermSums) == 2 * sizeof(double));
-    at::Tensor out = fresh({plan_.tensors(), 2}, at::kDouble);
-    const at::Tensor chunk_sums = fresh({plan_.chunks(), 2}, at::kDouble);
+    static_assert(sizeof(TermSums) == kSums * sizeof(double));
+    at::Tensor out = fresh({plan_.tensors(), kSums}, at::kDouble);
+    const at::Tensor chunk_sums = fresh({plan_.chunks(), kSums}, at::kDouble);
     call_.chunk_sums = reinterpret_cast<TermSums*>(chunk_sums.mutable_data_ptr<double>());
     const at::Tensor table = device_table(table_for(pass), launch_);
     auto* const sums = reinterpret_cast<TermSums*>(out.mutable_data_ptr<double>());
@@ -233,7 +242,7 @@ class ListPass {
 
   // And what Call says of it.
   std::vector<unsigned char> table_for(Pass pass) {
-    const Rows own = rows_of(pass);
+    const Rows own = rows_of(pass, call_.has_further);
     call_.numbers_per_tensor = false;
     for (const auto i : c10::irange(own.numbers)) {
       call_.sources[i] = columns_[i].source();
@@ -281,7 +290,7 @@ class ListPass {
   std::vector<std::array<void*, kStreams>> streams_;
   std::vector<GroupInfo> groups_;  // of a launch that knows groups
   Call call_{};
-  bool adds_ = false;
+  bool adds_ = false, has_grads_ = false;
 };
 
 }  // namespace fused_reg::cuda

@@ -9,12 +9,6 @@
 
 namespace fused_reg::cuda {
 
-// A tensor on the device as the kernels read it.
-inline at::Tensor readable(const at::Tensor& t) {
-  check_strength_memory(t);
-  return is_supported(t.scalar_type()) ? t : t.to(at::kDouble);
-}
-
 inline Source source_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::kFloat32:
@@ -29,13 +23,7 @@ inline Source source_of(Dtype dtype) {
   TORCH_INTERNAL_ASSERT(false, "no Source for this Dtype");
 }
 
-inline NumberRef ref_to(const at::Tensor& t, int64_t element) {
-  NumberRef ref;
-  ref.address = static_cast<const char*>(t.const_data_ptr()) + element * t.element_size();
-  return ref;
-}
-
-// The column of a selection.
+// The column of a selection, or one number for all: what gradients are multiplied by.
 class ColumnRefs {
  public:
   ColumnRefs() : refs_{NumberRef{0}} {}  // 0 for all
@@ -49,14 +37,22 @@ class ColumnRefs {
       return;
     }
     check_strength(arg.name, arg.tensor->numel(), selection.list);
-    tensor_ = readable(*arg.tensor);
-    source_ = source_of(dtype_of(tensor_));
+    take(*arg.tensor);
     if (tensor_.numel() == 1) {
-      refs_.push_back(ref_to(tensor_, 0));
+      refer_to(0);
       return;
     }
     for (const size_t place : selection.places) {
-      refs_.push_back(ref_to(tensor_, place * tensor_.stride(0)));
+      refer_to(place * tensor_.stride(0));
+    }
+  }
+
+  ColumnRefs(const NumberArg& arg, at::Device device) {
+    if (arg.tensor.has_value() && arg.tensor->device() == device) {
+      take(*arg.tensor);
+      refer_to(0);
+    } else {
+      refs_.push_back({arg.tensor.has_value() ? arg.tensor->item<double>() : arg.value});
     }
   }
 
@@ -64,38 +60,25 @@ class ColumnRefs {
   bool is_one() const { return refs_.size() == 1; }
   NumberRef operator[](size_t t) const { return refs_[is_one() ? 0 : t]; }
 
+  // The host knows that it is this.
+  bool is(double value) const { return source_ == Source::kValue && refs_[0].value == value; }
+
  private:
+  void take(const at::Tensor& on_device) {
+    check_strength_memory(on_device);
+    tensor_ = is_supported(on_device.scalar_type()) ? on_device : on_device.to(at::kDouble);
+    source_ = source_of(dtype_of(tensor_));
+  }
+
+  void refer_to(int64_t element) {
+    NumberRef ref;
+    ref.address = static_cast<const char*>(tensor_.const_data_ptr()) + element * tensor_.element_size();
+    refs_.push_back(ref);
+  }
+
   at::Tensor tensor_;
   Source source_ = Source::kValue;
   std::vector<NumberRef> refs_;
-};
-
-// What gradients are multiplied by.
-class NumberArgRef {
- public:
-  NumberArgRef(const NumberArg& arg, at::Device device) : ref_{arg.value} {
-    if (!arg.tensor.has_value()) {
-      return;
-    }
-    if (arg.tensor->device() != device) {
-      ref_.value = arg.tensor->item<double>();
-      return;
-    }
-    tensor_ = readable(*arg.tensor);
-    source_ = source_of(dtype_of(tensor_));
-    ref_ = ref_to(tensor_, 0);
-  }
-
-  NumberRef ref() const { return ref_; }
-  Source source() const { return source_; }
-
-  // The host knows that it is this.
-  bool is(double value) const { return source_ == Source::kValue && ref_.value == value; }
-
- private:
-  at::Tensor tensor_;
-  Source source_ = Source::kValue;
-  NumberRef ref_;
 };
 
 }  // namespace fused_reg::cuda

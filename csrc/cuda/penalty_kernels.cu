@@ -1,7 +1,6 @@
 // The launches of the kernels.
 #include <algorithm>
 
-#include "../build_info.h"
 #include "group_kernels.cuh"
 #include "kernels.h"
 
@@ -38,14 +37,19 @@ struct Plan {
 
 template <class Table, template <int> class P, int known, int numbers>
 Plan<Table> plan_of(const Call& call) {
+  if constexpr (numbers > kGroupNumbers) {
+    if (!call.has_further) {
+      return plan_of < Table, P, known & ~kFurther, kGroupNumbers > (call);
+    }
+  }
   if constexpr (P<known>::kSums != 0 && P<known>::kWrites != 0) {
     return {penalty_kernel<Table, P>, call.runs};
   } else if constexpr (P<known>::kSums != 0) {
-    return {sums_kernel<Table, P, known>, call.runs};
+    return {sums_kernel<Table, P, known, numbers>, call.runs};
   } else if constexpr (numbers == kTermNumbers) {
     return {element_kernel<Table, P>, call.chunks};
   } else {
-    return {group_element_kernel<Table, P, known>, call.chunks};
+    return {group_element_kernel<Table, P, known, numbers>, call.chunks};
   }
 }
 
@@ -78,14 +82,15 @@ cudaError_t launch_inline(Pass pass, const Call& call, const void* bytes, size_t
   return launch_table(pass, table, stream);
 }
 
-// Told to the build information while the library is loaded.
-const bool registered = [] {
-  constexpr int architectures[] = {__CUDA_ARCH_LIST__};  // 750, 800, ...
-  set_cuda_architectures(architectures, std::size(architectures));
-  return true;
-}();
-
 }  // namespace
+
+std::string architectures() {
+  std::string names;
+  for (const int number : {__CUDA_ARCH_LIST__}) {  // 750, 800, ...
+    names += (names.empty() ? "" : " ") + std::to_string(number / 100) + "." + std::to_string(number / 10 % 10);
+  }
+  return names;
+}
 
 cudaError_t launch(Pass pass, const Call& call, const void* table, size_t table_bytes, cudaStream_t stream) {
   if (table_bytes <= kSmallTable) {

@@ -76,23 +76,22 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) penalty_kernel(const __g
     for (uint32_t c = begin; c < end; ++c) {
       const auto chunk = cursor.at(c);
       const ChunkNumbers numbers = cursor.numbers(kHasFactor ? read(call.factor, call.factor_source) : 1, 0);
-      const double l1 = numbers.of[kL1Strength], l2 = numbers.of[kL2Strength];
-      run_chunk<P, kL1L2>(chunk, &blocks[filled], WholeCta{}, numbers, terms_of(l1, l2));
+      run_chunk<P, kL1L2>(chunk, &blocks[filled], WholeCta{}, numbers);
       __syncthreads();
       const bool is_float64 = chunk.dtype == Dtype::kFloat64;
       if (thread < kWarp || is_float64) {  // every warp finds out alike whether the sums have left the range of float64
-        ChunkSums sums = total(blocks[filled], chunk.blocks(), thread % kWarp);
-        const int exponent = is_float64 ? rescue_exponent(sums, l2 != 0) : 0;
+        PassSums sums = total(blocks[filled], chunk.blocks(), thread % kWarp);
+        const int exponent = is_float64 ? rescue_exponent(sums.of[0], sums.of[1], numbers.terms & kL2) : 0;
         if (exponent != 0) {
           filled = 1 - filled;
-          ChunkPass(chunk, Job<Dtype::kFloat64, PenaltyPass, kL1L2, true>(numbers, terms_of(l1, l2), exponent))
+          ChunkPass(chunk, Job<Dtype::kFloat64, PenaltyPass, kL1L2, true>(numbers, exponent))
               .run(&blocks[filled], WholeCta{});
           __syncthreads();
           sums = total(blocks[filled], chunk.blocks(), thread % kWarp);
-          sums.exponent = exponent;
         }
         if (thread == 0) {
-          run_sum.add(penalty_of_sums(l1, l2, sums));
+          const ScaledSum of_terms[kSums] = {{sums.of[0], exponent}, {sums.of[1], exponent}};
+          run_sum.add(AllTerms::penalty(numbers.of, of_terms));
         }
       }
       filled = 1 - filled;
@@ -118,8 +117,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) element_kernel(const __g
     Cursor<Table, 2, kTermNumbers> cursor(table, c);
     const auto chunk = cursor.at(c);
     const ChunkNumbers numbers = cursor.numbers(factor, 0);
-    run_chunk<P, kL1L2>(chunk, nullptr, WholeCta{}, numbers,
-                        terms_of(numbers.of[kL1Strength], numbers.of[kL2Strength]));
+    run_chunk<P, kL1L2>(chunk, nullptr, WholeCta{}, numbers);
   }
 }
 

@@ -54,7 +54,8 @@ struct Call {
   bool keep_if_one;  // the gradients are there already, for a factor of 1
 
   bool value_is_float64;
-  uint8_t team;  // warps that take a chunk together: 1 or kWarps
+  bool has_further;  // the rows have the numbers of further terms
+  uint8_t team;      // warps that take a chunk together: 1 or kWarps
   NumberRef factor;
 
   // The penalty: written to value by the last of the CTAs, which the ticket finds. Null: nobody asks for it.
@@ -65,7 +66,7 @@ struct Call {
   uint32_t large_groups;  // those of several chunks
   double* norms;          // [groups], of all groups; null: there are no groups
   union {                 // [chunks], scratch
-    Squares* squares;     // of the chunks of large groups
+    ScaledSum* squares;   // of the chunks of large groups
     TermSums* chunk_sums;
   };
 };

@@ -1,10 +1,5 @@
 // Shapes and dtypes without data: what meta tensors, FakeTensorMode and torch.compile run.
-
-#include "../checks.h"
-#include "../layout.h"
-#include "../numbers.h"
-#include "../registration.h"
-#include "../torch_compat.h"
+#include "../operators.h"
 
 namespace fused_reg {
 
@@ -15,17 +10,22 @@ using Tensors = std::vector<at::Tensor>;
 struct Meta {
   static std::tuple<at::Tensor, Tensors, Tensors> penalty(at::TensorList params, const c10::List<bool>& needs_grad,
                                                           FUSED_REG_NUMBERS) {
-    Tensors all_norms;
+    at::Tensor value = value_of(params);
+    Tensors grads, all_norms;
+    for (const auto t : c10::irange(needs_grad.empty() ? 0 : params.size())) {
+      if (needs_grad[t]) {
+        grads.push_back(at::empty_like(params[t]));
+      }
+    }
     if (group != 0) {
       all_norms.push_back(norms(params, floats, tensors, counts, group));
     }
-    Tensors grads = like(params, [&](size_t t) { return !needs_grad.empty() && needs_grad[t]; });
-    return {value(params), std::move(grads), std::move(all_norms)};
+    return {std::move(value), std::move(grads), std::move(all_norms)};
   }
 
   static Tensors penalty_grad(const at::Tensor&, at::TensorList params, const c10::List<bool>&, const OptionalTensor&,
                               c10::SymIntArrayRef, FUSED_REG_NUMBERS) {
-    return like(params, [](size_t) { return true; });
+    return empty_grads(params);
   }
 
   static void rescale_grad_(const at::Tensor&, at::TensorList, at::TensorList, const c10::List<bool>&,
@@ -33,11 +33,16 @@ struct Meta {
 
   static at::Tensor accumulate_grad_(at::TensorList params, at::TensorList, at::IntArrayRef, double,
                                      const OptionalTensor&, FUSED_REG_NUMBERS) {
-    return value(params);
+    return value_of(params);
   }
 
   static Tensors empty_grads(at::TensorList params) {
-    return like(params, [](size_t) { return true; });
+    check(params);
+    Tensors grads;
+    for (const at::Tensor& p : params) {
+      grads.push_back(at::empty_like(p));
+    }
+    return grads;
   }
 
   static void prox_(at::TensorList params, const OptionalTensor&, c10::SymIntArrayRef, FUSED_REG_NUMBERS) {
@@ -46,7 +51,7 @@ struct Meta {
 
   static at::Tensor step_(at::TensorList params, at::TensorList, at::TensorList, at::TensorList, const c10::List<bool>&,
                           int64_t, int64_t, Floats, const OptionalTensor&, FUSED_REG_NUMBERS) {
-    return value(params);
+    return value_of(params);
   }
 
   static at::Tensor norms(at::TensorList params, FUSED_REG_NUMBERS) {
@@ -63,31 +68,21 @@ struct Meta {
 
   static at::Tensor sums(at::TensorList params, bool with_zeros, FUSED_REG_NUMBERS) {
     check(params);
-    const int64_t columns = with_zeros ? 3 : 2;
+    const int64_t columns = with_zeros ? kSums + 1 : kSums;
     return at::empty({static_cast<int64_t>(params.size()), columns}, params[0].options().dtype(at::kDouble));
   }
 
  private:
   static void check(at::TensorList params) {
     check_params(params);
-    check_meta(params);
+    // A strength on the meta device brings a call here whose parameters have data.
+    TORCH_CHECK_VALUE(params[0].is_meta(), "strengths must be on the CPU or on the parameters' device (",
+                      params[0].device(), "), got meta");
   }
 
-  static at::Tensor value(at::TensorList params) {
+  static at::Tensor value_of(at::TensorList params) {
     check(params);
     return at::empty({}, params[0].options().dtype(value_dtype(params)));
-  }
-
-  template <class IsWanted>
-  static Tensors like(at::TensorList params, const IsWanted& is_wanted) {
-    check(params);
-    Tensors found;
-    for (const auto t : c10::irange(params.size())) {
-      if (is_wanted(t)) {
-        found.push_back(at::empty_like(params[t]));
-      }
-    }
-    return found;
   }
 };
 

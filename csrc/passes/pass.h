@@ -6,13 +6,17 @@
 //                                              the parameter, which is stream 0
 //     kOptional                                those of them that a tensor may not have
 //     kSums                                    the sums that it takes over a chunk, a bit each
-//     kFactors                                 how many numbers it needs, in the type S that elements are computed in
-//     factors(numbers, f)                      computes them, once for a chunk
-//     element(x, f)                            computes the streams that it writes from those that it reads
+//     kFactors                                 how many numbers its elements need, in the type S that they are computed
+//     in factors(numbers, f)                      computes them, once for a chunk element(x, f) computes the streams
+//     that it writes from those that it reads kSumFactors, sum_factors<S>              the same of what its sums need,
+//     in float64
+//       (numbers, exponent, f)
 //     add<MultiplyAdd>(sums, w, f, scaled)     adds a parameter's element to the sums, in float64; scaled(x) is x, or
-//                                              where the sums left the range of float64, x times a power of two
+//                                              where the sums left the range of float64, x / 2^exponent
 //     Sums                                     the pass that takes its sums alone, where they can leave the range of
 //                                              float64 and must be taken again; else void
+//     kOfAnyDtype                              whether those of elements that are narrower than float64 can
+//     result_exponent(numbers, exponent)       of sums that were taken so
 //     Fresh                                    the pass that does the same where a stream that it adds to is not there
 //                                              yet, if it adds to one; else void
 //     kPadding                                 the byte of which elements consist that change no sum
@@ -27,23 +31,9 @@
 
 namespace fused_reg {
 
-constexpr int kStreams = 6;  // at most
-constexpr int kFactorsMax = 18;
-
-// The numbers of an optimizer's step of a tensor (step.h), beside kStep, its learning rate: momentum, beta1 or the decay
-// of the learning rate; dampening, beta2 or alpha; the steps so far, with this one.
-enum StepNumber : int { kWeightDecay, kFirstDecay, kSecondDecay, kEpsilon, kCount, kGradScale, kStepNumbers };
-constexpr int kRates = kCount;  // those that the options of an optimizer say
-constexpr int kUnscaled = 5;  // the stream of gradients that a loss scale is taken from
-
-// The numbers of a chunk.
-struct ChunkNumbers {
-  double of[kNumbers];  // its tensor's
-  double factor;        // what gradients are multiplied by
-  double norm;          // of its group, if it has one
-  double step[kStepNumbers];
-  unsigned options;  // of the step
-};
+constexpr int kStreams = 6;   // at most
+constexpr int kUnscaled = 5;  // that of gradients which a step has taken a loss scale from
+constexpr int kPassSums = 2;
 
 constexpr unsigned bit(int i) { return 1u << i; }
 
@@ -59,11 +49,14 @@ struct AnyPass {
   using Sums = void;
   using Fresh = void;
   static constexpr unsigned kReads = 0, kWrites = 0, kOptional = 0, kSums = 0;
-  static constexpr int kFactors = 0, kPadding = 0;
-  static constexpr bool kPositiveZeros = false, kHasOptions = false;
+  static constexpr int kFactors = 0, kSumFactors = 0, kPadding = 0;
+  static constexpr bool kOfAnyDtype = false, kPositiveZeros = false, kHasOptions = false;
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers&, S*) {}
+  template <class S>
+  static FUSED_REG_INLINE void sum_factors(const ChunkNumbers&, int, double*) {}
+  static FUSED_REG_INLINE int result_exponent(const ChunkNumbers&, int exponent) { return exponent; }
   template <class V>
   static FUSED_REG_INLINE void element(V*, const V*) {}
   template <class MultiplyAdd, class D, class Scaled>

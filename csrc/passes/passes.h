@@ -1,5 +1,5 @@
-// The passes: name, the terms that it is compiled for, and how many of the numbers it needs. Those of lists without
-// groups need the numbers of the terms alone.
+// The passes: name, the terms that it is compiled for, and how many of the numbers it needs at most. Those of lists
+// without groups and further terms need the numbers of L1 and L2 alone.
 #pragma once
 
 #include <vector>
@@ -18,13 +18,13 @@ namespace fused_reg {
   apply(PenaltyAccumulate, kL1L2, kTermNumbers)  \
   apply(Gradient, kAllTerms, kTermNumbers)       \
   apply(Accumulate, kAllTerms, kNumbers)         \
-  apply(Prox, kNone, kNumbers)                   \
-  apply(SoftSquares, kNone, kNumbers)            \
-  apply(Zeros, kNone, kNumbers)                  \
-  apply(Sgd, kL1L2, kNumbers)                    \
-  apply(Adam, kL1L2, kNumbers)                   \
-  apply(Rmsprop, kL1L2, kNumbers)                \
-  apply(Adagrad, kL1L2, kNumbers)
+  apply(Prox, kFurther, kNumbers)                \
+  apply(SoftSquares, kNone, kGroupNumbers)       \
+  apply(Zeros, kNone, kGroupNumbers)             \
+  apply(Sgd, kNone, kNumbers)                    \
+  apply(Adam, kNone, kNumbers)                   \
+  apply(Rmsprop, kNone, kNumbers)                \
+  apply(Adagrad, kNone, kNumbers)
 // clang-format on
 
 enum class Pass {

@@ -64,32 +64,56 @@ FUSED_REG_INLINE V lerp(V a, V b, V weight) {
   return weight < V{} + 0.5f ? a + weight * difference : b + (weight - 1) * difference;
 }
 
-// What all optimizers do.
+// That of L1 and L2, each maybe. An absent one is -0.0, which changes no bit of a sum.
+struct L1L2Gradient {
+  static constexpr int kFactors = 4;
+
+  template <class S>
+  static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
+    f[0] = (n.terms & kL1) != 0;
+    f[1] = gradient_factor<S>(n.factor, n.of[kL1Strength]);
+    f[2] = (n.terms & kL2) != 0;
+    f[3] = gradient_factor<S>(n.factor, n.of[kL2Strength]);
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V of(V w, const V* f) {
+    return (f[0] != 0 ? L1::gradient(w, f + 1) : -V{}) + (f[2] != 0 ? L2::gradient(w, f + 3) : -V{});
+  }
+};
+
+// What all optimizers do. terms: kNone, kL1L2, or kFurther for any.
 template <int terms>
 struct StepPass : AnyPass {
-  using Sums = PenaltyPass<terms>;
-  static constexpr unsigned kSums = PenaltyPass<terms>::kSums;
+  using Penalty = std::conditional_t<
+      terms == kNone, KnownGradient<kNone>,
+      std::conditional_t<terms == kL1L2, L1L2Gradient, AnyGradient<kNone, AllTerms>>>;
+  using Sums = std::conditional_t<terms == kNone, void, PenaltyPass<kL1L2>>;
+  static constexpr unsigned kSums = terms == kNone ? 0 : kL1L2;
   static constexpr unsigned kReads = bit(0) | bit(1), kWrites = bit(0) | bit(kUnscaled);
   static constexpr unsigned kOptional = bit(kUnscaled);
   static constexpr bool kHasOptions = true, kPositiveZeros = true;
-  enum { kDecayFactor = GradientPass<terms>::kFactors, kGradScaleFactor, kThreshold, kShrinkage, kRateL1, kRateL2, kOwn };
+  using Prox = ProxPass<terms == kFurther ? kFurther : kNone>;
+  enum { kDecayFactor = Penalty::kFactors, kGradScaleFactor, kRateL1, kRateL2, kProx, kOwn = kProx + Prox::kFactors };
 
   template <class MultiplyAdd, class D, class Scaled>
   static FUSED_REG_INLINE void add(D* sums, D w, const D* f, const Scaled& scaled) {
-    PenaltyPass<terms>::template add<MultiplyAdd>(sums, w, f, scaled);
+    PenaltyPass<kL1L2>::template add<MultiplyAdd>(sums, w, f, scaled);
   }
 
   // rate: what a gradient that stays the same is multiplied by, if that is one number.
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f, double rate) {
-    GradientPass<terms>::factors(n, f);
+    Penalty::factors(n, f);
     const double decay = n.step[kWeightDecay];
     f[kDecayFactor] = static_cast<S>(n.options & kDecoupled ? 1 - n.of[kStep] * decay : decay);
     f[kGradScaleFactor] = static_cast<S>(n.step[kGradScale]);
-    f[kThreshold] = static_cast<S>(rate * n.of[kL1Strength]);
-    f[kShrinkage] = static_cast<S>(shrinkage(n.of[kL2Strength], 0, rate, 0));
     f[kRateL1] = static_cast<S>(n.of[kL1Strength]);
     f[kRateL2] = static_cast<S>(2 * n.of[kL2Strength]);
+    ChunkNumbers own = n;
+    own.of[kStep] = rate;
+    own.of[kNormStrength] = 0;
+    Prox::factors(own, f + kProx);
   }
 
   template <class V>
@@ -104,7 +128,7 @@ struct StepPass : AnyPass {
     }
     if constexpr (terms != kNone) {
       if (!(options & kProximal)) {
-        g = g + GradientPass<terms>::of(x[0], f);
+        g = g + Penalty::of(x[0], f);
       }
     }
     if ((options & (kDecay | kDecoupled)) == kDecay) {
@@ -122,15 +146,18 @@ struct StepPass : AnyPass {
   // Behind the step.
   template <class V>
   static FUSED_REG_INLINE V shrunk(V w, const V* f, unsigned options) {
-    return terms != kNone && options & kProximal ? prox(w, f[kThreshold], f[kShrinkage]) : w;
+    if (terms != kNone && options & kProximal) {
+      Prox::element(&w, f + kProx);
+    }
+    return w;
   }
 
-  // The same; rate(): of each element, for kPreconditioned.
+  // The same; rate(): of each element, for kPreconditioned, and L1 and L2 alone.
   template <class V, class Rate>
   static FUSED_REG_INLINE V shrunk(V w, const V* f, unsigned options, const Rate& rate) {
     if (terms != kNone && options & kPreconditioned) {
       const V r = rate();
-      return prox(w, r * f[kRateL1], 1 / (1 + r * f[kRateL2]));
+      return soft(w, r * f[kRateL1]) * (1 / (1 + r * f[kRateL2])) + V{};
     }
     return shrunk(w, f, options);
   }

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from fused_reg import _ops
-from fused_reg._terms import Strengths, group_count, sliced_dim
+from fused_reg import _devices, _ops
+from fused_reg._arguments import FORWARD_MODE
+from fused_reg._terms import KINDS, NUMBERS, PLACES, TERMS, Strengths, group_count, sliced_dim
 
 
 def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
@@ -39,13 +40,21 @@ def _apply(function: type[Function], *args: Any) -> Any:
     return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
+#: The columns of a table: the numbers of the terms of single elements, as far as a list has them, but always the first
+#: two; behind them ``l2_norm``, if it has norms.
+_COLUMNS = [kind for kind in KINDS if kind != "l2_norm"]
+_SHAPES = [i for i, kind in enumerate(_COLUMNS) if kind not in TERMS]
+
+
 def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
-    """The strengths as one differentiable tensor, [count, 3] float64 (without l2_norm [count, 2]). On a GPU, nothing
-    waits for it."""
+    """The strengths as one differentiable tensor, [count, columns] float64. On a GPU, nothing waits for it."""
+    own = dict(zip(NUMBERS, strengths.columns(), strict=True))
+    width = max(i + 1 for i, kind in enumerate(_COLUMNS) if i < 2 or strengths.counts[PLACES[kind]] != 0)
     columns = []
-    for given in strengths.columns()[: 3 if strengths.has_norms() else 2]:
+    for kind in _COLUMNS[:width] + ["l2_norm"] * strengths.has_norms():
+        given = own[kind]
         if isinstance(given, Tensor):
-            if not given.is_cpu and given.device != device:
+            if not _devices.is_at_hand(given) and given.device != device:
                 raise ValueError(
                     f"strengths must be on the CPU or on the parameters' device ({device}), got {given.device}"
                 )
@@ -53,15 +62,24 @@ def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
         elif len(given) <= 1:
             column = torch.full((), sum(given), dtype=torch.float64, device=device)
         else:
-            column = _on(device, torch.tensor(given, dtype=torch.float64, device="cpu"))
+            column = _devices.sent(torch.tensor(given, dtype=torch.float64, device="cpu"), device)
         columns.append(column.expand(count))
     return torch.stack(columns, dim=1)
 
 
-def _on(device: torch.device, host: Tensor) -> Tensor:
-    if device.type == "cuda" and type(host) is Tensor:  # a FakeTensor cannot be pinned
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+def _strengths_of(table: Tensor, group: int = 0) -> Strengths:
+    """The same, back from a table."""
+    columns: list[Tensor] = [*table.unbind(1)]
+    norms = {"l2_norm": columns.pop()} if group != 0 else {}
+    return Strengths(group=group).having(**dict(zip(_COLUMNS, columns, strict=False)), **norms)
+
+
+def _shaped(factors: Tensor, table: Tensor) -> Tensor:
+    """These in the place of a table's strengths."""
+    width = table.shape[1]
+    if not any(i < width for i in _SHAPES):
+        return factors
+    return torch.stack([(table if i in _SHAPES else factors)[:, i] for i in range(width)], dim=1)
 
 
 def rows_of(table: Tensor, keep: Sequence[bool]) -> Tensor:
@@ -71,11 +89,11 @@ def rows_of(table: Tensor, keep: Sequence[bool]) -> Tensor:
 
 def gradient(upstream: Tensor, table: Tensor, group: int, params: Sequence[Tensor]) -> Sequence[Tensor]:
     """The gradient of each parameter, differentiable to any order in everything."""
-    grads: Sequence[Tensor] = _apply(_Gradient, upstream, table[:, :2], *params)
     if group == 0:
-        return grads
+        return cast("Sequence[Tensor]", _apply(_Gradient, upstream, table, *params))
+    grads = _apply(_Gradient, upstream, table[:, :-1], *params)
     norms = _split(group_norms(params, group), group, params)
-    weights = (upstream.double() * table[:, 2]).unbind()
+    weights = (upstream.double() * table[:, -1]).unbind()
     return [g + _directed(p, n, weight, group) for g, p, n, weight in zip(grads, params, norms, weights, strict=True)]
 
 
@@ -101,12 +119,20 @@ def exponent_of(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x.frexp().exponent - 1, 0)
 
 
-class _Composed(Function):
-    """The penalty for strengths ``table`` [params, 2 or 3 terms]."""
+class _Reverse(Function):
+    """What has derivatives in reverse mode alone."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # of a tangent that another transform hides; others are found before
+        raise NotImplementedError(f"fused_penalty: {FORWARD_MODE}")
+
+
+class _Composed(_Reverse):
+    """The penalty for the strengths of a table."""
 
     @staticmethod
     def forward(group: int, table: Tensor, *params: Tensor) -> Tensor:
-        return _ops.penalty(params, (), *Strengths.of(table.unbind(1), group))[0]
+        return _ops.penalty(params, (), *_strengths_of(table, group))[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -120,7 +146,7 @@ class _Composed(Function):
         _, needs_table, *needs_params = ctx.needs_input_grad
         table_grad = None
         if needs_table:
-            sums = _apply(_TermSums, *params)
+            sums = _apply(_TermSums, (table if ctx.group == 0 else table[:, :-1]).detach(), *params)
             if ctx.group != 0:
                 norms = _split(group_norms(params, ctx.group), ctx.group, params)
                 sums = torch.cat((sums, torch.stack([n.sum() for n in norms])[:, None]), dim=1)
@@ -137,7 +163,7 @@ class _Composed(Function):
         return torch.stack([_apply(_Composed, *row) for row in _rows(info, in_dims, inputs)]), 0
 
 
-class _GroupNorms(Function):
+class _GroupNorms(_Reverse):
     """`group_norms`."""
 
     @staticmethod
@@ -169,35 +195,44 @@ def _split(norms: Tensor, group: int, params: Sequence[Tensor]) -> tuple[Tensor,
     return torch.functional.split(norms, [group_count(p, group) for p in params])
 
 
-class _TermSums(Function):
-    """[len(params), 2] float64: the sum of |w| and the sum of w^2 of each parameter."""
+class _TermSums(_Reverse):
+    """What each strength of a table, which is a constant, is a factor of; 0 in the columns of what is no strength."""
 
     @staticmethod
-    def forward(*params: Tensor) -> Tensor:
-        return _ops.sums(params, False, *Strengths())
+    def forward(table: Tensor, *params: Tensor) -> Tensor:
+        shapes = {_COLUMNS[i]: table[:, i] for i in _SHAPES if i < table.shape[1]}
+        sums = iter(_ops.sums(params, False, *Strengths().having(**shapes)).unbind(1))
+        columns = [torch.zeros_like(table[:, i]) if i in _SHAPES else next(sums) for i in range(table.shape[1])]
+        return torch.stack(columns, dim=1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*compress(inputs, ctx.needs_input_grad))
+        table, *params = inputs
+        ctx.save_for_backward(table, *compress(params, ctx.needs_input_grad[1:]))
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         # The gradient of sum(cotangent * S): a penalty whose strengths are the cotangents.
-        needs_grad, params = ctx.needs_input_grad, ctx.saved_tensors
-        table = rows_of(cotangent, needs_grad)
-        return scattered(_apply(_Gradient, table.new_ones(()), table, *params), needs_grad)
+        _, *needs_grad = ctx.needs_input_grad
+        table, *params = ctx.saved_tensors
+        is_positive = cotangent >= 0  # as the operators want strengths
+        parts = torch.where(is_positive, cotangent, 0), torch.where(is_positive, 0, -cotangent)
+        plus, minus = (
+            _apply(_Gradient, part.new_ones(()), rows_of(_shaped(part, table), needs_grad), *params) for part in parts
+        )
+        return None, *scattered([a - b for a, b in zip(plus, minus, strict=True)], needs_grad)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *params: Tensor) -> tuple[Tensor, int]:
-        return torch.stack([_apply(_TermSums, *row) for row in _rows(info, in_dims, params)]), 0
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        return torch.stack([_apply(_TermSums, *row) for row in _rows(info, in_dims, inputs)]), 0
 
 
-class _Gradient(Function):
-    """The gradient of each parameter for strengths ``table`` [params, 2], and its own derivatives."""
+class _Gradient(_Reverse):
+    """The gradient of each parameter for the strengths of a table without norms, and its own derivatives."""
 
     @staticmethod
     def forward(upstream: Tensor, table: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        strengths = Strengths.of(table.unbind(1))
+        strengths = _strengths_of(table)
         return tuple(_ops.penalty_grad(upstream, params, [True] * len(params), None, (), *strengths))
 
     @staticmethod
@@ -215,18 +250,29 @@ class _Gradient(Function):
             # narrower type than float64 may not hold.
             one, wide = torch.ones_like(upstream), [p.double() for p in params]
             columns = [
-                _dots(cotangents, _apply(_Gradient, one, unit.expand_as(table), *wide))
-                for unit in torch.eye(2, dtype=table.dtype, device=table.device)
+                torch.zeros_like(table[:, i])
+                if i in _SHAPES
+                else _dots(cotangents, _apply(_Gradient, one, _shaped(unit.expand_as(table), table), *wide))
+                for i, unit in enumerate(torch.eye(table.shape[1], dtype=table.dtype, device=table.device))
             ]
-            slopes = torch.stack(columns, dim=1)  # [len(params), 2]
+            slopes = torch.stack(columns, dim=1)
             upstream_grad = torch.where(table == 0, 0, table * slopes).sum().to(upstream.dtype)
             table_grad = upstream.to(table.dtype) * slopes
 
         params_grad: tuple[Tensor | None, ...] = (None,) * len(params)
         if any(needs_params):
-            # The L1 part is piecewise constant in w. The L2 part is linear: its own gradient, at the cotangent.
-            l2_table = torch.stack((torch.zeros_like(table[:, 1]), table[:, 1]), dim=1)
-            params_grad = _apply(_Gradient, upstream, l2_table, *cotangents)
+            # The L1 part is piecewise constant in w. The L2 part is linear: its own gradient, at the cotangent. So is
+            # smooth L1 where its gradient is not yet that of L1, and there with an L2 of its own.
+            zeros = torch.zeros_like(table[:, 1])
+            params_grad = _apply(_Gradient, upstream, torch.stack((zeros, table[:, 1]), dim=1), *cotangents)
+            if table.shape[1] > 2:
+                smooth, beta = table[:, 2], table[:, 3]
+                unit = torch.stack((zeros, zeros, torch.ones_like(beta), beta), dim=1)
+                slopes = _apply(_Gradient, torch.ones_like(upstream), unit, *[p.double() for p in params])
+                bent = [torch.where(s.abs() < 1, c, 0) for s, c in zip(slopes, cotangents, strict=True)]
+                l2 = torch.where(beta > 0, smooth / (2 * torch.where(beta > 0, beta, 1)), 0)
+                more = _apply(_Gradient, upstream, torch.stack((zeros, l2), dim=1), *bent)
+                params_grad = tuple(a + b for a, b in zip(params_grad, more, strict=True))
         return upstream_grad, table_grad, *params_grad
 
     @staticmethod

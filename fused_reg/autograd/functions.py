@@ -4,8 +4,8 @@ Two ways lead to the same numbers:
 
 - `penalty` is the fast one, for constant strengths: one launch in the forward computes value and gradients, and the
   backward hands them over. With ``l2_norm``, and in compiled code, the forward computes the value (and the norms), and
-  one launch in the backward the gradients. In compiled code many lists are merged with the model (`_merged`).
-- `composed_penalty` is the general one (`_composed`), for strengths that require grad and for ``torch.func``. The fast
+  one launch in the backward the gradients. In compiled code many lists are merged with the model (`merged`).
+- `composed_penalty` is the general one (`composed`), for strengths that require grad and for ``torch.func``. The fast
   one falls back on it for higher derivatives.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from fused_reg import _ops
+from fused_reg import _devices, _ops
 from fused_reg._arguments import PLAIN_TYPES, check_values
 from fused_reg._terms import Strengths, group_count
 from fused_reg.autograd.composed import composed_penalty, gradient, rows_of, scattered, table_of
@@ -34,34 +34,32 @@ _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_acti
 Measure: TypeAlias = Callable[[Sequence[Tensor], Strengths], tuple[Tensor, Tensor, Sequence[int]]]
 
 
-def penalty(params: Sequence[Tensor], strengths: Strengths, measure: Measure | None = None) -> Tensor:
-    """The differentiable penalty of a list that is not empty; ``measure``: by other norms than the list's own."""
+def penalty(
+    params: Sequence[Tensor],
+    strengths: Strengths,
+    measure: Measure | None = None,
+    *,
+    is_traced: bool = False,
+    are_positive: bool = False,
+) -> Tensor:
+    """The differentiable penalty of a list on one device.
+
+    ``measure``: by other norms than the list's own. ``is_traced``: for a compiler's tracer, which takes plain
+    operations apart and merges them; ``are_positive``: no tensor of strengths has a 0."""
     if measure is not None:
-        return _in_two_launches(strengths, measure, params)
+        return _in_two_launches(params, strengths, measure)
     if _transforms_active():
-        return composed_penalty(params, strengths)
+        return specified_penalty(params, strengths) if is_traced else composed_penalty(params, strengths)
     if not torch.is_grad_enabled():
         return _ops.penalty(params, (), *strengths)[0]
     if strengths.are_trained():
-        check_values("", strengths.named_tensors())
+        check_values(strengths.named_tensors())
         return composed_penalty(params, strengths)
-    if strengths.has_norms() or is_compiling():  # compiled code comes here with shards only
-        return _in_two_launches(strengths, None, params)
-    return _apply_penalty(strengths, *params)
-
-
-def traced_penalty(params: Sequence[Tensor], strengths: Strengths, *, are_positive: bool) -> Tensor:
-    """The same for a compiler's tracer, which takes plain operations apart and merges them; ``are_positive``: no tensor
-    of strengths has a 0."""
-    if _transforms_active():
-        return specified_penalty(params, strengths)
-    if not torch.is_grad_enabled():
-        return _ops.penalty(params, (), *strengths)[0]
-    if strengths.are_trained():
-        return composed_penalty(params, strengths)
-    if can_merge(params, strengths):
+    if is_traced and can_merge(params, strengths):
         return merged_penalty(params, strengths, are_positive)
-    return _in_two_launches(strengths, None, params)
+    if is_traced or strengths.has_norms() or is_compiling():  # compiled code comes here with shards only
+        return _in_two_launches(params, strengths, None)
+    return _apply_penalty(strengths, *params)
 
 
 class _Penalty(Function):
@@ -150,7 +148,7 @@ _apply_penalty: Callable[..., Tensor] = super(Function, _Penalty).apply
 _apply_two_launches: Callable[..., Tensor] = super(Function, _TwoLaunchPenalty).apply
 
 
-def _in_two_launches(strengths: Strengths, measure: Measure | None, params: Sequence[Tensor]) -> Tensor:
+def _in_two_launches(params: Sequence[Tensor], strengths: Strengths, measure: Measure | None) -> Tensor:
     # Of the two, torch 2.10 traces only this one.
     apply: Callable[..., Tensor] = _TwoLaunchPenalty.apply if is_compiling() else _apply_two_launches
     return apply(strengths, measure, *params)
@@ -171,4 +169,4 @@ def _check_memory(params: Sequence[Tensor]) -> None:
 
 def _is_one_on_cpu(upstream: Tensor) -> bool:
     """Whether a look at the upstream gradient costs nothing and finds 1. A subclass (FakeTensor) is not looked at."""
-    return type(upstream) is Tensor and upstream.is_cpu and upstream.item() == 1
+    return type(upstream) is Tensor and _devices.is_at_hand(upstream) and upstream.item() == 1

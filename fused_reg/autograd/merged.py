@@ -1,8 +1,8 @@
 """The penalty in compiled code as plain operations, which the compiler merges with the model's own.
 
 An operator is a border that nothing is merged across: a gradient that it returns is read again, to be added to the
-model's, and on a few small tensors the calls are what a step costs. The operations are those of the specification
-(`reference`); the gradient has the bits of the kernels', and the value is summed in float64 too, in another order.
+model's, and on a few small tensors the calls are what a step costs. The gradient has the bits of the kernels', and the
+value is summed in float64 too, in another order.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fused_reg import _ops, reference
-from fused_reg._terms import GROUPS, Column, Strengths
+from fused_reg import _devices, _ops
+from fused_reg._terms import Column, Strengths, sliced_dim
 
 #: Of longer lists the compiler takes minutes.
 MOST_TENSORS = 512
@@ -32,13 +32,13 @@ _MOST_SUMMED = 1 << 17
 def can_merge(params: Sequence[Tensor], strengths: Strengths) -> bool:
     """Whether a list in compiled code is one for `merged_penalty`."""
     return (
-        not strengths.has_norms()
-        and any(strengths.counts)
+        any(strengths.counts[:2])
+        and not any(strengths.counts[2:])
         and 0.0 not in strengths.floats  # a parameter without a term would have no gradient
         and len(params) <= MOST_TENSORS
         and (len(params) <= _FEW_TENSORS or _count(params) <= _MOST_ELEMENTS)
-        # On a GPU the compiler contracts products and sums, and the gradients would have other bits.
-        and all(p.is_cpu and p.dtype is torch.float32 and p.layout is torch.strided for p in params)
+        and all(_devices.row_of(p.device).has_bits_of_kernels for p in params)
+        and all(p.dtype is torch.float32 and p.layout is torch.strided for p in params)
     )
 
 
@@ -51,18 +51,42 @@ def merged_penalty(params: Sequence[Tensor], strengths: Strengths, are_positive:
     if _count(params) > _MOST_SUMMED:
         value, *_ = _ops.penalty(constants, (), *strengths)
     else:
-        value = reference.fused_penalty(*_by_term(constants, l1, l2, are_positive))
+        value = _summed(constants, l1, l2, are_positive, torch.float64).float()
     views = [p.view_as(p) for p in params]  # so that the gradients of both terms are one before the model's is added
-    terms = _by_term(views, l1, l2, are_positive, torch.float32)
-    return _ValueFrom.apply(value, reference.loop(*terms))  # type: ignore[no-any-return,no-untyped-call]
+    summed = _summed(views, l1, l2, are_positive, torch.float32)
+    return _ValueFrom.apply(value, summed)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The penalty of any list as it is specified, for ``torch.func`` in compiled code, where no autograd function may
     stand. Its gradient is computed in float64."""
-    l1, l2, l2_norm, _ = (_one_each(column, len(params), torch.float64) for column in strengths.columns())
-    group = next(name for name, number in GROUPS.items() if number == max(strengths.group, 1))
-    return reference.fused_penalty(params, l1, l2, l2_norm=l2_norm, group=group)  # type: ignore[arg-type]
+    columns = (_one_each(column, len(params), torch.float64) for column in strengths.columns())
+    total: Any = 0
+    for p, a, b, c, _, d, beta in zip(params, *columns, strict=True):
+        w = p.double()
+        value = w.new_zeros(())
+        if a is not None:
+            value = value + a * w.abs().sum()
+        if b is not None:
+            value = value + b * w.square().sum()
+        if c is not None:
+            value = value + c * _norms(w, strengths.group).sum()
+        if d is not None:
+            value = value + d * _smooth_l1(w, beta).sum()
+        total = total + value
+    return total if any(p.dtype is torch.float64 for p in params) else total.float()  # type: ignore[no-any-return]
+
+
+def _norms(w: Tensor, group: int) -> Tensor:
+    kept = sliced_dim(w, group)
+    others = [d for d in range(w.ndim) if d != kept]
+    return torch.linalg.vector_norm(w, dim=others) if others else w.abs()
+
+
+def _smooth_l1(w: Tensor, beta: float | Tensor | None) -> Tensor:
+    width = torch.as_tensor(0.0 if beta is None else beta, dtype=w.dtype, device=w.device)
+    within = w.square() / (2 * torch.where(width > 0, width, 1))
+    return torch.where(w.abs() < width, within, w.abs() - width / 2)
 
 
 class _ValueFrom(Function):
@@ -82,29 +106,21 @@ def _count(params: Sequence[Tensor]) -> int:
     return sum(size for p in params if type(size := p.numel()) is int)
 
 
-def _by_term(
-    params: Sequence[Tensor],
-    l1: Column,
-    l2: Column,
-    are_positive: bool,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[list[Tensor], list[float | Tensor], list[float | Tensor]]:
-    """The list once for each term, with the other's strengths 0."""
-    columns = [_one_each(column, len(params), dtype) for column in (l1, l2)]
-    none = [0.0] * len(params)
-    lists = [params if are_positive else _where_present(params, column) for column in columns]
-    return [*lists[0], *lists[1]], columns[0] + none, none + columns[1]
+def _summed(params: Sequence[Tensor], l1: Column, l2: Column, are_positive: bool, dtype: torch.dtype) -> Tensor:
+    """``sum(l1 * |w|) + sum(l2 * w^2)`` in a dtype, first of the one term and then of the other, so that all of a term
+    is one for the compiler."""
+    total: Any = 0
+    for column, of_elements in ((l1, torch.abs), (l2, torch.square)):
+        for p, strength in zip(params, _one_each(column, len(params), dtype), strict=True):
+            if strength is not None:
+                w = p if are_positive or not isinstance(strength, Tensor) else torch.where(strength == 0, 0.0, p)
+                total = total + strength * of_elements(w.to(dtype)).sum()
+    return torch.as_tensor(total, dtype=dtype, device=params[0].device)
 
 
-def _one_each(column: Column, count: int, dtype: torch.dtype) -> list[float | Tensor]:
-    """One for each parameter."""
+def _one_each(column: Column, count: int, dtype: torch.dtype) -> list[float | Tensor | None]:
+    """One for each parameter; None of a number that is 0, which drops the term."""
     if not isinstance(column, Tensor):
-        return [*column] * count if len(column) == 1 else [*column] or [0.0] * count
+        return [number or None for number in (column if len(column) > 1 else (column or (0.0,)) * count)]
     column = column.to(dtype)
     return [column] * count if column.ndim == 0 else [*column.unbind()]
-
-
-def _where_present(params: Sequence[Tensor], strengths: Sequence[float | Tensor]) -> list[Tensor]:
-    """The parameters, zero where a strength turns out to be 0: that drops the term, of infinite weights too."""
-    pairs = zip(params, strengths, strict=True)
-    return [torch.where(s == 0, 0.0, p) if isinstance(s, Tensor) else p for p, s in pairs]

@@ -1,4 +1,4 @@
-"""The attachments of a `Regularizer`: which parameter is handled by which, and which by none."""
+"""The attachments of a `Regularizer`: which parameter is handled by which, by none, and by hand as well."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fused_reg._warnings import warn
 from fused_reg.regularizer import strays
@@ -22,8 +23,8 @@ class Attachments:
     def __init__(self) -> None:
         self._refs: list[weakref.ref[Attachment]] = []
         self._lost: strays.Handler | None = None
-        self._regularizer = object()  # stands for it where its parameters outlive it
         self._missing: set[int] = set()  # parameters of which was said that no optimizer holds them
+        self._is_twice = False  # which was said
 
     def __iter__(self) -> Iterator[Attachment]:
         """Those that are active."""
@@ -51,7 +52,7 @@ class Attachments:
             if other.optimizer is optimizer:  # which is attached again, after another one was
                 other.remove()
         self._refs = [weakref.ref(a) for a in (*alive, attachment)]
-        self.register(attachment)
+        strays.handle(attachment, self)
         return attachment
 
     def handled(self, but: Attachment | None = None) -> set[int]:
@@ -60,15 +61,28 @@ class Attachments:
 
     def lose(self, entries: Sequence[Entry]) -> None:
         """Those of what this is a copy of are not here: a step that comes without is told so."""
-        self._lost = strays.orphan(entries, self._regularizer)
+        self._lost = strays.orphan(entries, self)
 
     def miss_nothing(self) -> None:
         """The penalty is taken otherwise."""
         if self._lost is not None:
             self._lost.is_over = True
 
-    def register(self, attachment: Attachment) -> None:
-        strays.handle(attachment, self._regularizer)
+    def watched(self, value: Tensor) -> Tensor:
+        """The penalty for a loss. To look at it is right beside an attachment; a backward through it is not."""
+        if value.requires_grad and not is_compiling() and any(self):
+            watch: Any = value.register_hook
+            watch(lambda _: self.warn_of_twice("in a loss"))
+        return value
+
+    def warn_of_twice(self, way: str) -> None:
+        """Once, where the penalty counts twice; ``way``: where else it is."""
+        if not is_compiling() and not self._is_twice and any(self):
+            self._is_twice = True
+            warn(
+                f"Regularizer: the penalty counts twice, {way} and in the optimizer that it is attached to; take one "
+                "of them (`attachment.value` is the penalty to log)"
+            )
 
     def warn_of_missing(self, table: Table) -> list[Tensor]:
         """Of parameters that may be trained, but by no optimizer that is attached. Returns those that are frozen."""

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fused_reg import _routes
 from fused_reg._arguments import as_scale, as_step, as_strengths, relabelled
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import Group, Strengths
-from fused_reg.distributed import by_device
+from fused_reg._terms import TERM_OF, TERMS, Group, Strengths
+from fused_reg.distributed import value_of
 from fused_reg.functional import fused_penalty
-from fused_reg.in_place import accumulate, check_accumulation, check_writable, shrink
-from fused_reg.regularizer.strengths import Column, is_absent
+from fused_reg.regularizer.strengths import Column
 from fused_reg.regularizer.table import Entry, Table
 
 _T = TypeVar("_T")
@@ -37,30 +37,38 @@ class _Call:
                 self._params[-1] = torch.empty(0, dtype=torch.float64, device=self.params[0].device)
         self._names = [entry.name for entry in own]
         self._group: Group = group
-        self._columns = [Column(strengths) for strengths in zip(*(entry.strengths for entry in own), strict=True)]
-        is_fixed = all(column.is_fixed for column in self._columns) and not is_compiling()
+        self._columns = {
+            kind: Column(entry.strengths[kind] for entry in own)
+            for kind, term in TERM_OF.items()
+            if any(entry.has(term) for entry in own)
+        }
+        is_fixed = all(column.is_fixed for column in self._columns.values()) and not is_compiling()
         self._fixed = self._as_strengths() if is_fixed else None
         self._steps: Column | None = None  # the last ones of `prox_`
 
     def _as_strengths(self) -> Strengths:
-        l1, l2, l2_norm = (column.get() for column in self._columns)
-        return as_strengths("Regularizer", l1, l2, l2_norm, self._group, self._params)
+        given = self._given()
+        return as_strengths("Regularizer", self._params, given.pop("l1", None), given.pop("l2", None), given)
+
+    def _given(self) -> dict[str, Any]:
+        """The strengths, as arguments."""
+        given: dict[str, Any] = {kind: column.get() for kind, column in self._columns.items()}
+        return given if self._group == "tensor" else {**given, "group": self._group}
 
     def _strengths(self) -> Strengths:
         return self._fixed or self._as_strengths()
 
     def penalty(self) -> Tensor:
-        l1, l2, l2_norm = (column.get() for column in self._columns)
-        return self._run(lambda: fused_penalty(self._params, l1, l2, l2_norm=l2_norm, group=self._group))
+        return self._run(lambda: fused_penalty(self._params, **self._given()))
 
     def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool) -> Tensor:
-        name, factor = "accumulate_grad_", self._factor(scale)
-        return self._run(accumulate, name, self._params, self._strengths(), factor, skip_missing)
+        factor = self._factor(scale)
+        return self._run(_routes.accumulate_grad_, self._params, self._strengths(), factor, skip_missing, True)
 
     def check_accumulation(self, scale: float | Tensor | None, skip_missing: bool) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
-        name, factor = "accumulate_grad_", self._factor(scale)
-        self._run(check_accumulation, name, self._params, self._strengths(), factor, skip_missing)
+        factor = self._factor(scale)
+        self._run(_routes.check_accumulation, self._params, self._strengths(), factor, skip_missing)
 
     def _factor(self, scale: float | Tensor | None) -> tuple[float, Tensor | None]:
         if scale is None:
@@ -68,17 +76,17 @@ class _Call:
         return as_scale("accumulate_grad_", scale if self.sign > 0 else -scale, self._params)
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
-        self._run(shrink, *self._shrinkage(step))
+        self._run(_routes.prox_, *self._shrinkage(step), True)
 
     def check_writable(self, step: float | Tensor | list[float | Tensor]) -> None:
         """Raises what `prox_` would, before anything is written."""
-        self._run(check_writable, *self._shrinkage(step))
+        self._run(_routes.check_prox, *self._shrinkage(step))
 
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
         if isinstance(step, list):
             self._steps = Column((step[i] for i in self._places), like=self._steps)
             step = self._steps.get()
-        return "prox_", self._params, self._strengths().with_step(as_step("prox_", step, self._params))
+        return self._params, self._strengths().with_step(as_step("prox_", step, self._params))
 
     def _run(self, function: Callable[..., _T], *args: Any) -> _T:
         """``function(*args)``, whose errors have ``params['fc.weight']`` for ``params[3]`` of this call's list."""
@@ -106,7 +114,7 @@ class Part:
         self._maximized = list(maximized) or [False] * len(self.entries)
         self._version = -1
         self._chosen: list[bool] = []
-        self._device = torch.device("meta")
+        self._device: torch.device | None = None
         self._calls: list[_Call] = []
         self._current_calls()  # now, not inside a graph that is being compiled
 
@@ -160,17 +168,17 @@ class Part:
             return values[0]
         if not values:
             return torch.zeros((), dtype=torch.float32, device=self._device)
-        return by_device.total(values, [p for call in calls for p in call.params])
+        return value_of(values, [p for call in calls for p in call.params])
 
 
 def _calls(entries: Sequence[Entry], chosen: Sequence[bool], maximized: Sequence[bool]) -> Iterator[_Call]:
     """One call; more where there are norms of rows beside norms of tensors, and where some gradients are subtracted. A
     parameter without any strength is not even read."""
-    places = [i for i, entry in enumerate(entries) if chosen[i] and not all(map(is_absent, entry.strengths))]
-    kinds = list(dict.fromkeys(entries[i].group for i in places if not is_absent(entries[i].l2_norm))) or ["tensor"]
+    places = [i for i, entry in enumerate(entries) if chosen[i] and any(map(entry.has, TERMS))]
+    kinds = list(dict.fromkeys(entries[i].group for i in places if entries[i].has("l2_norm"))) or ["tensor"]
     split: dict[tuple[bool, Group], list[int]] = {}
     for i in places:
-        kind = kinds[0] if is_absent(entries[i].l2_norm) else entries[i].group
+        kind = entries[i].group if entries[i].has("l2_norm") else kinds[0]
         split.setdefault((maximized[i], kind), []).append(i)
     for (is_maximized, kind), own in split.items():
         yield _Call(entries, own, kind, -1.0 if is_maximized else 1.0, len(split) > 1)

@@ -12,8 +12,7 @@ from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
 from fused_reg.regularizer.marks import Mark, marks_of, marks_on
-from fused_reg.regularizer.patterns import Named
-from fused_reg.regularizer.walk import Place, dims, is_bias, walk
+from fused_reg.regularizer.names import Named, Place, dims, is_bias, walk
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -57,24 +56,28 @@ class Candidate(Named):
             raise TypeError(f"{where} must be dense (torch.strided), got {param.layout};{out}")
 
 
-def candidates_of(params: Any, known: Mapping[str, Mark], shown: Mapping[tuple[int, str], Tensor]) -> list[Candidate]:
+def candidates_of(params: Any, known: Mapping[str, Mark], content: Mapping[tuple[int, str], Any]) -> list[Candidate]:
     """The parameters, read once, each once, with their names. Of a module: ``known`` are the marks by the names of
-    before, ``shown`` the parameters in whose places others are shown for a while."""
+    before, ``content`` what is in its places, where others may be shown for a while."""
     found: dict[int, Candidate] = {}
     if isinstance(params, Module):
         places: dict[int, list[Place]] = {}
         for place in walk(params):
-            param = shown.get((id(place.module), place.key), place.param)
+            param = content[id(place.module), place.key]
             places.setdefault(id(param), []).append(place._replace(param=param))
         present = set(marked_modules(params))
         new = present - set(known.values())
         known = {name: mark for name, mark in known.items() if mark not in present}  # of modules that are gone
-        with_wrappers = _have_collisions([place for own in places.values() for place in own])
+        # Without the parts of wrappers, unless two parameters have one name then.
+        names_of = {(place.name, i) for i, own in places.items() for place in own}
+        is_short = len({name for name, _ in names_of}) == len(names_of)
         for i, own in places.items():
-            short = [place.full_name if with_wrappers else place.name for place in own]
-            others = [name for place in own for name in (place.full_name, *place.plain_names)]
-            names = list(dict.fromkeys([*short, *others]))
-            found[i] = Candidate(own[0].param, names, marks_of(own, known, new), _can_train(own[0].param))
+            param = own[0].param
+            names = [place.name if is_short else place.full_name for place in own]
+            names += [name for place in own for name in (place.full_name, *place.plain_names)]
+            # Not so: the frozen integers of a quantized layer. A module may hold them; nothing will train them.
+            can_train = param.requires_grad or param.dtype in _DTYPES
+            found[i] = Candidate(param, list(dict.fromkeys(names)), marks_of(own, known, new), can_train)
         if found and not any(c.can_train for c in found.values()):
             raise ValueError("Regularizer: params must hold a dense floating point parameter, got none")
     else:
@@ -85,12 +88,6 @@ def candidates_of(params: Any, known: Mapping[str, Mark], shown: Mapping[tuple[i
         hint = "" if isinstance(params, Module) else "; a generator that something else has read is empty"
         raise ValueError(f"Regularizer: params must hold a parameter, got none{hint}")
     return list(found.values())
-
-
-def _have_collisions(places: list[Place]) -> bool:
-    """Whether two parameters had one name without the parts of wrappers."""
-    taken: dict[str, Tensor] = {}
-    return any(taken.setdefault(place.name, place.param) is not place.param for place in places)
 
 
 def _named(params: Any) -> Iterator[tuple[str, Tensor]]:
@@ -114,11 +111,6 @@ def _named(params: Any) -> Iterator[tuple[str, Tensor]]:
         if taken.setdefault(name, param) is not param:
             raise ValueError(f"Regularizer: params must have a name each, got {name!r} for two tensors")
         yield name, param
-
-
-def _can_train(param: Tensor) -> bool:
-    """Not so: the frozen integers of a quantized layer. A module may hold such parameters; nothing will train them."""
-    return param.requires_grad or param.dtype in _DTYPES
 
 
 def marked_modules(module: Module) -> dict[Mark, str]:

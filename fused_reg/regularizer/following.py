@@ -5,25 +5,50 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from fused_reg._terms import TERM_OF
 from fused_reg._warnings import warn
 from fused_reg.distributed import cuts
 from fused_reg.regularizer import marks
 from fused_reg.regularizer.candidates import Candidate, candidates_of
 from fused_reg.regularizer.marks import Mark
 from fused_reg.regularizer.selection import Choice
-from fused_reg.regularizer.strengths import KINDS, Given, Penalty
+from fused_reg.regularizer.strengths import Given, Penalty
 
 _NAMES_SHOWN = 4
 _END = object()
-_tables_of = attrgetter("_parameters", "_modules")
+
+
+class _Snapshot:
+    """What is in the tables of modules when they are read, by the identity of the module and the key."""
+
+    places: dict[tuple[int, str], Any]
+
+    def __init__(self, modules: Sequence[Module] = (), before: _Snapshot | None = None) -> None:
+        self.mark_count = marks.count
+        self.modules = modules
+        known = {} if before is None else before.places
+        tables = [(id(m), table) for m in modules for table in (m._parameters, m._modules)]
+        self.places = {(i, key): _uncut(x, known.get((i, key))) for i, table in tables for key, x in table.items()}
+        self._content = [*self.places.values(), _END]
+        self._views: list[Iterable[Any]] = [*(table.values() for _, table in tables if table), (_END,)]
+        self._empty = [table for _, table in tables if not table]
+
+    def is_current(self) -> bool:
+        """Whether the same is in the tables now, and no mark was set."""
+        is_same = all(map(is_, chain.from_iterable(self._views), self._content)) and not any(self._empty)
+        return is_same and self.mark_count == marks.count
+
+    def is_same(self, other: _Snapshot) -> bool:
+        are_alike = self.places.keys() == other.places.keys() and self.mark_count == other.mark_count
+        return are_alike and all(map(is_, self._content, other._content))
 
 
 class Source:
@@ -39,12 +64,7 @@ class Source:
         self._marks: dict[str, Mark] = {}  # by the names
         self._candidates: list[Candidate] = []
         self._idle: list[Tensor] = []  # of them, what is frozen and of a kind that nothing can train
-        self._modules: list[Module] = []
-        self._places: dict[tuple[int, str], Any] = {}  # what was in these modules when they were last read
-        self._content: list[Any] = [_END]  # the same in a row
-        self._views: list[Iterable[Any]] = [(_END,)]  # where this is looked up again
-        self._empty: list[Any] = []  # tables of modules without content
-        self._mark_count = -1
+        self._seen = _Snapshot()
         self.chosen: list[tuple[Candidate, Penalty]] = []
         self._read(params)
 
@@ -57,15 +77,11 @@ class Source:
         """Whether a module or a parameter is another one by now, a mark was set, or what nothing can train shall be."""
         if self._idle and any(p.requires_grad for p in self._idle):
             return True
-        is_same = all(map(is_, chain.from_iterable(self._views), self._content)) and not any(self._empty)
-        if is_same and marks.count == self._mark_count:
+        if self._seen.is_current():
             return False
         if self._is_copy:
             self._settle()
-        gathered = self._gathered()
-        shown = [gathered.get((id(m), key), x) for m, key, x in _contents(self._modules)]
-        is_same = len(shown) + 1 == len(self._content) and all(map(is_, shown, self._content))
-        return self._module is not None and not (is_same and marks.count == self._mark_count)
+        return self._module is not None and not self._seen.is_same(_Snapshot(self._seen.modules, self._seen))
 
     def read_again(self) -> str:
         """Reads the module, and says what has changed in what is chosen, the same once."""
@@ -100,9 +116,8 @@ class Source:
 
     def _read(self, params: Any, *complain: Callable[[str], object]) -> None:
         """Keeps what it has read only if all of it is right."""
-        modules = list(params.modules()) if isinstance(params, Module) else []
-        gathered = self._gathered()
-        candidates = candidates_of(params, self._marks, gathered)
+        seen = _Snapshot(list(params.modules()) if isinstance(params, Module) else [], self._seen)
+        candidates = candidates_of(params, self._marks, seen.places)
         taken = {name for c in candidates for name in c.names}
         known = {id(c.param): c.names for c in self._candidates}
         for c in candidates:
@@ -111,20 +126,7 @@ class Source:
         self._candidates = candidates
         self._idle = [c.param for c in candidates if not c.can_train]
         self._marks = {**self._marks, **{name: mark for c in candidates for name, mark in c.marks.items()}}
-        self._mark_count = marks.count
-        self._places = {(id(m), key): gathered.get((id(m), key), x) for m, key, x in _contents(modules)}
-        self._modules, self._content = modules, [*self._places.values(), _END]
-        tables = [table for m in modules for table in _tables_of(m)]
-        self._views = [*(table.values() for table in tables if table), (_END,)]
-        self._empty = [table for table in tables if not table]
-
-    def _gathered(self) -> dict[tuple[int, str], Tensor]:
-        """Where ``fully_shard`` shows whole parameters, between forward and backward: what they are cut into."""
-        return {
-            (id(m), key): known
-            for m, key, x in _contents(self._modules)
-            if isinstance(known := self._places.get((id(m), key)), Tensor) and cuts(known) > cuts(x)
-        }
+        self._seen = seen
 
     def look_at_all(self) -> None:
         """Nothing but a look: a compiler that traces it compiles again where a place has another parameter by then, or
@@ -135,9 +137,9 @@ class Source:
 
     def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Given]:
         """The strengths that a parameter has by its penalty and by what was changed since."""
-        given: dict[str, Given] = {kind: getattr(penalty, kind) for kind in KINDS}
+        given = dict(penalty.given)
         for (where, kind), strength in self._changes.items():
-            if given[kind] is not None if where is None else candidate.matches(where):
+            if given[TERM_OF[kind]] is not None if where is None else candidate.matches(where):
                 given[kind] = strength
         return given
 
@@ -147,19 +149,12 @@ class Source:
         self._changes[where, kind] = strength
 
     def __getstate__(self) -> dict[str, Any]:
-        unread: dict[str, Any] = {
-            "_modules": [],
-            "_places": {},
-            "_content": None,
-            "_views": None,
-            "_empty": [],
-            "_mark_count": -1,
-        }
-        return {**vars(self), "_module": self.module, **unread}
+        return {**vars(self), "_module": self.module, "_seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The module of a copy is held when it is first looked at, if anybody has it."""
-        vars(self).update(state, _content=[_END], _views=[(_END,)], _is_copy=True)
+        vars(self).update(state, _seen=_Snapshot(), _is_copy=True)
+        self._seen.mark_count = -1
         if isinstance(self._module, Module):
             self._module = weakref.ref(self._module)
 
@@ -167,9 +162,9 @@ class Source:
         """Finds out whether anybody else has the module of a copy, or its parameters."""
         gc.collect()  # modules in cycles are gone, too
         self._is_copy, self._module = False, self.module
-        one = _Held(object())
-        other = _Held(one.param)  # as an entry and a candidate hold a parameter
-        alone = sys.getrefcount(other.param)
+        one = [object()]
+        other = [*one]  # as an entry and a candidate hold a parameter
+        alone = sys.getrefcount(other[0])
         if self._module is None:
             lonely = (c.names[0] for c, _ in self.chosen if sys.getrefcount(c.param) <= alone)
             self._lonely = next(lonely, None)
@@ -186,13 +181,6 @@ class Source:
             )
 
 
-class _Held:
-    """Holds something that nothing else holds, as an entry of a table does."""
-
-    def __init__(self, param: object) -> None:
-        self.param = param
-
-
 def _look_at_all(module: Module) -> None:
     for param in module._parameters.values():
         assert param is None or isinstance(param, Tensor)
@@ -201,8 +189,9 @@ def _look_at_all(module: Module) -> None:
             _look_at_all(child)
 
 
-def _contents(modules: Iterable[Module]) -> Iterator[tuple[Module, str, Any]]:
-    return ((m, key, x) for m in modules for table in _tables_of(m) for key, x in table.items())
+def _uncut(x: Any, known: Any) -> Any:
+    """What a parameter is cut into, where ``fully_shard`` shows it whole, between forward and backward."""
+    return known if isinstance(known, Tensor) and cuts(known) > cuts(x) else x
 
 
 def _without(candidates: Iterable[Candidate], others: Iterable[Candidate]) -> dict[str, Candidate]:

@@ -12,6 +12,7 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from itertools import product
 from typing import Any, TypeAlias
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from fused_reg import _devices
 from fused_reg._warnings import warn
 from fused_reg.in_place import prox_
-from fused_reg.regularizer.rates import rate_of
+from fused_reg.regularizer.share import rate_of
 from fused_reg.regularizer.wrapped import held, optimizers_in
 
 _STEPS = 40
@@ -33,10 +35,6 @@ _LEFT_OF_HALF = 0.8  # and of what was left half-way (slow averages)
 _LEAST_MOVE = 1e-4  # in units of lr: gradients are of size 1, and so are weights
 
 _Copy: TypeAlias = "tuple[Any, list[Parameter]]"
-
-
-class _NotTriedError(Exception):
-    """The copies took no step that could be looked at."""
 
 
 def check_wrapper(wrapper: Any, optimizer: Optimizer, regularized: Sequence[Tensor]) -> None:
@@ -55,16 +53,26 @@ def check_lasting(optimizer: Optimizer, regularized: Sequence[Tensor], is_wrappe
     if is_known or not any(p.numel() for p in regularized):
         return
     reasons = []
-    for as_it_is in (False, True):  # at first as at its beginning, but some make their state before their first step
-        for with_closure in (False, True):  # some take no step without
-            try:
-                lasts, move = _tried(optimizer, regularized, as_it_is, with_closure)
-            except Exception as error:
-                reasons.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-                continue
-            # Groups of Prodigy and D-Adaptation have a d, which may begin as large as one likes.
-            has_own_rate = move < _LEAST_MOVE or any("d" in group for group in optimizer.param_groups)
-            return _judge(kind.__name__, lasts, has_own_rate)
+    # First as at its beginning, but some make their state before the first step; and some take none without a closure.
+    for as_it_is, with_closure in product((False, True), repeat=2):
+        try:
+            lasts, move = _tried(optimizer, regularized, as_it_is, with_closure)
+        except Exception as error:  # whatever the code of others raises, of which nothing can be asked before
+            reasons.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            continue
+        if not lasts:
+            raise ValueError(
+                'attach: mode "prox" must be given an optimizer that goes on from the weights that it finds, got '
+                f"{kind.__name__}, whose weights are a function of its state, so that it undoes a proximal step; "
+                'mode "grad" is right there'
+            )
+        # Groups of Prodigy and D-Adaptation have a d, which may begin as large as one likes.
+        if move < _LEAST_MOVE or any("d" in group for group in optimizer.param_groups):
+            raise ValueError(
+                f'attach: mode "prox" must be given an optimizer that steps by lr, got {kind.__name__}, whose steps '
+                'have another rate (as lr * d of Prodigy and D-Adaptation); mode "grad" is right there'
+            )
+        return
     if is_wrapper:
         return
     warn(
@@ -73,26 +81,11 @@ def check_lasting(optimizer: Optimizer, regularized: Sequence[Tensor], is_wrappe
     )
 
 
-def _judge(kind: str, lasts: bool, has_own_rate: bool) -> None:
-    if not lasts:
-        raise ValueError(
-            'attach: mode "prox" must be given an optimizer that goes on from the weights that it finds, got '
-            f"{kind}, whose weights are a function of its state, so that it undoes a proximal step; "
-            'mode "grad" is right there'
-        )
-    if has_own_rate:
-        raise ValueError(
-            f'attach: mode "prox" must be given an optimizer that steps by lr, got {kind}, whose steps have another '
-            'rate (as lr * d of Prodigy and D-Adaptation); mode "grad" is right there'
-        )
-
-
 def _tried(
     optimizer: Optimizer, regularized: Sequence[Tensor], as_it_is: bool, with_closure: bool
 ) -> tuple[bool, float]:
     """Whether a difference lasts, and how far the weights moved, in units of lr. Nothing of the optimizer changes."""
-    devices = {p.device for p in regularized if p.is_cuda}
-    with torch.inference_mode(False), torch.random.fork_rng(devices), warnings.catch_warnings():
+    with torch.inference_mode(False), _devices.kept_random_states(regularized), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pair = [_copy_of(optimizer, {id(p) for p in regularized}, as_it_is) for _ in range(2)]
         (_, own), (_, shrunk) = pair
@@ -111,7 +104,7 @@ def _tried(
                 half, moves = _distances(own, shrunk), _distances(own, before, norm=torch.inf)
         last = _distances(own, shrunk)
     if not (torch.stack([first, half, last, moves]).isfinite().all() and moves.all()):
-        raise _NotTriedError(f"weights that moved by {moves.tolist()}")
+        raise RuntimeError(f"weights that moved by {moves.tolist()}")
     lasts = (last > _LEFT * first) & (last > _LEFT_OF_HALF * half)
     return bool(lasts.all()), float(moves.min()) / _RATE
 

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn import Module
+from typing_extensions import Unpack
 
-from fused_reg._terms import Group, check_group
-from fused_reg.regularizer.strengths import KINDS, Given, Penalty, as_flag, as_penalty
-from fused_reg.regularizer.walk import Place, dims, is_bias, walk
+from fused_reg._terms import ANY_TERM, SHAPES, MoreTerms, check_shape, takes_terms
+from fused_reg.regularizer.names import Place, dims, is_bias, walk
+from fused_reg.regularizer.strengths import Given, Penalty, as_flag, as_penalty
 
 M = TypeVar("M", bound=Module)
 
@@ -74,18 +75,19 @@ class _Name(str):
         return f"{self}[{self.mark}]{other}"
 
 
+@takes_terms
 def regularized(
     module: M,
     l1: Given = None,
     l2: Given = None,
     l2_norm: Given = None,
     *,
-    group: Group = "tensor",
     bias: bool = False,
+    **terms: Unpack[MoreTerms[Given]],
 ) -> M:
     r"""Marks a module: its weights carry this penalty, whichever :class:`Regularizer` is built from a net that has it.
 
-    .. math:: l1 \sum_i |w_i| + l2 \sum_i w_i^2 + l2\_norm \sum_g \lVert w_g \rVert_2
+    .. math:: {value}
 
     for each of its weights, as ``kernel_regularizer`` does in Keras. The mark alone changes nothing in training;
     ``Regularizer(net)`` finds it. The mark is an attribute of the module, which ``print`` shows: copies, pickles,
@@ -104,7 +106,7 @@ def regularized(
             of the number of steps taken).
         l2: the strength of the sum of squares, likewise. ``l2 * sum(w ** 2)``, as in Keras.
         l2_norm: the strength of the sum of norms, likewise.
-        group: what the norms are of: ``"tensor"``, ``"row"`` or ``"column"``, as for :func:`fused_penalty`.
+        terms: {text}
         bias: also the biases.
 
     Returns:
@@ -131,10 +133,12 @@ def regularized(
     global count
     if not isinstance(module, Module):
         raise TypeError(f"regularized: module must be a torch.nn.Module, got {type(module).__name__}")
-    penalty = as_penalty("regularized: ", l1=l1, l2=l2, l2_norm=l2_norm, group=group)
+    penalty = as_penalty("regularized", l1=l1, l2=l2, l2_norm=l2_norm, **terms)
     if penalty.is_empty:
-        raise ValueError("regularized: l1, l2 or l2_norm must give a strength, got none")
-    check_group("regularized: ", group, l2_norm is not None, "have an l2_norm")
+        raise ValueError(f"regularized: {ANY_TERM} must give a strength, got none")
+    for name, row in SHAPES.items():
+        given = penalty.group if name == "group" else penalty.given[name]
+        check_shape("regularized: ", name, given, penalty.given[row.shapes])
     as_flag("regularized: bias", bias)
     holder: Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps holds the attributes
     mark = Mark(holder, penalty, bias)
@@ -151,7 +155,7 @@ def regularized(
 
 
 def _described(penalty: Penalty) -> list[str]:
-    given = {kind: strength for kind in KINDS if (strength := getattr(penalty, kind)) is not None}
+    given = {kind: strength for kind, strength in penalty.given.items() if strength is not None}
     words = [f"{k}={s:g}" if isinstance(s, float) else f"{k}: {type(s).__name__}" for k, s in given.items()]
     return words if penalty.group == "tensor" else [*words, f'group="{penalty.group}"']
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType, MethodType
+from itertools import dropwhile
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fused_reg.regularizer.steps import depth_of
-from fused_reg.regularizer.watch import is_same, sample
+from fused_reg import _devices
+from fused_reg.regularizer.strays import is_same, sample
 
 _State: TypeAlias = "tuple[int, Tensor | None]"
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -36,7 +38,7 @@ class Nesting:
         self._deepest = 0
         self._has_entered = False
         self._before: list[_State] = []  # the parameters
-        self._penalized: tuple[weakref.ref[Tensor], int] | None = None  # a gradient that has the penalty
+        self._penalized: tuple[Tensor, int] | None = None  # a gradient that has the penalty, and its version
 
     def enter(self, optimizer: Optimizer, hook: Any, params: Iterable[Tensor]) -> int:
         if self.depth == 0 or (depth := depth_of(optimizer, hook)) == 1:
@@ -55,23 +57,20 @@ class Nesting:
         depth = self.depth if self.depth < 2 else depth_of(optimizer, hook)
         self.depth = depth - 1
         if depth == 1:
-            self._penalized = None  # torch cannot swap a tensor that has a weak reference
+            self._penalized = None
         return depth
 
     def added(self, params: Iterable[Tensor]) -> None:
         """The penalty, to their gradients. A single step is in no other one."""
-        if self._is_single:
-            return
-        grad = next((p.grad for p in params if p.grad is not None), None)
-        self._penalized = None if grad is None else (weakref.ref(grad), grad._version)
+        if not self._is_single:
+            self._penalized = _first_grad(params)
 
     def has_penalty(self, params: Iterable[Tensor]) -> bool:
         """Whether their gradients have it already, from an earlier step within the same one."""
         if self._penalized is None:
             return False
-        ref, version = self._penalized
-        grad = next((p.grad for p in params if p.grad is not None), None)
-        return grad is not None and ref() is grad and grad._version == version
+        grad = _first_grad(params)
+        return grad is not None and grad[0] is self._penalized[0] and grad[1] == self._penalized[1]
 
     def has_lost(self, params: Iterable[Tensor]) -> bool:
         """Whether their gradients had it, and are others by now."""
@@ -80,7 +79,7 @@ class Nesting:
     def has_missed(self, params: Iterable[Tensor]) -> bool:
         """Whether the step that ends, and is in no other one, changed the parameters without one that is as deep as was
         found in the code. If there was never one, the penalty enters less deep from now on."""
-        if self._deepest >= self.levels or all(map(_is_same, self._states(params), self._before)):
+        if self._deepest >= self.levels or all(map(_are_same, self._states(params), self._before)):
             return False
         if not self._has_entered:
             self.levels = self._deepest
@@ -88,19 +87,56 @@ class Nesting:
 
     def _states(self, params: Iterable[Tensor]) -> list[_State]:
         """Versions, and a few elements as long as the code is not proved by a step: not every change is counted."""
-        return [(p._version, None if self._has_entered or not p.is_cpu else sample(p)) for p in params]
+        return [(p._version, None if self._has_entered or not _devices.is_at_hand(p) else sample(p)) for p in params]
 
 
-def _is_same(a: _State, b: _State) -> bool:
+def _first_grad(params: Iterable[Tensor]) -> tuple[Tensor, int] | None:
+    """With its version."""
+    return next(((grad, grad._version) for p in params if (grad := p.grad) is not None), None)
+
+
+def _are_same(a: _State, b: _State) -> bool:
     return a[0] == b[0] and (a[1] is None or b[1] is None or is_same(a[1], b[1]))
+
+
+def depth_of(optimizer: Optimizer, hook: Any) -> int:
+    """How many steps of the same optimizer run, of which the innermost called the hook, in whichever threads.
+
+    Counting cannot tell, because a step that raises leaves without its second hook. But what called the hook is running
+    as often for this optimizer.
+    """
+    own = {_place(hook.__code__), _place(inspect.unwrap(hook).__code__)}
+    above = dropwhile(lambda frame: _place(frame.f_code) not in own, _up(sys._getframe()))
+    caller = next((frame for frame in above if _place(frame.f_code) not in own), None)
+    if caller is None or not _is_about(caller, optimizer):
+        raise RuntimeError(
+            "attach: torch must call the hooks of a step from a function that has the optimizer, but this one does not"
+        )
+    frames = (frame for top in sys._current_frames().values() for frame in _up(top))
+    return sum(_place(frame.f_code) == _place(caller.f_code) and _is_about(frame, optimizer) for frame in frames)
+
+
+def _up(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _place(code: CodeType) -> tuple[str, int]:
+    """Where the function stands, which is the same of what a compiler makes of it."""
+    return code.co_filename, code.co_firstlineno
+
+
+def _is_about(frame: FrameType, optimizer: Optimizer) -> bool:
+    values = frame.f_locals.values()
+    return any(v is optimizer or (isinstance(v, tuple) and len(v) > 0 and v[0] is optimizer) for v in values)
 
 
 def _hook_steps(optimizer: Any) -> int:
     """Makes each step call the hooks: torch does it for the class of an instance alone, in an initializer that not
     every class calls. Returns how many steps run one within the other."""
     for name in _HOOKS:
-        if name not in vars(optimizer):
-            setattr(optimizer, name, OrderedDict())
+        vars(optimizer).setdefault(name, OrderedDict())
     levels = 0
     own = list(_steps_of(type(optimizer)))
     mro: Any = type(optimizer).__mro__
@@ -112,7 +148,7 @@ def _hook_steps(optimizer: Any) -> int:
         if i + 1 == len(own) or not _calls(mro[place : (following := own[i + 1][0])], mro[following]):
             break
     step = vars(optimizer).get("step")
-    if step is None or any(getattr(f, "hooked", False) for f in _within(step)):
+    if step is None or any(getattr(f, "hooked", False) for f, _ in _functions([step])):
         return max(1, levels)
     # A scheduler has put it around the step of the class before that called the hooks.
     call, ref = _hooked(lambda self, *args, **kwargs: step(*args, **kwargs)), weakref.ref(optimizer)
@@ -148,43 +184,34 @@ def _calls(owners: tuple[type, ...], base: type) -> bool:
     """Whether a function of these classes, or one that it names, has the step of the base class, or names that of the
     base class or of what `super` finds: by whatever name it has the class."""
     step = inspect.unwrap(vars(base)["step"])
-    ahead = [g for owner in owners for f in vars(owner).values() for g in _within(f)]
-    seen: set[FunctionType] = set()
-    while ahead:
-        f = ahead.pop()
-        if f is step:
+    for f, named in _functions([f for owner in owners for f in vars(owner).values()]):
+        by_name = "step" in named and ("super" in named or base.__name__ in named)
+        if f is step or by_name or ("step" in named and any(x is base for x in named.values())):
             return True
-        if f in seen:
-            continue
-        seen.add(f)
-        names = {name for code in _codes(f.__code__) for name in (*code.co_names, *code.co_freevars)}
-        named = [*_closure(f), *(f.__globals__[name] for name in names & f.__globals__.keys())]
-        if "step" in names and ("super" in names or base.__name__ in names or any(x is base for x in named)):
-            return True
-        ahead += [g for x in named if isinstance(x, FunctionType) and x.__module__ == f.__module__ for g in _within(x)]
     return False
 
 
-def _within(function: Any) -> list[FunctionType]:
-    """The functions that are in it: wrapped, bound, or in its closure."""
-    found: list[FunctionType] = []
-    ahead = [function]
+def _functions(ahead: list[Any]) -> Iterator[tuple[FunctionType, dict[str, Any]]]:
+    """The functions that are in these (wrapped, bound, or in a closure), and those of their modules that they name;
+    each with what it names, by the names."""
+    seen: set[FunctionType] = set()
     while ahead:
         f = ahead.pop()
         if isinstance(f, MethodType | staticmethod | classmethod):
             ahead.append(f.__func__)
         elif isinstance(f, functools.partial):
             ahead.append(f.func)
-        elif isinstance(f, FunctionType) and f not in found:
-            found.append(f)
-            ahead += [vars(f).get("__wrapped__"), *_closure(f)]
-    return found
-
-
-def _closure(function: FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # nothing is in it yet
-            yield cell.cell_contents
+        elif isinstance(f, FunctionType) and f not in seen:
+            seen.add(f)
+            names = {name for code in _codes(f.__code__) for name in (*code.co_names, *code.co_freevars)}
+            named = {name: f.__globals__.get(name) for name in names}
+            own: list[Any] = [x for x in named.values() if isinstance(x, FunctionType) and x.__module__ == f.__module__]
+            for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
+                with contextlib.suppress(ValueError):  # nothing is in it yet
+                    named[name] = cell.cell_contents
+                    own.append(named[name])
+            ahead += [vars(f).get("__wrapped__"), *own]
+            yield f, named
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

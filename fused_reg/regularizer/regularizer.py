@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from numbers import Integral
 from typing import Any, NoReturn
 
@@ -11,29 +12,29 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Module
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from fused_reg._arguments import is_number
-from fused_reg._terms import Group
+from fused_reg._terms import ANY_TERM, KINDS, MoreStrengths, MoreTerms, takes_terms
 from fused_reg._warnings import warn
 from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
-from fused_reg.regularizer.patterns import check_matches
+from fused_reg.regularizer.names import check_matches
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
 from fused_reg.regularizer.selection import Choice, as_patterns, as_rules
-from fused_reg.regularizer.strengths import KINDS, Given, as_flag, as_penalty, checked
+from fused_reg.regularizer.strengths import Given, as_flag, as_penalty, given_strengths
 from fused_reg.regularizer.table import Entry, Table
-from fused_reg.regularizer.twice import warn_if_attached, watched
 
 
+@takes_terms
 class Regularizer:
     r"""The penalty of a model, with the comfort of ``weight_decay``: L1, L2, elastic net and group norms, by layer.
 
     .. math::
-        \text{penalty} = \sum_t \Big( l1_t \sum_i |w_{t,i}| + l2_t \sum_i w_{t,i}^2
-        + l2\_norm_t \sum_g \lVert w_{t,g} \rVert_2 \Big)
+        \text{penalty} = \sum_t \Big( {value} \Big)
 
     over the trainable parameters: one that is frozen is left out as long as it is. Three ways to use it:
 
@@ -63,13 +64,13 @@ class Regularizer:
             biases, as ``weight_decay`` is; see ``weights_only``.
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
-        group: what norms are of: ``"tensor"``, ``"row"`` or ``"column"``, as for :func:`fused_penalty`.
+        terms: {text}
         weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
         exclude: likewise; these are not.
-        rules: pairs of a pattern and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, with the keys ``l1``,
-            ``l2``, ``l2_norm`` and ``group``; the first that matches counts. What it does not name is inherited, as in
-            a parameter group of an optimizer, and 0.0 drops a term.
+        rules: pairs of a pattern and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, with the names of
+            the strengths above and of ``group`` as keys; the first that matches counts. What it does not name is
+            inherited, as in a parameter group of an optimizer, and 0.0 drops a term.
 
     Raises:
         TypeError: chosen parameters are of no supported kind, or a strength is no number.
@@ -109,18 +110,18 @@ class Regularizer:
         l2: Given = None,
         l2_norm: Given = None,
         *,
-        group: Group = "tensor",
         weights_only: bool = False,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         rules: Iterable[tuple[str, Mapping[str, Any]]] | None = None,
+        **terms: Unpack[MoreTerms[Given]],
     ) -> None:
         if rules is not None and not isinstance(rules, Iterable):
             raise TypeError(f"Regularizer: rules must be pairs (pattern, dict(l1=...)), got {type(rules).__name__}")
         as_flag("Regularizer: weights_only", weights_only)
         rules = None if rules is None else list(rules)
         choice = Choice(
-            as_penalty("Regularizer: ", l1=l1, l2=l2, l2_norm=l2_norm, group=group),
+            as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms),
             weights_only,
             as_patterns("include", include),
             as_patterns("exclude", exclude) or [],
@@ -130,7 +131,8 @@ class Regularizer:
             "l1": l1,
             "l2": l2,
             "l2_norm": l2_norm,
-            "group": group,
+            "group": "tensor",
+            **terms,
             "weights_only": weights_only,
             "include": choice.include,
             "exclude": choice.exclude or None,
@@ -197,7 +199,7 @@ class Regularizer:
 
     def __call__(self) -> Tensor:
         """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
-        return watched(self._used().penalty(), self._attachments)
+        return self._attachments.watched(self._used().penalty())
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The regularized parameters with their (first) names, also those that are frozen now."""
@@ -215,7 +217,7 @@ class Regularizer:
         if scale is None:
             raise TypeError("accumulate_grad_: scale must be a float or a 0-dim tensor, got None")
         part = self._used()
-        warn_if_attached(self._attachments, "by accumulate_grad_")
+        self._attachments.warn_of_twice("by accumulate_grad_")
         return part.accumulate_grad_(scale)[0]
 
     def prox_(self, step: float | Tensor) -> None:
@@ -228,7 +230,7 @@ class Regularizer:
             got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
             raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
         part = self._used()
-        warn_if_attached(self._attachments, "by prox_")
+        self._attachments.warn_of_twice("by prox_")
         part.prox_(step)
 
     @property
@@ -253,8 +255,15 @@ class Regularizer:
         """
         self._table.go_to(self.step + 1)
 
+    @partial(takes_terms, without="group")
     def set_strength(
-        self, l1: Given = None, l2: Given = None, l2_norm: Given = None, *, where: str | None = None
+        self,
+        l1: Given = None,
+        l2: Given = None,
+        l2_norm: Given = None,
+        *,
+        where: str | None = None,
+        **terms: Unpack[MoreStrengths[Given]],
     ) -> None:
         """Changes strengths; what is not given stays as it is.
 
@@ -267,6 +276,7 @@ class Regularizer:
             l1: a finite float >= 0, a 0-dim tensor, or a schedule.
             l2: likewise.
             l2_norm: likewise.
+            terms: likewise.
             where: a pattern of names (``fnmatch``): these parameters, and "*" is all. None: all that have such a term
                 (not those that a rule gives 0, or that have rules or marks without it); where none has one, all.
 
@@ -282,16 +292,16 @@ class Regularizer:
             >>> regularizer()
             tensor(3., grad_fn=<...>)
         """
-        given = {kind: s for kind, s in zip(KINDS, (l1, l2, l2_norm), strict=True) if s is not None}
-        if not given:
-            raise TypeError("set_strength: l1, l2 or l2_norm must be given, got none")
-        for kind, strength in given.items():
-            if isinstance(strength, str):
+        given: dict[str, Any] = {"l1": l1, "l2": l2, "l2_norm": l2_norm, **terms}
+        for kind in KINDS:
+            if isinstance(strength := given.get(kind), str):
                 raise TypeError(
                     f"set_strength: {kind} must be a float, a 0-dim tensor or a schedule, got str; for parameters of "
                     f"some names say where={strength!r}"
                 )
-        strengths = {kind: checked(f"set_strength: {kind}", s) for kind, s in given.items()}
+        strengths = given_strengths("set_strength", "set_strength: ", **given)
+        if not strengths:
+            raise TypeError(f"set_strength: {ANY_TERM} must be given, got none")
         table = self._followed()
         if where is not None:
             check_matches("set_strength", "where", where, table.entries)

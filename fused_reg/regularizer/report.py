@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_reg import _ops
-from fused_reg._arguments import explained
+from fused_reg import _ops, _routes
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import GROUPS, Strengths, group_count
-from fused_reg.autograd.routes import penalty
-from fused_reg.distributed import Bucket, buckets, shards_of
+from fused_reg._terms import DEFAULTS, GROUPS, KINDS, SHAPES, TERM_OF, TERMS, Strengths, group_count
+from fused_reg.distributed import Bucket, checked_buckets, shards_of
+from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.calls import named
-from fused_reg.regularizer.strengths import KINDS, Cell, Held, identity, tensor_of
+from fused_reg.regularizer.strengths import Cell, Column, Held, identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
 
 Row = dict[str, Any]
 
 _NAMES_SHOWN = 3
+
+#: What is measured of every parameter: the sum that each strength is a factor of, and more.
+_MEASURES = (*TERMS, "norm", "zeros", "zero_slices")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Report:
         rows: a dictionary for each strength group (``level`` "group"), followed by those of its parameters
             ("parameter"), and one for all ("total"): ``name``, ``elements``, ``value`` of the penalty, Euclidean
             ``norm``, ``zeros`` (the elements that are exactly 0), ``zero_share`` (of the elements, 0 to 1). Groups and
-            parameters also have ``l1``, ``l2``, ``l2_norm`` and ``group``, and if that is not "tensor" ``slices`` and
-            ``zero_slices`` (the rows or columns of which all elements are 0).
+            parameters also have their strengths (``l1`` and so on) and ``group``, and if that is not "tensor"
+            ``slices`` and ``zero_slices`` (the rows or columns of which all elements are 0).
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -56,14 +58,15 @@ class Report:
             path = prefix if row["level"] == "total" else f"{prefix}/{row['name']}"
             kinds = ["value", "norm", "zero_share"]
             if row["level"] == "group":
-                kinds += ["l1", "l2", "l2_norm"]
+                kinds += self._kinds()
             scalars.update({f"{path}/{kind}": float(row[kind]) for kind in kinds})
         return scalars
 
     def __str__(self) -> str:
         slices = any("slices" in row for row in self.rows)
-        header = ["", "elements", "l1", "l2", "l2_norm", "value", "norm", "zeros", "zero slices" if slices else ""]
-        lines = [header, *(_cells(row) for row in self.rows)]
+        kinds = self._kinds()
+        header = ["", "elements", *kinds, "value", "norm", "zeros", "zero slices" if slices else ""]
+        lines = [header, *(_cells(row, kinds) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         return "\n".join(
             "  ".join(
@@ -73,9 +76,14 @@ class Report:
             for line in lines
         )
 
+    def _kinds(self) -> list[str]:
+        """The strengths to show: the first three, and of the others those that any parameter has."""
+        used = {kind for row in self.rows for kind, term in TERM_OF.items() if row.get(term)}
+        return [kind for i, kind in enumerate(KINDS) if i < 3 or kind in used]
 
-def _cells(row: Row) -> list[str]:
-    strengths = [f"{row[kind]:g}" if row["level"] == "group" else "" for kind in KINDS]
+
+def _cells(row: Row, kinds: Sequence[str]) -> list[str]:
+    strengths = [f"{row[kind]:g}" if row["level"] == "group" else "" for kind in kinds]
     return [
         ("  " if row["level"] == "parameter" else "") + row["name"],
         f"{row['elements']:,}",
@@ -103,13 +111,13 @@ def summary_of(table: Table) -> str:
 def _described(entry: Entry) -> str:
     """The strengths of an entry, in words: ``l1=0.001 (schedule), l2=0.1``."""
     words = []
-    for kind, strength in zip(KINDS, entry.strengths, strict=True):
+    for kind, strength in entry.strengths.items():
         tensor = tensor_of(strength)
         if isinstance(strength, Cell):
             words.append(f"{kind}={float(strength.value):g} ({'schedule' if strength.schedule else 'tensor'})")
         elif tensor is not None:
             words.append(f"{kind}={float(tensor.detach()):g} (tensor)")
-        elif strength != 0:
+        elif strength != DEFAULTS[kind]:
             words.append(f"{kind}={strength:g}")
     return ", ".join(words if entry.group == "tensor" else [*words, f'group="{entry.group}"']) or "none"
 
@@ -125,7 +133,7 @@ def report_of(table: Table) -> Report:
     leaves: list[Row] = []
     for i, group in enumerate(groups):
         own = [measured[id(e)] for e in group]
-        strengths = {kind: own[0][kind] for kind in ("l1", "l2", "l2_norm", "group")}
+        strengths = {kind: own[0][kind] for kind in (*KINDS, "group")}
         rows += [_sum("group", f"group {i}", own) | strengths, *own]
         leaves += own
     return Report([*rows, _sum("total", "total", leaves)])
@@ -149,74 +157,84 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     for kind, group in GROUPS.items():
         own = [e for e in entries if e.group == kind]
         params = [e.param for e in own]
+        if not own:
+            continue
         try:
-            for bucket in buckets(params, shards_of(params), Strengths(group=group)):
-                found = measured.setdefault(bucket.shards[0].device, [])
-                found.append(([own[i] for i in bucket.places], _columns(bucket)))
-        except Exception as error:
-            raise named(explained("report", params, error), [e.name for e in own]) from error
+            parts = _routes.run("report", _parts, _parts, params, _shapes_of(own, group), are_whole=True)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise named(error, [e.name for e in own]) from error
+        for places, columns in parts:
+            measured.setdefault(columns.device, []).append(([own[i] for i in places], columns))
     return {id(e): row for device, parts in measured.items() for e, row in _rows_on(device, parts)}
+
+
+def _parts(params: list[Tensor], shapes: Strengths) -> list[tuple[list[int], Tensor]]:
+    """The places of the parameters of each bucket, and what is measured of them."""
+    return [(b.places, _columns(b)) for b in checked_buckets(params, shards_of(params), shapes)]
+
+
+def _shapes_of(entries: Sequence[Entry], group: int) -> Strengths:
+    """What the sums of their terms need beside the parameters."""
+    shapes = {}
+    for kind, term in TERM_OF.items():
+        if kind in SHAPES and any(e.has(term) for e in entries):
+            column = Column(e.strengths[kind] for e in entries).get()
+            shapes[kind] = column if isinstance(column, Tensor) else (column,)
+    return Strengths(group=group).having(**shapes)
 
 
 def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) -> Iterator[tuple[Entry, Row]]:
     entries = [e for own, _ in parts for e in own]
-    tensors = {identity(s): t for e in entries for s in e.strengths if (t := tensor_of(s)) is not None}
+    tensors = {identity(s): t for e in entries for s in e.strengths.values() if (t := tensor_of(s)) is not None}
     columns = [x.reshape(-1) for _, x in parts] + [t.reshape(1) for t in tensors.values()]
     numbers = iter(torch.cat([column.to(device, torch.float64) for column in columns]).tolist())  # the transfer
-    measured = [list(islice(numbers, 6)) for _ in entries]
+    measured = [dict(zip(_MEASURES, islice(numbers, len(_MEASURES)), strict=True)) for _ in entries]
     values = dict(zip(tensors, numbers, strict=True))
 
     def number(strength: Held) -> float:
         return strength if isinstance(strength, float) else values[identity(strength)]
 
     for entry, row in zip(entries, measured, strict=True):
-        yield entry, _row(entry, *map(number, entry.strengths), *row)
+        yield entry, _row(entry, {kind: number(s) for kind, s in entry.strengths.items()}, row)
 
 
 def _columns(bucket: Bucket) -> Tensor:
-    """[parameters, 6] float64, the numbers that `_row` takes of each."""
-    shards = bucket.shards[:-1]
+    """[parameters, measures] float64: the `_MEASURES` of each."""
     norms = bucket.norms_of_tensors()
-    absolute, squares, zeros = bucket.over_all(_ops.sums(shards, True, *Strengths()).T)
+    sums = _ops.sums(bucket.shards, True, *bucket.strengths._replace(group=0))[:-1]  # without the empty tensor's
+    absolute, squares, *others, zeros = bucket.over_all(sums.T)
     are_sliced = bucket.strengths.group != GROUPS["tensor"]
     slice_norms, zero_slices = bucket.over_rest(bucket.sums_of_slices()) if are_sliced else (norms, norms)
-    return torch.stack([absolute, squares, norms, zeros, slice_norms, zero_slices], dim=1)
+    return torch.stack([absolute, squares, slice_norms, *others, norms, zeros, zero_slices], dim=1)
 
 
-def _value(entry: Entry, terms: Sequence[tuple[float, float]], norm: float) -> float:
-    """The penalty of a parameter, from each strength and its sum. Sums of float64 elements may overflow or lose digits
-    where the penalty does not: then the penalty itself is taken."""
-    present = [(strength, term) for strength, term in terms if strength != 0]
-    if entry.param.dtype is not torch.float64 or norm == 0 or all(2.0**-1000 < x < math.inf for _, x in present):
-        return sum(strength * term for strength, term in present)
-    columns = [() if strength == 0 else (strength,) for strength, _ in terms]
-    return penalty([entry.param], Strengths.of(columns, GROUPS[entry.group] if columns[2] else 0)).item()
-
-
-def _row(
-    entry: Entry,
-    l1: float,
-    l2: float,
-    l2_norm: float,
-    absolute: float,
-    squares: float,
-    norm: float,
-    zeros: float,
-    slice_norms: float,
-    zero_slices: float,
-) -> Row:
-    terms = ((l1, absolute), (l2, squares), (l2_norm, norm if entry.group == "tensor" else slice_norms))
+def _row(entry: Entry, strengths: dict[str, float], measures: dict[str, float]) -> Row:
+    norm, zeros = measures["norm"], measures["zeros"]
     row: Row = {
         "level": "parameter",
         "name": entry.name,
         "elements": entry.param.numel(),
-        **{"l1": l1, "l2": l2, "l2_norm": l2_norm, "group": entry.group},
-        "value": _value(entry, terms, norm),
+        **strengths,
+        "group": entry.group,
+        "value": _value(entry, strengths, measures),
         "norm": norm,
         "zeros": int(zeros),
         "zero_share": zeros / max(entry.param.numel(), 1),
     }
     if entry.group != "tensor":
         slices = group_count(entry.param, GROUPS[entry.group])
-        row |= {"slices": slices, "zero_slices": min(int(zero_slices), slices)}
+        row |= {"slices": slices, "zero_slices": min(int(measures["zero_slices"]), slices)}
     return row
+
+
+def _value(entry: Entry, strengths: dict[str, float], measures: dict[str, float]) -> float:
+    """The penalty of a parameter, from each strength and its sum. Sums of float64 elements may overflow or lose digits
+    where the penalty does not: then the penalty itself is taken."""
+    present = [term for term in TERMS if strengths[term] != 0]
+    are_exact = all(2.0**-1000 < measures[term] < math.inf for term in present)
+    if entry.param.dtype is not torch.float64 or measures["norm"] == 0 or are_exact:
+        return sum(strengths[term] * measures[term] for term in present)
+    given: dict[str, Any] = {kind: s for kind, s in strengths.items() if TERM_OF[kind] in present}
+    if "l2_norm" in given:
+        given["group"] = entry.group
+    return fused_penalty(entry.param.detach(), **given).item()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fused_reg.regularizer.strengths import KINDS, as_saved, is_scheduled, number
+from fused_reg._terms import DEFAULTS, KINDS
+from fused_reg.regularizer.strengths import as_saved, is_scheduled, number
 from fused_reg.regularizer.table import Entry, Table, Wishes
 
 _KEYS = ("params", *KINDS, "group", "scheduled")
+_LATER = set(KINDS[3:])  # which a state that is older lacks
 
 
 def state_of(table: Table) -> list[dict[str, Any]]:
@@ -16,9 +18,9 @@ def state_of(table: Table) -> list[dict[str, Any]]:
     return [
         {
             "params": [entry.name for entry in group],
-            **{kind: number(s) for kind, s in zip(KINDS, group[0].strengths, strict=True)},
+            **{kind: number(s) for kind, s in group[0].strengths.items()},
             "group": group[0].group,
-            "scheduled": [kind for kind in KINDS if is_scheduled(getattr(group[0], kind))],
+            "scheduled": [kind for kind, s in group[0].strengths.items() if is_scheduled(s)],
         }
         for group in table.groups()
     ]
@@ -51,7 +53,7 @@ def parsed(state: Any, entries: Sequence[Entry]) -> dict[str, Wishes]:
                 f"load_state_dict: group of {entry.name!r} must be {entry.group!r} as here, got {kind_of_group!r}"
             )
         for kind, (_, has_schedule) in wishes.items():
-            if has_schedule and not is_scheduled(own_strength := getattr(entry, kind)):
+            if has_schedule and not is_scheduled(own_strength := entry.strengths[kind]):
                 raise ValueError(
                     f"load_state_dict: {kind} of {entry.name!r} must have a schedule, as in the state_dict, got "
                     f"{number(own_strength)}"
@@ -60,7 +62,7 @@ def parsed(state: Any, entries: Sequence[Entry]) -> dict[str, Wishes]:
 
 
 def _wishes(where: str, group: Any) -> Wishes:
-    if not isinstance(group, Mapping) or set(group) != set(_KEYS):
+    if not isinstance(group, Mapping) or {*group} | _LATER != {*_KEYS}:
         got = list(group) if isinstance(group, Mapping) else type(group).__name__
         raise ValueError(f"{where} must have the keys {', '.join(_KEYS)}, got {got}")
     for key, what in (("params", "names"), ("scheduled", "kinds of strengths")):
@@ -70,6 +72,6 @@ def _wishes(where: str, group: Any) -> Wishes:
             raise ValueError(f"{where}: {key} must be a list of {what}, got {given!r}")
     first = group["params"][0]
     return {
-        kind: (as_saved(f"load_state_dict: {kind} of {first!r}", group[kind]), kind in group["scheduled"])
-        for kind in KINDS
+        kind: (as_saved(f"load_state_dict: {kind} of {first!r}", group.get(kind, default)), kind in group["scheduled"])
+        for kind, default in DEFAULTS.items()
     }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from torch.nn import Module
 
 from fused_reg._partitioned import check_whole
+from fused_reg._terms import ANY_TERM, KINDS, SHAPES, TERMS, lacking
 from fused_reg.regularizer.candidates import Candidate, marked_modules
 from fused_reg.regularizer.marks import Mark
-from fused_reg.regularizer.patterns import check_matches
-from fused_reg.regularizer.strengths import KINDS, Penalty, as_penalty, is_absent
+from fused_reg.regularizer.names import check_matches
+from fused_reg.regularizer.strengths import Penalty, as_penalty, is_absent
 
 #: A rule: its pattern, and what it names of a penalty.
 Rule = tuple[str, dict[str, Any]]
@@ -43,7 +44,7 @@ class Choice:
         chosen = [(c, penalty) for c in meant if self._includes(c) and (penalty := self._penalty_of(c))]
         marked = marked_modules(params) if isinstance(params, Module) else {}
         if self.default.is_empty and not self.rules and not marked and not any(c.marks for c in candidates):
-            _refuse("Regularizer: l1, l2, l2_norm, rules or marks by `regularized` must give a strength, got none")
+            _refuse(f"Regularizer: {', '.join(TERMS)}, rules or marks by `regularized` must give a strength, got none")
         if self.include == []:
             _refuse("Regularizer: include must have a pattern, got an empty list; leave it out for all")
         problems = (*self._unmatched(candidates), *self._idle_marks(marked, candidates))
@@ -70,10 +71,9 @@ class Choice:
         if rule is None:
             return None if base.is_empty else base
         given = rule[1]
-        strengths = {kind: given.get(kind, getattr(base, kind)) for kind in KINDS}
         # A rule's number 0 drops the term: `set_strength` for all that have it passes by.
-        kept = {k: None if k in given and is_absent(s) else s for k, s in strengths.items()}
-        return Penalty(**kept, group=given.get("group", base.group))
+        kept = {k: None if k in TERMS and is_absent(s) else s for k, s in given.items() if k != "group"}
+        return Penalty({**base.given, **kept}, given.get("group", base.group))
 
     def _base_of(self, candidate: Candidate) -> Penalty:
         marks = {mark.penalty.key: name for name, mark in candidate.marks.items()}
@@ -114,25 +114,28 @@ class Choice:
             if not own:
                 other = "a rule before it" if _only(chosen, pattern) else "weights_only, include, exclude or a dtype"
                 yield f"Regularizer: rules[{i}] must apply to a parameter, but {other} takes all of {pattern!r}"
-            elif "group" in given and all(self._norms_of(c) is None for c in own):
-                yield f"Regularizer: rules[{i}] {pattern!r}: group must have an l2_norm, got none"
+            for name in SHAPES:
+                if own and name in given and all(self._is_without(c, name) for c in own):
+                    yield lacking(f"Regularizer: rules[{i}] {pattern!r}: ", name, given[name])
         yield from self._idle_defaults(chosen)
 
     def _idle_defaults(self, chosen: Sequence[Candidate]) -> Iterable[str]:
         takers = [(c, (self._rule_of(c) or ("", {}))[1]) for c in chosen if not c.marks]
-        for kind in KINDS:
-            strength = getattr(self.default, kind)
+        for kind, strength in self.default.given.items():
             if not _is_nothing(strength) and all(kind in given for _, given in takers):
                 yield (
                     f"Regularizer: {kind} must apply to a parameter, but rules or marks by `regularized` speak about "
                     "all of them"
                 )
-        if self.default.group != "tensor" and all("group" in g or self._norms_of(c) is None for c, g in takers):
-            yield f'Regularizer: group="{self.default.group}" must have an l2_norm, got none'
+        own = {**self.default.given, "group": None if self.default.group == "tensor" else self.default.group}
+        for name in SHAPES:
+            if own[name] is not None and all(name in g or self._is_without(c, name) for c, g in takers):
+                yield lacking("Regularizer: ", name, own[name])
 
-    def _norms_of(self, candidate: Candidate) -> Any:
-        rule = self._rule_of(candidate)
-        return (rule[1] if rule else {}).get("l2_norm", self._base_of(candidate).l2_norm)
+    def _is_without(self, candidate: Candidate, name: str) -> bool:
+        """Whether it lacks the term that an argument of this name shapes."""
+        term, rule = SHAPES[name].shapes, self._rule_of(candidate)
+        return (rule[1] if rule else {}).get(term, self._base_of(candidate).given[term]) is None
 
     def _idle_marks(self, marked: Mapping[Mark, str], candidates: Sequence[Candidate]) -> Iterable[str]:
         owned: dict[Mark, list[Candidate]] = {mark: [] for mark in marked}
@@ -179,7 +182,7 @@ def as_patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str
 
 
 def as_rules(rules: Iterable[tuple[str, Mapping[str, Any]]] | None) -> list[Rule]:
-    allowed = [f.name for f in fields(Penalty)]
+    allowed = [*KINDS, "group"]
     checked_rules = []
     for i, rule in enumerate(rules or ()):
         if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)) or not isinstance(
@@ -190,9 +193,9 @@ def as_rules(rules: Iterable[tuple[str, Mapping[str, Any]]] | None) -> list[Rule
         unknown = [key for key in given if key not in allowed]
         if unknown:
             raise ValueError(f"Regularizer: rules[{i}] must have keys of {', '.join(allowed)}, got {unknown[0]!r}")
-        penalty = as_penalty(f"Regularizer: rules[{i}] {pattern!r}: ", **given)
-        named = {key: getattr(penalty, key) for key in given if given[key] is not None}
+        penalty = as_penalty("Regularizer", f"rules[{i}] {pattern!r}: ", **given)
+        named = {key: {**penalty.given, "group": penalty.group}[key] for key in given if given[key] is not None}
         if not named:
-            raise ValueError(f"Regularizer: rules[{i}] must give l1, l2 or l2_norm, got {dict(given)!r}")
+            raise ValueError(f"Regularizer: rules[{i}] must give {ANY_TERM}, got {dict(given)!r}")
         checked_rules.append((pattern, named))
     return checked_rules

@@ -1,54 +1,45 @@
-"""What is to know of an optimizer's step in its hooks: how many steps it is part of, and whether it is one."""
+"""What is to know of an optimizer's step in its hooks: what it is given, and whether it is one."""
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Iterator
-from itertools import dropwhile
-from types import CodeType, FrameType
-from typing import Any
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
+from fused_reg import _devices
 
-def depth_of(optimizer: Optimizer, hook: Any) -> int:
-    """How many steps of the same optimizer run, of which the innermost called the hook (a subclass goes on to the step
-    of its base class), in whichever threads.
-
-    Counting cannot tell, because a step that raises leaves without its second hook. But what called the hook is running
-    as often for this optimizer.
-    """
-    own = {_place(hook.__code__), _place(inspect.unwrap(hook).__code__)}
-    above = dropwhile(lambda frame: _place(frame.f_code) not in own, _up(sys._getframe()))
-    caller = next((frame for frame in above if _place(frame.f_code) not in own), None)
-    if caller is None or not _is_about(caller, optimizer):
-        raise RuntimeError(
-            "attach: torch must call the hooks of a step from a function that has the optimizer, but this one does not"
-        )
-    return sum(
-        _place(frame.f_code) == _place(caller.f_code) and _is_about(frame, optimizer)
-        for top in sys._current_frames().values()
-        for frame in _up(top)
-    )
+Closure: TypeAlias = Callable[..., Any]
 
 
-def _up(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
+    """The first argument that can be called, wherever it stands. What else a step is given (a learning rate, options,
+    a loss, a model) is its own. The first of ``args`` is the optimizer."""
+    given = chain(args[1:], kwargs.values())
+    return next((x for x in given if callable(x) and not isinstance(x, Module)), None)
 
 
-def _place(code: CodeType) -> tuple[str, int]:
-    """Where the function stands, which is the same of what a compiler makes of it."""
-    return code.co_filename, code.co_firstlineno
+def exchanged(
+    args: tuple[Any, ...], kwargs: dict[str, Any], old: Closure, new: Closure
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with another closure."""
+    return tuple(new if x is old else x for x in args), {k: new if x is old else x for k, x in kwargs.items()}
 
 
-def _is_about(frame: FrameType, optimizer: Optimizer) -> bool:
-    values = frame.f_locals.values()
-    return any(v is optimizer or (isinstance(v, tuple) and len(v) > 0 and v[0] is optimizer) for v in values)
+def with_penalty(objective: Any, penalty: Tensor) -> Any:
+    """What a closure returned with the penalty added, of the same kind where its kind adds. What is not one number
+    (None, a tuple, a dictionary, many elements) stays as it is."""
+    if isinstance(objective, Tensor):
+        return objective + penalty.to(objective.device) if objective.numel() == 1 else objective
+    if isinstance(objective, bool) or not hasattr(objective, "__float__") or getattr(objective, "size", 1) != 1:
+        return objective
+    try:
+        return objective + float(penalty)
+    except TypeError:
+        return float(objective) + float(penalty)
 
 
 def is_inert(optimizer: Optimizer) -> bool:
@@ -58,12 +49,12 @@ def is_inert(optimizer: Optimizer) -> bool:
     What a GPU alone knows is not waited for: such a step counts as one. Gradients are read only where all rates are 0.
     """
     found_inf = found_infinity(optimizer)
-    if found_inf is not None and found_inf.is_cpu and bool(found_inf):
+    if found_inf is not None and _devices.is_at_hand(found_inf) and bool(found_inf):
         return True
     if may_change(optimizer):
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if any(g.is_cuda for g in grads) and torch.cuda.is_current_stream_capturing():
+    if any(map(_devices.is_captured, grads)):
         return False
     found = ((g._values() if g.is_sparse else g).any() for g in grads)
     # All before the first is looked at: that of a DTensor takes every process, and a GPU is waited for once.
@@ -84,13 +75,13 @@ def may_change(optimizer: Optimizer, evaluates: bool = False) -> bool:
     return False
 
 
+def _is_zero(rate: Any) -> bool:
+    if isinstance(rate, Tensor):
+        return _devices.is_at_hand(rate) and not bool(rate.any())
+    return getattr(rate, "ndim", 0) == 0 and bool(rate == 0)
+
+
 def found_infinity(optimizer: Optimizer) -> Tensor | None:
     """What ``GradScaler`` leaves to a fused optimizer: not 0 if its step will be skipped."""
     found_inf = optimizer.__dict__.get("found_inf")
-    return found_inf.reshape(()) if found_inf is not None and isinstance(found_inf, Tensor) else None
-
-
-def _is_zero(rate: Any) -> bool:
-    if isinstance(rate, Tensor):
-        return rate.is_cpu and not bool(rate.any())
-    return getattr(rate, "ndim", 0) == 0 and bool(rate == 0)
+    return found_inf.reshape(()) if isinstance(found_inf, Tensor) else None

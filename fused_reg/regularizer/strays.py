@@ -1,12 +1,12 @@
-"""Steps of optimizers that are without the penalty that their parameters have in the steps of another one."""
+"""Steps and gradients that are without the penalty which their parameters have in the steps of another optimizer."""
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,26 +17,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fused_reg import _devices
+from fused_reg._terms import TERMS
 from fused_reg._warnings import warn
-from fused_reg.regularizer.closures import closure_of
-from fused_reg.regularizer.steps import may_change
-from fused_reg.regularizer.strengths import KINDS, is_absent
+from fused_reg.regularizer.steps import closure_of, may_change
 from fused_reg.regularizer.wrapped import optimizers_in
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.attachment import Attachment
     from fused_reg.regularizer.table import Entry
 
-#: The rows of parameters; of those that torch may swap, which a weak reference forbids, an attribute. (With one, every
-#: operator takes longer.)
-_handled: Any = WeakTensorKeyDictionary()
-_ATTRIBUTE = "_fused_reg_handled"
-#: Optimizers of which is known, since the last attachment, whether they step without a penalty; and their hooks, which
-#: an initializer that is called again replaces.
-_known: dict[int, tuple[weakref.ref[Optimizer], object]] = {}
-#: Steps within which that of an attached optimizer may come.
-_begun: dict[int, list[tuple[str, Attachment, int]]] = {}
-_hooks: list[Any] = []
+_CHANGES = 2  # one alone may be a checkpoint that is loaded
 
 
 @dataclass
@@ -48,58 +39,79 @@ class Handler:
     is_over: bool = False
 
 
-class _Rows(dict[object, tuple[str, Handler]]):
-    """Of a parameter, by the regularizer: its name there, and what handles it. It is pickled as nothing."""
+class _Row(NamedTuple):
+    """The name of a parameter in a regularizer, and what handles it."""
+
+    name: str
+    handler: Handler
+
+
+class _Rows(dict[object, _Row]):
+    """Of a parameter, by the regularizer. It is pickled as nothing."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, ()  # which `torch.load(weights_only=True)` takes
 
 
+@dataclass
+class _Known:
+    """An optimizer whose parameters were looked at since the last attachment."""
+
+    hooks: weakref.ref[Any]  # which an initializer that is called again replaces
+    begun: list[tuple[_Row, int]]  # within its step that of these attachments may come, whose steps were so many
+
+
+#: Of those that torch may swap, which a weak reference forbids, an attribute has the rows. (With one, the look for
+#: pieces of parameters takes longer.)
+_handled: Any = WeakTensorKeyDictionary()
+_ATTRIBUTE = "_fused_reg_handled"
+_known: dict[int, _Known] = {}
+_hooks: list[Any] = []
+
+
 def handle(attachment: Attachment, regularizer: object) -> None:
     """Its parameters are handled by it from now on: instead of an earlier one of the same regularizer, and of those
     to other optimizers where the regularizer is new."""
-    _register()
     is_said = False
     for entry in attachment.entries:
-        own = _Rows(_rows_of(entry.param))
-        if regularizer not in own:
-            for key, (_, handler) in list(own.items()):
-                if (other := handler.attachment()) is None or other.optimizer is not attachment.optimizer:
-                    del own[key]
-                elif other.is_active and not is_said:
-                    is_said = _is_twice(entry, other)
-        own[regularizer] = entry.name, attachment.handler
-        _note(entry.param, own)
-    _known.clear()
+        rows = _rows_of(entry.param)
+        if regularizer not in rows:
+            others = {key: row.handler.attachment() for key, row in rows.items()}
+            others = {k: a for k, a in others.items() if a is not None and a.optimizer is attachment.optimizer}
+            is_said = is_said or any(a is not None and _is_twice(entry, a) for a in others.values())
+            rows = {key: rows[key] for key in others}
+        _note(entry.param, {**rows, regularizer: _Row(entry.name, attachment.handler)})
 
 
 def orphan(entries: Sequence[Entry], regularizer: object) -> Handler:
-    """Nothing handles these parameters, which are copies of what an attachment does."""
-    _register()
+    """Nothing handles these parameters, which are copies of what an attachment does. (A shallow copy has the same.)"""
     handler = Handler(lambda: None)
     for entry in entries:
-        _note(entry.param, _Rows({**_rows_of(entry.param), regularizer: (entry.name, handler)}))
-    _known.clear()
+        if not _rows_of(entry.param):
+            _note(entry.param, {regularizer: _Row(entry.name, handler)})
     return handler
 
 
-def _register() -> None:
+def _note(p: Tensor, rows: Mapping[object, _Row]) -> None:
     if not _hooks:
         _hooks.extend((register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)))
-
-
-def _note(p: Tensor, rows: _Rows) -> None:
     if is_traceable_wrapper_subclass(p) or get_swap_module_params_on_conversion():
-        vars(p)[_ATTRIBUTE] = rows
+        vars(p)[_ATTRIBUTE] = _Rows(rows)
     else:
-        _handled[p] = rows
+        _handled[p] = _Rows(rows)
+    _known.clear()
+
+
+def _rows_of(p: Tensor) -> dict[object, _Row]:
+    rows: dict[object, _Row] = vars(p).get(_ATTRIBUTE) or _handled.get(p, {})
+    return {key: row for key, row in rows.items() if not row.handler.is_over}
 
 
 def _is_twice(entry: Entry, other: Attachment) -> bool:
     """Whether a strength of a parameter counts twice in the steps of one optimizer, which is said."""
-    others = next((e for e in other.entries if e.param is entry.param), None)
-    for kind in KINDS if others is not None else ():
-        if not is_absent(getattr(entry, kind)) and not is_absent(getattr(others, kind)):
+    theirs = next((e for e in other.entries if e.param is entry.param), None) if other.is_active else None
+    for kind in TERMS:
+        if theirs is not None and entry.has(kind) and theirs.has(kind):
             warn(
                 f"attach: {kind} of {entry.name!r} counts twice, because another Regularizer is attached to the same "
                 f"{type(other.optimizer).__name__}; call remove() of its attachment if this one is in its place"
@@ -108,71 +120,106 @@ def _is_twice(entry: Entry, other: Attachment) -> bool:
     return False
 
 
-def _rows_of(p: Tensor) -> dict[object, tuple[str, Handler]]:
-    rows: dict[object, tuple[str, Handler]] = vars(p).get(_ATTRIBUTE) or _handled.get(p, {})
-    return {key: row for key, row in rows.items() if not row[1].is_over}
-
-
-def is_handled(p: Tensor, attachment: Attachment) -> bool:
-    return any(handler is attachment.handler for _, handler in _rows_of(p).values())
-
-
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Of every optimizer's step. A compiler that traces it finds nothing."""
     if is_dynamo_compiling():
         return
-    hooks: OrderedDict[int, Any] | None = vars(optimizer).get("_optimizer_step_pre_hooks")
-    if (
-        hooks is not None and len(hooks) > 1
-    ):  # others may change gradients: the penalty enters behind them, as weight_decay does
+    hooks: Any = vars(optimizer).get("_optimizer_step_pre_hooks")
+    if not isinstance(hooks, OrderedDict):
+        hooks = optimizer
+    elif len(hooks) > 1:  # others may change gradients: the penalty enters behind them, as weight_decay does
         for key in [key for key, hook in hooks.items() if _is_penalty(hook)]:
             hooks.move_to_end(key)
-    if _begun:
-        _begun.pop(id(optimizer), None)  # of a step that raised
     known = _known.get(id(optimizer))
-    if known is None or known[0]() is not optimizer or known[1] is not hooks:
+    if known is None or known.hooks() is not hooks:
         outside_of_graphs: Any = torch.compiler.disable
-        outside_of_graphs(_look)(optimizer, closure_of(args, kwargs) is not None)
+        outside_of_graphs(_look)(optimizer, hooks, closure_of(args, kwargs) is not None)
+    elif known.begun:
+        known.begun = []  # of a step that raised
 
 
 def _is_penalty(hook: Any) -> bool:
     return isinstance(getattr(getattr(hook, "__self__", None), "handler", None), Handler)
 
 
-def _look(optimizer: Optimizer, evaluates: bool) -> None:
+def _look(optimizer: Optimizer, hooks: Any, evaluates: bool) -> None:
     groups = getattr(optimizer, "param_groups", ())
     found = [row for group in groups for p in group["params"] for row in _rows_of(p).values()]
     if found and not may_change(optimizer, evaluates):
         return
-    _known[id(optimizer)] = weakref.ref(optimizer), vars(optimizer).get("_optimizer_step_pre_hooks")
+    known = _known[id(optimizer)] = _Known(weakref.ref(hooks), [])
     own = [optimizer, *optimizers_in(optimizer).values()]
-    begun = []
-    for name, handler in found:
-        attachment = handler.attachment()
+    for row in found:
+        attachment = row.handler.attachment()
         if attachment is None or not attachment.is_active:
-            handler.is_over = True
-            _warn(optimizer, name, "an optimizer that is gone")
+            known.begun.clear()
+            _say(row, optimizer, "an optimizer that is gone")
             return
         if attachment.is_stepping and optimizer is not attachment.optimizer:
             attachment.look_within(optimizer)
         elif all(x is not attachment.optimizer for x in own):
-            begun.append((name, attachment, attachment.entered))
-    if begun:
-        _begun[id(optimizer)] = begun
+            known.begun.append((row, attachment.entered))
 
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if is_dynamo_compiling() or not _begun:
+    known = None if is_dynamo_compiling() else _known.get(id(optimizer))
+    if known is None or not known.begun:
         return
-    for name, attachment, entered in _begun.pop(id(optimizer), ()):
-        if attachment.entered == entered:
-            attachment.handler.is_over = True
-            _warn(optimizer, name, f"another optimizer, {type(attachment.optimizer).__name__}")
+    begun, known.begun = known.begun, []
+    for row, entered in begun:
+        attachment = row.handler.attachment()
+        if attachment is not None and attachment.entered == entered:
+            _say(row, optimizer, f"another optimizer, {type(attachment.optimizer).__name__}")
             return
 
 
-def _warn(optimizer: Optimizer, name: str, where: str) -> None:
+def _say(row: _Row, optimizer: Optimizer, where: str) -> None:
+    row.handler.is_over = True
     warn(
-        f"attach: {name!r} has its penalty in the steps of {where}, and {type(optimizer).__name__} steps it without; "
-        "call attach(optimizer) of its Regularizer, or remove() of what attach returned where no penalty is meant",
+        f"attach: {row.name!r} has its penalty in the steps of {where}, and {type(optimizer).__name__} steps it "
+        "without; call attach(optimizer) of its Regularizer, or remove() of what attach returned where no penalty is "
+        "meant",
     )
+
+
+class Watch:
+    """Looks whether a parameter changes from gradient to gradient before the first step: something else steps it. It
+    keeps no parameter alive, and a copied parameter is not watched."""
+
+    def __init__(self, entry: Entry, attachment: Attachment) -> None:
+        self._name = entry.name
+        self._attachment = weakref.ref(attachment)
+        self._gradients = self._changes = 0
+        self._version = -1
+        self._sample: Tensor | None = None  # of the parameter as it was when it was last looked at
+        register: Any = entry.param.register_post_accumulate_grad_hook
+        self.hook = register(self._look)
+
+    def _look(self, p: Tensor) -> None:
+        """At every gradient on the CPU. A GPU is waited for where the version has changed, and now and then, because
+        not every change is counted there."""
+        attachment = self._attachment()
+        if attachment is None or _devices.is_captured(p):
+            return
+        self._gradients += 1
+        if _devices.is_at_hand(p) or p._version != self._version or self._gradients & (self._gradients - 1) == 0:
+            before, self._version, self._sample = self._sample, p._version, sample(p)
+            self._changes += before is not None and not is_same(before, self._sample)
+            if self._changes == _CHANGES and any(r.handler is attachment.handler for r in _rows_of(p).values()):
+                attachment.warn_once(
+                    "no step",
+                    f"attach: {self._name!r} is trained without its penalty: it changes from gradient to gradient, but "
+                    f"no step of the attached {type(attachment.optimizer).__name__} comes; attach to the optimizer "
+                    "whose step() is called, or add regularizer() to the loss",
+                )
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Of two samples. Those without data, as in a dry run, do not tell."""
+    return type(a) is not Tensor or not _devices.has_data(a) or torch.equal(a, b)
+
+
+def sample(p: Tensor) -> Tensor:
+    """A few of its elements, or of its shard's."""
+    flat = (p.to_local() if hasattr(p, "to_local") else p).detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 16)].clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -12,14 +12,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from fused_reg import _devices
 from fused_reg._arguments import as_number, is_number
-from fused_reg._terms import Group, check_group
+from fused_reg._terms import DEFAULTS, KINDS, TERMS, Group, check_group
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
-
-#: The terms, in the order of the arguments.
-KINDS = ("l1", "l2", "l2_norm")
 
 
 @dataclass(eq=False)
@@ -52,19 +50,17 @@ Given: TypeAlias = "float | Tensor | Schedule | None"
 class Penalty:
     """What an argument list, a rule or a mark says: strengths as given, and what a norm is of."""
 
-    l1: Given = None
-    l2: Given = None
-    l2_norm: Given = None
+    given: Mapping[str, Given]  # for each of `KINDS`
     group: Group = "tensor"
 
     @property
     def is_empty(self) -> bool:
-        return self.l1 is None and self.l2 is None and self.l2_norm is None
+        return all(self.given[term] is None for term in TERMS)
 
     @property
     def key(self) -> object:
         """Equal for penalties that are."""
-        return (*map(identity, (self.l1, self.l2, self.l2_norm)), self.group)
+        return (*map(identity, self.given.values()), self.group)
 
 
 def checked(name: str, strength: Any) -> float | Tensor | Schedule:
@@ -94,7 +90,7 @@ def checked(name: str, strength: Any) -> float | Tensor | Schedule:
 def _is_at_hand(tensor: Tensor) -> bool:
     """Whether a look at its value is free: neither on a GPU nor one of those that have none yet."""
     is_plain = type(tensor) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return is_plain and tensor.is_cpu
+    return is_plain and _devices.is_at_hand(tensor)
 
 
 def _check_signature(name: str, schedule: Schedule) -> None:
@@ -117,11 +113,21 @@ def as_flag(name: str, given: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {given!r}")
 
 
-def as_penalty(where: str, **given: Any) -> Penalty:
-    """The penalty of these arguments, checked; ``where`` begins the message of an error."""
-    check_group(where, given.get("group", "tensor"), True, "")
-    strengths = {k: None if v is None else checked(where + k, v) for k, v in given.items() if k != "group"}
-    return Penalty(**strengths, group=given.get("group", "tensor"))
+def as_penalty(function: str, where: str = "", **given: Any) -> Penalty:
+    """The penalty of these arguments of a function, checked; ``where`` of them begins the message of an error."""
+    where = f"{function}: {where}"
+    group = given.pop("group", "tensor")
+    check_group(where, group)
+    strengths = given_strengths(function, where, **given)
+    return Penalty({kind: strengths.get(kind) for kind in KINDS}, group)
+
+
+def given_strengths(function: str, where: str, **given: Any) -> dict[str, Given]:
+    """Those that are given, checked."""
+    for name in given:
+        if name not in KINDS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
+    return {kind: checked(where + kind, given[kind]) for kind in KINDS if given.get(kind) is not None}
 
 
 def scheduled(name: str, schedule: Schedule, step: int) -> float:
@@ -134,17 +140,22 @@ def scheduled(name: str, schedule: Schedule, step: int) -> float:
     return as_number(f"{name}: what the schedule gives at step {step}", value)
 
 
-def held(name: str, strength: Given, step: int) -> Held:
-    """How a strength as given is held from now on."""
+def held(kind: str, name: str, strength: Given, step: int) -> Held:
+    """How a strength of some kind, as given, is held from now on."""
     if strength is None:
-        return 0.0
+        return DEFAULTS[kind]
     strength = checked(name, strength)
     return strength if isinstance(strength, float | Tensor) else Cell.holding(scheduled(name, strength, step), strength)
 
 
 def as_saved(name: str, strength: Any) -> float:
     """A strength of a state dict, checked: a number, also in a 0-dim tensor."""
-    if isinstance(strength, Tensor) and strength.ndim == 0 and strength.is_floating_point() and not strength.is_meta:
+    if (
+        isinstance(strength, Tensor)
+        and strength.ndim == 0
+        and strength.is_floating_point()
+        and _devices.has_data(strength)
+    ):
         strength = strength.item()
     if not is_number(strength):
         raise ValueError(f"{name} must be a number, got {type(strength).__name__}")
@@ -192,7 +203,7 @@ class Column:
             self._fixed = torch.tensor([number(s) for s in strengths], dtype=torch.float64, device="cpu")
         else:
             # Gathered at each call, on the device, from the 0-dim tensors as they are then.
-            self._device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+            self._device = _devices.joint(tensors)
             self._distinct = [self._as_tensor(s) for s in distinct]
             places = {identity(s): i for i, s in enumerate(distinct)}
             self._places = [places[identity(s)] for s in strengths]

@@ -9,11 +9,22 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fused_reg._terms import Group
+from fused_reg import _devices
+from fused_reg._terms import SHAPES, TERM_OF, Group, lacking
 from fused_reg._warnings import warn
 from fused_reg.regularizer.following import Source
-from fused_reg.regularizer.patterns import Named
-from fused_reg.regularizer.strengths import KINDS, Cell, Given, Held, Schedule, held, identity, scheduled, tensor_of
+from fused_reg.regularizer.names import Named
+from fused_reg.regularizer.strengths import (
+    Cell,
+    Given,
+    Held,
+    Schedule,
+    held,
+    identity,
+    is_absent,
+    scheduled,
+    tensor_of,
+)
 
 #: For each kind of strength its number, and whether a schedule goes on from there.
 Wishes: TypeAlias = "Mapping[str, tuple[float, bool]]"
@@ -26,18 +37,20 @@ class Entry(Named):
     param: Tensor
     names: list[str]
     group: Group
-    l1: Held
-    l2: Held
-    l2_norm: Held
+    strengths: dict[str, Held]
     given: dict[str, Given]
 
     @property
     def name(self) -> str:
         return self.names[0]
 
-    @property
-    def strengths(self) -> tuple[Held, Held, Held]:
-        return self.l1, self.l2, self.l2_norm
+    def is_given(self, kind: str) -> bool:
+        """Whether its term is, also as 0 in `set_strength`."""
+        return self.given[TERM_OF[kind]] is not None
+
+    def has(self, term: str) -> bool:
+        """Whether a term is there. A tensor is not looked at."""
+        return not is_absent(self.strengths[term])
 
 
 class Table:
@@ -82,8 +95,8 @@ class Table:
         known = {name: e for e in self.entries for name in e.names} | {id(e.param): e for e in self.entries}
         alike: dict[object, list[Held]] = {}
         for e in self.entries:
-            for kind in KINDS:
-                alike.setdefault((kind, identity(e.given[kind])), []).append(getattr(e, kind))
+            for kind, own_strength in e.strengths.items():
+                alike.setdefault((kind, identity(e.given[kind])), []).append(own_strength)
         entries = []
         for candidate, penalty in self._source.chosen:
             names, given = candidate.names, self._source.given(candidate, penalty)
@@ -92,19 +105,19 @@ class Table:
             for kind, strength in given.items():
                 others = alike.get((kind, identity(strength)), [])
                 if before is not None and identity(before.given[kind]) == identity(strength):
-                    own[kind] = getattr(before, kind)
+                    own[kind] = before.strengths[kind]
                 elif len({identity(other): other for other in others}) == 1:
                     own[kind] = others[0]
                 else:
-                    own[kind] = hold(f"Regularizer: {kind} of {names[0]!r}", strength)
-            entries.append(Entry(candidate.param, names, penalty.group, **own, given=given))
+                    own[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength)
+            entries.append(Entry(candidate.param, names, penalty.group, own, given))
         return entries
 
     def groups(self) -> list[list[Entry]]:
         """The strength groups: the entries with the same strengths, of the same kind."""
         groups: dict[object, list[Entry]] = {}
         for entry in self.entries:
-            groups.setdefault((*map(identity, entry.strengths), entry.group), []).append(entry)
+            groups.setdefault((*map(identity, entry.strengths.values()), entry.group), []).append(entry)
         return list(groups.values())
 
     def cells(self) -> dict[str, Cell]:
@@ -113,7 +126,7 @@ class Table:
             return self._cells
         found: dict[int, tuple[str, Cell]] = {}
         for entry in self.entries:
-            for kind, strength in zip(KINDS, entry.strengths, strict=True):
+            for kind, strength in entry.strengths.items():
                 if isinstance(strength, Cell):
                     found.setdefault(id(strength), (f"{kind} of {entry.name!r}", strength))
         self._cells, self._cells_version = dict(found.values()), self.version
@@ -122,8 +135,8 @@ class Table:
     def place_cells(self) -> None:
         """Puts the cells where the parameters are, or on the CPU, from where every device takes them."""
         devices = {entry.param.device for entry in self.entries}
-        device = self.entries[0].param.device if len(devices) == 1 else torch.device("cpu")
-        device = torch.device("cpu") if device.type == "meta" else device
+        first = self.entries[0].param
+        device = first.device if len(devices) == 1 and _devices.has_data(first) else _devices.HOST
         for cell in self.cells().values():
             cell.move(device)
 
@@ -160,13 +173,16 @@ class Table:
         """Gives the entries that ``where`` means strengths of some kinds, checked before. A number is written into the
         tensor that holds the old one, if no entry or kind outside uses it."""
         hold = _holder(self.step)
-        new = {kind: hold(f"set_strength: {kind}", strength) for kind, strength in strengths.items()}
+        new = {kind: hold(kind, f"set_strength: {kind}", strength) for kind, strength in strengths.items()}
         # For all is for all that have such a term, and where none has one yet, for all.
-        meant = {k: "*" if where is None and all(e.given[k] is None for e in self.entries) else where for k in new}
+        meant = {k: "*" if where is None and not any(e.is_given(k) for e in self.entries) else where for k in new}
         own = {
-            kind: [e for e in self.entries if (e.given[kind] is not None if names is None else e.matches(names))]
+            kind: [e for e in self.entries if (e.is_given(kind) if names is None else e.matches(names))]
             for kind, names in meant.items()
         }
+        for kind in SHAPES.keys() & own.keys():
+            if SHAPES[kind].shapes not in new and not any(e.is_given(kind) for e in own[kind]):
+                raise ValueError(lacking("set_strength: ", kind, strengths[kind]))
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
         for kind, strength in new.items():
             if isinstance(strength, float):
@@ -189,28 +205,24 @@ class Table:
                 else:
                     fresh[identity(old)] = Cell.holding(strength)
         for entry in entries:
-            new = fresh.get(identity(old := getattr(entry, kind)), strength)
+            new = fresh.get(identity(old := entry.strengths[kind]), strength)
             self.version += new is not old
-            setattr(entry, kind, new)
+            entry.strengths[kind] = new
 
     def _uses(self, strength: Held) -> set[tuple[int, str]]:
-        return {(id(entry), kind) for entry in self.entries for kind in KINDS if getattr(entry, kind) is strength}
+        return {(id(e), kind) for e in self.entries for kind, own in e.strengths.items() if own is strength}
 
     def load(self, step: int, saved: Mapping[str, Wishes]) -> None:
         """Takes a step and, for each name, strengths, checked before. A schedule that goes on gives its own strength
         for that step."""
         wanted: dict[object, dict[tuple[float, bool], Held]] = {}  # of each tensor: what its users shall have
         for e in self.entries:
-            for kind in KINDS:
-                wanted.setdefault(identity(getattr(e, kind)), {})[saved[e.name][kind]] = getattr(e, kind)
+            for kind, old in e.strengths.items():
+                wanted.setdefault(identity(old), {})[saved[e.name][kind]] = old
         values: dict[int, float] = {}  # of the schedules that go on
         for e in self.entries:
-            for kind in KINDS:
-                old, (value, keep), name = (
-                    getattr(e, kind),
-                    saved[e.name][kind],
-                    f"load_state_dict: {kind} of {e.name!r}",
-                )
+            for kind, old in e.strengths.items():
+                (value, keep), name = saved[e.name][kind], f"load_state_dict: {kind} of {e.name!r}"
                 schedule = _schedule_of(old, keep)
                 if schedule is not None and id(schedule) not in values:
                     values[id(schedule)] = scheduled(name, schedule, step)
@@ -227,8 +239,8 @@ class Table:
                 else:
                     wishes[value, keep] = Cell.holding(now, schedule)
         for e in self.entries:
-            for kind in KINDS:
-                setattr(e, kind, wanted[identity(getattr(e, kind))][saved[e.name][kind]])
+            for kind, old in e.strengths.items():
+                e.strengths[kind] = wanted[identity(old)][saved[e.name][kind]]
         self._step, self._skipped = step, None
         self.version += 1
 
@@ -237,15 +249,15 @@ def _schedule_of(strength: Held, keep: bool) -> Schedule | None:
     return strength.schedule if isinstance(strength, Cell) and keep else None
 
 
-def _holder(step: int) -> Callable[[str, Given], Held]:
+def _holder(step: int) -> Callable[[str, str, Given], Held]:
     """How strengths as given are held from this step on: one cell for each schedule, however often it is given."""
     cells: dict[int, Held] = {}
 
-    def hold(name: str, strength: Given) -> Held:
+    def hold(kind: str, name: str, strength: Given) -> Held:
         if not callable(strength) or isinstance(strength, Tensor):
-            return held(name, strength, step)
+            return held(kind, name, strength, step)
         if id(strength) not in cells:
-            cells[id(strength)] = held(name, strength, step)
+            cells[id(strength)] = held(kind, name, strength, step)
         return cells[id(strength)]
 
     return hold
@@ -253,7 +265,7 @@ def _holder(step: int) -> Callable[[str, Given], Held]:
 
 def _in_tensors(entries: Iterable[Entry], kind: str) -> list[Held]:
     """The tensors and cells that hold these strengths, each once."""
-    held_now = [getattr(entry, kind) for entry in entries]
+    held_now = [entry.strengths[kind] for entry in entries]
     return [s for s in {identity(s): s for s in held_now}.values() if tensor_of(s) is not None]
 
 

@@ -103,7 +103,7 @@ class List {
     std::vector<double> values;
     for (size_t t = 0; t < tensors_.size(); ++t) {
       for (const ChunkSums& s : expected_sums(t)) {
-        values.push_back(penalty_of_sums(tensors_[t].l1, tensors_[t].l2, s));
+        values.push_back(AllTerms::penalty(numbers(t).of, s.of));
       }
     }
     return column_sum<kColumns>((chunks_ + group - 1) / group, [&](int64_t g) {
@@ -140,7 +140,7 @@ class List {
     for_chunks(t, [&](ChunkTask task, size_t begin) {
       task.pass = before == nullptr ? Pass::kGradient : Pass::kAccumulate;
       task.streams[1] = grad.data() + begin;
-      task.numbers = {{tensors_[t].l1, tensors_[t].l2}, upstream, 0};
+      task.numbers.factor = upstream;
       kernel(task);
     });
     return grad;
@@ -214,7 +214,7 @@ class List {
       entries.push_back(e);
       if (per_tensor_ || t == 0) {
         for (int column = 0; column < rows.numbers; ++column) {
-          const double* const values[kNumbers] = {&tensors_[t].l1, &tensors_[t].l2, &kZero, &kZero};
+          const double* const values[kGroupNumbers] = {&tensors_[t].l1, &tensors_[t].l2, &kZero, &kZero};
           NumberRef ref;
           ref.value = *values[column];
           if (on_device) {
@@ -249,14 +249,18 @@ class List {
 
   static ChunkSums kernel(const ChunkTask& task) { return chunk_kernel_baseline(task); }
 
-  Terms terms(size_t t) const { return terms_of(tensors_[t].l1, tensors_[t].l2); }
+  ChunkNumbers numbers(size_t t) const {
+    ChunkNumbers numbers{{tensors_[t].l1, tensors_[t].l2}, 1, 0, kNone};
+    numbers.terms = AllTerms::present(numbers.of);
+    return numbers;
+  }
 
   template <class Body>
   void for_chunks(size_t t, const Body& body) const {
     for (int64_t begin = 0; begin < tensors_[t].size; begin += kChunkSize) {
       ChunkTask task{};
       task.dtype = tensors_[t].dtype;
-      task.terms = terms(t);
+      task.numbers = numbers(t);
       task.streams[0] = params_[t].begin + begin * size_of(task.dtype);
       task.size = std::min<int64_t>(kChunkSize, tensors_[t].size - begin);
       body(task, begin * size_of(task.dtype));

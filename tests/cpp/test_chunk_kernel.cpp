@@ -133,14 +133,24 @@ void expect_sums(const Variant& variant, const ChunkTask& task, const std::vecto
     l1 += std::abs(w);
     l2 += task.pass == Pass::kZeros ? w == 0 : task.pass == Pass::kSoftSquares ? soft * soft : w * w;
   }
-  const bool has_l1 = task.pass <= Pass::kPenaltyAccumulate && (task.terms & kL1);
-  const bool has_l2 = task.pass <= Pass::kPenaltyAccumulate ? task.terms & kL2 : true;
+  long double smooth = 0;
+  for (int64_t i = 0; i < task.size; ++i) {
+    const long double w = element(task.dtype, &param[i * bytes_of(task.dtype)]), beta = task.numbers.of[kBeta];
+    smooth += std::abs(w) < beta ? w * w / (2 * beta) : std::abs(w) - beta / 2;
+  }
+  const bool has_l1 = task.pass <= Pass::kPenaltyAccumulate && (task.numbers.terms & kL1);
+  const bool has_l2 = task.pass <= Pass::kPenaltyAccumulate ? task.numbers.terms & kL2 : true;
   // A threshold is subtracted in the compute type, float32 for all but float64.
   const long double bound = task.pass == Pass::kSoftSquares && task.dtype != Dtype::kFloat64 ? 1e-6L : 3e-15L;
   const auto close = [&](double x, long double expected) { return std::abs(x - expected) <= bound * expected; };
-  const auto scaled = [&](long double x, int degree) { return std::ldexp(x, -degree * sums.exponent); };
-  EXPECT(!has_l1 || close(sums.l1, scaled(l1, 1)), variant.name, task.size, sums.l1, static_cast<double>(l1));
-  EXPECT(!has_l2 || close(sums.l2, scaled(l2, 2)), variant.name, task.size, sums.l2, static_cast<double>(l2));
+  const auto scaled = [&](long double x, int degree) { return std::ldexp(x, -degree * sums.of[1].exponent); };
+  EXPECT(!has_l1 || close(sums.of[0].sum, scaled(l1, 1)), variant.name, task.size, sums.of[0].sum,
+         static_cast<double>(l1));
+  const bool has_smooth = task.pass <= Pass::kPenaltyAccumulate && (task.numbers.terms & kSmoothL1);
+  const ScaledSum& of_smooth = sums.of[SmoothL1::kSum];
+  EXPECT(!has_smooth || close(of_smooth.sum, std::ldexp(smooth, -of_smooth.exponent)), variant.name, task.size);
+  EXPECT(!has_l2 || close(sums.of[1].sum, scaled(l2, 2)), variant.name, task.size, sums.of[1].sum,
+         static_cast<double>(l2));
 }
 
 // Every pass of every variant on one chunk.
@@ -150,13 +160,13 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
   std::fill_n(param.begin() + task.size / 2 * bytes_of(task.dtype), bytes_of(task.dtype), 0);  // a zero among them
   for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kPenaltyAccumulate, Pass::kGradient,
                           Pass::kAccumulate, Pass::kProx, Pass::kSoftSquares, Pass::kZeros}) {
-    for (const int bits : {0, 1, 2, 3, 4, 5, 6, 7}) {
+    for (int bits = 0; bits <= kAllTerms; ++bits) {
       const auto terms = static_cast<Terms>(bits);
       if ((terms & kNorm) && pass != Pass::kGradient && pass != Pass::kAccumulate) {
         continue;  // the gradient of a norm needs the norm first
       }
       task.pass = pass;
-      task.terms = terms;
+      task.numbers.terms = terms;
       const Output first = run(all[0].kernel, task, param, before, 0);
       const bool sums = pass != Pass::kGradient && pass != Pass::kAccumulate && pass != Pass::kProx;
       if (!any_bits && sums) {
@@ -165,9 +175,11 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
       for (const Variant& variant : all) {
         const size_t offset = (random() % 16) * bytes_of(task.dtype);
         const Output out = run(variant.kernel, task, param, before, offset);
-        EXPECT(same_bits(out.sums.l1, first.sums.l1) && same_bits(out.sums.l2, first.sums.l2) &&
-                   out.sums.exponent == first.sums.exponent,
-               variant.name, task.size);
+        for (int k = 0; k < kSums; ++k) {
+          EXPECT(same_bits(out.sums.of[k].sum, first.sums.of[k].sum) &&
+                     out.sums.of[k].exponent == first.sums.of[k].exponent,
+                 variant.name, task.size, k);
+        }
         if (!any_bits) {  // a NaN may have any bits
           EXPECT(out.grad == first.grad, variant.name, task.size, static_cast<int>(task.dtype), static_cast<int>(terms),
                  static_cast<int>(pass));
@@ -190,19 +202,22 @@ void expect_rescue(const Variant& variant) {
     for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kPenaltyAccumulate, Pass::kSoftSquares}) {
       for (const Terms terms : {kL1, kL2, kL1L2}) {
         task.pass = pass;
-        task.terms = terms;
+        task.numbers.terms = terms;
         const ChunkSums sums = variant.kernel(task);
         const bool has_l2 = pass == Pass::kSoftSquares || (terms & kL2);
         const int expected =
             !has_l2 ? (exponent > 990) * kRescueExponent : ((exponent >= 500) - (exponent <= -500)) * kRescueExponent;
-        EXPECT(sums.exponent == expected, variant.name, exponent, static_cast<int>(pass), static_cast<int>(terms));
-        EXPECT(pass == Pass::kSoftSquares || !(terms & kL1) || sums.l1 == 4099 * std::ldexp(w, -expected), exponent);
-        EXPECT(!has_l2 || sums.l2 == 4099 * std::pow(std::ldexp(w, -expected), 2), variant.name, exponent, sums.l2);
+        EXPECT(sums.of[1].exponent == expected, variant.name, exponent, static_cast<int>(pass),
+               static_cast<int>(terms));
+        EXPECT(pass == Pass::kSoftSquares || !(terms & kL1) || sums.of[0].sum == 4099 * std::ldexp(w, -expected),
+               exponent);
+        EXPECT(!has_l2 || sums.of[1].sum == 4099 * std::pow(std::ldexp(w, -expected), 2), variant.name, exponent,
+               sums.of[1].sum);
       }
     }
     for (const Pass pass : {Pass::kZeros, Pass::kGradient, Pass::kProx}) {
       task.pass = pass;
-      EXPECT(variant.kernel(task).exponent == 0, exponent);
+      EXPECT(variant.kernel(task).of[1].exponent == 0, exponent);
     }
   }
 }
@@ -236,7 +251,7 @@ void expect_six_streams() {
       task.streams[s] = streams[s].data();
     }
     const auto [a, b, c, d, e, f] = streams;
-    six_streams::Kernel<Dtype::kFloat32, SixStreamsPass<0>>::run(task, 1);
+    six_streams::Kernel<Dtype::kFloat32, SixStreamsPass<0>>::run(task, 0);
     for (int i = 0; i < size; ++i) {
       EXPECT(streams[0][i] == a[i] && streams[1][i] == b[i] && streams[2][i] == c[i] + b[i] &&
                  streams[3][i] == d[i] - c[i] && streams[4][i] == e[i] + d[i] && streams[5][i] == a[i] + e[i],
@@ -263,7 +278,7 @@ int main() {
       ChunkTask task{};
       task.dtype = dtype;
       task.size = size;
-      task.numbers = {{0.2, 0.3, 0.35, 3}, 0.7, 2};
+      task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6}, 0.7, 2, kNone};
       check(all, task, /*any_bits=*/false, random);
       check(all, task, /*any_bits=*/true, random);
     }

@@ -110,7 +110,7 @@ struct CountingMarks : Marks {
   static void count(const Extent& e) {
     e.any_run([](uintptr_t) { return ++looked_at, false; });
   }
-  bool any(const Extent& e) const { return count(e), Marks::any(e); }
+  bool any(const Extent& e) { return count(e), Marks::any(e); }
   void set(const Extent& e) { count(e), Marks::set(e); }
 };
 

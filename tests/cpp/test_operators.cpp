@@ -7,6 +7,7 @@
 
 #include "build_info.h"
 #include "expect.h"
+#include "penalty.h"
 
 namespace {
 
@@ -22,7 +23,9 @@ std::tuple<at::Tensor, Tensors> penalty_and_grad(at::TensorList params, double l
   for (size_t i = 0; i < params.size(); ++i) {
     needs_grad.push_back(true);
   }
-  auto [value, grads, norms] = op.call(params, needs_grad, {l1, l2}, {}, {1, 1, 0, 0}, /*group=*/0);
+  std::vector<int64_t> counts{1, 1};
+  counts.resize(fused_reg::kNumbers);
+  auto [value, grads, norms] = op.call(params, needs_grad, {l1, l2}, {}, counts, /*group=*/0);
   EXPECT(norms.empty());
   return {value, grads};
 }
@@ -86,7 +89,7 @@ void expect_an_error_of_the_caller_is_thrown() {
 }  // namespace
 
 int main() {
-  EXPECT(std::string(fused_reg::build_info().torch).find('.') != std::string::npos);
+  EXPECT(fused_reg::build_info()["torch"].find('.') != std::string::npos);
   expect_right_numbers();
   expect_same_bits_inside_parallel_for();
   expect_same_bits_for_any_thread_count();

@@ -56,21 +56,27 @@ void expect_runs() {
 }
 
 void expect_squares() {
-  const ChunkSums one{7, 3, kRescueExponent};
+  const auto sums_of = [](double l1, double l2, int exponent) {
+    ChunkSums sums{};
+    sums.of[L1::kSum] = {l1, exponent};
+    sums.of[L2::kSum] = {l2, exponent};
+    return sums;
+  };
+  const ChunkSums one = sums_of(7, 3, kRescueExponent);
   EXPECT(squares_of(&one, 1).sum == 3 && squares_of(&one, 1).exponent == kRescueExponent);
-  std::vector<ChunkSums> equal(100, {7, 0.1, -kRescueExponent});
+  std::vector<ChunkSums> equal(100, sums_of(7, 0.1, -kRescueExponent));
   EXPECT(squares_of(equal.data(), 100).sum == sum_in_columns<kTensorColumns>(std::vector<double>(100, 0.1)));
   EXPECT(squares_of(equal.data(), 100).exponent == -kRescueExponent);
-  std::vector<ChunkSums> mixed(70, {7, 0x1p-900, 0});
-  mixed[5] = {7, 1, 300};
-  mixed[40] = {7, 0, -kRescueExponent};
-  const Squares total = squares_of(mixed.data(), 70);
+  std::vector<ChunkSums> mixed(70, sums_of(7, 0x1p-900, 0));
+  mixed[5] = sums_of(7, 1, 300);
+  mixed[40] = sums_of(7, 0, -kRescueExponent);
+  const ScaledSum total = squares_of(mixed.data(), 70);
   EXPECT(total.exponent == 300 && total.sum == 1, total.sum);
-  mixed[5] = {7, 1, -400};  // 2^-800 against 68 of 2^-900
+  mixed[5] = sums_of(7, 1, -400);  // 2^-800 against 68 of 2^-900
   EXPECT(squares_of(mixed.data(), 70).exponent == 0);
   EXPECT(squares_of(mixed.data(), 70).sum == 0x1p-800 + 68 * 0x1p-900);
-  const TermSums sums = unscaled({3, 5, -400});
-  EXPECT(sums.l1 == 3 * 0x1p-400 && sums.l2 == 5 * 0x1p-800);
+  const TermSums sums = unscaled(sums_of(3, 5, -400));
+  EXPECT(sums.of[L1::kSum] == 3 * 0x1p-400 && sums.of[L2::kSum] == 5 * 0x1p-800);
 }
 
 }  // namespace

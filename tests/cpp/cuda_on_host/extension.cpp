@@ -1,7 +1,6 @@
 // The Python extension with the CUDA operators on CPU tensors: csrc/cuda registered where csrc/cpu would be, to be
 // built in the place of csrc/extension.cpp.
 #include "build_info.cpp"
-#include "cpu/dispatch.cpp"
 #include "cuda/list_pass.h"
 #include "meta/penalty_meta.cpp"
 #include "module.cpp"
@@ -10,4 +9,3 @@
 #define CUDA CPU  // the dispatch key
 #include "cuda/penalty_cuda.cpp"
 #include "cuda/penalty_kernels.cu"
-#include "cuda/stream_state.cpp"

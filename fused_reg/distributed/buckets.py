@@ -1,0 +1,202 @@
+"""Buckets: the parts of a list that are on one device and cut along the same dimensions of a mesh.
+
+One all-gather brings the float64 sums of a bucket to every process, which adds them in the order of the ranks, so that
+all have the same bits. What is replicated, or no DTensor, counts once.
+
+A norm of ``l2_norm`` whose elements are cut comes from those of its pieces. They travel in the same all-gather, or in
+one before it where a parameter is also cut between its groups (its rows along one dimension, each row along another).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, compress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_reg import _devices, _one_device, _ops
+from fused_reg._arguments import is_dtensor
+from fused_reg._terms import GROUPS, Strengths, group_count, sliced_dim, slots
+from fused_reg.autograd import functions
+from fused_reg.autograd.composed import composed_penalty, group_norms, table_of
+from fused_reg.distributed.collectives import gathered, hypot, processes, scale_of, shared, total
+
+
+def buckets(params: Sequence[Tensor], shards: Sequence[Tensor], strengths: Strengths) -> Iterator[Bucket]:
+    """The buckets of a list, in an order that is the same in every process."""
+    places: dict[Any, list[int]] = {}
+    for i, (p, shard) in enumerate(zip(params, shards, strict=True)):
+        places.setdefault((shard.device, *_cut_of(i, p, strengths)), []).append(i)
+    for (device, sharing_groups, sharing_rest), own in places.items():
+        exact = torch.empty(0, dtype=torch.float64, device=device)
+        given = strengths.at([*own, own[0]], device)
+        yield Bucket(own, [*(shards[i] for i in own), exact], given, sharing_groups, sharing_rest)
+
+
+def value_of(values: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """The penalty of a list from the float64 penalties of its parts: on its first device, rounded once."""
+    value = torch.stack([value.to(params[0].device) for value in values]).sum()
+    return value if any(p.dtype == torch.float64 for p in params) else value.float()
+
+
+def _cut_of(i: int, p: Any, strengths: Strengths) -> tuple[Any, Any]:
+    """The processes over which groups of ``l2_norm`` of a parameter are cut, and those over which the rest is."""
+    if not is_dtensor(p):
+        return None, None
+    mesh = p.device_mesh
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"params[{i}] must be on a mesh with this process, got {mesh}")
+    groups: list[int] = []
+    rest: list[int] = []
+    for d, placement in enumerate(p.placements):
+        if placement.is_partial():
+            raise ValueError(
+                f"params[{i}] must be sharded or replicated, got {placement!r}; use `.redistribute(placements=...)`"
+            )
+        if not placement.is_replicate() and mesh.size(d) > 1:
+            cuts_groups = strengths.has_norms() and placement.dim != sliced_dim(p, strengths.group)
+            (groups if cuts_groups else rest).append(d)
+    return processes(mesh, tuple(groups)), processes(mesh, tuple(rest))
+
+
+class Bucket(NamedTuple):
+    """The shards of a bucket; an empty float64 tensor ends them, so that sums are float64."""
+
+    places: list[int]  # in the list
+    shards: list[Tensor]
+    strengths: Strengths
+    sharing_groups: Any  # the processes over which groups of l2_norm are cut, if any
+    sharing_rest: Any  # the processes over which the rest is
+
+    def penalty(self, of_list: Callable[..., Tensor]) -> Tensor:
+        """Of the whole bucket, on every process; ``of_list``: as `functions.penalty`."""
+        if self.sharing_groups is None:
+            value = of_list(self.shards, self._shared_strengths())
+        elif self.strengths.are_trained():
+            value = self._composed_penalty(self._shared_strengths())
+        else:
+            value = functions.penalty(self.shards, self.strengths, self._measure)
+        return total(value, self.sharing_rest)
+
+    def value_and_grad(self) -> tuple[Tensor, Sequence[Tensor]]:
+        grads: Sequence[Tensor]
+        if self.sharing_groups is None:
+            value, grads = _one_device.value_and_grad(self.shards, self.strengths)
+        else:
+            value, grads = self._directed(1.0, [True] * len(self.shards))
+        return total(value, self.sharing_rest), grads
+
+    def accumulate_grad_(self, factor: tuple[float, Tensor | None], skip_missing: bool) -> Tensor:
+        scale, tensor = factor
+        if tensor is not None:
+            tensor = _devices.reachable(tensor, self.shards[0].device)
+        if self.sharing_groups is None:
+            value = _one_device.accumulate_grad_(self.shards, self.strengths, (scale, tensor), skip_missing)
+        else:
+            value, grads = self._directed(scale if tensor is None else tensor, [p.requires_grad for p in self.shards])
+            for p, grad in zip((p for p in self.shards if p.requires_grad), grads, strict=True):
+                if p.grad is None:
+                    p.grad = grad
+                else:
+                    p.grad.add_(grad)
+        return total(value, self.sharing_rest)
+
+    def _directed(self, upstream: float | Tensor, needs_grad: list[bool]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The penalty of all that share groups, and gradients, by norms that are not those of the pieces."""
+        value, norms, first_groups = self._measure(self.shards, self.strengths)
+        trained = list(compress(self.shards, needs_grad))
+        if not trained:
+            return value, []
+        first_groups = list(compress(first_groups, needs_grad))
+        if not isinstance(upstream, Tensor):
+            upstream = torch.full_like(value, upstream)
+        return value, _ops.penalty_grad(upstream, trained, needs_grad, norms, first_groups, *self.strengths)
+
+    def prox_(self) -> None:
+        if self.sharing_groups is None:
+            _one_device.prox_(self.shards, self.strengths)
+        else:
+            own = _ops.norms(self.shards, *self.strengths)
+            norms = hypot(gathered(self._in_slots(own), self.sharing_groups))
+            _ops.prox_(self.shards, norms, self._first_slots(), *self.strengths)
+
+    def _measure(self, shards: Sequence[Tensor], strengths: Strengths) -> tuple[Tensor, Tensor, Sequence[int]]:
+        """The penalty of all that share groups, the norm of every group, and where those of each parameter begin."""
+        value, _, (own,) = _ops.penalty(shards, (), *strengths.having(l2_norm=()))
+        parts = gathered(torch.cat((value[None], self._in_slots(own))), self.sharing_groups)
+        norms = hypot(parts[:, 1:])
+        weights = self._weights_of_slots(strengths)
+        return parts[:, 0].sum() + torch.where(weights == 0, 0, weights * norms).sum(), norms, self._first_slots()
+
+    def _shared_strengths(self) -> Strengths:
+        """What trains strengths is the sum of what each process finds."""
+        return _shared(self.strengths, self.sharing_rest) if self.strengths.are_trained() else self.strengths
+
+    def _composed_penalty(self, strengths: Strengths) -> Tensor:
+        """The penalty of all that share groups, for strengths that require grad."""
+        pieces = _shared(strengths, self.sharing_groups).having(l2_norm=())._replace(group=0)
+        own = self._in_slots(group_norms(self.shards, self.strengths.group))
+        scale = scale_of(gathered(own.detach(), self.sharing_groups))
+        squares = (own * scale).square()
+        sums = total(torch.cat((composed_penalty(self.shards, pieces)[None], squares)), self.sharing_groups)
+        is_zero = sums[1:] == 0
+        norms = torch.where(is_zero, 0, torch.where(is_zero, 1, sums[1:]).sqrt()) / scale
+        return sums[0] + (self._weights_of_slots(strengths) * norms).sum()
+
+    def over_rest(self, x: Tensor) -> Tensor:
+        """The sum over the processes that share no groups."""
+        return total(x, self.sharing_rest)
+
+    def over_all(self, x: Tensor) -> Tensor:
+        """The sum over all that share the bucket."""
+        return total(total(x, self.sharing_groups), self.sharing_rest)
+
+    def norms_of_tensors(self) -> Tensor:
+        """Of each parameter, on every process."""
+        tensors = GROUPS["tensor"]
+        own = _ops.norms(self.shards, *Strengths(group=tensors))
+        norms = _in_slots(own, self.shards, [*[1] * len(self.places), 0], tensors)
+        for group in (self.sharing_groups, self.sharing_rest):
+            norms = norms if group is None else hypot(gathered(norms, group))
+        return norms
+
+    def sums_of_slices(self) -> Tensor:
+        """[2, parameters]: the sum of the norms of its slices, and how many of these are 0."""
+        norms = self._in_slots(_ops.norms(self.shards, *Strengths(group=self.strengths.group)))
+        if self.sharing_groups is not None:
+            norms = hypot(gathered(norms, self.sharing_groups))
+        sums = norms.new_zeros(2, len(self.places))
+        slots = torch.tensor(self._slots(), device=norms.device)
+        owner = torch.repeat_interleave(slots, output_size=len(norms))
+        return sums.index_add_(1, owner, torch.stack([norms, (norms == 0).double()]))
+
+    # Every process that shares groups has a slot for each, also where its own piece is empty.
+
+    def _slots(self) -> list[int]:
+        """How many groups each parameter has."""
+        group = self.strengths.group
+        if self.sharing_groups is None:
+            return [group_count(p, group) for p in self.shards]
+        return [*(slots(p, group) for p in self.shards[:-1]), 0]
+
+    def _first_slots(self) -> list[int]:
+        return [0, *accumulate(self._slots())][:-1]
+
+    def _in_slots(self, norms: Tensor) -> Tensor:
+        return _in_slots(norms, self.shards, self._slots(), self.strengths.group)
+
+    def _weights_of_slots(self, strengths: Strengths) -> Tensor:
+        weights = table_of(strengths, len(self.shards), self.shards[0].device)[:, -1]
+        return torch.cat([w.expand(n) for w, n in zip(weights.unbind(), self._slots(), strict=True)])
+
+
+def _in_slots(norms: Tensor, shards: list[Tensor], sizes: list[int], group: int) -> Tensor:
+    """The norms that the operators give of shards, with zeros for the groups of empty ones."""
+    pieces = torch.functional.split(norms, [group_count(p, group) for p in shards])
+    return torch.cat([x if len(x) == n else x.new_zeros(n) for x, n in zip(pieces, sizes, strict=True)])
+
+
+def _shared(strengths: Strengths, processes_of_it: Any) -> Strengths:
+    return strengths._replace(tensors=tuple(shared(t, processes_of_it) for t in strengths.tensors))

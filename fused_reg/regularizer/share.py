@@ -1,0 +1,132 @@
+"""What an optimizer holds of a `Regularizer`: its parameters, and the rates at which they step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fused_reg import _devices
+from fused_reg.regularizer.calls import Part
+from fused_reg.regularizer.strengths import identity, tensor_of
+from fused_reg.regularizer.table import Entry, Table
+
+if TYPE_CHECKING:
+    from fused_reg.regularizer.attachment import Mode
+
+
+class Share:
+    """``group_of``: the optimizer's, for each entry; ``part``: for values and gradients. With mode "prox" its sums
+    have no sign, and ``shrinking`` is the same without the parameters that a step leaves alone."""
+
+    entries: list[Entry]
+    params: list[Tensor]
+    group_of: list[int]
+    part: Part
+    shrinking: Part
+
+    def __init__(self, table: Table, mode: Mode) -> None:
+        self._table = table
+        self._is_proximal = mode == "prox"
+        self._options: list[Any] = []  # what was in the optimizer at the last look
+        self._seen: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_options": [], "_seen": []}
+
+    def has_changed(self, optimizer: Optimizer) -> bool:
+        """Whether other parameters or options are in the optimizer, or other strengths in the table, by now."""
+        self._table.follow()
+        options: list[Any] = [self._table.version]
+        params: list[Tensor] = []
+        for group in optimizer.param_groups:
+            options += group.get("maximize"), group.get("weight_decay"), len(group["params"])
+            params += group["params"]
+        if options == self._options and all(map(is_, params, self._seen)):
+            return False
+        self._options, self._seen = options, params
+        return True
+
+    def read(self, optimizer: Optimizer, elsewhere: Container[int]) -> None:
+        """Finds the regularizer's parameters among the optimizer's; ``elsewhere``: by identity, what others handle."""
+        options, self._options = self._options, []  # until all is right
+        groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        entries = [e for e in self._table.entries if id(e.param) in groups]
+        if not entries:
+            raise ValueError("attach: optimizer must hold a parameter of the regularizer, got one that holds none")
+        for entry in entries:
+            if id(entry.param) in elsewhere:
+                raise ValueError(
+                    f"attach: a parameter must be handled once, but another attachment handles {entry.name!r} already"
+                )
+            for kind, strength in entry.strengths.items():
+                if (tensor := tensor_of(strength)) is not None and tensor.requires_grad:
+                    raise ValueError(
+                        f"attach: {kind} of {entry.name!r} must be a constant, got a tensor that requires grad, and an "
+                        "attached penalty gives it none; add regularizer() to the loss"
+                    )
+        self.entries, self.params = entries, [entry.param for entry in entries]
+        self.group_of = [groups[id(p)] for p in self.params]
+        self._groups = sorted(set(self.group_of))
+        if self._is_proximal:
+            self.part, self.shrinking = Part(self._table, entries), Part(self._table, entries)
+        else:
+            maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
+            self.part = Part(self._table, entries, [maximized[i] for i in self.group_of])
+        self._options = options
+
+    def penalty(self) -> Tensor:
+        with torch.no_grad():
+            return self.part.penalty()
+
+    def in_step(self) -> list[bool]:
+        """Which parameters a step changes now."""
+        return [p.grad is not None and p.requires_grad for p in self.params]
+
+    def check_rates(self, optimizer: Optimizer) -> None:
+        """Raises unless each of the groups has a rate that a proximal step can have. A GPU is not waited for."""
+        for i in self._groups:
+            group = optimizer.param_groups[i]
+            rate = group.get("lr")
+            if type(rate) is float and 0 <= rate < math.inf:
+                continue
+            is_one = not isinstance(rate, bool | str) and hasattr(rate, "__float__") and getattr(rate, "ndim", 0) == 0
+            if not (rate.numel() == 1 if isinstance(rate, Tensor) else is_one):
+                raise ValueError(
+                    'attach: mode "prox" must find a learning rate in each group of a regularized parameter, got '
+                    f'lr={rate!r} in group {i}; mode "grad" needs none'
+                )
+            number = rate_of(group)
+            if (
+                not (isinstance(number, Tensor) and not _devices.is_at_hand(number))
+                and not 0 <= float(number) < math.inf
+            ):
+                raise ValueError(
+                    f'attach: mode "prox" must find learning rates that are finite and >= 0, got lr={float(number)} in '
+                    f"group {i}"
+                )
+
+    def rates(self, optimizer: Optimizer, found_inf: Tensor | None) -> float | Tensor | list[float | Tensor]:
+        """The learning rate, or one for each entry; 0 where a fused optimizer has skipped its step, which the host does
+        not know."""
+        rates = {i: rate_of(optimizer.param_groups[i]) for i in self._groups}
+        if found_inf is not None:
+            taken = (found_inf == 0).double()
+            rates = {i: taken * rate for i, rate in rates.items()}
+        if len(set(map(identity, rates.values()))) == 1:
+            return rates[self.group_of[0]]
+        return [rates[i] for i in self.group_of]
+
+
+def rate_of(group: dict[str, Any]) -> float | Tensor:
+    """The rate of a group that has one: a float or a 0-dim tensor."""
+    rate = group["lr"]
+    if not isinstance(rate, Tensor):
+        return float(rate)
+    rate = rate.detach().reshape(())
+    return rate if rate.is_floating_point() else rate.double()
