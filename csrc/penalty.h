@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 #if defined(__CUDACC__)
@@ -25,13 +26,13 @@ namespace fused_reg {
 
 // The numbers of a tensor, and their names as arguments: the columns of the operators, in their order. L1 and L2 alone
 // need the first kTermNumbers; a list without further terms the first kGroupNumbers.
-enum Number : int { kL1Strength, kL2Strength, kNormStrength, kStep, kNumbers };
-constexpr const char* kNumberNames[] = {"l1", "l2", "l2_norm", "step"};
+enum Number : int { kL1Strength, kL2Strength, kNormStrength, kStep, kSmoothL1Strength, kBeta, kNumbers };
+constexpr const char* kNumberNames[] = {"l1", "l2", "l2_norm", "step", "smooth_l1", "beta"};
 static_assert(sizeof kNumberNames / sizeof *kNumberNames == kNumbers);
 constexpr int kTermNumbers = kNormStrength, kGroupNumbers = kStep + 1;
 
 // The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN.
-enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4 };
+enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kSmoothL1 = 8 };
 
 // What is known of a chunk.
 struct ChunkNumbers {
@@ -138,6 +139,85 @@ struct L2 : Term {
   }
 };
 
+// |w| with a parabola of the width beta at 0: w^2 / (2 beta) where |w| < beta, else |w| - beta / 2.
+struct SmoothL1 : Term {
+  static constexpr Terms kBit = kSmoothL1;
+  static constexpr Number kStrength = kSmoothL1Strength;
+  static constexpr int kSum = 2, kDegree = 1, kFactors = 4, kSumFactors = 4, kProxFactors = 3;
+
+  // Tiny sums of elements that are all below beta are those of (w * 2^shift)^2 / (2 beta / 2^e), whatever beta.
+  static FUSED_REG_INLINE bool is_parabola(double beta, int exponent) { return exponent < 0 && beta > 0x1p-899; }
+  static FUSED_REG_INLINE int parabola_shift(double beta) {
+    const int shift = 600 - std::ilogb(beta) / 2;
+    return shift < 1023 ? shift : 1023;
+  }
+
+  static FUSED_REG_INLINE void sum_factors(const ChunkNumbers& n, int exponent, double* f) {
+    constexpr double kLargest = std::numeric_limits<double>::max();
+    const bool is_parabola = SmoothL1::is_parabola(n.of[kBeta], exponent);
+    const double beta = std::ldexp(n.of[kBeta], is_parabola ? -std::ilogb(n.of[kBeta]) : -exponent);
+    const double slope = 0.5 / beta;
+    f[0] = std::ldexp(1.0, is_parabola ? parabola_shift(n.of[kBeta]) : -exponent);
+    f[1] = is_parabola ? kLargest : beta;
+    f[2] = slope > kLargest ? kLargest : slope;
+    f[3] = beta / 2;
+  }
+
+  static FUSED_REG_INLINE int result_exponent(const ChunkNumbers& n, int exponent) {
+    const double beta = n.of[kBeta];
+    return is_parabola(beta, exponent) ? -2 * parabola_shift(beta) - std::ilogb(beta) : exponent;
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V add(V sum, V w, const V* f) {
+    const V x = w * f[0], size = magnitude(x);
+    return sum + (size < f[1] ? (x * f[2]) * x : size - f[3]);
+  }
+
+  // Within beta (w * f[2]) * f[1], where f[2] is a power of two: 1 unless the slope would leave the range of S.
+  template <class S>
+  static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers& n, S* f) {
+    constexpr S kLargest = std::numeric_limits<S>::max(), kSmallest = std::numeric_limits<S>::min();
+    const double beta = n.of[kBeta];
+    const S height = f[0], half = static_cast<S>(0.5 / beta), slope = height * half * 2, size = std::fabs(slope);
+    f[1] = slope;
+    f[2] = 1;
+    f[3] = static_cast<S>(beta);
+    if (beta > 0 && height != 0 && height - height == 0 &&
+        !(half >= kSmallest && half <= kLargest && size >= kSmallest && size <= kLargest)) {
+      constexpr int kLimit = sizeof(S) == 4 ? 126 : 1022;
+      int own = 0, of_beta = 0;
+      const double ratio = std::frexp(static_cast<double>(height), &own) / std::frexp(beta, &of_beta);
+      const int wanted = own - of_beta, exponent = wanted > 2 * kLimit ? 2 * kLimit : wanted;
+      const int scale = exponent > kLimit ? kLimit : exponent < -kLimit ? -kLimit : exponent;
+      f[1] = static_cast<S>(std::ldexp(ratio, exponent - scale));
+      f[2] = static_cast<S>(std::ldexp(1.0, scale));
+    } else if (beta == 0) {
+      f[1] = height;
+    }
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V gradient(V w, const V* f) {
+    const V within = (w * f[2]) * f[1];
+    return magnitude(w) < f[3] ? within : (w > 0 ? f[0] : (w < 0 ? -f[0] : within));
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void prox_factors(const ChunkNumbers& n, S* f) {
+    const double step = n.of[kStep] / (1 + 2 * (n.of[kStep] * n.of[kL2Strength]));
+    const double height = step * n.of[kStrength], beta = n.of[kBeta];
+    f[0] = static_cast<S>(height);
+    f[1] = static_cast<S>(beta + height);
+    f[2] = static_cast<S>(height == 0 ? 1 : 1 / (1 + height / beta));
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V prox(V w, const V* f) {
+    return w > f[1] ? w - f[0] : (w < -f[1] ? w + f[0] : w * f[2]);
+  }
+};
+
 // Terms in the order in which they are added.
 template <class... T>
 struct TermList {
@@ -163,8 +243,8 @@ struct TermList {
   }
 };
 
-using FurtherTerms = TermList<>;
-using AllTerms = TermList<L1, L2>;
+using FurtherTerms = TermList<SmoothL1>;
+using AllTerms = TermList<L1, L2, SmoothL1>;
 constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits | kNorm;
 constexpr int kSums = AllTerms::kCount;
 

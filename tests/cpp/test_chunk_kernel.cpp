@@ -133,6 +133,11 @@ void expect_sums(const Variant& variant, const ChunkTask& task, const std::vecto
     l1 += std::abs(w);
     l2 += task.pass == Pass::kZeros ? w == 0 : task.pass == Pass::kSoftSquares ? soft * soft : w * w;
   }
+  long double smooth = 0;
+  for (int64_t i = 0; i < task.size; ++i) {
+    const long double w = element(task.dtype, &param[i * bytes_of(task.dtype)]), beta = task.numbers.of[kBeta];
+    smooth += std::abs(w) < beta ? w * w / (2 * beta) : std::abs(w) - beta / 2;
+  }
   const bool has_l1 = task.pass <= Pass::kPenaltyAccumulate && (task.numbers.terms & kL1);
   const bool has_l2 = task.pass <= Pass::kPenaltyAccumulate ? task.numbers.terms & kL2 : true;
   // A threshold is subtracted in the compute type, float32 for all but float64.
@@ -141,6 +146,9 @@ void expect_sums(const Variant& variant, const ChunkTask& task, const std::vecto
   const auto scaled = [&](long double x, int degree) { return std::ldexp(x, -degree * sums.of[1].exponent); };
   EXPECT(!has_l1 || close(sums.of[0].sum, scaled(l1, 1)), variant.name, task.size, sums.of[0].sum,
          static_cast<double>(l1));
+  const bool has_smooth = task.pass <= Pass::kPenaltyAccumulate && (task.numbers.terms & kSmoothL1);
+  const ScaledSum& of_smooth = sums.of[SmoothL1::kSum];
+  EXPECT(!has_smooth || close(of_smooth.sum, std::ldexp(smooth, -of_smooth.exponent)), variant.name, task.size);
   EXPECT(!has_l2 || close(sums.of[1].sum, scaled(l2, 2)), variant.name, task.size, sums.of[1].sum,
          static_cast<double>(l2));
 }
@@ -152,7 +160,7 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
   std::fill_n(param.begin() + task.size / 2 * bytes_of(task.dtype), bytes_of(task.dtype), 0);  // a zero among them
   for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kPenaltyAccumulate, Pass::kGradient,
                           Pass::kAccumulate, Pass::kProx, Pass::kSoftSquares, Pass::kZeros}) {
-    for (const int bits : {0, 1, 2, 3, 4, 5, 6, 7}) {
+    for (int bits = 0; bits <= kAllTerms; ++bits) {
       const auto terms = static_cast<Terms>(bits);
       if ((terms & kNorm) && pass != Pass::kGradient && pass != Pass::kAccumulate) {
         continue;  // the gradient of a norm needs the norm first
@@ -167,10 +175,11 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
       for (const Variant& variant : all) {
         const size_t offset = (random() % 16) * bytes_of(task.dtype);
         const Output out = run(variant.kernel, task, param, before, offset);
-        EXPECT(same_bits(out.sums.of[0].sum, first.sums.of[0].sum) &&
-                   same_bits(out.sums.of[1].sum, first.sums.of[1].sum) &&
-                   out.sums.of[1].exponent == first.sums.of[1].exponent,
-               variant.name, task.size);
+        for (int k = 0; k < kSums; ++k) {
+          EXPECT(same_bits(out.sums.of[k].sum, first.sums.of[k].sum) &&
+                     out.sums.of[k].exponent == first.sums.of[k].exponent,
+                 variant.name, task.size, k);
+        }
         if (!any_bits) {  // a NaN may have any bits
           EXPECT(out.grad == first.grad, variant.name, task.size, static_cast<int>(task.dtype), static_cast<int>(terms),
                  static_cast<int>(pass));
@@ -269,7 +278,7 @@ int main() {
       ChunkTask task{};
       task.dtype = dtype;
       task.size = size;
-      task.numbers = {{0.2, 0.3, 0.35, 3}, 0.7, 2, kNone};
+      task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6}, 0.7, 2, kNone};
       check(all, task, /*any_bits=*/false, random);
       check(all, task, /*any_bits=*/true, random);
     }

@@ -282,10 +282,11 @@ void expect_reports(const Tensors& list, const std::string& what) {
       EXPECT(same_bits(OnCuda::norms(list, GIVEN(norms)), OnCpu::norms(list, GIVEN(norms)), true), what, norms.group);
     }
   }
-  const Given none = Given::of({});
-  for (const bool with_zeros : {false, true}) {
-    const auto run = [&](auto op) { return op(list, with_zeros, GIVEN(none)); };
-    EXPECT(same_bits(run(OnCuda::sums), run(OnCpu::sums), true), what, with_zeros);
+  for (const Given& given : {Given::of({}), Given::of({0, 0, 0, 0, 0, 0.3})}) {
+    for (const bool with_zeros : {false, true}) {
+      const auto run = [&](auto op) { return op(list, with_zeros, GIVEN(given)); };
+      EXPECT(same_bits(run(OnCuda::sums), run(OnCpu::sums), true), what, with_zeros);
+    }
   }
 }
 
@@ -319,6 +320,10 @@ void expect_few_launches() {
   EXPECT(launches_of([&] { OnCuda::penalty(list, bools({1, 1, 1}), GIVEN(terms)); }) == 1);
   EXPECT(launches_of([&] { OnCuda::accumulate_grad_(list, grads, {2, 2, 2}, 0.5, std::nullopt, GIVEN(terms)); }) == 1);
   EXPECT(launches_of([&] { OnCuda::prox_(list, std::nullopt, {}, GIVEN(terms)); }) == 1);
+  const Given smooth = Given::of({0.1, 0.2, 0, 0.1, 0.3, 0.5});
+  EXPECT(launches_of([&] { OnCuda::penalty(list, bools({}), GIVEN(smooth)); }) == 1);
+  EXPECT(launches_of([&] { OnCuda::penalty(list, bools({1, 1, 1}), GIVEN(smooth)); }) == 2);
+  EXPECT(launches_of([&] { OnCuda::prox_(list, std::nullopt, {}, GIVEN(smooth)); }) == 1);
   OnCuda::sums(list, true, GIVEN(terms));  // uploads its table
   EXPECT(launches_of([&] { OnCuda::sums(list, false, GIVEN(terms)); }) == 2);
 }
@@ -329,7 +334,10 @@ void expect_rescue() {
   for (const double scale : {1e300, 1e-300}) {
     for (const int64_t size : {int64_t{100}, int64_t{kChunkSize + 7}}) {
       at::Tensor w = at::randn({size}, at::kDouble) * scale;
-      const Tensors list{w, at::randn({40, 50}, at::kDouble)};
+      const Tensors list{w, at::randn({40, 50}, at::kDouble), at::randn({30})};
+      for (const double beta : {0.0, 1e-300, 0.5, 1e300}) {
+        expect_all(list, Given::of({0.1, 0.2, 0, 0.1, 0.3, beta}), "smooth L1 at scale " + std::to_string(scale));
+      }
       expect_all(list, norms, "scale " + std::to_string(scale));
       w.narrow(0, 0, std::min<int64_t>(size, kChunkSize)).zero_();
       expect_all(list, norms, "zeros, then scale " + std::to_string(scale));

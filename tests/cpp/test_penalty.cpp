@@ -172,9 +172,190 @@ void expect_shrinkage() {
   EXPECT(std::isnan(shrinkage(0, 2, 0.5, kNan)) && shrinkage(0, 2, 0.5, kInf) == 1);
 }
 
+// What smooth L1 is compared with: its value and slope where a strength of 1 is meant.
+long double smooth(long double w, long double beta) {
+  return std::abs(w) < beta ? w * w / (2 * beta) : std::abs(w) - beta / 2;
+}
+
+long double smooth_slope(long double w, long double beta) { return std::abs(w) < beta ? w / beta : (w > 0) - (w < 0); }
+
+ChunkNumbers smooth_numbers(double strength, double beta, double factor = 1) {
+  ChunkNumbers numbers{{}, factor, 0, kSmoothL1};
+  numbers.of[kSmoothL1Strength] = strength;
+  numbers.of[kBeta] = beta;
+  return numbers;
+}
+
+const std::vector<double> kBetas = {0,   5e-324, 1e-310, 1e-300, 1e-45, 1e-39, 1e-30,
+                                    0.1, 1,      3e38,   1e39,   1e200, 1e300, 1.7e308};
+
+// The penalty as a chunk's, of elements however large or small.
+double smooth_penalty(const std::vector<double>& elements, double strength, double beta) {
+  const ChunkNumbers numbers = smooth_numbers(strength, beta);
+  const auto sum_with = [&](int exponent) {
+    double f[SmoothL1::kSumFactors], sum = 0;
+    SmoothL1::sum_factors(numbers, exponent, f);
+    for (const double w : elements) {
+      sum = SmoothL1::add(sum, w, f);
+    }
+    return sum;
+  };
+  const double first = sum_with(0);
+  const int exponent = rescue_exponent(0, first, true);
+  const ScaledSum sum{exponent == 0 ? first : sum_with(exponent), SmoothL1::result_exponent(numbers, exponent)};
+  const ScaledSum sums[kSums] = {{}, {}, sum};
+  return AllTerms::penalty(numbers.of, sums);
+}
+
+void expect_smooth_penalty() {
+  for (const double beta : kBetas) {
+    for (const double strength : {1.0, 0.3, 1e-300, 1e300, 1.7e308}) {
+      for (const double w :
+           {0.0, 5e-324, 1e-310, 1e-300, 1e-200, 1e-45, 1e-30, 0.1, 1.0, 3e38, 1e150, 1e300, 1.7e308}) {
+        const std::vector<double> elements{w, -w, w / 3, -w / 3};
+        long double exact = 0;
+        for (const double x : elements) {
+          exact += strength * smooth(x, beta);
+        }
+        const double penalty = smooth_penalty(elements, strength, beta);
+        EXPECT(exact > 1.79e308L ? penalty > 1.78e308 : std::abs(penalty - exact) <= 3e-15L * exact + 5e-324L, beta,
+               strength, w, penalty, static_cast<double>(exact));
+      }
+    }
+  }
+  EXPECT(smooth_penalty({kInf}, 2, 1) == kInf && std::isnan(smooth_penalty({kNan}, 2, 1)));
+  EXPECT(smooth_penalty({kNan, kInf}, 0, 1) == 0);
+}
+
+template <class S>
+S smooth_gradient(S w, const ChunkNumbers& numbers) {
+  using Pass = GradientPass<kNorm | kSmoothL1>;
+  S f[Pass::kFactors], x[2] = {w, 0};
+  Pass::factors(numbers, f);
+  Pass::element(x, f);
+  return x[1];
+}
+
+template <class S>
+void expect_smooth_gradient() {
+  const S smallest = std::numeric_limits<S>::denorm_min(), largest = std::numeric_limits<S>::max();
+  for (const double beta : kBetas) {
+    for (const S strength : {S(1), S(0.3), S(1e-30), S(1e30), largest / 4, smallest * 1000}) {
+      for (const S size : {S(0), smallest, smallest * 1000, S(1e-30), S(0.05), S(1), S(1e30), largest}) {
+        for (const S w : {size, -size}) {
+          if (beta < std::numeric_limits<S>::min() && strength == largest / 4) {
+            continue;  // far beyond S
+          }
+          const long double exact = strength * smooth_slope(w, beta);
+          const S slope = smooth_gradient<S>(w, smooth_numbers(strength, beta));
+          const long double bound =
+              2 * std::numeric_limits<S>::epsilon() * std::abs(exact) + 2 * static_cast<long double>(smallest);
+          // Where S rounds beta to the element, either side of it is right.
+          EXPECT(std::abs(slope - exact) <= bound || (S(beta) == size && std::abs(slope) == strength), beta, strength,
+                 w, slope, static_cast<double>(exact));
+        }
+      }
+    }
+  }
+  const S inf = std::numeric_limits<S>::infinity();
+  for (const double beta : {0.0, 1.0, 1e39}) {
+    EXPECT(smooth_gradient<S>(inf, smooth_numbers(2, beta)) == 2 &&
+           smooth_gradient<S>(-inf, smooth_numbers(2, beta)) == -2);
+    EXPECT(std::isnan(smooth_gradient<S>(std::nan(""), smooth_numbers(2, beta))), beta);
+    EXPECT(std::isnan(smooth_gradient<S>(0, smooth_numbers(2, beta, kInf))), beta);
+    EXPECT(smooth_gradient<S>(largest, smooth_numbers(2, beta, kInf)) == inf, beta);
+  }
+}
+
+// Rounded as the loop's c * w^2 / (2 beta): its derivative is (c * h) * w + (c * h) * w, with h = 0.5 / beta.
+void expect_smooth_gradient_rounds_as_the_loop() {
+  for (const float beta : {0.1f, 0.7f, 3.0f}) {
+    for (const float w : {0.01f, -0.07f, 0.09999f}) {
+      const float half = 0.3f * static_cast<float>(0.5 / beta);
+      EXPECT(smooth_gradient<float>(w, smooth_numbers(0.3, beta)) == half * w + half * w, beta, w);
+    }
+  }
+}
+
+// Terms that are chosen at run time, and those that the compiler knows: the same bits.
+void expect_terms_at_run_time() {
+  ChunkNumbers numbers{{0.3, 0.7, 0.9}, 0.6, 2.5, kNone};
+  numbers.of[kSmoothL1Strength] = 0.4;
+  numbers.of[kBeta] = 0.5;
+  for (const double w : {-2.0, -0.25, -0.0, 0.0, 0.1, 3.0, kInf, kNan}) {
+    for (const Terms terms : {kNone, kL1, kL2, kL1L2}) {
+      numbers.terms = terms;
+      const double known = terms == kNone ? gradient<kNone>(w, numbers)
+                           : terms == kL1 ? gradient<kL1>(w, numbers)
+                           : terms == kL2 ? gradient<kL2>(w, numbers)
+                                          : gradient<kL1L2>(w, numbers);
+      const auto same = [](double a, double b) {
+        return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+      };
+      EXPECT(same(gradient<kNorm>(w, numbers), known), w, terms);
+      EXPECT(same(gradient < kNorm | kSmoothL1 > (w, numbers), known), w, terms);
+      const NormGradient<double> norm = norm_gradient<double>(0.6, 0.9, 2.5);
+      const double with_norm = add_norm_gradient(known, w, norm.scale, norm.factor);
+      numbers.terms = static_cast<Terms>(terms | kNorm);
+      EXPECT(same(gradient<kNorm>(w, numbers), with_norm), w, terms);
+      EXPECT(same(gradient < kNorm | kSmoothL1 > (w, numbers), with_norm), w, terms);
+      EXPECT(same(terms & kL1 ? gradient < kAllTerms & ~kFurther > (w, numbers) : gradient < kNorm | kL2 > (w, numbers),
+                  with_norm),
+             w, terms);
+      numbers.terms = static_cast<Terms>(terms | kSmoothL1);
+      const double sum = known + 0.24 * static_cast<double>(smooth_slope(w, 0.5L));
+      const double actual = gradient < kNorm | kSmoothL1 > (w, numbers);
+      EXPECT(std::isnan(w) ? std::isnan(actual) : actual == sum || std::abs(actual - sum) < 1e-15, w, terms);
+    }
+  }
+}
+
+template <class S>
+S smooth_prox(S w, const ChunkNumbers& numbers) {
+  using Pass = ProxPass<kFurther>;
+  S f[Pass::kFactors];
+  Pass::factors(numbers, f);
+  Pass::element(&w, f);
+  return w;
+}
+
+// Where the proximal operator ends, its gradient is what it went.
+void expect_smooth_prox() {
+  for (const double l1 : {0.0, 0.2}) {
+    for (const double l2 : {0.0, 0.3}) {
+      for (const double beta : {0.0, 1e-300, 0.1, 1.0, 1e300}) {
+        for (const double strength : {0.0, 0.5, 1e-300}) {
+          ChunkNumbers numbers = smooth_numbers(strength, beta);
+          numbers.of[kL1Strength] = l1;
+          numbers.of[kL2Strength] = l2;
+          numbers.of[kStep] = 0.7;
+          for (const double w : {-3.0, -0.8, 0.05, 0.4, 2.0}) {
+            const double p = smooth_prox<double>(w, numbers);
+            const double sign = (p > 0) - (p < 0), slope = static_cast<double>(smooth_slope(p, beta));
+            const double gap = (w - p) - 0.7 * (l1 * sign + 2 * l2 * p + strength * slope);
+            EXPECT(p == 0 || std::abs(p) <= 2 * beta ? std::abs(gap) <= 0.7 * (l1 + strength) + 1e-15
+                                                     : std::abs(gap) < 1e-14,
+                   l1, l2, beta, strength, w, p);
+            EXPECT(p == 0 || beta < 1e-200 || std::abs(gap) < 1e-14, l1, l2, beta, strength, w, p);
+            EXPECT(std::abs(smooth_prox<float>(static_cast<float>(w), numbers) - p) < 1e-6, beta, strength, w);
+          }
+          EXPECT(!std::signbit(smooth_prox<double>(-0.0, numbers)) && smooth_prox<double>(0.0, numbers) == 0);
+          EXPECT(std::isnan(smooth_prox<double>(kNan, numbers)) && smooth_prox<double>(kInf, numbers) == kInf, beta);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  expect_smooth_penalty();
+  expect_smooth_gradient<float>();
+  expect_smooth_gradient<double>();
+  expect_smooth_gradient_rounds_as_the_loop();
+  expect_terms_at_run_time();
+  expect_smooth_prox();
   expect_gradient_is_the_slope<kL1>();
   expect_gradient_is_the_slope<kL2>();
   expect_gradient_is_the_slope<kL1L2>();
