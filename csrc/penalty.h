@@ -253,6 +253,7 @@ struct TermList {
 using FurtherTerms = TermList<SmoothL1>;
 using AllTerms = TermList<L1, L2, SmoothL1>;
 constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits | kNorm;
+constexpr int kAnyTerms = kNorm | kL1;  // of a pass: L1, L2 and the norm, each chosen at run time
 constexpr int kSums = AllTerms::kCount;
 
 // The sums of a chunk's terms. Those of float64 elements may be too large or too small for a double where the penalty

@@ -166,11 +166,12 @@ def test_state_dict():
     torch.save(regularizer.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
+    others = {"smooth_l1": 0, "beta": 1, "group": "tensor"}
     assert state == {
         "step": 2,
         "groups": [
-            {"params": ["0", "1"], "l1": 3, "l2": 0.75, "l2_norm": 0, "group": "tensor", "scheduled": ["l1"]},
-            {"params": ["2"], "l1": 0, "l2": 0.75, "l2_norm": 2, "group": "tensor", "scheduled": ["l2_norm"]},
+            {"params": ["0", "1"], "l1": 3, "l2": 0.75, "l2_norm": 0, **others, "scheduled": ["l1"]},
+            {"params": ["2"], "l1": 0, "l2": 0.75, "l2_norm": 2, **others, "scheduled": ["l2_norm"]},
         ],
     }
     other = build()

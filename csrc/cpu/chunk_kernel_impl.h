@@ -154,7 +154,7 @@ struct Kernel {
     for (int f = 0; f < P::kSumFactors; ++f) {
       kernel.sum_factors[f] = broadcast<double>(doubles[f]);
     }
-    kernel.scale = broadcast<double>(std::ldexp(1.0, -exponent));
+    kernel.scale = broadcast<double>(exponent == 0 ? 1 : std::ldexp(1.0, -exponent));
     kernel.options = task.numbers.options;
     Storage* streams[kStreams];
     for (int s = 0; s < kStreams; ++s) {
@@ -221,7 +221,7 @@ ChunkSums run_kernel(const ChunkTask& task) {
 
 // What a pass that knows some terms is compiled for (passes/terms.h), where a chunk has these of them.
 constexpr int compiled(int terms, int known) {
-  return terms & kFurther ? known & ~kL1L2 : terms & kNorm ? terms | kL2 : terms;
+  return terms & kFurther ? known & (kAnyTerms | kFurther) : terms == (kNorm | kL1) ? kNorm | kL1L2 : terms;
 }
 
 template <Dtype dtype, template <int> class P, int known, int terms = 0>

@@ -21,7 +21,7 @@ class ListPass {
   ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers)
       : group_(numbers.group), has_further_(numbers.has_further()) {
     check_list(params, numbers);
-    for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
+    for (const auto c : c10::irange(has_further_ ? int{kNumbers} : kGroupNumbers)) {
       columns_[c] = HostColumn(numbers.columns[c], selection);
     }
     dense_.reserve(params.size());
@@ -35,7 +35,7 @@ class ListPass {
       ChunkTask& task = tasks_.emplace_back();
       task.dtype = dtype_of(dense_[t]);
       task.streams[0] = const_cast<void*>(dense_[t].const_data_ptr());
-      for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
+      for (const auto c : c10::irange(has_further_ ? int{kNumbers} : kGroupNumbers)) {
         task.numbers.of[c] = columns_[c][t];
       }
       task.numbers.terms = AllTerms::present(task.numbers.of);

@@ -12,7 +12,7 @@ constexpr bool kWide = std::is_same_v<typename Element<dtype>::Scalar, double>;
 // known: the terms that P is compiled for; scaled: float64 sums are of elements divided by 2^exponent.
 template <Dtype dtype, template <int> class P, int known, bool scaled>
 class Job {
-  using Whole = P<known == kL1L2 ? known : known & ~kL1L2>;
+  using Whole = P<known == kL1L2 ? known : known&(kAnyTerms | kFurther)>;
 
  public:
   using E = Element<dtype>;

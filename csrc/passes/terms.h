@@ -99,8 +99,8 @@ struct AnyGradient<known, TermList<T...>> {
 
   template <class V>
   static FUSED_REG_INLINE V of(V w, const V* f) {
-    V sum = f[kStart];
-    const V* own = f + kFirst;
+    V sum = known & kL1L2 ? -V{} : f[kStart];
+    [[maybe_unused]] const V* own = f + kFirst;
     ((sum = sum + where<bool(known & T::kBit)>(own[0], T::gradient(w, own + 1)), own += 1 + T::kFactors), ...);
     return sum + where<bool(known & kNorm)>(f[kHasNorm], (w * f[kNormScale]) * f[kNormFactor]);
   }
@@ -112,13 +112,15 @@ struct AnyGradient<known, TermList<T...>> {
   }
 };
 
-// out = factor * gradient. terms: those of L1 and L2; with the norm, L1 or not, and maybe L2; and without either, the
-// norm and further terms, each maybe, and maybe L1 and L2.
+// out = factor * gradient. terms: those of L1 and L2; or the norm alone, with L2, or with L1 and maybe L2; or
+// kAnyTerms, each maybe, of which kFurther are the further ones.
 template <int terms>
 struct GradientPass : AnyPass {
-  using Listed = std::conditional_t<(terms & kL1L2) == kL2, TermList<L2>, TermList<L1, L2>>;
-  using Any =
-      AnyGradient<terms & kL1L2 ? terms & ~kL2 : kNone, std::conditional_t<(terms & kFurther) != 0, AllTerms, Listed>>;
+  static constexpr bool kIsAny = (terms & ~kFurther) == kAnyTerms;
+  using Further = std::conditional_t<(terms & kFurther) != 0, AllTerms, TermList<L1, L2>>;
+  using Few = std::conditional_t<terms == kNorm, TermList<>, TermList<L2>>;
+  using Listed = std::conditional_t<(terms & kL1) != 0, Further, Few>;
+  using Any = AnyGradient<kIsAny ? kNone : terms & kL1 ? terms & ~kL2 : terms, Listed>;
   using Gradient = std::conditional_t<(terms & ~kL1L2) == 0, KnownGradient<terms>, Any>;
   static constexpr unsigned kReads = bit(0), kWrites = bit(1);
   static constexpr int kFactors = Gradient::kFactors;

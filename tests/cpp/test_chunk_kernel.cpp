@@ -125,7 +125,8 @@ bool same_bits(double a, double b) { return (std::isnan(a) && std::isnan(b)) || 
 
 // The sums of a pass, element by element.
 void expect_sums(const Variant& variant, const ChunkTask& task, const std::vector<char>& param, const ChunkSums& sums) {
-  const double threshold = task.numbers.of[kStep] * task.numbers.of[kL1Strength];
+  const double wide = task.numbers.of[kStep] * task.numbers.of[kL1Strength];
+  const double threshold = task.dtype == Dtype::kFloat64 ? wide : static_cast<float>(wide);
   long double l1 = 0, l2 = 0;
   for (int64_t i = 0; i < task.size; ++i) {
     const long double w = element(task.dtype, &param[i * bytes_of(task.dtype)]);

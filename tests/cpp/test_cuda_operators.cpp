@@ -129,6 +129,10 @@ struct Given {
     given.floats = std::move(strengths);
     given.counts.assign(given.floats.size(), 1);
     given.counts.resize(kNumbers);
+    if (group == Grouping::kNone && given.floats.size() > kNormStrength) {  // its place is not used
+      given.floats.erase(given.floats.begin() + kNormStrength);
+      given.counts[kNormStrength] = 0;
+    }
     return given;
   }
 
