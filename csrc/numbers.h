@@ -70,8 +70,8 @@ struct NumbersArg {
 struct StepRow {
   double rates[kRates];
   unsigned options;
-  const at::Tensor* count;              // of the steps; null: none is needed
-  const at::Tensor* streams[kStreams];  // null: not there; stream 0 is the parameter
+  const at::Tensor* count;                // of the steps; null: none is needed
+  const at::Tensor* streams[kStreams]{};  // null: not there; stream 0 is the parameter
 };
 
 // A number: a float, or a tensor of one element that wins.

@@ -8,6 +8,7 @@
 // (cpu/list_pass.h says more.)
 #pragma once
 
+#include <bit>
 #include <tuple>
 #include <vector>
 
@@ -153,9 +154,14 @@ struct Operators {
     const at::NoGradGuard no_grad;
     const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
     check_list(params, numbers);
+    check_ungrouped(numbers.group);
     const size_t n = params.size();
-    const std::vector<int> streams = state_streams(optimizer_pass(optimizer), static_cast<unsigned>(options));
-    check_step(params, grads, states, steps, is_first.size(), streams.size(), rates.size(), options & kUnscale);
+    TORCH_CHECK_VALUE(optimizer >= 0 && optimizer < kOptimizers, "optimizer must be 0 to ", kOptimizers - 1, ", got ",
+                      optimizer);
+    const Pass step = step_of(optimizer);
+    const unsigned streams = state_streams(step, static_cast<unsigned>(options));
+    check_step(params, grads, states, steps, is_first.size(), std::popcount(streams), rates.size(),
+               (options & kUnscale) != 0);
     ListPass pass(params, all_of(n), numbers);
     // What the kernels read and write: of the layout and dtype of dense(t), copies where a tensor has another.
     const auto as_dense = [&](const at::Tensor& given, size_t t) {
@@ -179,15 +185,16 @@ struct Operators {
       row.options |= own_rates[kWeightDecay] != 0 ? kDecay : 0;
       row.count = steps.empty() ? nullptr : &steps[t];
       row.streams[1] = &own[t];
-      for (const auto s : c10::irange(streams.size())) {
-        row.streams[streams[s]] = &own[(s + 1) * n + t];
+      size_t next = n + t;
+      for (const auto s : c10::irange(kStreams)) {
+        if (streams & bit(s)) {
+          row.streams[s] = &own[next];
+          next += n;
+        }
       }
       row.streams[kUnscaled] = options & kUnscale ? &own[t] : nullptr;
     }
-    at::Tensor value = pass.run_step(optimizer_pass(optimizer), rows, {1, grad_scale});
-    if (pass.group() != Grouping::kNone && options & kProximal) {
-      pass.run_prox(pass.run_soft_norms(), own_first_groups(params, pass.group()));
-    }
+    at::Tensor value = pass.run_step(step, rows, {1, grad_scale});
     for (const auto t : c10::irange(n)) {
       copy_back(pass.dense(t), params[t]);
     }
@@ -251,14 +258,18 @@ struct Operators {
 };
 
 // The functions of one backend, under the names of ops.cpp.
-#define FUSED_REG_OPERATORS(apply)                                                                                \
+#define FUSED_REG_LIST_OPERATORS(apply)                                                                           \
   apply(penalty) apply(penalty_grad) apply(rescale_grad_) apply(accumulate_grad_) apply(empty_grads) apply(prox_) \
-      apply(step_) apply(norms) apply(sums)
+      apply(norms) apply(sums)
+#define FUSED_REG_OPERATORS(apply) FUSED_REG_LIST_OPERATORS(apply) apply(step_)
 
-template <class Functions>
+template <class Functions, bool has_steps = true>
 void register_operators(torch::Library& m) {
 #define FUSED_REG_REGISTER(name) m.impl(#name, TORCH_FN(Functions::name));
-  FUSED_REG_OPERATORS(FUSED_REG_REGISTER)
+  FUSED_REG_LIST_OPERATORS(FUSED_REG_REGISTER)
+  if constexpr (has_steps) {
+    FUSED_REG_REGISTER(step_)
+  }
 #undef FUSED_REG_REGISTER
 }
 

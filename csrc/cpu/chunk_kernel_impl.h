@@ -246,29 +246,11 @@ void sum_further(const ChunkTask& task, ChunkSums* sums, TermList<T...>) {
    ...);
 }
 
-// A step: without a penalty, with L1 and L2, or with any terms, those of a chunk chosen at run time.
-template <Dtype dtype, template <int> class P>
-ChunkSums run_step(const ChunkTask& task) {
-  if (task.numbers.terms == kNone) {
-    return run_kernel<dtype, P<kNone>>(task);
-  }
-  if ((task.numbers.terms & ~kL1L2) == 0) {
-    return run_kernel<dtype, P<kL1L2>>(task);
-  }
-  ChunkSums further{};
-  sum_further<dtype>(task, &further, FurtherTerms{});
-  ChunkSums sums = run_kernel<dtype, P<kFurther>>(task);
-  for (int k = kPassSums; k < kSums; ++k) {
-    sums.of[k] = further.of[k];
-  }
-  return sums;
-}
-
 // A pass; with further terms in parts, for which the chunk is still in the cache.
 template <Dtype dtype, template <int> class P, int known>
 ChunkSums run_terms(const ChunkTask& task) {
   if constexpr (P<known>::kHasOptions) {
-    return run_step<dtype, P>(task);
+    return task.numbers.terms == kNone ? run_kernel<dtype, P<kNone>>(task) : run_kernel<dtype, P<known>>(task);
   } else if constexpr (P<known>::kSums != 0 && known != kNone) {
     if (task.numbers.terms & kFurther) {
       ChunkSums sums = run_compiled<dtype, PenaltyPass, kL1L2>(task);
@@ -288,8 +270,11 @@ ChunkSums run_pass(const ChunkTask& task) {
 #define FUSED_REG_RUN(name, terms, numbers) \
   case Pass::k##name:                       \
     return run_terms<dtype, name##Pass, terms>(task);
-    FUSED_REG_PASSES(FUSED_REG_RUN)
+  FUSED_REG_PASSES(FUSED_REG_RUN)
+  FUSED_REG_STEPS(FUSED_REG_RUN)
 #undef FUSED_REG_RUN
+      case Pass::kCount:
+    break;
   }
   return {};
 }

@@ -65,10 +65,7 @@ class ListPass {
   // The penalty, 0-dim, float64 if any parameter is, else float32; and every gradient that was asked for, times scale.
   at::Tensor run_penalty(const NumberArg& scale) {
     set_passes(number(scale), Pass::kPenaltyGradient, Pass::kPenaltyAccumulate);
-    const std::vector<ChunkSums> sums = run_sums();
-    const auto chunk_penalty = [&](int64_t c, size_t t) { return AllTerms::penalty(tasks_[t].numbers.of, sums[c].of); };
-    size_t t = 0;
-    return value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
+    return penalty_of(run_sums());
   }
 
   // The penalty with l2_norm, and the norm of every group, [groups] float64.
@@ -152,56 +149,24 @@ class ListPass {
     });
   }
 
-  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. A proximal step of groups
-  // is left to run_prox().
+  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it.
   at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale) {
-    std::optional<std::tuple<at::Tensor, at::Tensor>> grouped;
-    if (group_ != Grouping::kNone) {
-      grouped = run_group_penalty();
-    }
     const double scale = number(grad_scale);
-    bool has_terms = false;
     for (const auto t : c10::irange(tasks_.size())) {
       ChunkTask& task = tasks_[t];
       const StepRow& row = rows[t];
       task.pass = optimizer;
-      task.numbers.terms = AllTerms::present(task.numbers.of);
-      has_terms |= task.numbers.terms != kNone;
       task.streams[0] = dense_[t].mutable_data_ptr();
       for (int s = 1; s < kStreams; ++s) {
         task.streams[s] = row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr();
       }
       task.numbers.factor = 1;
-      task.numbers.options = grouped.has_value() ? row.options & ~unsigned{kProximal | kPreconditioned} : row.options;
+      task.numbers.options = row.options;
       std::copy(row.rates, row.rates + kRates, task.numbers.step);
+      task.numbers.step[kCount] = row.count == nullptr ? 0 : counted(*row.count);
       task.numbers.step[kGradScale] = scale;
-      if (row.count != nullptr) {
-        task.numbers.step[kCount] = counted(*row.count);
-      }
     }
-    if (grouped.has_value()) {
-      auto& [value, norms] = *grouped;
-      const bool is_coupled = !(rows[0].options & kProximal);
-      run([&, all = norms.const_data_ptr<double>()](int64_t c, ChunkTask& task) {
-        const Chunk chunk = plan_.chunk(c);
-        if (!is_coupled) {
-          task.numbers.terms = kNone;
-        } else if (number(kNormStrength, chunk.tensor) != 0) {
-          task.numbers.terms = static_cast<Terms>(task.numbers.terms | kNorm);
-          task.numbers.norm = all[chunk.group];
-        }
-        kernel_(task);
-      });
-      return value;
-    }
-    if (!has_terms) {
-      run([&](int64_t, const ChunkTask& task) { kernel_(task); });
-      return this->value(0);
-    }
-    const std::vector<ChunkSums> sums = run_sums();
-    const auto chunk_penalty = [&](int64_t c, size_t t) { return AllTerms::penalty(tasks_[t].numbers.of, sums[c].of); };
-    size_t t = 0;
-    return this->value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
+    return penalty_of(run_sums());
   }
 
   // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
@@ -255,6 +220,12 @@ class ListPass {
     std::vector<ChunkSums> sums(plan_.chunks());
     run([&](int64_t c, const ChunkTask& task) { sums[c] = kernel_(task); });
     return sums;
+  }
+
+  at::Tensor penalty_of(const std::vector<ChunkSums>& sums) const {
+    const auto chunk_penalty = [&](int64_t c, size_t t) { return AllTerms::penalty(tasks_[t].numbers.of, sums[c].of); };
+    size_t t = 0;
+    return value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
   }
 
   // The norm of every group, [groups] float64; each(t, g, squares) is told the sum of squares of group g of tensor t.

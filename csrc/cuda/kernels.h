@@ -25,6 +25,8 @@ constexpr Rows rows_of(Pass pass, bool has_further = false) {
     return {streams_of<name##Pass<terms>>, !has_further && numbers == kNumbers ? kGroupNumbers : numbers};
     FUSED_REG_PASSES(FUSED_REG_ROWS)
 #undef FUSED_REG_ROWS
+    default:
+      break;
   }
   return {};
 }

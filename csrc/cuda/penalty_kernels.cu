@@ -61,6 +61,8 @@ Plan<Table> plan_of(Pass pass, const Call& call) {
     return plan_of<Table, name##Pass, terms, numbers>(call);
     FUSED_REG_PASSES(FUSED_REG_PLAN)
 #undef FUSED_REG_PLAN
+    default:
+      break;
   }
   return {};
 }

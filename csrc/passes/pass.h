@@ -21,7 +21,8 @@
 //                                              yet, if it adds to one; else void
 //     kPadding                                 the byte of which elements consist that change no sum
 //     kPositiveZeros                           whether a zero that comes from the last rounding shall be +0
-//     kHasOptions                              whether element() takes the options of an optimizer's step, and is proximal
+//     kHasOptions                              whether element() takes the options of an optimizer's step, and is
+//     proximal
 //                                              with one of them only
 //
 // V is S, or a SIMD vector of it; D is a double, or a vector of them.

@@ -2,8 +2,6 @@
 // without groups and further terms need the numbers of L1 and L2 alone.
 #pragma once
 
-#include <vector>
-
 #include "prox.h"
 #include "step.h"
 #include "terms.h"
@@ -20,41 +18,36 @@ namespace fused_reg {
   apply(Accumulate, kAllTerms, kNumbers)         \
   apply(Prox, kFurther, kNumbers)                \
   apply(SoftSquares, kNone, kGroupNumbers)       \
-  apply(Zeros, kNone, kGroupNumbers)             \
-  apply(Sgd, kNone, kNumbers)                    \
-  apply(Adam, kNone, kNumbers)                   \
-  apply(Rmsprop, kNone, kNumbers)                \
-  apply(Adagrad, kNone, kNumbers)
+  apply(Zeros, kNone, kGroupNumbers)
+
+// Those of optimizers, by number.
+#define FUSED_REG_STEPS(apply)           \
+  apply(Sgd, kL1L2, kGroupNumbers)       \
+  apply(Adam, kL1L2, kGroupNumbers)      \
+  apply(Rmsprop, kL1L2, kGroupNumbers)   \
+  apply(Adagrad, kL1L2, kGroupNumbers)
 // clang-format on
 
 enum class Pass {
 #define FUSED_REG_ENUMERATE(name, terms, numbers) k##name,
-  FUSED_REG_PASSES(FUSED_REG_ENUMERATE)
+  FUSED_REG_PASSES(FUSED_REG_ENUMERATE) FUSED_REG_STEPS(FUSED_REG_ENUMERATE)
 #undef FUSED_REG_ENUMERATE
+      kCount,
 };
 
-// Optimizers by number.
-inline Pass optimizer_pass(int64_t optimizer) { return static_cast<Pass>(static_cast<int64_t>(Pass::kSgd) + optimizer); }
+inline Pass step_of(int64_t optimizer) { return static_cast<Pass>(static_cast<int64_t>(Pass::kSgd) + optimizer); }
+constexpr int64_t kOptimizers = static_cast<int64_t>(Pass::kCount) - static_cast<int64_t>(Pass::kSgd);
 
-// The streams of an optimizer's states, in the order in which they are given.
-inline std::vector<int> state_streams(Pass optimizer, unsigned options) {
-  switch (optimizer) {
-    case Pass::kSgd:
-      return options & kMomentum ? std::vector<int>{2} : std::vector<int>{};
-    case Pass::kAdam:
-      return options & kAmsgrad ? std::vector<int>{2, 3, 4} : std::vector<int>{2, 3};
-    case Pass::kRmsprop: {
-      std::vector<int> streams{2};
-      if (options & kMomentum) {
-        streams.push_back(3);
-      }
-      if (options & kCentered) {
-        streams.push_back(4);
-      }
-      return streams;
-    }
+// The streams of an optimizer's states, a bit each.
+inline unsigned state_streams(Pass step, unsigned options) {
+  switch (step) {
+#define FUSED_REG_STATES(name, terms, numbers) \
+  case Pass::k##name:                          \
+    return name##Pass<terms>::states(options);
+    FUSED_REG_STEPS(FUSED_REG_STATES)
+#undef FUSED_REG_STATES
     default:
-      return {2};
+      return 0;
   }
 }
 

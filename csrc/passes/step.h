@@ -3,17 +3,20 @@
 //
 //   g       the gradient, divided by a loss scale, negated where the objective is maximized
 //           + the penalty's gradient, unless it is proximal        + weight_decay * w, unless that is decoupled
-//   SGD     b = momentum * b + (1 - dampening) * g, the first is g     w = w - lr * (b, or with nesterov g + momentum * b)
-//   Adam    m = lerp(m, g, 1 - beta1), v = beta2 * v + (1 - beta2) * g * g
+//   SGD     b = momentum * b + (1 - dampening) * g, the first is g     w = w - lr * (b, or with nesterov g + momentum *
+//   b) Adam    m = lerp(m, g, 1 - beta1), v = beta2 * v + (1 - beta2) * g * g
 //           w = w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)      amsgrad: the largest v so far
-//   RMSprop v = alpha * v + (1 - alpha) * g * g, d = sqrt(v) + eps     centered: sqrt(v - a * a) with a = lerp(a, g, 1 - alpha)
-//           w = w - lr * g / d                                         momentum: w - lr * b with b = momentum * b + g / d
-//   Adagrad s = s + g * g                                              w = w - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
+//   RMSprop v = alpha * v + (1 - alpha) * g * g, d = sqrt(v) + eps     centered: sqrt(v - a * a) with a = lerp(a, g, 1
+//   - alpha)
+//           w = w - lr * g / d                                         momentum: w - lr * b with b = momentum * b + g /
+//           d
+//   Adagrad s = s + g * g                                              w = w - lr / (1 + (t - 1) * lr_decay) * g /
+//   (sqrt(s) + eps)
 //
-// A proximal step is that of prox.h with the learning rate, or with `kPreconditioned` with the rate of the element, that
-// is, what the step multiplies a gradient by that stays the same: lr / d. (SGD: lr * the sum of what momentum makes of
-// it.) Then training comes to rest at the minimum of loss + penalty (Yun, Lozano and Yang 2021, "Adaptive proximal
-// gradient methods for structured neural networks").
+// A proximal step is that of prox.h with the learning rate, or with `kPreconditioned` with the rate of the element,
+// that is, what the step multiplies a gradient by that stays the same: lr / d. (SGD: lr * the sum of what momentum
+// makes of it.) Then training comes to rest at the minimum of loss + penalty (Yun, Lozano and Yang 2021, "Adaptive
+// proximal gradient methods for structured neural networks").
 #pragma once
 
 #include "prox.h"
@@ -82,23 +85,21 @@ struct L1L2Gradient {
   }
 };
 
-// What all optimizers do. terms: kNone, kL1L2, or kFurther for any.
+// What all optimizers do. terms: kNone, or kL1L2 for a penalty of these, each maybe.
 template <int terms>
 struct StepPass : AnyPass {
-  using Penalty = std::conditional_t<
-      terms == kNone, KnownGradient<kNone>,
-      std::conditional_t<terms == kL1L2, L1L2Gradient, AnyGradient<kNone, AllTerms>>>;
-  using Sums = std::conditional_t<terms == kNone, void, PenaltyPass<kL1L2>>;
-  static constexpr unsigned kSums = terms == kNone ? 0 : kL1L2;
+  using Penalty = std::conditional_t<terms == kNone, KnownGradient<kNone>, L1L2Gradient>;
+  using Prox = ProxPass<kNone>;
+  using Sums = std::conditional_t<terms == kNone, void, PenaltyPass<terms>>;
+  static constexpr unsigned kSums = PenaltyPass<terms>::kSums;
   static constexpr unsigned kReads = bit(0) | bit(1), kWrites = bit(0) | bit(kUnscaled);
   static constexpr unsigned kOptional = bit(kUnscaled);
   static constexpr bool kHasOptions = true, kPositiveZeros = true;
-  using Prox = ProxPass<terms == kFurther ? kFurther : kNone>;
   enum { kDecayFactor = Penalty::kFactors, kGradScaleFactor, kRateL1, kRateL2, kProx, kOwn = kProx + Prox::kFactors };
 
   template <class MultiplyAdd, class D, class Scaled>
   static FUSED_REG_INLINE void add(D* sums, D w, const D* f, const Scaled& scaled) {
-    PenaltyPass<kL1L2>::template add<MultiplyAdd>(sums, w, f, scaled);
+    PenaltyPass<terms>::template add<MultiplyAdd>(sums, w, f, scaled);
   }
 
   // rate: what a gradient that stays the same is multiplied by, if that is one number.
@@ -112,7 +113,6 @@ struct StepPass : AnyPass {
     f[kRateL2] = static_cast<S>(2 * n.of[kL2Strength]);
     ChunkNumbers own = n;
     own.of[kStep] = rate;
-    own.of[kNormStrength] = 0;
     Prox::factors(own, f + kProx);
   }
 
@@ -152,7 +152,7 @@ struct StepPass : AnyPass {
     return w;
   }
 
-  // The same; rate(): of each element, for kPreconditioned, and L1 and L2 alone.
+  // The same; rate(): of each element, for kPreconditioned.
   template <class V, class Rate>
   static FUSED_REG_INLINE V shrunk(V w, const V* f, unsigned options, const Rate& rate) {
     if (terms != kNone && options & kPreconditioned) {
@@ -169,6 +169,8 @@ struct SgdPass : StepPass<terms> {
   static constexpr unsigned kReads = Base::kReads | bit(2), kWrites = Base::kWrites | bit(2);
   static constexpr unsigned kOptional = Base::kOptional | bit(2);
   enum { kMomentumFactor = Base::kOwn, kGradFactor, kMinusLr, kFactors };
+
+  static constexpr unsigned states(unsigned options) { return options & kMomentum ? bit(2) : 0; }
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
@@ -201,6 +203,8 @@ struct AdamPass : StepPass<terms> {
   static constexpr unsigned kWrites = Base::kWrites | bit(2) | bit(3) | bit(4);
   static constexpr unsigned kOptional = Base::kOptional | bit(4);
   enum { kWeight = Base::kOwn, kBeta2, kSquareFactor, kMinusStep, kRootFactor, kEps, kLr, kFactors };
+
+  static constexpr unsigned states(unsigned options) { return bit(2) | bit(3) | (options & kAmsgrad ? bit(4) : 0); }
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
@@ -237,6 +241,10 @@ struct RmspropPass : StepPass<terms> {
   static constexpr unsigned kWrites = Base::kWrites | bit(2) | bit(3) | bit(4);
   static constexpr unsigned kOptional = Base::kOptional | bit(3) | bit(4);
   enum { kAlpha = Base::kOwn, kSquareFactor, kMomentumFactor, kMinusLr, kEps, kRate, kFactors };
+
+  static constexpr unsigned states(unsigned options) {
+    return bit(2) | (options & kMomentum ? bit(3) : 0) | (options & kCentered ? bit(4) : 0);
+  }
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
@@ -276,6 +284,8 @@ struct AdagradPass : StepPass<terms> {
   using Base = StepPass<terms>;
   static constexpr unsigned kReads = Base::kReads | bit(2), kWrites = Base::kWrites | bit(2);
   enum { kMinusLr = Base::kOwn, kEps, kLr, kFactors };
+
+  static constexpr unsigned states(unsigned) { return bit(2); }
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
