@@ -94,8 +94,11 @@ FUSED_REG_INLINE double scaled_product(double strength, double sum, int exponent
 // L1 and L2 are summed side by side, and compiled for each combination. A further term is summed by itself, and has
 //
 //   sum_factors(n, exponent, f)     what its sum needs, in float64; exponent: that of rescue_exponent() after a sum of
-//   0 result_exponent(n, exponent)    of that sum add(sum, w, f) prox_factors(n, f)              what its proximal
-//   operator needs, which follows on those of L1 and L2 prox(w, f)
+//                                   exponent 0
+//   result_exponent(n, exponent)    of that sum
+//   add(sum, w, f)
+//   prox_factors(n, f)              what its proximal operator needs, which follows on those of L1 and L2
+//   prox(w, f)
 struct Term {
   static constexpr int kFactors = 1;
 
@@ -192,7 +195,7 @@ struct SmoothL1 : Term {
       const int scale = exponent > kLimit ? kLimit : exponent < -kLimit ? -kLimit : exponent;
       f[1] = static_cast<S>(std::ldexp(ratio, exponent - scale));
       f[2] = static_cast<S>(std::ldexp(1.0, scale));
-    } else if (beta == 0) {
+    } else if (beta == 0 || height == 0) {  // and not 0 times the slope of a tiny beta, which may be infinite
       f[1] = height;
     }
   }

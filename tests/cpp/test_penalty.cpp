@@ -265,6 +265,9 @@ void expect_smooth_gradient() {
     EXPECT(std::isnan(smooth_gradient<S>(0, smooth_numbers(2, beta, kInf))), beta);
     EXPECT(smooth_gradient<S>(largest, smooth_numbers(2, beta, kInf)) == inf, beta);
   }
+  for (const double beta : kBetas) {  // a strength that S rounds to 0, whatever the slope
+    EXPECT(smooth_gradient<S>(smallest, smooth_numbers(1e-200, beta, 1e-200)) == 0, beta);
+  }
 }
 
 // Rounded as the loop's c * w^2 / (2 beta): its derivative is (c * h) * w + (c * h) * w, with h = 0.5 / beta.
