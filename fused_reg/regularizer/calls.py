@@ -38,7 +38,7 @@ class _Call:
         self._names = [entry.name for entry in own]
         self._group: Group = group
         self._columns = {
-            kind: Column(entry.strengths[kind] for entry in own)
+            kind: Column([entry.strengths[kind] for entry in own])
             for kind, term in TERM_OF.items()
             if any(entry.has(term) for entry in own)
         }
@@ -84,7 +84,7 @@ class _Call:
 
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
         if isinstance(step, list):
-            self._steps = Column((step[i] for i in self._places), like=self._steps)
+            self._steps = Column([step[i] for i in self._places], like=self._steps)
             step = self._steps.get()
         return self._params, self._strengths().with_step(as_step("prox_", step, self._params))
 

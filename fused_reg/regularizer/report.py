@@ -178,7 +178,7 @@ def _shapes_of(entries: Sequence[Entry], group: int) -> Strengths:
     shapes = {}
     for kind, term in TERM_OF.items():
         if kind in SHAPES and any(e.has(term) for e in entries):
-            column = Column(e.strengths[kind] for e in entries).get()
+            column = Column([e.strengths[kind] for e in entries]).get()
             shapes[kind] = column if isinstance(column, Tensor) else (column,)
     return Strengths(group=group).having(**shapes)
 

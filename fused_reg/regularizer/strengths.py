@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -188,11 +188,11 @@ class Column:
     graph takes no such copy.
     """
 
-    def __init__(self, strengths: Iterable[Held], like: Column | None = None) -> None:
+    def __init__(self, strengths: Sequence[Held], like: Column | None = None) -> None:
         with torch.inference_mode(False):  # what is kept serves later calls, whatever the mode of the first
             self._prepare(list(strengths), like)
 
-    def _prepare(self, strengths: list[Held], like: Column | None) -> None:
+    def _prepare(self, strengths: Sequence[Held], like: Column | None) -> None:
         distinct = list({identity(s): s for s in strengths}.values())
         self._fixed: float | Tensor | None = None
         self._places: list[int] = []  # of each strength among the distinct ones
