@@ -120,6 +120,8 @@ def test_derivatives_of_any_order():
     # Away from the kinks at beta, where there is no second derivative.
     params = leaves(torch.tensor(w, dtype=torch.float64) for w in ([-1.5, 0.2, 0.4, -0.3], [[0.1, -0.7], [0.9, -0.2]]))
     strength = torch.tensor([0.3, 0.4], dtype=torch.float64, requires_grad=True)
+    for beta in (0.0, 0.5):
+        assert gradgradcheck(lambda *params, beta=beta: fused_penalty(params, smooth_l1=0.3, beta=beta), params)
     for more in ({}, {"l1": 0.2, "l2": 0.1}, {"l2_norm": 0.3, "group": "row"}):
 
         def penalty(strength, *params, more=more):
