@@ -247,3 +247,6 @@ def test_special_values(dtype):
     prox_(x, smooth_l1=0.5, beta=2.0, step=1.0)
     assert x.isnan().tolist() == w.isnan().tolist()
     assert x[2:4].tolist() == w[2:4].tolist()
+    y = w[:-1].clone()
+    reference.prox_(y, smooth_l1=0.5, beta=2.0, step=1.0)
+    assert y.isnan().tolist() == w[:-1].isnan().tolist()
