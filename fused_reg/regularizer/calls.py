@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg import _routes
-from fused_reg._arguments import as_scale, as_step, as_strengths, relabelled
+from fused_reg._arguments import as_scale, as_step, as_strengths, check_closed_form, relabelled
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import TERM_OF, TERMS, Group, Strengths
 from fused_reg.distributed import value_of
@@ -81,6 +81,9 @@ class _Call:
     def check_writable(self, step: float | Tensor | list[float | Tensor]) -> None:
         """Raises what `prox_` would, before anything is written."""
         self._run(_routes.check_prox, *self._shrinkage(step))
+
+    def check_closed_form(self, where: str) -> None:
+        self._run(check_closed_form, where, self._strengths(), len(self._params))
 
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
         if isinstance(step, list):
@@ -153,6 +156,11 @@ class Part:
 
     def _signed(self, calls: Sequence[_Call], values: list[Tensor]) -> Tensor:
         return self._total(calls, [v if call.sign > 0 else -v for call, v in zip(calls, values, strict=True)])
+
+    def check_closed_form(self, where: str) -> None:
+        """Raises where the strengths of now have no proximal step."""
+        for call in self._current_calls():
+            call.check_closed_form(where)
 
     def prox_(self, step: float | Tensor | list[float | Tensor], chosen: list[bool] | None = None) -> None:
         """``step``: one, or a list with one for each entry; ``chosen``: which entries, of those that require grad."""
