@@ -103,9 +103,11 @@ def as_strengths(
         columns[1] = as_column(function, "l2", l2, params)
     columns[STEP] = step
     for kind in _SHAPES:
-        if _is_there(columns[PLACES[TERM_OF[kind]]]):
-            given = terms.get(kind)
-            columns[PLACES[kind]] = _as_constant(function, kind, DEFAULTS[kind] if given is None else given, params)
+        given, is_there = terms.get(kind), _is_there(columns[PLACES[TERM_OF[kind]]])
+        if is_there or given is not None:
+            column = as_column(function, kind, DEFAULTS[kind] if given is None else given, params)
+            check_constant(f"{function}: {kind}", column)
+            columns[PLACES[kind]] = column if is_there else ()
     return Strengths.of(columns, GROUPS[terms.get("group", "tensor")] if _is_there(columns[2]) else 0)
 
 
@@ -118,11 +120,9 @@ def _is_there(column: Column) -> bool:
 _SHAPES = [kind for kind in TERM_OF if kind in SHAPES]
 
 
-def _as_constant(function: str, name: str, number: Strength | None, params: Sequence[Tensor]) -> Column:
-    column = as_column(function, name, number, params)
-    if isinstance(column, Tensor) and column.requires_grad:
-        raise ValueError(f"{function}: {name} must be a constant, got a tensor that requires grad; use `.detach()`")
-    return column
+def check_constant(name: str, number: object) -> None:
+    if isinstance(number, Tensor) and number.requires_grad:
+        raise ValueError(f"{name} must be a constant, got a tensor that requires grad; use `.detach()`")
 
 
 def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> Column:

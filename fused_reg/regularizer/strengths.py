@@ -13,8 +13,8 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from fused_reg import _devices
-from fused_reg._arguments import as_number, is_number
-from fused_reg._terms import DEFAULTS, KINDS, TERMS, Group, check_group
+from fused_reg._arguments import as_number, check_constant, is_number
+from fused_reg._terms import DEFAULTS, KINDS, SHAPES, TERMS, Group, check_group
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
@@ -127,7 +127,10 @@ def given_strengths(function: str, where: str, **given: Any) -> dict[str, Given]
     for name in given:
         if name not in KINDS:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
-    return {kind: checked(where + kind, given[kind]) for kind in KINDS if given.get(kind) is not None}
+    strengths: dict[str, Given] = {k: checked(where + k, given[k]) for k in KINDS if given.get(k) is not None}
+    for kind in SHAPES.keys() & strengths.keys():
+        check_constant(where + kind, strengths[kind])
+    return strengths
 
 
 def scheduled(name: str, schedule: Schedule, step: int) -> float:
@@ -190,7 +193,7 @@ class Column:
 
     def __init__(self, strengths: Sequence[Held], like: Column | None = None) -> None:
         with torch.inference_mode(False):  # what is kept serves later calls, whatever the mode of the first
-            self._prepare(list(strengths), like)
+            self._prepare(strengths, like)
 
     def _prepare(self, strengths: Sequence[Held], like: Column | None) -> None:
         distinct = list({identity(s): s for s in strengths}.values())
