@@ -167,13 +167,7 @@ def check_numbers(params: list[Tensor], numbers: Mapping[str, Tensor | None]) ->
 def check_values(numbers: Mapping[str, Tensor | None]) -> None:
     """What the kernels check of the numbers that they read on the CPU, where they read some late or none."""
     for name, number in numbers.items():
-        if (
-            number is None
-            or name == "scale"
-            or not _devices.is_at_hand(number)
-            or is_compiling()
-            or not are_run((number,))
-        ):
+        if number is None or name == "scale" or not is_known(number):
             continue
         for i, value in enumerate(number.detach().reshape(-1).tolist()):
             if not 0 <= value < math.inf:
@@ -200,9 +194,13 @@ def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
 def _on_host(column: Column, count: int) -> list[float]:
     """The numbers for each parameter, 1 where the host does not know them."""
     if isinstance(column, Tensor):
-        known = _devices.is_at_hand(column) and not is_compiling() and are_run((column,))
-        column = tuple(column.detach().reshape(-1).tolist()) if known else (1.0,)
+        column = tuple(column.detach().reshape(-1).tolist()) if is_known(column) else (1.0,)
     return [*column] * (count if len(column) == 1 else 1)
+
+
+def is_known(number: Tensor) -> bool:
+    """Whether a look at its value waits for nothing and finds one."""
+    return _devices.is_at_hand(number) and not is_compiling() and are_run((number,))
 
 
 def are_run(tensors: Iterable[Tensor]) -> bool:
@@ -271,7 +269,8 @@ def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> 
     _check_plain(f"{function}: {name}", strength)
     # Its value is not looked at: on a GPU a look would wait for the device, and on the CPU the kernels check it.
     if strength.layout is not torch.strided or strength.is_nested:
-        raise TypeError(f"{function}: {name} must be dense (torch.strided), got {_kind_of(strength)}")
+        kind = "a nested tensor" if strength.is_nested else strength.layout
+        raise TypeError(f"{function}: {name} must be dense (torch.strided), got {kind}")
     if forward_ad._current_level >= 0:
         _check_no_tangent(f"{function}: {name}", strength)
     if not strength.is_floating_point():
@@ -295,10 +294,6 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} must be a plain tensor, the same on every process, got a DTensor; use `.full_tensor()`"
         )
-
-
-def _kind_of(tensor: Tensor) -> str:
-    return "a nested tensor" if tensor.is_nested else str(tensor.layout)
 
 
 def as_number(name: str, strength: Any) -> float:

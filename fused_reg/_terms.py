@@ -268,8 +268,8 @@ def group_count(p: Tensor, group: int) -> int:
 
 def slots(p: Tensor, group: int) -> int:
     """The same, also of an empty one."""
-    dim = group - _ROWS
-    return p.shape[dim] if 0 <= dim < p.ndim else 1
+    dim = sliced_dim(p, group)
+    return 1 if dim is None else p.shape[dim]
 
 
 def sliced_dim(p: Tensor, group: int) -> int | None:

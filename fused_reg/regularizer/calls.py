@@ -13,7 +13,7 @@ from fused_reg import _routes
 from fused_reg._arguments import as_scale, as_step, as_strengths, check_closed_form, relabelled
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import TERM_OF, TERMS, Group, Strengths
-from fused_reg.distributed import value_of
+from fused_reg.distributed.buckets import value_of
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.strengths import Column
 from fused_reg.regularizer.table import Entry, Table

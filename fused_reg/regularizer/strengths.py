@@ -10,10 +10,9 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn import Parameter
 
 from fused_reg import _devices
-from fused_reg._arguments import as_number, check_constant, is_number
+from fused_reg._arguments import as_number, check_constant, is_known, is_number
 from fused_reg._terms import DEFAULTS, KINDS, SHAPES, TERMS, Group, check_group
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
@@ -74,7 +73,7 @@ def checked(name: str, strength: Any) -> float | Tensor | Schedule:
             )
         if not strength.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {strength.dtype}")
-        if not is_compiling() and _is_at_hand(strength):
+        if is_known(strength):
             as_number(name, strength.item())
         return strength
     if is_number(strength):
@@ -85,12 +84,6 @@ def checked(name: str, strength: Any) -> float | Tensor | Schedule:
         return cast(Schedule, strength)
     hint = "; for strengths per parameter give rules" if isinstance(strength, Sequence) else ""
     raise TypeError(f"{name} must be a float, a 0-dim tensor or a schedule, got {type(strength).__name__}{hint}")
-
-
-def _is_at_hand(tensor: Tensor) -> bool:
-    """Whether a look at its value is free: neither on a GPU nor one of those that have none yet."""
-    is_plain = type(tensor) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return is_plain and _devices.is_at_hand(tensor)
 
 
 def _check_signature(name: str, schedule: Schedule) -> None:
