@@ -169,9 +169,12 @@ def net():
 
 def test_errors_of_regularizers():
     message = "beta must come with smooth_l1, whose width it is, got none"
-    for given in ({"l1": 0.1, "beta": 0.5}, {"l1": 0.1, "rules": [("0.*", {"beta": 0.5})]}):
-        with pytest.raises(ValueError, match=f"^Regularizer: .*{message}"):
-            Regularizer(net(), **given)
+    for beta in (0.0, 0.5):  # 0 is a number as others
+        for given in ({"l1": 0.1, "beta": beta}, {"l1": 0.1, "rules": [("0.*", {"beta": beta})]}):
+            with pytest.raises(ValueError, match=f"^Regularizer: .*{message}"):
+                Regularizer(net(), **given)
+        with pytest.raises(ValueError, match=r"^Regularizer: beta must apply to a parameter, but rules or marks"):
+            Regularizer(net(), smooth_l1=0.1, beta=beta, rules=[("*", {"beta": 1.0})])
     with pytest.raises(ValueError, match=f"^set_strength: {message}"):
         Regularizer(net(), l1=0.1).set_strength(beta=0.5)
     with pytest.raises(ValueError, match=f"^regularized: {message}"):
