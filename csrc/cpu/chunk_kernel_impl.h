@@ -215,22 +215,18 @@ ChunkSums run_compiled(const ChunkTask& task) {
   return {};
 }
 
-// The sums of further terms that the chunk has.
-template <Dtype dtype, class... T>
-void sum_further(const ChunkTask& task, ChunkSums* sums, TermList<T...>) {
-  ((task.numbers.terms & T::kBit
-        ? void(sums->of[T::kSum] = run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task).of[1])
-        : void()),
-   ...);
-}
-
 // A pass; with further terms in parts, for which the chunk is still in the cache.
 template <Dtype dtype, template <int> class P, int known>
 ChunkSums run_terms(const ChunkTask& task) {
   if constexpr (P<known>::kSums != 0 && known != kNone) {
     if (task.numbers.terms & kFurther) {
       ChunkSums sums = run_compiled<dtype, PenaltyPass, kL1L2>(task);
-      sum_further<dtype>(task, &sums, FurtherTerms{});
+      FurtherTerms::each([&](auto term) {
+        using T = decltype(term);
+        if (task.numbers.terms & T::kBit) {
+          sums.of[T::kSum] = run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task).of[1];
+        }
+      });
       if constexpr (P<known>::kWrites != 0) {
         run_compiled<dtype, P<known>::template Alone, kAllTerms>(task);
       }

@@ -87,17 +87,6 @@ __device__ __forceinline__ ChunkSums sums_of(const AnyChunk& chunk, Blocks* bloc
   }
 }
 
-// Those of further terms.
-template <class AnyChunk, class... T>
-__device__ __forceinline__ void sum_further(const AnyChunk& chunk, Blocks* blocks, const Team& team,
-                                            const ChunkNumbers& numbers, int* filled, ChunkSums* sums, TermList<T...>) {
-  ((numbers.terms & T::kBit
-        ? void(sums->of[T::kSum] =
-                   sums_of<TermSum<T>::template Pass, kNone>(chunk, blocks, team, numbers, true, filled).of[1])
-        : void()),
-   ...);
-}
-
 // The sums of a pass, of every chunk and group; and where Call.value asks for it, the penalty of the list. With all
 // numbers it takes those of further terms, too.
 template <class Table, template <int> class P, int known, int numbers_of_pass>
@@ -124,7 +113,13 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
       ChunkSums sums =
           sums_of<P, known>(chunk, blocks, team, numbers, known == kNone || (numbers.terms & kL2), &filled);
       if constexpr (numbers_of_pass > kGroupNumbers) {
-        sum_further(chunk, blocks, team, numbers, &filled, &sums, FurtherTerms{});
+        FurtherTerms::each([&](auto term) {
+          using T = decltype(term);
+          if (numbers.terms & T::kBit) {
+            sums.of[T::kSum] =
+                sums_of<TermSum<T>::template Pass, kNone>(chunk, blocks, team, numbers, true, &filled).of[1];
+          }
+        });
       }
       if (team.is_first_thread()) {
         const ScaledSum& squares = sums.of[L2::kSum];
