@@ -39,7 +39,7 @@ struct ChunkNumbers {
   double of[kNumbers];  // its tensor's
   double factor;        // what gradients are multiplied by
   double norm;          // of its group, if it has one
-  Terms terms;          // an absent one is neither summed nor differentiated
+  int terms;            // Terms; an absent one is neither summed nor differentiated
 };
 
 // What a term's gradient is multiplied by: the upstream gradient times the strength, each rounded to the
@@ -219,7 +219,7 @@ struct SmoothL1 : Term<kSmoothL1, kSmoothL1Strength> {
   }
 };
 
-// l2_norm * ||w_g||, of which AllTerms knows nothing: its gradient as (w * f[0]) * f[1]. f[0], a power of two, keeps
+// l2_norm * ||w_g||, which comes from the sum of L2: its gradient as (w * f[0]) * f[1]. f[0], a power of two, keeps
 // w / ||w_g|| from overflow where the norm is tiny, and f[1] from underflow where the norm is large or l2_norm small.
 struct Norm : Term<kNorm, kNormStrength> {
   static constexpr int kFactors = 2;
@@ -264,16 +264,12 @@ struct TermList {
     (body(T{}), ...);
   }
 
-  static FUSED_REG_INLINE Terms present(const double* numbers) {
-    return static_cast<Terms>((kNone | ... | (numbers[T::kStrength] != 0 ? T::kBit : kNone)));
+  static FUSED_REG_INLINE int present(const double* numbers) {
+    return (kNone | ... | (numbers[T::kStrength] != 0 ? T::kBit : kNone));
   }
 
   static FUSED_REG_INLINE double penalty(const double* numbers, const ScaledSum* sums) {
     return (... + penalty_of<T>(numbers[T::kStrength], sums[T::kSum]));
-  }
-
-  static FUSED_REG_INLINE void unscale(const ScaledSum* sums, double* unscaled) {
-    ((unscaled[T::kSum] = std::ldexp(sums[T::kSum].sum, T::kDegree * sums[T::kSum].exponent)), ...);
   }
 
  private:
@@ -284,11 +280,11 @@ struct TermList {
 };
 
 using FurtherTerms = TermList<SmoothL1>;
-using AllTerms = TermList<L1, L2, SmoothL1>;
-using GradientTerms = TermList<L1, L2, SmoothL1, Norm>;
-constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits | kNorm;
+using SummedTerms = TermList<L1, L2, SmoothL1>;
+using AllTerms = TermList<L1, L2, SmoothL1, Norm>;
+constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits;
 constexpr int kAnyTerms = kNorm | kL1;  // of a pass: L1, L2 and the norm, each chosen at run time
-constexpr int kSums = AllTerms::kCount;
+constexpr int kSums = SummedTerms::kCount;
 
 // The sums of a chunk's terms. Those of float64 elements may be too large or too small for a double where the penalty
 // or the norm is not: they are first taken with exponent 0, and where digits may have been lost, once more of the

@@ -176,9 +176,8 @@ struct Kernel {
       }
     }
     ChunkSums found{};
-    const int result_exponent = P::result_exponent(task.numbers, exponent);
     for (int k = 0; k < kPassSums; ++k) {
-      found.of[k] = {P::kSums & bit(k) ? total(kernel.sums[k], b) : 0, result_exponent};
+      found.of[k] = {P::kSums & bit(k) ? total(kernel.sums[k], b) : 0, exponent};
     }
     return found;
   }
@@ -224,7 +223,8 @@ ChunkSums run_terms(const ChunkTask& task) {
       FurtherTerms::each([&](auto term) {
         using T = decltype(term);
         if (task.numbers.terms & T::kBit) {
-          sums.of[T::kSum] = run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task).of[1];
+          const ScaledSum sum = run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task).of[1];
+          sums.of[T::kSum] = {sum.sum, T::result_exponent(task.numbers, sum.exponent)};
         }
       });
       if constexpr (P<known>::kWrites != 0) {

@@ -18,8 +18,6 @@
 //                              left the range of float64, that of rescue_exponent()
 //     add<MultiplyAdd>(sums, w, f, scaled)
 //                              adds a parameter's element to the sums, in float64; scaled(x) is x / 2^exponent
-//     result_exponent(numbers, exponent)
-//                              of such sums
 //     Sums                     the pass that takes its sums alone, where they can leave the range of float64; else void
 //     kOfAnyDtype              whether those of elements that are narrower than float64 can
 //     kPadding                 the byte of which elements consist that change no sum
@@ -55,7 +53,6 @@ struct AnyPass {
   static FUSED_REG_INLINE void factors(const ChunkNumbers&, S*) {}
   template <class S>
   static FUSED_REG_INLINE void sum_factors(const ChunkNumbers&, int, double*) {}
-  static FUSED_REG_INLINE int result_exponent(const ChunkNumbers&, int exponent) { return exponent; }
   template <class V>
   static FUSED_REG_INLINE void element(V*, const V*) {}
   template <class MultiplyAdd, class D, class Scaled>

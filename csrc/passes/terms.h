@@ -37,10 +37,6 @@ struct TermSum {
       Term::sum_factors(n, exponent, f);
     }
 
-    static FUSED_REG_INLINE int result_exponent(const ChunkNumbers& n, int exponent) {
-      return Term::result_exponent(n, exponent);
-    }
-
     template <class MultiplyAdd, class D, class Scaled>
     static FUSED_REG_INLINE void add(D* sums, D w, const D* f, const Scaled&) {
       sums[1] = Term::add(sums[1], w, f);
@@ -64,12 +60,12 @@ struct GradientPass : AnyPass {
   static constexpr int factors_of(TermList<T...>) {
     return (1 + ... + (kHeld & T::kBit ? T::kFactors + 1 : 0));
   }
-  static constexpr int kFactors = factors_of(GradientTerms{});
+  static constexpr int kFactors = factors_of(AllTerms{});
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
     *f++ = static_cast<S>(n.terms & kL1L2 ? -0.0 : 0.0);
-    GradientTerms::each([&](auto term) {
+    AllTerms::each([&](auto term) {
       using T = decltype(term);
       if constexpr ((kHeld & T::kBit) != 0) {
         T::gradient_factors(n, f);
@@ -84,7 +80,7 @@ struct GradientPass : AnyPass {
   static FUSED_REG_INLINE V gradient(V w, const V* f) {
     V sum = kKnown & kL1L2 ? -V{} : kMaybe & kL1L2 ? f[0] : V{};
     ++f;
-    GradientTerms::each([&](auto term) {
+    AllTerms::each([&](auto term) {
       using T = decltype(term);
       if constexpr ((kKnown & T::kBit) != 0) {
         sum = sum + T::gradient(w, f);
