@@ -44,7 +44,7 @@ struct ChunkNumbers {
   double of[kNumbers];  // its tensor's
   double factor;        // what gradients are multiplied by
   double norm;          // of its group, if it has one
-  Terms terms;          // an absent one is neither summed nor differentiated
+  int terms;            // Terms; an absent one is neither summed nor differentiated
   double step[kStepNumbers];
   unsigned options;  // of a step
 };
@@ -90,29 +90,35 @@ FUSED_REG_INLINE double scaled_product(double strength, double sum, int exponent
   return std::ldexp(fraction * sum, own + exponent);
 }
 
-// A TERM, its value, gradient and proximal operator; AllTerms lists them.
+// A TERM: its value, gradient and proximal operator. AllTerms lists them.
 //
-//   kBit, kStrength                 its bit in Terms, its strength
-//   kSum, kDegree                   the place of its sum among those of a chunk; the sum of w * x is that of w, times
-//                                   x^kDegree
-//   gradient(w, f)                  f[0] is gradient_factor(); gradient_factors(n, f) computes what else there is of
-//                                   kFactors
+//   kBit, kStrength              its bit in Terms, its strength
+//   kSum, kDegree                the place of its sum among those of a chunk; the sum of w * x is x^kDegree times that
+//                                of w
+//   gradient_factors(n, f)       the kFactors numbers that its gradient needs, in the type S in which that is computed
+//   gradient(w, f)
 //
 // L1 and L2 are summed side by side, and compiled for each combination. A further term is summed by itself, and has
 //
-//   sum_factors(n, exponent, f)     what its sum needs, in float64; exponent: that of rescue_exponent() after a sum of
-//   0 result_exponent(n, exponent)    of that sum add(sum, w, f) prox_factors(n, f)              what its proximal
-//   operator needs, which follows on those of L1 and L2 prox(w, f)
+//   sum_factors(n, exponent, f)  the kSumFactors that its sum needs, in float64; the exponent is 0, or that of
+//                                rescue_exponent() after a sum with 0
+//   result_exponent(...)         of that sum
+//   add(sum, w, f)
+//   prox_factors(n, f)           the kProxFactors that its proximal operator needs
+//   prox(w, f)                   which follows on those of L1 and L2
+template <Terms bit, Number strength>
 struct Term {
+  static constexpr Terms kBit = bit;
+  static constexpr Number kStrength = strength;
   static constexpr int kFactors = 1;
 
   template <class S>
-  static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers&, S*) {}
+  static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers& n, S* f) {
+    f[0] = gradient_factor<S>(n.factor, n.of[kStrength]);
+  }
 };
 
-struct L1 : Term {
-  static constexpr Terms kBit = kL1;
-  static constexpr Number kStrength = kL1Strength;
+struct L1 : Term<kL1, kL1Strength> {
   static constexpr int kSum = 0, kDegree = 1;
 
   template <class V>
@@ -128,9 +134,7 @@ struct L1 : Term {
   }
 };
 
-struct L2 : Term {
-  static constexpr Terms kBit = kL2;
-  static constexpr Number kStrength = kL2Strength;
+struct L2 : Term<kL2, kL2Strength> {
   static constexpr int kSum = 1, kDegree = 2;
 
   // MultiplyAdd says how: fused gives the same bits where the square is exact, as in float64 for elements of 32 bits
@@ -147,32 +151,30 @@ struct L2 : Term {
 };
 
 // |w| with a parabola of the width beta at 0: w^2 / (2 beta) where |w| < beta, else |w| - beta / 2.
-struct SmoothL1 : Term {
-  static constexpr Terms kBit = kSmoothL1;
-  static constexpr Number kStrength = kSmoothL1Strength;
+struct SmoothL1 : Term<kSmoothL1, kSmoothL1Strength> {
   static constexpr int kSum = 2, kDegree = 1, kFactors = 4, kSumFactors = 4, kProxFactors = 3;
 
-  // Tiny sums of elements that are all below beta are those of (w * 2^shift)^2 / (2 beta / 2^e), whatever beta.
+  // The sum is of w * 2^shift. A tiny one, where all are below any but a tiny beta, is that of a parabola: its exponent
+  // need not be that of |w|.
   static FUSED_REG_INLINE bool is_parabola(double beta, int exponent) { return exponent < 0 && beta > 0x1p-899; }
-  static FUSED_REG_INLINE int parabola_shift(double beta) {
-    const int shift = 600 - std::ilogb(beta) / 2;
-    return shift < 1023 ? shift : 1023;
+  static FUSED_REG_INLINE int shift(double beta, int exponent) {
+    const int wanted = is_parabola(beta, exponent) ? 600 - std::ilogb(beta) / 2 : -exponent;
+    return wanted < 1023 ? wanted : 1023;
+  }
+  static FUSED_REG_INLINE int result_exponent(const ChunkNumbers& n, int exponent) {
+    const double beta = n.of[kBeta];
+    return is_parabola(beta, exponent) ? -2 * shift(beta, exponent) - std::ilogb(beta) : exponent;
   }
 
   static FUSED_REG_INLINE void sum_factors(const ChunkNumbers& n, int exponent, double* f) {
     constexpr double kLargest = std::numeric_limits<double>::max();
-    const bool is_parabola = SmoothL1::is_parabola(n.of[kBeta], exponent);
-    const double beta = std::ldexp(n.of[kBeta], is_parabola ? -std::ilogb(n.of[kBeta]) : -exponent);
-    const double slope = 0.5 / beta;
-    f[0] = std::ldexp(1.0, is_parabola ? parabola_shift(n.of[kBeta]) : -exponent);
-    f[1] = is_parabola ? kLargest : beta;
-    f[2] = slope > kLargest ? kLargest : slope;
-    f[3] = beta / 2;
-  }
-
-  static FUSED_REG_INLINE int result_exponent(const ChunkNumbers& n, int exponent) {
     const double beta = n.of[kBeta];
-    return is_parabola(beta, exponent) ? -2 * parabola_shift(beta) - std::ilogb(beta) : exponent;
+    const int shift = SmoothL1::shift(beta, exponent);
+    const double slope = 0.5 / std::ldexp(beta, 2 * shift + result_exponent(n, exponent));
+    f[0] = std::ldexp(1.0, shift);
+    f[1] = std::ldexp(beta, shift);  // infinite: all are below
+    f[2] = slope > kLargest ? kLargest : slope;
+    f[3] = f[1] / 2;
   }
 
   template <class V>
@@ -184,23 +186,22 @@ struct SmoothL1 : Term {
   // Within beta (w * f[2]) * f[1], where f[2] is a power of two: 1 unless the slope would leave the range of S.
   template <class S>
   static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers& n, S* f) {
-    constexpr S kLargest = std::numeric_limits<S>::max(), kSmallest = std::numeric_limits<S>::min();
-    const double beta = n.of[kBeta];
-    const S height = f[0], half = static_cast<S>(0.5 / beta), slope = height * half * 2, size = std::fabs(slope);
-    f[1] = slope;
+    constexpr int kLimit = sizeof(S) == 4 ? 126 : 1022;
+    const auto is_normal = [](S x) {
+      return std::fabs(x) >= std::numeric_limits<S>::min() && std::fabs(x) <= std::numeric_limits<S>::max();
+    };
+    Term::gradient_factors(n, f);
+    const double height = f[0], beta = n.of[kBeta];
+    const S half = static_cast<S>(0.5 / beta);
+    f[1] = is_normal(half) ? f[0] * half * 2 : static_cast<S>(height / beta);
     f[2] = 1;
     f[3] = static_cast<S>(beta);
-    if (beta > 0 && height != 0 && height - height == 0 &&
-        !(half >= kSmallest && half <= kLargest && size >= kSmallest && size <= kLargest)) {
-      constexpr int kLimit = sizeof(S) == 4 ? 126 : 1022;
-      int own = 0, of_beta = 0;
-      const double ratio = std::frexp(static_cast<double>(height), &own) / std::frexp(beta, &of_beta);
-      const int wanted = own - of_beta, exponent = wanted > 2 * kLimit ? 2 * kLimit : wanted;
-      const int scale = exponent > kLimit ? kLimit : exponent < -kLimit ? -kLimit : exponent;
-      f[1] = static_cast<S>(std::ldexp(ratio, exponent - scale));
-      f[2] = static_cast<S>(std::ldexp(1.0, scale));
-    } else if (beta == 0) {
-      f[1] = height;
+    if (f[3] == 0 || f[0] == 0) {  // and not 0 times the slope of a tiny beta, which may be infinite
+      f[1] = f[0];
+    } else if (!is_normal(f[1])) {
+      const int exponent = std::fabs(height / beta) > 1 ? kLimit : -kLimit;
+      f[1] = static_cast<S>(std::ldexp(height, -exponent / 2) / std::ldexp(beta, exponent / 2));
+      f[2] = static_cast<S>(std::ldexp(1.0, exponent));
     }
   }
 
@@ -225,22 +226,57 @@ struct SmoothL1 : Term {
   }
 };
 
+// l2_norm * ||w_g||, which comes from the sum of L2: its gradient as (w * f[0]) * f[1]. f[0], a power of two, keeps
+// w / ||w_g|| from overflow where the norm is tiny, and f[1] from underflow where the norm is large or l2_norm small.
+struct Norm : Term<kNorm, kNormStrength> {
+  static constexpr int kFactors = 2;
+
+  template <class S>
+  static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers& n, S* f) {
+    constexpr int kLargest = sizeof(S) == 4 ? 127 : 1023;
+    const double weight = n.factor * n.of[kStrength];
+    f[0] = 1;
+    if (n.norm == 0) {
+      f[1] = static_cast<S>(weight * 0);
+    } else if (!(n.norm - n.norm == 0)) {  // infinite or NaN
+      f[1] = static_cast<S>(weight / n.norm);
+    } else {
+      const int of_norm = std::ilogb(n.norm);
+      int exponent = -of_norm > kLargest ? kLargest : -of_norm < -kLargest / 2 ? -kLargest / 2 : -of_norm;
+      if (weight != 0 && weight - weight == 0) {
+        constexpr int kSmallest = sizeof(S) == 4 ? -149 : -1074;          // subnormal
+        const int highest = std::ilogb(weight) - of_norm + kLargest - 3;  // so that the factor is normal
+        exponent = exponent < highest ? exponent : highest < kSmallest ? kSmallest : highest;
+      }
+      f[0] = static_cast<S>(std::ldexp(1.0, exponent));
+      f[1] = static_cast<S>(weight / std::ldexp(n.norm, exponent));
+    }
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V gradient(V w, const V* f) {
+    return (w * f[0]) * f[1];
+  }
+};
+
 // Terms in the order in which they are added.
 template <class... T>
 struct TermList {
   static constexpr int kCount = sizeof...(T);
   static constexpr int kBits = (kNone | ... | T::kBit);
 
-  static FUSED_REG_INLINE Terms present(const double* numbers) {
-    return static_cast<Terms>((kNone | ... | (numbers[T::kStrength] != 0 ? T::kBit : kNone)));
+  // body(T{}) for every term T.
+  template <class Body>
+  static FUSED_REG_INLINE void each(const Body& body) {
+    (body(T{}), ...);
+  }
+
+  static FUSED_REG_INLINE int present(const double* numbers) {
+    return (kNone | ... | (numbers[T::kStrength] != 0 ? T::kBit : kNone));
   }
 
   static FUSED_REG_INLINE double penalty(const double* numbers, const ScaledSum* sums) {
     return (... + penalty_of<T>(numbers[T::kStrength], sums[T::kSum]));
-  }
-
-  static FUSED_REG_INLINE void unscale(const ScaledSum* sums, double* unscaled) {
-    ((unscaled[T::kSum] = std::ldexp(sums[T::kSum].sum, T::kDegree * sums[T::kSum].exponent)), ...);
   }
 
  private:
@@ -251,10 +287,11 @@ struct TermList {
 };
 
 using FurtherTerms = TermList<SmoothL1>;
-using AllTerms = TermList<L1, L2, SmoothL1>;
-constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits | kNorm;
+using SummedTerms = TermList<L1, L2, SmoothL1>;
+using AllTerms = TermList<L1, L2, SmoothL1, Norm>;
+constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits;
 constexpr int kAnyTerms = kNorm | kL1;  // of a pass: L1, L2 and the norm, each chosen at run time
-constexpr int kSums = AllTerms::kCount;
+constexpr int kSums = SummedTerms::kCount;
 
 // The sums of a chunk's terms. Those of float64 elements may be too large or too small for a double where the penalty
 // or the norm is not: they are first taken with exponent 0, and where digits may have been lost, once more of the
@@ -283,40 +320,6 @@ FUSED_REG_INLINE double norm_penalty(double l2_norm, const ScaledSum& squares) {
   return l2_norm == 0 ? 0 : scaled_product(l2_norm, std::sqrt(squares.sum), squares.exponent);
 }
 
-// The gradient of l2_norm * ||w_g|| as (w * scale) * factor: the scale, a power of two, keeps w / ||w_g|| from
-// overflow where the norm is tiny, and the factor from underflow where the norm is large or l2_norm small.
-template <class S>
-struct NormGradient {
-  S scale;
-  S factor;
-};
-
-template <class S>
-FUSED_REG_INLINE NormGradient<S> norm_gradient(double upstream, double strength, double norm) {
-  constexpr int kLargest = sizeof(S) == 4 ? 127 : 1023;
-  const double weight = upstream * strength;
-  if (norm == 0) {
-    return {1, static_cast<S>(weight * 0)};
-  }
-  if (!(norm - norm == 0)) {  // infinite or NaN
-    return {1, static_cast<S>(weight / norm)};
-  }
-  const int of_norm = std::ilogb(norm);
-  int exponent = -of_norm > kLargest ? kLargest : -of_norm < -kLargest / 2 ? -kLargest / 2 : -of_norm;
-  if (weight != 0 && weight - weight == 0) {
-    constexpr int kSmallest = sizeof(S) == 4 ? -149 : -1074;          // subnormal
-    const int highest = std::ilogb(weight) - of_norm + kLargest - 3;  // so that the factor is normal
-    exponent = exponent < highest ? exponent : highest < kSmallest ? kSmallest : highest;
-  }
-  const double scaled_norm = std::ldexp(norm, exponent);
-  return {static_cast<S>(std::ldexp(1.0, exponent)), static_cast<S>(weight / scaled_norm)};
-}
-
-template <class V>
-FUSED_REG_INLINE V add_norm_gradient(V gradient, V w, V scale, V factor) {
-  return gradient + (w * scale) * factor;
-}
-
 // sgn(w) * max(0, |w| - threshold). NaN stays NaN, and so it is by a threshold that is; a zero is +0.
 template <class V>
 FUSED_REG_INLINE V soft(V w, V threshold) {
@@ -331,13 +334,7 @@ FUSED_REG_INLINE double shrinkage(double l2, double l2_norm, double step, double
   return block / (1 + 2 * (step * l2));
 }
 
-// A zero is +0, also one that comes from shrinkage; and in half types, of which these are the bits, one that comes from
-// the last rounding.
-template <class V>
-FUSED_REG_INLINE V prox(V w, V threshold, V shrinkage) {
-  return soft(w, threshold) * shrinkage + V{};
-}
-
+// Of the bits of a half type, of which -0 comes from the last rounding.
 template <class Bits16>
 FUSED_REG_INLINE Bits16 with_positive_zero(Bits16 half) {
   return half == 0x8000 ? Bits16{} : half;

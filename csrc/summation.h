@@ -48,7 +48,10 @@ struct TermSums {
 
 FUSED_REG_INLINE TermSums unscaled(const ChunkSums& sums) {
   TermSums unscaled;
-  AllTerms::unscale(sums.of, unscaled.of);
+  SummedTerms::each([&](auto term) {
+    using T = decltype(term);
+    unscaled.of[T::kSum] = std::ldexp(sums.of[T::kSum].sum, T::kDegree * sums.of[T::kSum].exponent);
+  });
   return unscaled;
 }
 

@@ -102,10 +102,12 @@ def as_strengths(
     if l2 is not None:
         columns[1] = as_column(function, "l2", l2, params)
     columns[STEP] = step
-    for kind in _SHAPES:
-        if _is_there(columns[PLACES[TERM_OF[kind]]]):
-            given = terms.get(kind)
-            columns[PLACES[kind]] = _as_constant(function, kind, DEFAULTS[kind] if given is None else given, params)
+    for kind, place, term in _SHAPES:
+        given, is_there = terms.get(kind), _is_there(columns[term])
+        if is_there or given is not None:
+            column = as_column(function, kind, DEFAULTS[kind] if given is None else given, params)
+            check_constant(f"{function}: {kind}", column)
+            columns[place] = column if is_there else ()
     return Strengths.of(columns, GROUPS[terms.get("group", "tensor")] if _is_there(columns[2]) else 0)
 
 
@@ -114,15 +116,13 @@ def _is_there(column: Column) -> bool:
     return type(column) is not tuple or column != ()
 
 
-#: The numbers that are no strengths.
-_SHAPES = [kind for kind in TERM_OF if kind in SHAPES]
+#: The numbers that are no strengths, their places, and those of their terms.
+_SHAPES = [(kind, PLACES[kind], PLACES[TERM_OF[kind]]) for kind in TERM_OF if kind in SHAPES]
 
 
-def _as_constant(function: str, name: str, number: Strength | None, params: Sequence[Tensor]) -> Column:
-    column = as_column(function, name, number, params)
-    if isinstance(column, Tensor) and column.requires_grad:
-        raise ValueError(f"{function}: {name} must be a constant, got a tensor that requires grad; use `.detach()`")
-    return column
+def check_constant(name: str, number: object) -> None:
+    if isinstance(number, Tensor) and number.requires_grad:
+        raise ValueError(f"{name} must be a constant, got a tensor that requires grad; use `.detach()`")
 
 
 def as_step(function: str, step: Strength, params: Sequence[Tensor]) -> Column:
@@ -167,13 +167,7 @@ def check_numbers(params: list[Tensor], numbers: Mapping[str, Tensor | None]) ->
 def check_values(numbers: Mapping[str, Tensor | None]) -> None:
     """What the kernels check of the numbers that they read on the CPU, where they read some late or none."""
     for name, number in numbers.items():
-        if (
-            number is None
-            or name == "scale"
-            or not _devices.is_at_hand(number)
-            or is_compiling()
-            or not are_run((number,))
-        ):
+        if number is None or name == "scale" or not is_known(number):
             continue
         for i, value in enumerate(number.detach().reshape(-1).tolist()):
             if not 0 <= value < math.inf:
@@ -181,28 +175,37 @@ def check_values(numbers: Mapping[str, Tensor | None]) -> None:
                 raise ValueError(f"{name}{place} must be finite and >= 0, got {value}")
 
 
+#: The places of terms that have none together.
+_APART = [(PLACES[a], PLACES[b]) for a, b in APART.items()]
+
+
 def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
     """Raises where a parameter has terms that together have no proximal operator in closed form, or may have: what the
     host does not know counts."""
-    for pair in APART.items():
-        if not all(strengths.counts[PLACES[term]] for term in pair):
+    counts = strengths.counts
+    for a, b in _APART:
+        if not (counts[a] and counts[b]):
             continue
-        columns = dict(zip(NUMBERS, strengths.columns(), strict=True))
-        both = zip(*(_on_host(columns[term], count) for term in pair), strict=True)
+        columns = strengths.columns()
+        both = zip(_on_host(columns[a], count), _on_host(columns[b], count), strict=True)
         for i, values in enumerate(both):
             if all(values):
                 raise ValueError(
-                    f"{where}{' and '.join(pair)} of one parameter have no proximal operator in closed form, got both "
-                    f"for params[{i}]"
+                    f"{where}{NUMBERS[a]} and {NUMBERS[b]} of one parameter have no proximal operator in closed form, "
+                    f"got both for params[{i}]"
                 )
 
 
 def _on_host(column: Column, count: int) -> list[float]:
     """The numbers for each parameter, 1 where the host does not know them."""
     if isinstance(column, Tensor):
-        known = _devices.is_at_hand(column) and not is_compiling() and are_run((column,))
-        column = tuple(column.detach().reshape(-1).tolist()) if known else (1.0,)
+        column = tuple(column.detach().reshape(-1).tolist()) if is_known(column) else (1.0,)
     return [*column] * (count if len(column) == 1 else 1)
+
+
+def is_known(number: Tensor) -> bool:
+    """Whether a look at its value waits for nothing and finds one."""
+    return _devices.is_at_hand(number) and not is_compiling() and are_run((number,))
 
 
 def are_run(tensors: Iterable[Tensor]) -> bool:
@@ -271,7 +274,8 @@ def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> 
     _check_plain(f"{function}: {name}", strength)
     # Its value is not looked at: on a GPU a look would wait for the device, and on the CPU the kernels check it.
     if strength.layout is not torch.strided or strength.is_nested:
-        raise TypeError(f"{function}: {name} must be dense (torch.strided), got {_kind_of(strength)}")
+        kind = "a nested tensor" if strength.is_nested else strength.layout
+        raise TypeError(f"{function}: {name} must be dense (torch.strided), got {kind}")
     if forward_ad._current_level >= 0:
         _check_no_tangent(f"{function}: {name}", strength)
     if not strength.is_floating_point():
@@ -295,10 +299,6 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} must be a plain tensor, the same on every process, got a DTensor; use `.full_tensor()`"
         )
-
-
-def _kind_of(tensor: Tensor) -> str:
-    return "a nested tensor" if tensor.is_nested else str(tensor.layout)
 
 
 def as_number(name: str, strength: Any) -> float:

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch._C import _is_tracing
 from torch.compiler import is_compiling
 
-from fused_reg import _one_device, _ops, distributed
+from fused_reg import _one_device, _ops
 from fused_reg._arguments import are_run, as_list, check_closed_form, check_params
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import NUMBERS, Strengths
 from fused_reg.autograd import functions
-from fused_reg.distributed import are_mixed, is_sharded
+from fused_reg.distributed import parts
+from fused_reg.distributed.shards import is_sharded
 
 _T = TypeVar("_T")
 
@@ -55,7 +56,7 @@ def _are_parts(function: str, params: list[Tensor], odd: int, are_whole: bool) -
     if is_compiling():
         if not all(isinstance(p, Tensor) for p in params):  # an operator would say so in other words
             check_params(f"{function}: ", params)
-        return is_sharded(params) or are_mixed(params)
+        return is_sharded(params) or parts.are_mixed(params)
     if _is_tracing():  # which would lose what is written, and take the value for a constant
         raise NotImplementedError(
             f"{function}: torch.jit.trace is not supported; trace without the penalty, or take torch.compile or "
@@ -68,7 +69,7 @@ def _are_parts(function: str, params: list[Tensor], odd: int, are_whole: bool) -
         check_params(f"{function}: ", params)
     elif not found & (_ops.SEVERAL_DEVICES | odd):
         return False
-    return bool(found & odd) or is_sharded(params) or are_mixed(params)
+    return bool(found & odd) or is_sharded(params) or parts.are_mixed(params)
 
 
 def penalty(params: list[Tensor], strengths: Strengths, are_positive: bool = False) -> Tensor:
@@ -78,12 +79,12 @@ def penalty(params: list[Tensor], strengths: Strengths, are_positive: bool = Fal
         if not all(isinstance(p, Tensor) for p in params):
             check_params("fused_penalty: ", params)
         return penalty_in_graph(params, *strengths, are_positive)
-    return run("fused_penalty", functions.penalty, distributed.penalty, params, strengths)
+    return run("fused_penalty", functions.penalty, parts.penalty, params, strengths)
 
 
 def value_and_grad(params: list[Tensor], strengths: Strengths) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The penalty and the gradient of every parameter of a list that is not empty."""
-    return run("value_and_grad", _one_device.value_and_grad, distributed.value_and_grad, params, strengths)
+    return run("value_and_grad", _one_device.value_and_grad, parts.value_and_grad, params, strengths)
 
 
 def accumulate_grad_(
@@ -96,7 +97,7 @@ def accumulate_grad_(
     """The penalty, whose gradient has been added to ``.grad``; ``skip_missing``: where that is None, none is."""
     if not params:
         return torch.zeros((), dtype=torch.float32, device="cpu")
-    on_one_device, in_parts = _one_device.accumulate_grad_, distributed.accumulate_grad_
+    on_one_device, in_parts = _one_device.accumulate_grad_, parts.accumulate_grad_
     args = params, strengths, factor, skip_missing
     return run("accumulate_grad_", on_one_device, in_parts, *args, odd=_ops.ODD_GRAD, are_whole=are_whole)
 
@@ -105,7 +106,7 @@ def check_accumulation(
     params: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None], skip_missing: bool = False
 ) -> None:
     """Raises what `accumulate_grad_` would of these arguments, of parameters that are whole."""
-    check = distributed.check_accumulation
+    check = parts.check_accumulation
     run("accumulate_grad_", check, check, params, strengths, factor, skip_missing, are_whole=True)
 
 
@@ -113,13 +114,13 @@ def prox_(params: list[Tensor], strengths: Strengths, are_whole: bool = False) -
     """The proximal step; the step is among the strengths."""
     if params:
         check_closed_form("prox_: ", strengths, len(params))
-        run("prox_", _one_device.prox_, distributed.prox_, params, strengths, odd=_ops.NEGATED, are_whole=are_whole)
+        run("prox_", _one_device.prox_, parts.prox_, params, strengths, odd=_ops.NEGATED, are_whole=are_whole)
 
 
 def check_prox(params: list[Tensor], strengths: Strengths) -> None:
     """Raises what `prox_` would of these arguments, of parameters that are whole."""
     check_closed_form("prox_: ", strengths, len(params))
-    run("prox_", distributed.check_prox, distributed.check_prox, params, strengths, are_whole=True)
+    run("prox_", parts.check_prox, parts.check_prox, params, strengths, are_whole=True)
 
 
 def _decomposition(
@@ -135,7 +136,7 @@ def _decomposition(
     of_list = functions.penalty
     if not are_run(params):  # else it is run by an exported program, or the backend "eager"
         of_list = partial(functions.penalty, is_traced=True, are_positive=are_positive)
-    return run("fused_penalty", of_list, partial(distributed.penalty, of_list=of_list), params, strengths)
+    return run("fused_penalty", of_list, partial(parts.penalty, of_list=of_list), params, strengths)
 
 
 # The caches of torch know an operator by its name, not by what it decomposes into. When that changes, add a revision:

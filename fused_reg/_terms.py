@@ -66,7 +66,7 @@ ROWS = (
     Row(
         "beta",
         "where ``smooth_l1`` goes from the parabola to the straight line: a number >= 0 as the strengths are, but a "
-        "constant. 0 is L1. Given with ``smooth_l1``.",
+        "constant; 1 if it is not given. 0 is L1. Given with ``smooth_l1``.",
         "where its gradient is constant.",
         default=1.0,
         shapes="smooth_l1",
@@ -141,7 +141,7 @@ def takes_terms(item: F, without: str = "") -> F:
         inspect.Parameter(
             row.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=row.default,
+            default=row.default if row.name == "group" else None,
             annotation="Group" if row.name == "group" else strength,
         )
         for row in rows
@@ -268,8 +268,8 @@ def group_count(p: Tensor, group: int) -> int:
 
 def slots(p: Tensor, group: int) -> int:
     """The same, also of an empty one."""
-    dim = group - _ROWS
-    return p.shape[dim] if 0 <= dim < p.ndim else 1
+    dim = sliced_dim(p, group)
+    return 1 if dim is None else p.shape[dim]
 
 
 def sliced_dim(p: Tensor, group: int) -> int | None:

@@ -52,9 +52,9 @@ def fused_penalty(
 
     Raises:
         TypeError: a parameter is not a dense tensor of a supported dtype, or a strength is not a number.
-        ValueError: a strength is negative, infinite or NaN, or there is not one per parameter; an unknown group, or
-            slices without ``l2_norm``; a generator that something else has read; a parameter of which this process has
-            a piece that looks like a plain tensor (FSDP1, DeepSpeed ZeRO-3).
+        ValueError: a strength is negative, infinite or NaN, or there is not one per parameter; an unknown group;
+            slices without ``l2_norm``, or ``beta`` without ``smooth_l1``; a generator that something else has read; a
+            parameter of which this process has a piece that looks like a plain tensor (FSDP1, DeepSpeed ZeRO-3).
 
     Warns:
         UserWarning: no parameter requires grad (``.data``, ``.detach()``, all frozen) where a graph was expected: call

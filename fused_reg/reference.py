@@ -228,8 +228,8 @@ def prox_(
         w = p.double()
         soft = torch.where(w.abs() <= eta * a, 0.0, w - torch.sign(w) * eta * a)
         soft = torch.where(w.isnan(), w, soft)
-        norms = _norms(soft, given["group"])
-        block = torch.where(norms <= eta * c, 0.0, 1 - eta * c / norms)
+        norms, threshold = _norms(soft, given["group"]), eta * c
+        block = torch.where(norms <= threshold, 0.0, 1 - threshold / norms) if threshold != 0 else 1.0
         x = _smooth_l1_prox(soft * block / (1 + 2 * eta * b), eta * d / (1 + 2 * eta * b), beta)
         p.copy_(x).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 

@@ -12,8 +12,8 @@ from fused_reg import _devices, _ops, accumulate_grad_, fused_penalty, prox_, va
 from fused_reg._arguments import check_device, check_params
 from fused_reg._routes import run
 from fused_reg._terms import Strengths
-from fused_reg.distributed import are_mixed, parts, value_of
-from fused_reg.distributed.buckets import buckets
+from fused_reg.distributed import parts
+from fused_reg.distributed.buckets import buckets, value_of
 
 FUNCTIONS = pytest.mark.parametrize("function", [fused_penalty, value_and_grad])
 BOTH = {"l1": 0.1, "l2": 1 / 3}
@@ -281,10 +281,10 @@ def test_strengths_of_a_part():
 
 def test_which_lists_are_mixed():
     here, there = torch.empty(3), fake("cuda")
-    assert are_mixed([here, there])
-    assert not are_mixed([here, here])
-    assert not are_mixed([here, torch.empty(3, device="meta")])
-    assert not are_mixed([here, fake("xpu")])
+    assert parts.are_mixed([here, there])
+    assert not parts.are_mixed([here, here])
+    assert not parts.are_mixed([here, torch.empty(3, device="meta")])
+    assert not parts.are_mixed([here, fake("xpu")])
 
 
 def test_what_a_survey_finds():

@@ -138,6 +138,15 @@ def test_compiled_code_sees_new_strengths_without_another_compilation():
     assert compiled == before
 
 
+def test_compiled_code_takes_new_numbers():
+    """Which are constants to it, and so are traced anew, in a list that has others by rule."""
+    regularizer = Regularizer(three(), l1=0.1, rules=[("0", {"l2_norm": 0.2})])
+    compiled = torch.compile(lambda: regularizer(), backend="aot_eager", fullgraph=True)
+    for l1 in (0.1, 0.9):
+        regularizer.set_strength(l1=l1)
+        assert compiled() == regularizer()
+
+
 def test_a_module_that_moves_takes_its_strengths_along(device):
     net = make_net()
     regularizer = Regularizer(net, l1=lambda step: 1 + step)

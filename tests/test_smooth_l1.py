@@ -120,6 +120,8 @@ def test_derivatives_of_any_order():
     # Away from the kinks at beta, where there is no second derivative.
     params = leaves(torch.tensor(w, dtype=torch.float64) for w in ([-1.5, 0.2, 0.4, -0.3], [[0.1, -0.7], [0.9, -0.2]]))
     strength = torch.tensor([0.3, 0.4], dtype=torch.float64, requires_grad=True)
+    for beta in (0.0, 0.5):
+        assert gradgradcheck(lambda *params, beta=beta: fused_penalty(params, smooth_l1=0.3, beta=beta), params)
     for more in ({}, {"l1": 0.2, "l2": 0.1}, {"l2_norm": 0.3, "group": "row"}):
 
         def penalty(strength, *params, more=more):
@@ -152,6 +154,8 @@ def test_errors():
         ({"smooth_l1": 0.1, "beta": trained}, ValueError, "beta must be a constant, got a tensor that requires grad"),
         ({"smooth_l1": 0.1, "beta": [trained]}, ValueError, "beta must be a constant, got a tensor that requires grad"),
         ({"smooth_l1": -0.1}, ValueError, "smooth_l1 must be finite and >= 0, got -0.1"),
+        ({"smooth_l1": 0.0, "beta": -1.0}, ValueError, "beta must be finite and >= 0, got -1.0"),
+        ({"smooth_l1": 0.0, "beta": "1"}, TypeError, "beta must be a float, a 0-dim tensor or a sequence"),
     ):
         for function, more in ((fused_penalty, {}), (value_and_grad, {}), (accumulate_grad_, {}), (prox_, {"step": 1})):
             with pytest.raises(error, match=f"^{function.__name__}: {message}"):
@@ -165,13 +169,37 @@ def net():
 
 def test_errors_of_regularizers():
     message = "beta must come with smooth_l1, whose width it is, got none"
-    for given in ({"l1": 0.1, "beta": 0.5}, {"l1": 0.1, "rules": [("0.*", {"beta": 0.5})]}):
-        with pytest.raises(ValueError, match=f"^Regularizer: .*{message}"):
-            Regularizer(net(), **given)
+    for beta in (0.0, 0.5):  # 0 is a number as others
+        for given in ({"l1": 0.1, "beta": beta}, {"l1": 0.1, "rules": [("0.*", {"beta": beta})]}):
+            with pytest.raises(ValueError, match=f"^Regularizer: .*{message}"):
+                Regularizer(net(), **given)
+        with pytest.raises(ValueError, match=r"^Regularizer: beta must apply to a parameter, but rules or marks"):
+            Regularizer(net(), smooth_l1=0.1, beta=beta, rules=[("*", {"beta": 1.0})])
     with pytest.raises(ValueError, match=f"^set_strength: {message}"):
         Regularizer(net(), l1=0.1).set_strength(beta=0.5)
     with pytest.raises(ValueError, match=f"^regularized: {message}"):
         regularized(net(), l1=0.1, beta=0.5)
+    trained = torch.tensor(0.5, requires_grad=True)
+    for where, given in (("", {"beta": trained}), ("rules\\[0\\] '0.\\*': ", {"rules": [("0.*", {"beta": trained})]})):
+        with pytest.raises(ValueError, match=f"^Regularizer: {where}beta must be a constant, got a tensor"):
+            Regularizer(net(), smooth_l1=0.1, **given)
+
+
+def test_no_proximal_attachment_beside_norms():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    regularizer = Regularizer(model, smooth_l1=0.1, rules=[("1.weight", {"l2_norm": 0.5}), ("0.*", {"l1": 0.1})])
+    message = "attach: smooth_l1 and l2_norm of one parameter have no proximal operator in closed form, got both for "
+    with pytest.raises(ValueError, match=rf"^{message}params\['1.weight'\]$"):
+        regularizer.attach(optimizer, mode="prox")
+    regularizer.set_strength(smooth_l1=0.0, where="1.weight")
+    with regularizer.attach(optimizer, mode="prox"):
+        model(torch.ones(3)).sum().backward()
+        before = [p.clone() for p in model.parameters()]
+        regularizer.set_strength(l2_norm=0.1, where="0.weight")
+        with pytest.raises(ValueError, match=rf"^{message}params\['0.weight'\]$"):
+            optimizer.step()
+        assert_same_bits(list(model.parameters()), before)
 
 
 def test_a_regularizer_has_it_as_any_term():
@@ -244,4 +272,7 @@ def test_special_values(dtype):
     x = w.clone()
     prox_(x, smooth_l1=0.5, beta=2.0, step=1.0)
     assert x.isnan().tolist() == w.isnan().tolist()
+    y = w[:-1].clone()
+    reference.prox_(y, smooth_l1=0.5, beta=2.0, step=1.0)
+    assert y.isnan().tolist() == w[:-1].isnan().tolist()
     assert x[2:4].tolist() == w[2:4].tolist()

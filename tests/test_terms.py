@@ -35,12 +35,19 @@ def test_every_row_is_in_the_signature_and_in_the_docstring(function):
     parameters = inspect.signature(function).parameters
     strength = "Given" if function not in FUNCTIONS + REFERENCES else "Strength | None"
     for row in rows:
-        assert parameters[row.name].default == row.default
+        assert parameters[row.name].default == (row.default if row.name == "group" else None)
         assert parameters[row.name].annotation == ("Group" if row.name == "group" else strength)
         assert len(re.findall(rf"^ +{row.name}: \S", function.__doc__, flags=re.MULTILINE)) == 1
     assert "terms" not in parameters
     assert not re.search(r"\bterms: |\{(text|prox|value|gradient)\}", function.__doc__)
     assert max(len(line) for line in function.__doc__.split("\n") if "sum_" not in line and "frac" not in line) <= 120
+
+
+@pytest.mark.parametrize("function", FUNCTIONS + REFERENCES)
+def test_what_a_signature_shows_may_be_given(function):
+    parameters = inspect.signature(function).parameters.values()
+    given = {p.name: p.default for p in parameters if p.default is not p.empty} | STEP.get(function.__name__, {})
+    function(torch.ones(2, requires_grad=True), **given | {"l1": 0.5})
 
 
 @pytest.mark.parametrize("function", FUNCTIONS + REFERENCES)

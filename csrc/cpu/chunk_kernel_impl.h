@@ -193,9 +193,8 @@ struct Kernel {
       }
     }
     ChunkSums found{};
-    const int result_exponent = P::result_exponent(task.numbers, exponent);
     for (int k = 0; k < kPassSums; ++k) {
-      found.of[k] = {P::kSums & bit(k) ? total(kernel.sums[k], b) : 0, result_exponent};
+      found.of[k] = {P::kSums & bit(k) ? total(kernel.sums[k], b) : 0, exponent};
     }
     return found;
   }
@@ -237,15 +236,6 @@ ChunkSums run_compiled(const ChunkTask& task) {
   return {};
 }
 
-// The sums of further terms that the chunk has.
-template <Dtype dtype, class... T>
-void sum_further(const ChunkTask& task, ChunkSums* sums, TermList<T...>) {
-  ((task.numbers.terms & T::kBit
-        ? void(sums->of[T::kSum] = run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task).of[1])
-        : void()),
-   ...);
-}
-
 // A pass; with further terms in parts, for which the chunk is still in the cache.
 template <Dtype dtype, template <int> class P, int known>
 ChunkSums run_terms(const ChunkTask& task) {
@@ -254,7 +244,13 @@ ChunkSums run_terms(const ChunkTask& task) {
   } else if constexpr (P<known>::kSums != 0 && known != kNone) {
     if (task.numbers.terms & kFurther) {
       ChunkSums sums = run_compiled<dtype, PenaltyPass, kL1L2>(task);
-      sum_further<dtype>(task, &sums, FurtherTerms{});
+      FurtherTerms::each([&](auto term) {
+        using T = decltype(term);
+        if (task.numbers.terms & T::kBit) {
+          const ScaledSum sum = run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task).of[1];
+          sums.of[T::kSum] = {sum.sum, T::result_exponent(task.numbers, sum.exponent)};
+        }
+      });
       if constexpr (P<known>::kWrites != 0) {
         run_compiled<dtype, P<known>::template Alone, kAllTerms>(task);
       }

@@ -21,8 +21,10 @@ class ListPass {
   ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers)
       : group_(numbers.group), has_further_(numbers.has_further()) {
     check_list(params, numbers);
-    for (const auto c : c10::irange(has_further_ ? int{kNumbers} : kGroupNumbers)) {
-      columns_[c] = HostColumn(numbers.columns[c], selection);
+    std::array<HostColumn, kNumbers> columns;
+    const int used = has_further_ ? int{kNumbers} : kGroupNumbers;
+    for (const auto c : c10::irange(used)) {
+      columns[c] = HostColumn(numbers.columns[c], selection);
     }
     dense_.reserve(params.size());
     tasks_.reserve(params.size());
@@ -35,8 +37,8 @@ class ListPass {
       ChunkTask& task = tasks_.emplace_back();
       task.dtype = dtype_of(dense_[t]);
       task.streams[0] = const_cast<void*>(dense_[t].const_data_ptr());
-      for (const auto c : c10::irange(has_further_ ? int{kNumbers} : kGroupNumbers)) {
-        task.numbers.of[c] = columns_[c][t];
+      for (const auto c : c10::irange(used)) {
+        task.numbers.of[c] = columns[c][t];
       }
       task.numbers.terms = AllTerms::present(task.numbers.of);
       task.size = dense_[t].numel();
@@ -72,16 +74,16 @@ class ListPass {
   std::tuple<at::Tensor, at::Tensor> run_group_penalty() {
     for (ChunkTask& task : tasks_) {
       task.pass = Pass::kPenalty;
-      task.numbers.terms = static_cast<Terms>(task.numbers.terms | kL2);
+      task.numbers.terms |= kL2;
     }
     const std::vector<ChunkSums> sums = run_sums();
     std::vector<double> penalties(plan_.groups());
     at::Tensor norms = norms_of(sums, [&](int64_t t, int64_t g, const ScaledSum& squares) {
-      penalties[g] = norm_penalty(number(kNormStrength, t), squares);
+      penalties[g] = norm_penalty(tasks_[t].numbers.of[kNormStrength], squares);
     });
     const auto chunk_penalty = [&](int64_t c, size_t t) {
       const bool is_group = plan_.chunks_per_group(t) == 1;
-      return AllTerms::penalty(tasks_[t].numbers.of, sums[c].of) +
+      return SummedTerms::penalty(tasks_[t].numbers.of, sums[c].of) +
              (is_group ? penalties[plan_.first_group(t) + c - plan_.first_chunk(t)] : 0);
     };
     std::vector<int64_t> large;  // groups of several chunks
@@ -108,22 +110,7 @@ class ListPass {
       return;
     }
     set_passes(factor, Pass::kGradient, Pass::kAccumulate);
-    if (group_ == Grouping::kNone) {
-      return run([&](int64_t, const ChunkTask& task) { kernel_(task); });
-    }
-    const double* const all = norms->const_data_ptr<double>();
-    run([&](int64_t c, ChunkTask& task) {
-      const Chunk chunk = plan_.chunk(c);
-      const int64_t t = chunk.tensor;
-      if (task.pass == Pass::kPenalty) {
-        return;
-      }
-      if (number(kNormStrength, t) != 0) {
-        task.numbers.terms = static_cast<Terms>(task.numbers.terms | kNorm);
-        task.numbers.norm = all[first_groups[t] + chunk.group - plan_.first_group(t)];
-      }
-      kernel_(task);
-    });
+    run_with_norms(norms, first_groups);
   }
 
   // The norm of every group after the soft threshold, [groups] float64.
@@ -139,14 +126,7 @@ class ListPass {
     for (const auto t : c10::irange(tasks_.size())) {
       tasks_[t].streams[0] = dense_[t].mutable_data_ptr();
     }
-    const double* const all = group_ == Grouping::kNone ? nullptr : norms->const_data_ptr<double>();
-    run([&](int64_t c, ChunkTask& task) {
-      if (all != nullptr) {
-        const Chunk chunk = plan_.chunk(c);
-        task.numbers.norm = all[first_groups[chunk.tensor] + chunk.group - plan_.first_group(chunk.tensor)];
-      }
-      kernel_(task);
-    });
+    run_with_norms(norms, first_groups);
   }
 
   // A step of an optimizer on dense() and the streams of the rows, and the penalty before it.
@@ -172,7 +152,7 @@ class ListPass {
   // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
   at::Tensor run_term_sums() {
     for (ChunkTask& task : tasks_) {
-      task.numbers.terms = static_cast<Terms>(kL1L2 | (has_further_ ? kFurther : kNone));
+      task.numbers.terms = kL1L2 | (has_further_ ? kFurther : kNone);
     }
     const std::vector<ChunkSums> sums = run_sums();
     at::Tensor out = at::empty({plan_.tensors(), kSums}, at::kDouble);
@@ -215,6 +195,21 @@ class ListPass {
     });
   }
 
+  // A pass that writes, where there is something to be written.
+  void run_with_norms(const OptionalTensor& norms, at::IntArrayRef first_groups) {
+    const double* const all = group_ == Grouping::kNone ? nullptr : norms->const_data_ptr<double>();
+    run([&](int64_t c, ChunkTask& task) {
+      if (task.pass == Pass::kPenalty) {
+        return;
+      }
+      if (all != nullptr) {
+        const Chunk chunk = plan_.chunk(c);
+        task.numbers.norm = all[first_groups[chunk.tensor] + chunk.group - plan_.first_group(chunk.tensor)];
+      }
+      kernel_(task);
+    });
+  }
+
   // A pass that sums: the sums of every chunk.
   std::vector<ChunkSums> run_sums() {
     std::vector<ChunkSums> sums(plan_.chunks());
@@ -223,7 +218,9 @@ class ListPass {
   }
 
   at::Tensor penalty_of(const std::vector<ChunkSums>& sums) const {
-    const auto chunk_penalty = [&](int64_t c, size_t t) { return AllTerms::penalty(tasks_[t].numbers.of, sums[c].of); };
+    const auto chunk_penalty = [&](int64_t c, size_t t) {
+      return SummedTerms::penalty(tasks_[t].numbers.of, sums[c].of);
+    };
     size_t t = 0;
     return value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
   }
@@ -305,8 +302,6 @@ class ListPass {
     }
   }
 
-  double number(Number which, size_t t) const { return columns_[which][t]; }
-
   // One more step; without the dispatcher, which would take longer than the step of a small parameter.
   static double counted(const at::Tensor& steps) {
     if (steps.scalar_type() == at::kFloat && steps.is_cpu() && steps.numel() == 1) {
@@ -318,7 +313,6 @@ class ListPass {
 
   static double number(const NumberArg& arg) { return arg.tensor.has_value() ? arg.tensor->item<double>() : arg.value; }
 
-  std::array<HostColumn, kNumbers> columns_;
   Grouping group_;
   bool has_further_;
   std::vector<at::Tensor> dense_;

@@ -80,22 +80,10 @@ __device__ __forceinline__ ChunkSums sums_of(const AnyChunk& chunk, Blocks* bloc
                            (P<known>::kOfAnyDtype || chunk.dtype == Dtype::kFloat64) && exponent == 0;
     const int again = may_leave ? rescue_exponent(sums.of[0], sums.of[1], has_second) : 0;
     if (again == 0) {
-      const int result = P<known>::result_exponent(numbers, exponent);
-      return {{{sums.of[0], result}, {sums.of[1], result}}};
+      return {{{sums.of[0], exponent}, {sums.of[1], exponent}}};
     }
     exponent = again;
   }
-}
-
-// Those of further terms.
-template <class AnyChunk, class... T>
-__device__ __forceinline__ void sum_further(const AnyChunk& chunk, Blocks* blocks, const Team& team,
-                                            const ChunkNumbers& numbers, int* filled, ChunkSums* sums, TermList<T...>) {
-  ((numbers.terms & T::kBit
-        ? void(sums->of[T::kSum] =
-                   sums_of<TermSum<T>::template Pass, kNone>(chunk, blocks, team, numbers, true, filled).of[1])
-        : void()),
-   ...);
 }
 
 // The sums of a pass, of every chunk and group; and where Call.value asks for it, the penalty of the list. With all
@@ -118,18 +106,23 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
       const auto chunk = cursor.at(c);
       ChunkNumbers numbers = cursor.numbers(1, 0);
       const bool is_report = call.norms == nullptr && call.value == nullptr;
-      numbers.terms = static_cast<Terms>(numbers.terms | (is_report               ? kL1L2 | kFurther
-                                                          : call.norms != nullptr ? kL2
-                                                                                  : kNone));
+      numbers.terms |= is_report ? kL1L2 | kFurther : call.norms != nullptr ? kL2 : kNone;
       ChunkSums sums =
           sums_of<P, known>(chunk, blocks, team, numbers, known == kNone || (numbers.terms & kL2), &filled);
       if constexpr (numbers_of_pass > kGroupNumbers) {
-        sum_further(chunk, blocks, team, numbers, &filled, &sums, FurtherTerms{});
+        FurtherTerms::each([&](auto term) {
+          using T = decltype(term);
+          if (numbers.terms & T::kBit) {
+            const ScaledSum sum =
+                sums_of<TermSum<T>::template Pass, kNone>(chunk, blocks, team, numbers, true, &filled).of[1];
+            sums.of[T::kSum] = {sum.sum, T::result_exponent(numbers, sum.exponent)};
+          }
+        });
       }
       if (team.is_first_thread()) {
         const ScaledSum& squares = sums.of[L2::kSum];
         if (call.value != nullptr) {
-          run_sum.add(AllTerms::penalty(numbers.of, sums.of) +
+          run_sum.add(SummedTerms::penalty(numbers.of, sums.of) +
                       (chunk.is_group ? norm_penalty(numbers.of[kNormStrength], squares) : 0));
         }
         if (is_report) {
@@ -175,11 +168,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) group_element_kernel(con
     if (chunk.streams[kUsed - 1] == nullptr) {
       continue;
     }
-    const bool has_norm = call.norms != nullptr && cursor.number(kNormStrength) != 0;
-    ChunkNumbers numbers = cursor.numbers(factor, call.norms == nullptr ? 0 : call.norms[chunk.group]);
-    numbers.of[kNormStrength] = has_norm ? numbers.of[kNormStrength] : 0;
-    numbers.terms = static_cast<Terms>(numbers.terms | (has_norm ? kNorm : kNone));
-    run_chunk<P, known>(chunk, nullptr, team, numbers);
+    const double norm = call.norms == nullptr ? 0 : call.norms[chunk.group];
+    run_chunk<P, known>(chunk, nullptr, team, cursor.numbers(factor, norm));
   }
 }
 

@@ -12,7 +12,8 @@ constexpr bool kWide = std::is_same_v<typename Element<dtype>::Scalar, double>;
 // known: the terms that P is compiled for; scaled: float64 sums are of elements divided by 2^exponent.
 template <Dtype dtype, template <int> class P, int known, bool scaled>
 class Job {
-  using Whole = P<known == kL1L2 ? known : known&(kAnyTerms | kFurther)>;
+  static constexpr int kWhole = known == kL1L2 ? kL1L2 : known & (kAnyTerms | kFurther);
+  using Whole = P<kWhole>;
 
  public:
   using E = Element<dtype>;

@@ -39,7 +39,8 @@ template <class Table, template <int> class P, int known, int numbers>
 Plan<Table> plan_of(const Call& call) {
   if constexpr (numbers > kGroupNumbers) {
     if (!call.has_further) {
-      return plan_of < Table, P, known & ~kFurther, kGroupNumbers > (call);
+      constexpr int kPlain = known & ~kFurther;
+      return plan_of<Table, P, kPlain, kGroupNumbers>(call);
     }
   }
   if constexpr (P<known>::kSums != 0 && P<known>::kWrites != 0) {

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) penalty_kernel(const __g
         }
         if (thread == 0) {
           const ScaledSum of_terms[kSums] = {{sums.of[0], exponent}, {sums.of[1], exponent}};
-          run_sum.add(AllTerms::penalty(numbers.of, of_terms));
+          run_sum.add(SummedTerms::penalty(numbers.of, of_terms));
         }
       }
       filled = 1 - filled;

@@ -1,29 +1,30 @@
 // A PASS over a list: what is done with every element, written once for every backend. Each is a file here, and a line
 // in passes.h.
 //
-//   template <int terms> struct SomePass       terms: those of penalty.h that a chunk has
-//     kReads, kWrites                          the streams that it reads and writes, a bit each: of as many elements as
-//                                              the parameter, which is stream 0
-//     kOptional                                those of them that a tensor may not have
-//     kSums                                    the sums that it takes over a chunk, a bit each
-//     kFactors                                 how many numbers its elements need, in the type S that they are computed
-//     in factors(numbers, f)                      computes them, once for a chunk element(x, f) computes the streams
-//     that it writes from those that it reads kSumFactors, sum_factors<S>              the same of what its sums need,
-//     in float64
-//       (numbers, exponent, f)
-//     add<MultiplyAdd>(sums, w, f, scaled)     adds a parameter's element to the sums, in float64; scaled(x) is x, or
-//                                              where the sums left the range of float64, x / 2^exponent
-//     Sums                                     the pass that takes its sums alone, where they can leave the range of
-//                                              float64 and must be taken again; else void
-//     kOfAnyDtype                              whether those of elements that are narrower than float64 can
-//     result_exponent(numbers, exponent)       of sums that were taken so
-//     Fresh                                    the pass that does the same where a stream that it adds to is not there
-//                                              yet, if it adds to one; else void
-//     kPadding                                 the byte of which elements consist that change no sum
-//     kPositiveZeros                           whether a zero that comes from the last rounding shall be +0
-//     kHasOptions                              whether element() takes the options of an optimizer's step, and is
-//     proximal
-//                                              with one of them only
+//   template <int terms> struct SomePass  terms: those of penalty.h that a chunk has
+//
+//     kReads, kWrites          the streams that it reads and writes, a bit each: of as many elements as the parameter,
+//                              which is stream 0
+//     kOptional                those of them that a tensor may not have
+//     factors(numbers, f)      the kFactors numbers that its elements need, in the type S in which they are computed;
+//                              once for a chunk
+//     element(x, f)            the streams that it writes, from those that it reads
+//     kPositiveZeros           whether a zero that comes from the last rounding shall be +0
+//     Fresh                    the pass that does the same where a stream that it adds to is not there yet, if it adds
+//                              to one; else void
+//
+//     kSums                    the sums that it takes over a chunk, a bit each
+//     sum_factors<S>(numbers, exponent, f)
+//                              the kSumFactors that these need, in float64; the exponent is 0, or where sums with 0
+//                              left the range of float64, that of rescue_exponent()
+//     add<MultiplyAdd>(sums, w, f, scaled)
+//                              adds a parameter's element to the sums, in float64; scaled(x) is x / 2^exponent
+//     Sums                     the pass that takes its sums alone, where they can leave the range of float64; else void
+//     kOfAnyDtype              whether those of elements that are narrower than float64 can
+//     kPadding                 the byte of which elements consist that change no sum
+//
+//     kHasOptions              whether element() takes the options of an optimizer's step, and is proximal with one of
+//                              them only
 //
 // V is S, or a SIMD vector of it; D is a double, or a vector of them.
 #pragma once
@@ -57,7 +58,6 @@ struct AnyPass {
   static FUSED_REG_INLINE void factors(const ChunkNumbers&, S*) {}
   template <class S>
   static FUSED_REG_INLINE void sum_factors(const ChunkNumbers&, int, double*) {}
-  static FUSED_REG_INLINE int result_exponent(const ChunkNumbers&, int exponent) { return exponent; }
   template <class V>
   static FUSED_REG_INLINE void element(V*, const V*) {}
   template <class MultiplyAdd, class D, class Scaled>

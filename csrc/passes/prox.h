@@ -5,45 +5,42 @@
 
 namespace fused_reg {
 
-// Of further terms, one after the other.
-template <class List>
-struct FurtherProx;
-template <class... T>
-struct FurtherProx<TermList<T...>> {
-  static constexpr int kFactors = (0 + ... + T::kProxFactors);
-
-  template <class S>
-  static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
-    ((T::prox_factors(n, f), f += T::kProxFactors), ...);
-  }
-
-  template <class V>
-  static FUSED_REG_INLINE V of(V w, const V* f) {
-    ((w = T::prox(w, f), f += T::kProxFactors), ...);
-    return w;
-  }
-};
-
 // In place; the norm is that after the soft threshold. terms: with further ones, or none.
 template <int terms>
 struct ProxPass : AnyPass {
-  using Further = FurtherProx<std::conditional_t<terms == kNone, TermList<>, FurtherTerms>>;
-  enum { kThreshold, kShrinkage, kFirst };
+  using Further = std::conditional_t<terms == kNone, TermList<>, FurtherTerms>;
   static constexpr unsigned kReads = bit(0), kWrites = bit(0);
   static constexpr bool kPositiveZeros = true;
-  static constexpr int kFactors = kFirst + Further::kFactors;
+
+  // Those of L1, of L2 and the norm, and of each further term.
+  template <class... T>
+  static constexpr int factors_of(TermList<T...>) {
+    return (2 + ... + T::kProxFactors);
+  }
+  static constexpr int kFactors = factors_of(Further{});
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
-    f[kThreshold] = static_cast<S>(n.of[kStep] * n.of[kL1Strength]);
-    f[kShrinkage] = static_cast<S>(shrinkage(n.of[kL2Strength], n.of[kNormStrength], n.of[kStep], n.norm));
-    Further::factors(n, f + kFirst);
+    *f++ = static_cast<S>(n.of[kStep] * n.of[kL1Strength]);
+    *f++ = static_cast<S>(shrinkage(n.of[kL2Strength], n.of[kNormStrength], n.of[kStep], n.norm));
+    Further::each([&](auto term) {
+      using T = decltype(term);
+      T::prox_factors(n, f);
+      f += T::kProxFactors;
+    });
   }
 
-  // A zero is +0.
+  // A zero is +0, also one that comes from shrinkage.
   template <class V>
   static FUSED_REG_INLINE void element(V* x, const V* f) {
-    x[0] = Further::of(soft(x[0], f[kThreshold]) * f[kShrinkage], f + kFirst) + V{};
+    V w = soft(x[0], f[0]) * f[1];
+    f += 2;
+    Further::each([&](auto term) {
+      using T = decltype(term);
+      w = T::prox(w, f);
+      f += T::kProxFactors;
+    });
+    x[0] = w + V{};
   }
 };
 

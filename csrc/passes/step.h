@@ -74,9 +74,9 @@ struct L1L2Gradient {
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
     f[0] = (n.terms & kL1) != 0;
-    f[1] = gradient_factor<S>(n.factor, n.of[kL1Strength]);
+    L1::gradient_factors(n, f + 1);
     f[2] = (n.terms & kL2) != 0;
-    f[3] = gradient_factor<S>(n.factor, n.of[kL2Strength]);
+    L2::gradient_factors(n, f + 3);
   }
 
   template <class V>
@@ -88,14 +88,13 @@ struct L1L2Gradient {
 // What all optimizers do. terms: kNone, or kL1L2 for a penalty of these, each maybe.
 template <int terms>
 struct StepPass : AnyPass {
-  using Penalty = std::conditional_t<terms == kNone, KnownGradient<kNone>, L1L2Gradient>;
   using Prox = ProxPass<kNone>;
   using Sums = std::conditional_t<terms == kNone, void, PenaltyPass<terms>>;
   static constexpr unsigned kSums = PenaltyPass<terms>::kSums;
   static constexpr unsigned kReads = bit(0) | bit(1), kWrites = bit(0) | bit(kUnscaled);
   static constexpr unsigned kOptional = bit(kUnscaled);
   static constexpr bool kHasOptions = true, kPositiveZeros = true;
-  enum { kDecayFactor = Penalty::kFactors, kGradScaleFactor, kRateL1, kRateL2, kProx, kOwn = kProx + Prox::kFactors };
+  enum { kDecayFactor = L1L2Gradient::kFactors, kGradScaleFactor, kRateL1, kRateL2, kProx, kOwn = kProx + Prox::kFactors };
 
   template <class MultiplyAdd, class D, class Scaled>
   static FUSED_REG_INLINE void add(D* sums, D w, const D* f, const Scaled& scaled) {
@@ -105,7 +104,7 @@ struct StepPass : AnyPass {
   // rate: what a gradient that stays the same is multiplied by, if that is one number.
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f, double rate) {
-    Penalty::factors(n, f);
+    L1L2Gradient::factors(n, f);
     const double decay = n.step[kWeightDecay];
     f[kDecayFactor] = static_cast<S>(n.options & kDecoupled ? 1 - n.of[kStep] * decay : decay);
     f[kGradScaleFactor] = static_cast<S>(n.step[kGradScale]);
@@ -128,7 +127,7 @@ struct StepPass : AnyPass {
     }
     if constexpr (terms != kNone) {
       if (!(options & kProximal)) {
-        g = g + Penalty::of(x[0], f);
+        g = g + L1L2Gradient::of(x[0], f);
       }
     }
     if ((options & (kDecay | kDecoupled)) == kDecay) {

@@ -1,1 +1,1 @@
-"""The differentiable penalty: the route that a list takes, and the functions of each."""
+"""The differentiable penalty of a list on one device."""

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from fused_reg import _devices, _ops
 from fused_reg._arguments import FORWARD_MODE
-from fused_reg._terms import KINDS, NUMBERS, PLACES, TERMS, Strengths, group_count, sliced_dim
+from fused_reg._terms import KINDS, NUMBERS, PLACES, TERM_OF, TERMS, Strengths, group_count, sliced_dim
 
 
 def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
@@ -49,7 +49,7 @@ _SHAPES = [i for i, kind in enumerate(_COLUMNS) if kind not in TERMS]
 def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
     """The strengths as one differentiable tensor, [count, columns] float64. On a GPU, nothing waits for it."""
     own = dict(zip(NUMBERS, strengths.columns(), strict=True))
-    width = max(i + 1 for i, kind in enumerate(_COLUMNS) if i < 2 or strengths.counts[PLACES[kind]] != 0)
+    width = max(i + 1 for i, kind in enumerate(_COLUMNS) if i < 2 or strengths.counts[PLACES[TERM_OF[kind]]] != 0)
     columns = []
     for kind in _COLUMNS[:width] + ["l2_norm"] * strengths.has_norms():
         given = own[kind]

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg import _routes
-from fused_reg._arguments import as_scale, as_step, as_strengths, relabelled
+from fused_reg._arguments import as_scale, as_step, as_strengths, check_closed_form, relabelled
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import TERM_OF, TERMS, Group, Strengths
-from fused_reg.distributed import value_of
+from fused_reg.distributed.buckets import value_of
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.strengths import Column
 from fused_reg.regularizer.table import Entry, Table
@@ -38,7 +38,7 @@ class _Call:
         self._names = [entry.name for entry in own]
         self._group: Group = group
         self._columns = {
-            kind: Column(entry.strengths[kind] for entry in own)
+            kind: Column([entry.strengths[kind] for entry in own])
             for kind, term in TERM_OF.items()
             if any(entry.has(term) for entry in own)
         }
@@ -82,9 +82,12 @@ class _Call:
         """Raises what `prox_` would, before anything is written."""
         self._run(_routes.check_prox, *self._shrinkage(step))
 
+    def check_closed_form(self, where: str) -> None:
+        self._run(check_closed_form, where, self._strengths(), len(self._params))
+
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
         if isinstance(step, list):
-            self._steps = Column((step[i] for i in self._places), like=self._steps)
+            self._steps = Column([step[i] for i in self._places], like=self._steps)
             step = self._steps.get()
         return self._params, self._strengths().with_step(as_step("prox_", step, self._params))
 
@@ -153,6 +156,11 @@ class Part:
 
     def _signed(self, calls: Sequence[_Call], values: list[Tensor]) -> Tensor:
         return self._total(calls, [v if call.sign > 0 else -v for call, v in zip(calls, values, strict=True)])
+
+    def check_closed_form(self, where: str) -> None:
+        """Raises where the strengths of now have no proximal step."""
+        for call in self._current_calls():
+            call.check_closed_form(where)
 
     def prox_(self, step: float | Tensor | list[float | Tensor], chosen: list[bool] | None = None) -> None:
         """``step``: one, or a list with one for each entry; ``chosen``: which entries, of those that require grad."""

@@ -15,7 +15,7 @@ from torch.nn import Module, Parameter
 
 from fused_reg._terms import TERM_OF
 from fused_reg._warnings import warn
-from fused_reg.distributed import cuts
+from fused_reg.distributed.shards import cuts
 from fused_reg.regularizer import marks
 from fused_reg.regularizer.candidates import Candidate, candidates_of
 from fused_reg.regularizer.marks import Mark

@@ -14,7 +14,9 @@ from torch import Tensor
 from fused_reg import _ops, _routes
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import DEFAULTS, GROUPS, KINDS, SHAPES, TERM_OF, TERMS, Strengths, group_count
-from fused_reg.distributed import Bucket, checked_buckets, shards_of
+from fused_reg.distributed.buckets import Bucket
+from fused_reg.distributed.parts import checked_buckets
+from fused_reg.distributed.shards import shards_of
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.calls import named
 from fused_reg.regularizer.strengths import Cell, Column, Held, identity, tensor_of
@@ -178,7 +180,7 @@ def _shapes_of(entries: Sequence[Entry], group: int) -> Strengths:
     shapes = {}
     for kind, term in TERM_OF.items():
         if kind in SHAPES and any(e.has(term) for e in entries):
-            column = Column(e.strengths[kind] for e in entries).get()
+            column = Column([e.strengths[kind] for e in entries]).get()
             shapes[kind] = column if isinstance(column, Tensor) else (column,)
     return Strengths(group=group).having(**shapes)
 

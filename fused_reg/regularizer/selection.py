@@ -108,7 +108,7 @@ class Choice:
                 yield f"Regularizer: include must leave a parameter, but exclude or weights_only removes {pattern!r}"
         for i, rule in enumerate(self.rules):
             pattern, given = rule
-            if not _only(candidates, pattern) or all(map(_is_nothing, given.values())):
+            if not _only(candidates, pattern) or all(_is_nothing(*item) for item in given.items()):
                 continue  # said already, or nothing to lose
             own = [c for c in _only(chosen, pattern) if self._rule_of(c) is rule]
             if not own:
@@ -122,7 +122,7 @@ class Choice:
     def _idle_defaults(self, chosen: Sequence[Candidate]) -> Iterable[str]:
         takers = [(c, (self._rule_of(c) or ("", {}))[1]) for c in chosen if not c.marks]
         for kind, strength in self.default.given.items():
-            if not _is_nothing(strength) and all(kind in given for _, given in takers):
+            if not _is_nothing(kind, strength) and all(kind in given for _, given in takers):
                 yield (
                     f"Regularizer: {kind} must apply to a parameter, but rules or marks by `regularized` speak about "
                     "all of them"
@@ -163,8 +163,8 @@ def _only(candidates: Iterable[Candidate], pattern: str) -> list[Candidate]:
     return [c for c in candidates if c.matches(pattern)]
 
 
-def _is_nothing(strength: Any) -> bool:
-    return strength is None or (isinstance(strength, float) and strength == 0)
+def _is_nothing(name: str, given: Any) -> bool:
+    return given is None or (name in TERMS and is_absent(given))
 
 
 def as_patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str] | None:

@@ -75,6 +75,7 @@ class Share:
         self._groups = sorted(set(self.group_of))
         if self._is_proximal:
             self.part, self.shrinking = Part(self._table, entries), Part(self._table, entries)
+            self.part.check_closed_form("attach: ")
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
             self.part = Part(self._table, entries, [maximized[i] for i in self.group_of])

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn import Parameter
 
 from fused_reg import _devices
-from fused_reg._arguments import as_number, is_number
-from fused_reg._terms import DEFAULTS, KINDS, TERMS, Group, check_group
+from fused_reg._arguments import as_number, check_constant, is_known, is_number
+from fused_reg._terms import DEFAULTS, KINDS, SHAPES, TERMS, Group, check_group
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
@@ -74,7 +73,7 @@ def checked(name: str, strength: Any) -> float | Tensor | Schedule:
             )
         if not strength.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {strength.dtype}")
-        if not is_compiling() and _is_at_hand(strength):
+        if is_known(strength):
             as_number(name, strength.item())
         return strength
     if is_number(strength):
@@ -85,12 +84,6 @@ def checked(name: str, strength: Any) -> float | Tensor | Schedule:
         return cast(Schedule, strength)
     hint = "; for strengths per parameter give rules" if isinstance(strength, Sequence) else ""
     raise TypeError(f"{name} must be a float, a 0-dim tensor or a schedule, got {type(strength).__name__}{hint}")
-
-
-def _is_at_hand(tensor: Tensor) -> bool:
-    """Whether a look at its value is free: neither on a GPU nor one of those that have none yet."""
-    is_plain = type(tensor) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return is_plain and _devices.is_at_hand(tensor)
 
 
 def _check_signature(name: str, schedule: Schedule) -> None:
@@ -127,7 +120,10 @@ def given_strengths(function: str, where: str, **given: Any) -> dict[str, Given]
     for name in given:
         if name not in KINDS:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
-    return {kind: checked(where + kind, given[kind]) for kind in KINDS if given.get(kind) is not None}
+    strengths: dict[str, Given] = {k: checked(where + k, given[k]) for k in KINDS if given.get(k) is not None}
+    for kind in SHAPES.keys() & strengths.keys():
+        check_constant(where + kind, strengths[kind])
+    return strengths
 
 
 def scheduled(name: str, schedule: Schedule, step: int) -> float:
@@ -188,11 +184,11 @@ class Column:
     graph takes no such copy.
     """
 
-    def __init__(self, strengths: Iterable[Held], like: Column | None = None) -> None:
+    def __init__(self, strengths: Sequence[Held], like: Column | None = None) -> None:
         with torch.inference_mode(False):  # what is kept serves later calls, whatever the mode of the first
-            self._prepare(list(strengths), like)
+            self._prepare(strengths, like)
 
-    def _prepare(self, strengths: list[Held], like: Column | None) -> None:
+    def _prepare(self, strengths: Sequence[Held], like: Column | None) -> None:
         distinct = list({identity(s): s for s in strengths}.values())
         self._fixed: float | Tensor | None = None
         self._places: list[int] = []  # of each strength among the distinct ones

@@ -103,7 +103,7 @@ class List {
     std::vector<double> values;
     for (size_t t = 0; t < tensors_.size(); ++t) {
       for (const ChunkSums& s : expected_sums(t)) {
-        values.push_back(AllTerms::penalty(numbers(t).of, s.of));
+        values.push_back(SummedTerms::penalty(numbers(t).of, s.of));
       }
     }
     return column_sum<kColumns>((chunks_ + group - 1) / group, [&](int64_t g) {

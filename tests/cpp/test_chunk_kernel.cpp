@@ -161,8 +161,7 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
   std::fill_n(param.begin() + task.size / 2 * bytes_of(task.dtype), bytes_of(task.dtype), 0);  // a zero among them
   for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kPenaltyAccumulate, Pass::kGradient,
                           Pass::kAccumulate, Pass::kProx, Pass::kSoftSquares, Pass::kZeros}) {
-    for (int bits = 0; bits <= kAllTerms; ++bits) {
-      const auto terms = static_cast<Terms>(bits);
+    for (int terms = 0; terms <= kAllTerms; ++terms) {
       if ((terms & kNorm) && pass != Pass::kGradient && pass != Pass::kAccumulate) {
         continue;  // the gradient of a norm needs the norm first
       }
@@ -182,7 +181,7 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
                  variant.name, task.size, k);
         }
         if (!any_bits) {  // a NaN may have any bits
-          EXPECT(out.grad == first.grad, variant.name, task.size, static_cast<int>(task.dtype), static_cast<int>(terms),
+          EXPECT(out.grad == first.grad, variant.name, task.size, static_cast<int>(task.dtype), terms,
                  static_cast<int>(pass));
         }
       }

@@ -13,6 +13,7 @@ namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr int kAnyAndFurther = kAnyTerms | kFurther;
 
 // The gradient of a pass, with numbers {l1, l2, l2_norm, step, ...}.
 template <int terms>
@@ -26,7 +27,7 @@ double gradient(double w, const ChunkNumbers& numbers) {
 
 template <int terms>
 double gradient(double w, double l1, double l2) {
-  return gradient<terms>(w, {{l1, l2}, 1, 0, static_cast<Terms>(terms & kL1L2)});
+  return gradient<terms>(w, {{l1, l2}, 1, 0, terms & kL1L2});
 }
 
 template <int terms>
@@ -51,7 +52,7 @@ void expect_special_values() {
   EXPECT(gradient<kNone>(kNan, 1.0, 1.0) == 0);
   for (const int terms : {kNone, kL1, kL2, kL1L2}) {
     const double numbers[kNumbers] = {terms & kL1 ? 0.5 : 0, terms & kL2 ? 0.5 : 0, 1, 1};
-    EXPECT(AllTerms::present(numbers) == terms, terms);
+    EXPECT(AllTerms::present(numbers) == (terms | kNorm), terms);
   }
 }
 
@@ -64,7 +65,7 @@ void expect_factor_rounds_as_the_loop() {
 double penalty_of(double l1, double l2, const ScaledSum& sum1, const ScaledSum& sum2) {
   const double numbers[kNumbers] = {l1, l2};
   const ScaledSum sums[kSums] = {sum1, sum2};
-  return AllTerms::penalty(numbers, sums);
+  return SummedTerms::penalty(numbers, sums);
 }
 
 // A penalty from sums of scaled elements, and of a subnormal strength.
@@ -95,31 +96,38 @@ void expect_sums_are_taken_again() {
   EXPECT(again(0, 0, false) == 0 && again(5e-324, 0, false) == 0, "a sum of |w| loses nothing below");
 }
 
+template <class S>
+void norm_factors(double upstream, double strength, double norm, S* f) {
+  ChunkNumbers numbers{{}, upstream, norm, kNorm};
+  numbers.of[kNormStrength] = strength;
+  Norm::gradient_factors(numbers, f);
+}
+
 // strength * w / ||w_g||, however large or small the norm and the strength.
 template <class S>
 void expect_norm_gradient_at_extremes(const std::vector<double>& norms, const std::vector<double>& strengths) {
   const double tolerance = sizeof(S) == 4 ? 3e-7 : 6e-16;
   for (const double norm : norms) {
     for (const double strength : strengths) {
-      const NormGradient<S> g = norm_gradient<S>(0.5, strength, norm);
+      S f[2];
+      norm_factors(0.5, strength, norm, f);
       int exponent = 0;
-      EXPECT(std::frexp(g.scale, &exponent) == S{0.5}, norm, g.scale);  // a power of two
+      EXPECT(std::frexp(f[0], &exponent) == S{0.5}, norm, f[0]);  // a power of two
       for (const double part : {1.0, -0.5, 0.001}) {
         const S w = static_cast<S>(part * norm);
         const double expected = 0.5 * strength * (w / norm);
-        EXPECT(std::abs(add_norm_gradient<S>(1, w, g.scale, g.factor) - (1 + expected)) <=
-                   tolerance * (1 + std::abs(expected)),
-               norm, part);
-        const double actual = add_norm_gradient<S>(0, w, g.scale, g.factor);
+        const double actual = Norm::gradient(w, f);
         EXPECT(std::abs(actual - expected) <= tolerance * std::abs(expected), norm, strength, part, actual, expected);
       }
     }
   }
-  const NormGradient<S> zero = norm_gradient<S>(0.5, 0.3, 0);
-  EXPECT(add_norm_gradient<S>(2, 0, zero.scale, zero.factor) == 2);
-  const NormGradient<S> infinite = norm_gradient<S>(0.5, 0.3, kInf);
-  EXPECT(add_norm_gradient<S>(2, 1, infinite.scale, infinite.factor) == 2);
-  EXPECT(std::isnan(norm_gradient<S>(0.5, 0.3, kNan).factor));
+  S f[2];
+  norm_factors(0.5, 0.3, 0, f);
+  EXPECT(Norm::gradient<S>(0, f) == 0);
+  norm_factors(0.5, 0.3, kInf, f);
+  EXPECT(Norm::gradient<S>(1, f) == 0);
+  norm_factors(0.5, 0.3, kNan, f);
+  EXPECT(std::isnan(f[1]));
 }
 
 void expect_squares_without_overflow() {
@@ -204,7 +212,7 @@ double smooth_penalty(const std::vector<double>& elements, double strength, doub
   const int exponent = rescue_exponent(0, first, true);
   const ScaledSum sum{exponent == 0 ? first : sum_with(exponent), SmoothL1::result_exponent(numbers, exponent)};
   const ScaledSum sums[kSums] = {{}, {}, sum};
-  return AllTerms::penalty(numbers.of, sums);
+  return SummedTerms::penalty(numbers.of, sums);
 }
 
 void expect_smooth_penalty() {
@@ -229,7 +237,7 @@ void expect_smooth_penalty() {
 
 template <class S>
 S smooth_gradient(S w, const ChunkNumbers& numbers) {
-  using Pass = GradientPass<kAnyTerms | kSmoothL1>;
+  using Pass = GradientPass<kAnyAndFurther>;
   S f[Pass::kFactors], x[2] = {w, 0};
   Pass::factors(numbers, f);
   Pass::element(x, f);
@@ -265,6 +273,9 @@ void expect_smooth_gradient() {
     EXPECT(std::isnan(smooth_gradient<S>(0, smooth_numbers(2, beta, kInf))), beta);
     EXPECT(smooth_gradient<S>(largest, smooth_numbers(2, beta, kInf)) == inf, beta);
   }
+  for (const double beta : kBetas) {  // a strength that S rounds to 0, whatever the slope
+    EXPECT(smooth_gradient<S>(smallest, smooth_numbers(1e-200, beta, 1e-200)) == 0, beta);
+  }
 }
 
 // Rounded as the loop's c * w^2 / (2 beta): its derivative is (c * h) * w + (c * h) * w, with h = 0.5 / beta.
@@ -293,19 +304,20 @@ void expect_terms_at_run_time() {
         return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
       };
       EXPECT(same(gradient<kAnyTerms>(w, numbers), known), w, terms);
-      EXPECT(same(gradient < kAnyTerms | kSmoothL1 > (w, numbers), known), w, terms);
-      const NormGradient<double> norm = norm_gradient<double>(0.6, 0.9, 2.5);
-      const double with_norm = add_norm_gradient(known, w, norm.scale, norm.factor);
-      numbers.terms = static_cast<Terms>(terms | kNorm);
+      EXPECT(same(gradient<kAnyAndFurther>(w, numbers), known), w, terms);
+      double f[2];
+      norm_factors(0.6, 0.9, 2.5, f);
+      const double with_norm = known + Norm::gradient(w, f);
+      numbers.terms = terms | kNorm;
       EXPECT(same(gradient<kAnyTerms>(w, numbers), with_norm), w, terms);
-      EXPECT(same(gradient < kAnyTerms | kSmoothL1 > (w, numbers), with_norm), w, terms);
-      const double compiled = terms & kL1   ? gradient < kNorm | kL1L2 > (w, numbers)
-                              : terms & kL2 ? gradient < kNorm | kL2 > (w, numbers)
+      EXPECT(same(gradient<kAnyAndFurther>(w, numbers), with_norm), w, terms);
+      const double compiled = terms & kL1   ? gradient<(kNorm | kL1L2)>(w, numbers)
+                              : terms & kL2 ? gradient<(kNorm | kL2)>(w, numbers)
                                             : gradient<kNorm>(w, numbers);
       EXPECT(same(compiled, with_norm), w, terms);
-      numbers.terms = static_cast<Terms>(terms | kSmoothL1);
+      numbers.terms = terms | kSmoothL1;
       const double sum = known + 0.24 * static_cast<double>(smooth_slope(w, 0.5L));
-      const double actual = gradient < kAnyTerms | kSmoothL1 > (w, numbers);
+      const double actual = gradient<kAnyAndFurther>(w, numbers);
       EXPECT(std::isnan(w) ? std::isnan(actual) : actual == sum || std::abs(actual - sum) < 1e-15, w, terms);
     }
   }
