@@ -175,19 +175,21 @@ def check_values(numbers: Mapping[str, Tensor | None]) -> None:
                 raise ValueError(f"{name}{place} must be finite and >= 0, got {value}")
 
 
+_APART = [(PLACES[one], PLACES[other]) for one, other in APART.items()]
+
+
 def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
     """Raises where a parameter has terms that together have no proximal operator in closed form, or may have: what the
     host does not know counts."""
-    for pair in APART.items():
-        if not all(strengths.counts[PLACES[term]] for term in pair):
-            continue
-        columns = dict(zip(NUMBERS, strengths.columns(), strict=True))
-        both = zip(*(_on_host(columns[term], count) for term in pair), strict=True)
-        for i, values in enumerate(both):
-            if all(values):
+    counts = strengths.counts
+    for one, other in _APART:
+        if counts[one] and counts[other]:
+            columns = strengths.columns()
+            both = zip(_on_host(columns[one], count), _on_host(columns[other], count), strict=True)
+            if (i := next((i for i, numbers in enumerate(both) if all(numbers)), None)) is not None:
                 raise ValueError(
-                    f"{where}{' and '.join(pair)} of one parameter have no proximal operator in closed form, got both "
-                    f"for params[{i}]"
+                    f"{where}{NUMBERS[one]} and {NUMBERS[other]} of one parameter have no proximal operator in closed "
+                    f"form, got both for params[{i}]"
                 )
 
 
