@@ -102,12 +102,12 @@ def as_strengths(
     if l2 is not None:
         columns[1] = as_column(function, "l2", l2, params)
     columns[STEP] = step
-    for kind, place, term in _SHAPES:
-        given, is_there = terms.get(kind), _is_there(columns[term])
+    for kind in _SHAPES:
+        given, is_there = terms.get(kind), _is_there(columns[PLACES[TERM_OF[kind]]])
         if is_there or given is not None:
             column = as_column(function, kind, DEFAULTS[kind] if given is None else given, params)
             check_constant(f"{function}: {kind}", column)
-            columns[place] = column if is_there else ()
+            columns[PLACES[kind]] = column if is_there else ()
     return Strengths.of(columns, GROUPS[terms.get("group", "tensor")] if _is_there(columns[2]) else 0)
 
 
@@ -116,8 +116,8 @@ def _is_there(column: Column) -> bool:
     return type(column) is not tuple or column != ()
 
 
-#: The numbers that are no strengths, their places, and those of their terms.
-_SHAPES = [(kind, PLACES[kind], PLACES[TERM_OF[kind]]) for kind in TERM_OF if kind in SHAPES]
+#: The numbers that are no strengths.
+_SHAPES = [kind for kind in TERM_OF if kind in SHAPES]
 
 
 def check_constant(name: str, number: object) -> None:
@@ -175,24 +175,21 @@ def check_values(numbers: Mapping[str, Tensor | None]) -> None:
                 raise ValueError(f"{name}{place} must be finite and >= 0, got {value}")
 
 
-#: The places of terms that have none together.
-_APART = [(PLACES[a], PLACES[b]) for a, b in APART.items()]
+_APART = [(PLACES[one], PLACES[other]) for one, other in APART.items()]
 
 
 def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
     """Raises where a parameter has terms that together have no proximal operator in closed form, or may have: what the
     host does not know counts."""
     counts = strengths.counts
-    for a, b in _APART:
-        if not (counts[a] and counts[b]):
-            continue
-        columns = strengths.columns()
-        both = zip(_on_host(columns[a], count), _on_host(columns[b], count), strict=True)
-        for i, values in enumerate(both):
-            if all(values):
+    for one, other in _APART:
+        if counts[one] and counts[other]:
+            columns = strengths.columns()
+            both = zip(_on_host(columns[one], count), _on_host(columns[other], count), strict=True)
+            if (i := next((i for i, numbers in enumerate(both) if all(numbers)), None)) is not None:
                 raise ValueError(
-                    f"{where}{NUMBERS[a]} and {NUMBERS[b]} of one parameter have no proximal operator in closed form, "
-                    f"got both for params[{i}]"
+                    f"{where}{NUMBERS[one]} and {NUMBERS[other]} of one parameter have no proximal operator in closed "
+                    f"form, got both for params[{i}]"
                 )
 
 
