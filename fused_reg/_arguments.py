@@ -102,12 +102,12 @@ def as_strengths(
     if l2 is not None:
         columns[1] = as_column(function, "l2", l2, params)
     columns[STEP] = step
-    for kind in _SHAPES:
-        given, is_there = terms.get(kind), _is_there(columns[PLACES[TERM_OF[kind]]])
+    for kind, place, term in _SHAPES:
+        given, is_there = terms.get(kind), _is_there(columns[term])
         if is_there or given is not None:
             column = as_column(function, kind, DEFAULTS[kind] if given is None else given, params)
             check_constant(f"{function}: {kind}", column)
-            columns[PLACES[kind]] = column if is_there else ()
+            columns[place] = column if is_there else ()
     return Strengths.of(columns, GROUPS[terms.get("group", "tensor")] if _is_there(columns[2]) else 0)
 
 
@@ -116,8 +116,8 @@ def _is_there(column: Column) -> bool:
     return type(column) is not tuple or column != ()
 
 
-#: The numbers that are no strengths.
-_SHAPES = [kind for kind in TERM_OF if kind in SHAPES]
+#: The numbers that are no strengths, their places, and those of their terms.
+_SHAPES = [(kind, PLACES[kind], PLACES[TERM_OF[kind]]) for kind in TERM_OF if kind in SHAPES]
 
 
 def check_constant(name: str, number: object) -> None:
