@@ -175,24 +175,21 @@ def check_values(numbers: Mapping[str, Tensor | None]) -> None:
                 raise ValueError(f"{name}{place} must be finite and >= 0, got {value}")
 
 
-#: The places of terms that have none together.
-_APART = [(PLACES[a], PLACES[b]) for a, b in APART.items()]
+_APART = [(PLACES[one], PLACES[other]) for one, other in APART.items()]
 
 
 def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
     """Raises where a parameter has terms that together have no proximal operator in closed form, or may have: what the
     host does not know counts."""
     counts = strengths.counts
-    for a, b in _APART:
-        if not (counts[a] and counts[b]):
-            continue
-        columns = strengths.columns()
-        both = zip(_on_host(columns[a], count), _on_host(columns[b], count), strict=True)
-        for i, values in enumerate(both):
-            if all(values):
+    for one, other in _APART:
+        if counts[one] and counts[other]:
+            columns = strengths.columns()
+            both = zip(_on_host(columns[one], count), _on_host(columns[other], count), strict=True)
+            if (i := next((i for i, numbers in enumerate(both) if all(numbers)), None)) is not None:
                 raise ValueError(
-                    f"{where}{NUMBERS[a]} and {NUMBERS[b]} of one parameter have no proximal operator in closed form, "
-                    f"got both for params[{i}]"
+                    f"{where}{NUMBERS[one]} and {NUMBERS[other]} of one parameter have no proximal operator in closed "
+                    f"form, got both for params[{i}]"
                 )
 
 

@@ -134,6 +134,17 @@ def test_derivatives_of_any_order():
     assert_same_bits([curvature.diag()], [(params[0].abs() < 0.5).double() * (0.3 / 0.5)])
 
 
+@pytest.mark.parametrize("beta", [0.0, 1e-320, 1e-41, 0.25, 1e30])
+@pytest.mark.parametrize("dtype", FULL_DTYPES)
+def test_curvatures(dtype, beta):
+    """Of widths whose parabolas are too steep for the dtype, too."""
+    w = torch.tensor([0.0, 0.5, -0.125, -2.0], dtype=dtype, requires_grad=True)
+    (grad,) = torch.autograd.grad(fused_penalty(w, smooth_l1=0.5, beta=beta), w, create_graph=True)
+    (curvature,) = torch.autograd.grad(grad.sum(), w)
+    steep = torch.tensor(0.5 / (beta or 1.0), dtype=torch.float64, device=w.device)
+    torch.testing.assert_close(curvature, torch.where(w.double().abs() < beta, steep, 0).to(dtype))
+
+
 @pytest.mark.parametrize("name", STRENGTHS)
 def test_compiled(name):
     strengths, params = STRENGTHS[name], mixed_list()

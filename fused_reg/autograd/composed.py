@@ -262,17 +262,19 @@ class _Gradient(_Reverse):
         params_grad: tuple[Tensor | None, ...] = (None,) * len(params)
         if any(needs_params):
             # The L1 part is piecewise constant in w. The L2 part is linear: its own gradient, at the cotangent. So is
-            # smooth L1 where its gradient is not yet that of L1, and there with an L2 of its own.
+            # smooth L1 where its gradient is not yet that of L1.
             zeros = torch.zeros_like(table[:, 1])
-            params_grad = _apply(_Gradient, upstream, torch.stack((zeros, table[:, 1]), dim=1), *cotangents)
+            grads = _apply(_Gradient, upstream, torch.stack((zeros, table[:, 1]), dim=1), *cotangents)
             if table.shape[1] > 2:
                 smooth, beta = table[:, 2], table[:, 3]
                 unit = torch.stack((zeros, zeros, torch.ones_like(beta), beta), dim=1)
                 slopes = _apply(_Gradient, torch.ones_like(upstream), unit, *[p.double() for p in params])
-                bent = [torch.where(s.abs() < 1, c, 0) for s, c in zip(slopes, cotangents, strict=True)]
-                l2 = torch.where(beta > 0, smooth / (2 * torch.where(beta > 0, beta, 1)), 0)
-                more = _apply(_Gradient, upstream, torch.stack((zeros, l2), dim=1), *bent)
-                params_grad = tuple(a + b for a, b in zip(params_grad, more, strict=True))
+                bends = (upstream.double() * torch.where(beta > 0, smooth / torch.where(beta > 0, beta, 1), 0)).unbind()
+                grads = [
+                    grad + torch.where(slope.abs() < 1, bend * cotangent, 0).to(grad.dtype)
+                    for grad, slope, bend, cotangent in zip(grads, slopes, bends, cotangents, strict=True)
+                ]
+            params_grad = tuple(grads)
         return upstream_grad, table_grad, *params_grad
 
     @staticmethod
