@@ -232,7 +232,8 @@ class OnePass(Optimizer):
             params, l1, l2 = [p for p in group["params"] if p.grad is not None], group["l1"], group["l2"]
             if params and group["prox"]:
                 last.append(_Part(params, l1, l2).penalty())
-                shrunk.append((params, l1, l2, group["lr"]))
+                lr = group["lr"]
+                shrunk.append((params, l1, l2, lr if isinstance(lr, Tensor) else max(lr, 0.0)))
             elif params:
                 sign = -1.0 if group["maximize"] else 1.0
                 last.append(accumulate_grad_(params, l1, l2, scale=sign if grad_scale is None else grad_scale * sign))

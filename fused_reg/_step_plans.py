@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, is_
@@ -88,6 +89,8 @@ class Plans:
                 and all(map(is_, given, numbers.given))
             )
             if numbers is None or not is_same:
+                if not isinstance(group["lr"], Tensor) and not 0 <= group["lr"] < math.inf:  # a schedule's rounding
+                    return None
                 numbers, has_new = self._numbers(optimizer, group, given), True
             missing = list(map(is_, grads, repeat(None))) if type(None) in kinds else []
             if (

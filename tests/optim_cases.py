@@ -1,6 +1,7 @@
 """The optimizers, torch's and ours, and nets that they train."""
 
-import pytest
+import hashlib
+
 import torch
 from torch import nn
 
@@ -27,6 +28,8 @@ PENALTY = {"l1": 0.02, "l2": 0.03}
 
 
 def named(cases):
+    import pytest  # which a subprocess does not need
+
     return [pytest.param(*case, id=f"{case[0]}-{'-'.join(list(case[1])[1:])}") for case in cases]
 
 
@@ -79,3 +82,26 @@ def given(optimizer, seed=0):
         for p in group["params"]:
             p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
     return optimizer
+
+
+def numbers(*shape, seed=0):
+    """Exact in every dtype and on every machine."""
+    return torch.randint(-1000, 1000, shape, generator=torch.Generator().manual_seed(seed)) / 1024.0
+
+
+def results() -> str:
+    """A hash of weights, states and penalties of every optimizer, of several dtypes and lengths."""
+    digest = hashlib.sha256()
+    for prox in (False, "preconditioned"):
+        for name, options in CASES:
+            sizes = ((7, torch.float32), (40000, torch.float32), (133, torch.bfloat16), (65, torch.float64))
+            params = [torch.nn.Parameter(numbers(n).to(dtype)) for n, dtype in sizes]
+            optimizer = getattr(optim, name)(params, **options, **PENALTY, prox=prox)
+            for i in range(3):
+                for p in params:
+                    p.grad = numbers(p.numel(), seed=i).to(p.dtype)
+                optimizer.step()
+            held = [x for state in optimizer.state.values() for x in state.values()]
+            for x in (*params, *held, optimizer.penalty):
+                digest.update(x.detach().double().numpy().tobytes())
+    return digest.hexdigest()
