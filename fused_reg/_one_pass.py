@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_reg import _ops
+from fused_reg import _devices, _ops
 from fused_reg._step_plans import UNSCALE, Formula, Numbers, Plans, Prox, Tensors, check_options, has_penalty
 from fused_reg.functional import fused_penalty
 from fused_reg.in_place import accumulate_grad_, prox_
@@ -174,7 +174,7 @@ class OnePass(Optimizer):
                 loss = closure()
         own = self.__dict__
         found_inf, grad_scale = own.get("found_inf"), own.get("grad_scale")  # of a GradScaler, if fused=True
-        if found_inf is not None and found_inf.is_cpu and bool(found_inf):
+        if found_inf is not None and _devices.is_at_hand(found_inf) and bool(found_inf):
             return loss
         plans = self._plans.of(self)
         if plans is None:

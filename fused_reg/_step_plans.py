@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from fused_reg import _ops
+from fused_reg import _devices, _ops
 from fused_reg._arguments import PLAIN_TYPES, as_number, check_values, is_number
 from fused_reg._terms import Column, Strengths
 
@@ -78,7 +78,11 @@ class Plans:
             params = group["params"]
             grads = list(map(_grad_of, params))
             kinds = set(map(type, grads))
-            if not _GRADS.issuperset(kinds) or _ops.survey(params) & _ODD or (params and not params[0].is_cpu):
+            if (
+                not _GRADS.issuperset(kinds)
+                or _ops.survey(params) & _ODD
+                or (params and not _devices.has_steps(params[0]))
+            ):
                 return None
             tensors, numbers = self._last[i] if has_old else (None, None)
             given = list(group.values())
