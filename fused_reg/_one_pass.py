@@ -224,11 +224,10 @@ class OnePass(Optimizer):
         groups = [group for group in self.param_groups if has_penalty(group)]
         for group in groups:
             self._check_in_turn(group)
-        if groups and is_inert(self):
-            groups = []
+        is_none = len(groups) > 0 and is_inert(self)
         last: list[Tensor | _Part] = []
         shrunk: list[tuple[list[Tensor], Any, Any, Any]] = []
-        for group in groups:
+        for group in () if is_none else groups:
             params, l1, l2 = [p for p in group["params"] if p.grad is not None], group["l1"], group["l2"]
             if params and group["prox"]:
                 last.append(_Part(params, l1, l2).penalty())
@@ -243,7 +242,7 @@ class OnePass(Optimizer):
         if found_inf is not None:  # a GPU knows whether the step will be skipped
             share = (found_inf == 0).reshape(())
             last = [torch.where(share, _total(last), self.penalty)] if last else []
-        if last:
+        if not is_none:
             self._last = last
         self._step_of_torch()
         for params, l1, l2, lr in shrunk:

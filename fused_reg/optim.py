@@ -73,9 +73,9 @@ class RMSprop(OnePass, torch.optim.RMSprop):
     _pass = 2
 
     def _formula(self, group: Mapping[str, Any]) -> Formula:
-        has_momentum, is_centered = group["momentum"] > 0, group["centered"]
+        has_momentum, is_centered = bool(group["momentum"] > 0), bool(group["centered"])
         options = (MOMENTUM if has_momentum else 0) | (CENTERED if is_centered else 0)
-        keys = ("square_avg", *("momentum_buffer",) * has_momentum, *("grad_avg",) * bool(is_centered))
+        keys = ("square_avg", *("momentum_buffer",) * has_momentum, *("grad_avg",) * is_centered)
         return Formula(options, (group["weight_decay"], group["momentum"], group["alpha"], group["eps"]), keys)
 
 

@@ -53,6 +53,10 @@ def test_in_turn(name, options, prox):
         found.append((p.detach().clone().as_subclass(torch.Tensor), rest.detach().as_subclass(torch.Tensor)))
         found[-1] += (optimizer.penalty.as_subclass(torch.Tensor),)
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    for group in optimizer.param_groups:
+        group.update(l1=0.0, l2=0.0)
+    optimizer.step()
+    assert optimizer.penalty == 0
 
 
 @pytest.mark.parametrize("kind", [torch.nn.Parameter, Odd])
