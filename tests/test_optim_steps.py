@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from fused_reg import Regularizer, optim
 
 EACH = pytest.mark.parametrize(("name", "options"), named(ONE_EACH))
+ALL = pytest.mark.parametrize(("name", "options"), named(CASES))
 
 
 class Odd(torch.nn.Parameter):
@@ -35,7 +36,7 @@ def made(name="SGD", options=(), kind=torch.nn.Parameter, **more):
     return p, given(pair(name)[1]([p], **dict(options), **more))
 
 
-@EACH
+@ALL
 @pytest.mark.parametrize("prox", [False, True])
 def test_in_turn(name, options, prox):
     """What no kernel takes has the penalty, torch's step and the proximal step in turn."""
@@ -45,7 +46,7 @@ def test_in_turn(name, options, prox):
         rest = kind(torch.ones(3))
         optimizer.add_param_group({"params": [rest], "l1": 1.0})
         if name == "Adagrad":
-            optimizer.state[rest] = {"step": torch.tensor(0.0), "sum": torch.zeros(3)}
+            optimizer.state[rest] = {"step": torch.tensor(0.0), "sum": torch.zeros(3)}  # which torch does not make
         for i in range(3):
             given(optimizer, i)
             rest.grad = None
@@ -84,6 +85,40 @@ def test_hooks(kind):
     seen.clear()
     optimizer.step()
     assert seen == []
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda o, hook: o.register_step_pre_hook(hook),
+        lambda o, hook: o.register_step_post_hook(hook),
+        lambda o, hook: register_optimizer_step_pre_hook(hook),
+        lambda o, hook: register_optimizer_step_post_hook(hook),
+    ],
+)
+def test_a_hook_alone(register):
+    _, optimizer = made()
+    seen = []
+    handle = register(optimizer, lambda *_: seen.append(1))
+    optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert seen == [1]
+
+
+def test_hooks_of_torch():
+    """Those that torch has put around its own step, if one was made before this package was imported, do not run."""
+    made_before = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    assert made_before.step.__func__.hooked
+
+    class New(optim.SGD):
+        _pass = 0
+
+    optimizer = given(New([Odd(torch.ones(3))], l1=0.1))
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(1))
+    optimizer.step()
+    assert seen == [1]
 
 
 def test_profile():
@@ -197,7 +232,7 @@ def test_distributed_checkpoint(name, options):
             torch.testing.assert_close(loading.penalty, values)
 
 
-@pytest.mark.parametrize(("name", "options"), named(CASES))
+@ALL
 def test_inert(name, options):
     """A step with rates and gradients of 0 makes the states that torch's makes, without a penalty; a gradient that is
     not 0 makes it a step."""
