@@ -113,7 +113,7 @@ class OnePass(Optimizer):
         base: Any = next(c for c in cls.__mro__ if c.__module__.startswith("torch.optim."))
         cls._step_of_torch = _without_hooks(next(vars(c)["step"] for c in base.__mro__ if "step" in vars(c)))
         if cls.__doc__:  # python -OO has none
-            cls.__doc__ += _ARGUMENTS
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{inspect.cleandoc(_ARGUMENTS)}"
 
         def init(
             self: Any,
