@@ -34,19 +34,12 @@ constexpr int kTermNumbers = kNormStrength, kGroupNumbers = kStep + 1;
 // The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN.
 enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kSmoothL1 = 8 };
 
-// The numbers of an optimizer's step of a tensor (passes/step.h), beside kStep, its learning rate: momentum, beta1 or
-// the decay of the learning rate; dampening, beta2 or alpha; the steps so far, with this one.
-enum StepNumber : int { kWeightDecay, kFirstDecay, kSecondDecay, kEpsilon, kCount, kGradScale, kStepNumbers };
-constexpr int kRates = kCount;  // those that the options of an optimizer say
-
 // What is known of a chunk.
 struct ChunkNumbers {
   double of[kNumbers];  // its tensor's
   double factor;        // what gradients are multiplied by
   double norm;          // of its group, if it has one
   int terms;            // Terms; an absent one is neither summed nor differentiated
-  double step[kStepNumbers];
-  unsigned options;  // of a step
 };
 
 // What a term's gradient is multiplied by: the upstream gradient times the strength, each rounded to the

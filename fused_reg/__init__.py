@@ -10,6 +10,7 @@ __all__ = [
     "Regularizer",
     "accumulate_grad_",
     "fused_penalty",
+    "optim",
     "prox_",
     "reference",
     "regularized",
@@ -17,7 +18,7 @@ __all__ = [
 ]
 
 if not _take_installed(_Path(__file__).parent):
-    from fused_reg import reference
+    from fused_reg import optim, reference
     from fused_reg.functional import fused_penalty, value_and_grad
     from fused_reg.in_place import accumulate_grad_, prox_
     from fused_reg.regularizer import Regularizer

@@ -33,10 +33,12 @@ class Device(NamedTuple):
     has_random_state: bool = False
     #: A copy from pinned memory is not waited for.
     takes_pinned: bool = False
+    #: There are kernels of an optimizer's step.
+    has_steps: bool = False
 
 
 _ROWS = {
-    "cpu": Device("the CPU", has_bits_of_kernels=True),
+    "cpu": Device("the CPU", has_bits_of_kernels=True, has_steps=True),
     "cuda": Device(
         "a CUDA device",
         build="fused_reg is built without CUDA; where nvcc and a CUDA build of torch are installed, build it again "
@@ -57,6 +59,11 @@ def row_of(device: torch.device) -> Device:
 def is_at_hand(tensor: Tensor) -> bool:
     """Whether the host has its values, so that a look at them waits for nothing."""
     return tensor.is_cpu
+
+
+def has_steps(tensor: Tensor) -> bool:
+    """Whether the kernels take an optimizer's step there."""
+    return row_of(tensor.device).has_steps
 
 
 def is_captured(tensor: Tensor) -> bool:

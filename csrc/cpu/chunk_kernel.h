@@ -15,7 +15,7 @@ struct ChunkTask {
   Pass pass;
   void* streams[kStreams];  // those of the pass: [size] elements, any alignment
   int64_t size;
-  ChunkNumbers numbers;
+  StepNumbers numbers;
 };
 
 using ChunkKernel = ChunkSums (*)(const ChunkTask&);

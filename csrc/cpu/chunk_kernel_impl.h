@@ -266,11 +266,11 @@ ChunkSums run_pass(const ChunkTask& task) {
 #define FUSED_REG_RUN(name, terms, numbers) \
   case Pass::k##name:                       \
     return run_terms<dtype, name##Pass, terms>(task);
-  FUSED_REG_PASSES(FUSED_REG_RUN)
-  FUSED_REG_STEPS(FUSED_REG_RUN)
+    FUSED_REG_PASSES(FUSED_REG_RUN)
+    FUSED_REG_STEPS(FUSED_REG_RUN)
 #undef FUSED_REG_RUN
-      case Pass::kCount:
-    break;
+    case Pass::kCount:
+      break;
   }
   return {};
 }

@@ -37,6 +37,17 @@ constexpr int kStreams = 6;   // at most
 constexpr int kUnscaled = 5;  // that of gradients which a step has taken a loss scale from
 constexpr int kPassSums = 2;
 
+// The numbers of an optimizer's step of a tensor (passes/step.h), beside kStep, its learning rate: momentum, beta1 or
+// the decay of the learning rate; dampening, beta2 or alpha; the steps so far, with this one.
+enum StepNumber : int { kWeightDecay, kFirstDecay, kSecondDecay, kEpsilon, kCount, kGradScale, kStepNumbers };
+constexpr int kRates = kCount;  // those that the options of an optimizer say
+
+// What is known of a chunk beside the penalty's numbers, where an optimizer takes a step.
+struct StepNumbers : ChunkNumbers {
+  double step[kStepNumbers];
+  unsigned options;
+};
+
 constexpr unsigned bit(int i) { return 1u << i; }
 
 // How many streams there are up to the last of these.

@@ -1,17 +1,21 @@
 // The step of an optimizer: torch's single-tensor formulas in their order, every operation rounded once; with the
 // gradient of the penalty, or its proximal operator behind the step, and the sums of its terms before it.
 //
-//   g       the gradient, divided by a loss scale, negated where the objective is maximized
-//           + the penalty's gradient, unless it is proximal        + weight_decay * w, unless that is decoupled
-//   SGD     b = momentum * b + (1 - dampening) * g, the first is g     w = w - lr * (b, or with nesterov g + momentum *
-//   b) Adam    m = lerp(m, g, 1 - beta1), v = beta2 * v + (1 - beta2) * g * g
-//           w = w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)      amsgrad: the largest v so far
-//   RMSprop v = alpha * v + (1 - alpha) * g * g, d = sqrt(v) + eps     centered: sqrt(v - a * a) with a = lerp(a, g, 1
-//   - alpha)
-//           w = w - lr * g / d                                         momentum: w - lr * b with b = momentum * b + g /
-//           d
-//   Adagrad s = s + g * g                                              w = w - lr / (1 + (t - 1) * lr_decay) * g /
-//   (sqrt(s) + eps)
+//   g        the gradient, divided by a loss scale, negated where the objective is maximized
+//            + the penalty's gradient, unless the step is proximal
+//            + weight_decay * w, unless that is decoupled
+//
+//   SGD      b = momentum * b + (1 - dampening) * g, at first g
+//            w = w - lr * b;  with nesterov w - lr * (g + momentum * b)
+//   Adam     m = lerp(m, g, 1 - beta1)
+//            v = beta2 * v + (1 - beta2) * g * g;  with amsgrad d is of the largest so far
+//            d = sqrt(v) / sqrt(1 - beta2^t) + eps
+//            w = w - lr / (1 - beta1^t) * m / d
+//   RMSprop  v = alpha * v + (1 - alpha) * g * g, a = lerp(a, g, 1 - alpha)
+//            d = sqrt(v) + eps;  centered: sqrt(v - a * a) + eps
+//            w = w - lr * g / d;  with momentum b = momentum * b + g / d, w = w - lr * b
+//   Adagrad  s = s + g * g
+//            w = w - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
 //
 // A proximal step is that of prox.h with the learning rate, or with `kPreconditioned` with the rate of the element,
 // that is, what the step multiplies a gradient by that stays the same: lr / d. (SGD: lr * the sum of what momentum
@@ -94,7 +98,14 @@ struct StepPass : AnyPass {
   static constexpr unsigned kReads = bit(0) | bit(1), kWrites = bit(0) | bit(kUnscaled);
   static constexpr unsigned kOptional = bit(kUnscaled);
   static constexpr bool kHasOptions = true, kPositiveZeros = true;
-  enum { kDecayFactor = L1L2Gradient::kFactors, kGradScaleFactor, kRateL1, kRateL2, kProx, kOwn = kProx + Prox::kFactors };
+  enum {
+    kDecayFactor = L1L2Gradient::kFactors,
+    kGradScaleFactor,
+    kRateL1,
+    kRateL2,
+    kProx,
+    kOwn = kProx + Prox::kFactors
+  };
 
   template <class MultiplyAdd, class D, class Scaled>
   static FUSED_REG_INLINE void add(D* sums, D w, const D* f, const Scaled& scaled) {
@@ -103,7 +114,7 @@ struct StepPass : AnyPass {
 
   // rate: what a gradient that stays the same is multiplied by, if that is one number.
   template <class S>
-  static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f, double rate) {
+  static FUSED_REG_INLINE void factors(const StepNumbers& n, S* f, double rate) {
     L1L2Gradient::factors(n, f);
     const double decay = n.step[kWeightDecay];
     f[kDecayFactor] = static_cast<S>(n.options & kDecoupled ? 1 - n.of[kStep] * decay : decay);
@@ -172,7 +183,7 @@ struct SgdPass : StepPass<terms> {
   static constexpr unsigned states(unsigned options) { return options & kMomentum ? bit(2) : 0; }
 
   template <class S>
-  static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
+  static FUSED_REG_INLINE void factors(const StepNumbers& n, S* f) {
     const double momentum = n.step[kFirstDecay], share = 1 - n.step[kSecondDecay], lr = n.of[kStep];
     const double sum = n.options & kMomentum ? share / (1 - momentum) : 1;  // of the weights of a gradient
     const double gain = n.options & kNesterov ? 1 + momentum * sum : sum;
@@ -206,7 +217,7 @@ struct AdamPass : StepPass<terms> {
   static constexpr unsigned states(unsigned options) { return bit(2) | bit(3) | (options & kAmsgrad ? bit(4) : 0); }
 
   template <class S>
-  static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
+  static FUSED_REG_INLINE void factors(const StepNumbers& n, S* f) {
     const double beta1 = n.step[kFirstDecay], beta2 = n.step[kSecondDecay], lr = n.of[kStep], t = n.step[kCount];
     Base::factors(n, f, lr);
     f[kWeight] = static_cast<S>(1 - beta1);
@@ -246,7 +257,7 @@ struct RmspropPass : StepPass<terms> {
   }
 
   template <class S>
-  static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
+  static FUSED_REG_INLINE void factors(const StepNumbers& n, S* f) {
     const double momentum = n.step[kFirstDecay], alpha = n.step[kSecondDecay], lr = n.of[kStep];
     Base::factors(n, f, lr);
     f[kAlpha] = static_cast<S>(alpha);
@@ -287,9 +298,9 @@ struct AdagradPass : StepPass<terms> {
   static constexpr unsigned states(unsigned) { return bit(2); }
 
   template <class S>
-  static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
+  static FUSED_REG_INLINE void factors(const StepNumbers& n, S* f) {
     const double lr = n.of[kStep] / (1 + (n.step[kCount] - 1) * n.step[kFirstDecay]);
-    Base::factors(n, f, lr);
+    Base::factors(n, f, n.options & kPreconditioned ? lr : n.of[kStep]);
     f[kMinusLr] = static_cast<S>(-lr);
     f[kEps] = static_cast<S>(n.step[kEpsilon]);
     f[kLr] = static_cast<S>(lr);

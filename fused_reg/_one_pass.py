@@ -1,0 +1,263 @@
+"""What the optimizers of `fused_reg.optim` have in common."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
+from operator import is_
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.compiler import is_dynamo_compiling
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from fused_reg import _devices, _ops
+from fused_reg._step_plans import UNSCALE, Formula, Numbers, Plans, Prox, Tensors, check_options, has_penalty
+from fused_reg.functional import fused_penalty
+from fused_reg.in_place import accumulate_grad_, prox_
+from fused_reg.regularizer.steps import is_inert
+
+_OWN: dict[str, Any] = {"l1": 0.0, "l2": 0.0, "prox": False}
+_outside_of_graphs: list[Any] = []
+
+_ARGUMENTS = """
+    Args:
+        params: as of torch's class; so are the arguments that follow.
+        l1: the strength of ``sum |w|``, a finite float >= 0, or a 0-dim tensor on the CPU or on the parameters' device,
+            whose value each step reads; taken as a constant. An option of a parameter group, as ``weight_decay`` is.
+        l2: the strength of ``sum w ** 2``, likewise; ``weight_decay=wd`` coupled to the gradient is ``l2=wd / 2``.
+        prox: ``False``: the gradient of the penalty is added to the loss's, as if the loss contained it. ``True``: its
+            proximal operator with the learning rate follows the step, which makes weights exactly zero.
+            ``"preconditioned"``: with the rate of each element, so that training comes to rest at the minimum of loss
+            and penalty. See :doc:`/guides/weight_decay`. An option of a group, too.
+
+    What has no gradient is left alone, as by ``weight_decay``, and counts in ``penalty``. With ``maximize=True`` the
+    penalty shrinks weights all the same. State dicts load into torch's class and from it.
+
+    Raises:
+        TypeError: ``l1`` or ``l2`` is no number; at a step with a penalty, a parameter is complex or a gradient sparse.
+        ValueError: a strength is negative or not finite, ``prox`` is something else; ``differentiable=True``.
+        NotImplementedError: at a step, ``prox="preconditioned"`` where the parameters are not plain tensors on the CPU.
+            Other parameters (a GPU's, DTensors) take the penalty, torch's own step and the proximal step in turn.
+    """
+
+
+class _Part(NamedTuple):
+    """Parameters whose penalty is computed when somebody looks."""
+
+    params: list[Tensor]
+    l1: float | Tensor
+    l2: float | Tensor
+
+    def penalty(self) -> Tensor:
+        with torch.no_grad():
+            return fused_penalty(self.params, self.l1, self.l2)
+
+
+def _total(parts: Sequence[Tensor | _Part]) -> Tensor:
+    values = [part if isinstance(part, Tensor) else part.penalty() for part in parts]
+    return functools.reduce(torch.add, values) if values else torch.zeros(())
+
+
+def _calls_hooks(function: Any) -> Any:
+    """What torch makes of a step: it calls the hooks, and has a name in profiles. Where there is nothing to call, it
+    takes no time."""
+    with_hooks = Optimizer.profile_hook_step(function)
+
+    @functools.wraps(function)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            if not _outside_of_graphs:
+                _outside_of_graphs.append(torch.compiler.disable(call))  # type: ignore[no-untyped-call]
+            return _outside_of_graphs[0](self, *args, **kwargs)
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or profiler._is_profiler_enabled
+        ):
+            return with_hooks(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
+
+    hooked: Any = call
+    hooked.hooked = True
+    return hooked
+
+
+def _without_hooks(function: Any) -> Any:
+    while getattr(function, "hooked", False):
+        function = function.__wrapped__
+    return function
+
+
+class OnePass(Optimizer):
+    """What the five have in common. Each is of this class and of torch's."""
+
+    _pass: ClassVar[int]  # in the order of csrc/passes/step.h
+    _makes_states: ClassVar[bool] = True  # torch's class, before a step; else the step itself does
+    _step_of_torch: ClassVar[Callable[[Any], Any]]  # without hooks, which run in ours
+    _given: Mapping[str, Any] = _OWN
+    _last: Sequence[Tensor | _Part] | None = None  # the penalty of the last step
+    _plans: Plans
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_pass" not in vars(cls):
+            return
+        base: Any = next(c for c in cls.__mro__ if c.__module__.startswith("torch.optim."))
+        cls._step_of_torch = _without_hooks(next(vars(c)["step"] for c in base.__mro__ if "step" in vars(c)))
+        if cls.__doc__:  # python -OO has none
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{inspect.cleandoc(_ARGUMENTS)}"
+
+        def init(
+            self: Any,
+            *args: Any,
+            l1: float | Tensor = 0.0,
+            l2: float | Tensor = 0.0,
+            prox: Prox = False,
+            **kwargs: Any,
+        ) -> None:
+            own = {"l1": l1, "l2": l2, "prox": prox}
+            self._given, self._plans = own, Plans()
+            base.__init__(self, *args, **kwargs)
+            self.defaults.update(own)
+
+        written, own = (inspect.signature(f).parameters.values() for f in (base.__init__, init))
+        more = [p for p in own if p.name in _OWN]
+        function: Any = init
+        function.__signature__ = inspect.Signature([*written, *more], return_annotation=None)
+        function.__name__, function.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
+        cls.__init__ = function  # type: ignore[method-assign]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of torch; ``l1``, ``l2`` and ``prox`` are options of a group."""
+        if isinstance(param_group, dict):
+            for key, value in self._given.items():
+                param_group.setdefault(key, self.defaults.get(key, value))
+            check_options(f"{type(self).__name__}: ", {**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also what `load_state_dict` ends with. What torch's class has saved leaves our options as they are."""
+        before = vars(self).get("param_groups") or repeat(state.get("defaults", _OWN))
+        for i, (group, old) in enumerate(zip(state["param_groups"], before, strict=False)):
+            for key, value in _OWN.items():
+                group.setdefault(key, old.get(key, value))
+            check_options(f"{type(self).__name__}: param_groups[{i}]: ", group)
+        super().__setstate__(state)
+        self._plans = Plans()
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalty of all parameters before the last step, 0-dim, on their device, without a synchronization; before
+        the first step, the penalty now. Of DTensors without a gradient it is reduced when it is looked at."""
+        if self._last is None:
+            return _total([_Part(group["params"], group["l1"], group["l2"]) for group in self.param_groups])
+        return _total(self._last)
+
+    @_calls_hooks
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of torch's optimizer, with the penalty in it.
+
+        Args:
+            closure: computes the loss anew, and returns it. It is without the penalty.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        own = self.__dict__
+        found_inf, grad_scale = own.get("found_inf"), own.get("grad_scale")  # of a GradScaler, if fused=True
+        if found_inf is not None and _devices.is_at_hand(found_inf) and bool(found_inf):
+            return loss
+        plans = self._plans.of(self)
+        if plans is None:
+            self._step_in_turn(found_inf, grad_scale)
+            return loss
+        is_none = all(numbers.may_be_inert for _, numbers, _ in plans) and is_inert(self)
+        last: list[Tensor | _Part] = []
+        for group, (tensors, numbers, grads) in zip(self.param_groups, plans, strict=True):
+            if grads:
+                last.append(self._launch(tensors, numbers, grads, grad_scale, is_none))
+            if tensors.rest:
+                last.append(_Part(tensors.rest, group["l1"], group["l2"]))
+        if not is_none:
+            self._last = last
+        return loss
+
+    def _launch(
+        self, tensors: Tensors, numbers: Numbers, grads: list[Tensor], grad_scale: Tensor | None, is_none: bool
+    ) -> Tensor:
+        """The step of a group. One that is none makes the states, as torch.distributed.checkpoint wants it, without the
+        penalty."""
+        held, keys = tensors.held, tensors.keys
+        is_first: list[bool] = []
+        steps: list[Tensor] = []
+        if self._makes_states:
+            states, steps = [x[key] for key in keys for x in held], [x["step"] for x in held]
+        else:
+            states = [x.get(key) for key in keys for x in held]
+            is_first = list(map(is_, states, repeat(None)))
+            if any(is_first):
+                states = [torch.empty_like(p) if x is None else x for p, x in zip(tensors.taken, states, strict=True)]
+        options, strengths = numbers.options, numbers.strengths
+        if grad_scale is not None:
+            options, grad_scale = options | UNSCALE, grad_scale.reshape(())
+        if is_none:
+            strengths = strengths.having(l1=(), l2=())
+        value = _ops.step_(
+            tensors.taken, grads, states, steps, is_first, self._pass, options, numbers.rates, grad_scale, *strengths
+        )
+        if any(is_first):
+            for x, state in zip(held, states, strict=True):
+                x[keys[0]] = state
+        return value
+
+    def _step_in_turn(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """The same where the kernels do not take a step: the penalty's gradient, torch's step, the proximal step."""
+        groups = [group for group in self.param_groups if has_penalty(group)]
+        for group in groups:
+            self._check_in_turn(group)
+        is_none = len(groups) > 0 and is_inert(self)
+        last: list[Tensor | _Part] = []
+        shrunk: list[tuple[list[Tensor], Any, Any, Any]] = []
+        for group in () if is_none else groups:
+            params, l1, l2 = [p for p in group["params"] if p.grad is not None], group["l1"], group["l2"]
+            if params and group["prox"]:
+                last.append(_Part(params, l1, l2).penalty())
+                lr = group["lr"]
+                shrunk.append((params, l1, l2, lr if isinstance(lr, Tensor) else max(lr, 0.0)))
+            elif params:
+                sign = -1.0 if group["maximize"] else 1.0
+                last.append(accumulate_grad_(params, l1, l2, scale=sign if grad_scale is None else grad_scale * sign))
+            if len(params) < len(group["params"]):
+                last.append(_Part([p for p in group["params"] if p.grad is None], l1, l2))
+        share: Any = 1.0
+        if found_inf is not None:  # a GPU knows whether the step will be skipped
+            share = (found_inf == 0).reshape(())
+            last = [torch.where(share, _total(last), self.penalty)] if last else []
+        if not is_none:
+            self._last = last
+        self._step_of_torch()
+        for params, l1, l2, lr in shrunk:
+            prox_(params, l1, l2, step=lr * share)
+
+    def _check_in_turn(self, group: Mapping[str, Any]) -> None:
+        where = f"{type(self).__name__}: "
+        check_options(where, group)
+        if group["prox"] == "preconditioned":
+            raise NotImplementedError(f'{where}prox="preconditioned" is supported for plain tensors on the CPU')
+        for i, p in enumerate(group["params"]):
+            if p.is_complex():
+                raise TypeError(f"{where}params[{i}] must be real where l1 or l2 is not 0, got {p.dtype}")
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise TypeError(f"{where}params[{i}].grad must be dense where l1 or l2 is not 0, got {p.grad.layout}")
+
+    def _formula(self, group: Mapping[str, Any]) -> Formula:
+        raise NotImplementedError

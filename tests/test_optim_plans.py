@@ -1,0 +1,248 @@
+"""What an optimizer of ours keeps from step to step, and every change that it has to notice.
+
+Each test makes the change with two optimizers: one that has made steps before, and a new one with copies of its weights
+and states. Both must then step alike, bit for bit.
+"""
+
+import copy
+
+import pytest
+import torch
+from optim_cases import PENALTY, assert_same, assert_same_states, given
+
+from fused_reg import _step_plans, optim
+
+NAMES = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"]
+MOMENTUM = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.5, "centered": True}, "Adam": {"amsgrad": True}}
+
+
+def made(name="SGD", **options):
+    """Of two groups, after two steps."""
+    params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 17, 3, 33)]
+    options = {"lr": 0.125, **MOMENTUM.get(name, {}), **PENALTY, **options}
+    optimizer = getattr(optim, name)([{"params": params[:2]}, {"params": params[2:], "l1": 0.25}], **options)
+    for i in range(2):
+        given(optimizer, i).step()
+    return optimizer
+
+
+def check(optimizer, change, steps=2):
+    """The change, and what comes of it."""
+    fresh = copy.deepcopy(optimizer)
+    given(optimizer, 7)
+    given(fresh, 7)
+    before = copy.deepcopy(fresh)
+    change(optimizer)
+    change(fresh)
+    for _ in range(steps):
+        optimizer.step()
+        copied = copy.deepcopy(fresh)  # without plans
+        for group, own in zip(copied.param_groups, fresh.param_groups, strict=True):
+            for p, q in zip(group["params"], own["params"], strict=True):
+                p.grad = q.grad
+        fresh = copied
+        fresh.step()
+    pairs = [(a["params"], b["params"]) for a, b in zip(optimizer.param_groups, fresh.param_groups, strict=True)]
+    for ours, theirs in pairs:
+        assert_same(ours, theirs, rtol=0, atol=0)
+    assert_same_states(optimizer, fresh, rtol=0, atol=0)
+    torch.testing.assert_close(optimizer.penalty, fresh.penalty, rtol=0, atol=0)
+    for _ in range(steps):
+        before.step()
+    return before, optimizer
+
+
+def check_takes_effect(optimizer, change):
+    before, after = check(optimizer, change)
+    first = before.param_groups[1]["params"][0], after.param_groups[1]["params"][0]
+    assert not torch.equal(*first)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        *((name, "lr", 0.5) for name in NAMES),
+        *((name, "l1", 0.75) for name in NAMES),
+        ("SGD", "l1", 0),
+        ("SGD", "l2", 0.75),
+        ("SGD", "prox", True),
+        ("SGD", "prox", "preconditioned"),
+        ("SGD", "momentum", 0.25),
+        ("SGD", "momentum", 0),
+        ("SGD", "dampening", 0.25),
+        ("SGD", "weight_decay", 0.25),
+        ("SGD", "weight_decay", torch.tensor(0.25)),
+        ("SGD", "nesterov", True),
+        ("SGD", "maximize", True),
+        ("SGD", "l1", torch.tensor(0.75)),
+        ("SGD", "lr", torch.tensor(0.5)),
+        ("SGD", "lr", torch.tensor([0.5])),
+        ("SGD", "lr", torch.tensor(1)),
+        ("Adam", "betas", (0.5, 0.75)),
+        ("Adam", "eps", 0.5),
+        ("Adam", "amsgrad", False),
+        ("Adam", "decoupled_weight_decay", True),
+        ("AdamW", "weight_decay", 0.25),
+        ("RMSprop", "alpha", 0.5),
+        ("RMSprop", "centered", False),
+        ("RMSprop", "momentum", 0),
+        ("Adagrad", "lr_decay", 0.5),
+    ],
+)
+def test_options(name, key, value):
+    def change(optimizer):
+        optimizer.param_groups[1][key] = value
+
+    optimizer = made(name, **({"weight_decay": 0.5} if key == "decoupled_weight_decay" else {}))
+    check_takes_effect(optimizer, change)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"), [("l1", ()), ("l2", ()), ("lr", ()), ("lr", (1,)), ("weight_decay", ()), ("weight_decay", (1,))]
+)
+def test_tensors_that_change_in_place(key, shape):
+    def change(optimizer):
+        optimizer.param_groups[1][key].fill_(0.5)
+
+    optimizer = made()
+    optimizer.param_groups[1][key] = torch.full(shape, 0.0625)
+    given(optimizer).step()
+    check_takes_effect(optimizer, change)
+
+
+def test_betas_that_change_in_place():
+    def change(optimizer):
+        optimizer.param_groups[1]["betas"][0] = 0.25
+
+    optimizer = made("Adam", amsgrad=False)
+    optimizer.param_groups[1]["betas"] = [0.9, 0.99]
+    given(optimizer).step()
+    check_takes_effect(optimizer, change)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name):
+    """One is missing, comes back, and is another tensor, of another dtype or layout."""
+    optimizer = made(name)
+    p = optimizer.param_groups[0]["params"][1]
+    kept = p.detach().clone()
+
+    def lose(o):
+        o.param_groups[0]["params"][1].grad = None
+
+    check(optimizer, lose)
+    assert torch.equal(p, kept)
+    check(optimizer, lambda o: None)  # all have one again
+    assert not torch.equal(p, kept)
+
+    def exchange(o):
+        q = o.param_groups[0]["params"][1]
+        q.grad = torch.stack([q.grad, q.grad], dim=-1)[..., 0]
+
+    check(optimizer, exchange)
+
+    def lose_all(o):
+        for group in o.param_groups:
+            for q in group["params"]:
+                q.grad = None
+
+    check(optimizer, lose_all)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters(name):
+    def exchange(o):
+        other = torch.nn.Parameter(torch.ones(7))
+        o.state[other] = {key: torch.ones(7) for key in o.state.pop(o.param_groups[0]["params"][0])}
+        o.state[other] |= {"step": torch.tensor(2.0)} if name != "SGD" else {}
+        o.param_groups[0]["params"][0] = other
+        other.grad = torch.ones(7)
+
+    def add(o):
+        o.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))]})
+        o.param_groups[-1]["params"][0].grad = torch.ones(4)
+
+    def drop(o):
+        del o.state[o.param_groups[0]["params"].pop(0)]
+
+    def drop_group(o):
+        for p in o.param_groups.pop()["params"]:
+            del o.state[p]
+
+    def widen(o):
+        o.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(4)))
+        if name == "Adagrad":  # whose constructor makes the states
+            o.state[o.param_groups[0]["params"][-1]] = {"step": torch.tensor(0.0), "sum": torch.zeros(4)}
+        o.param_groups[0]["params"][-1].grad = torch.ones(4)
+
+    for change in (exchange, add, drop, widen, drop_group, lambda o: o.param_groups.reverse()):
+        check(made(name), change)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_data(name):
+    """Of a parameter: another memory, another dtype of all."""
+
+    def move(o):
+        p = o.param_groups[0]["params"][0]
+        p.data = p.data.clone() * 2
+
+    def convert(o):
+        for group in o.param_groups:
+            for p in group["params"]:
+                p.grad, grad = None, p.grad.double()
+                p.data = p.data.double()
+                p.grad = grad
+
+    for change in (move, convert):
+        check(made(name), change)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states(name):
+    """Replaced, loaded, or cleared."""
+    key = {"SGD": "momentum_buffer", "RMSprop": "square_avg", "Adagrad": "sum"}.get(name, "exp_avg")
+
+    def first(o):
+        return o.param_groups[0]["params"][0]
+
+    def replace(o):
+        o.state[first(o)][key] = torch.ones(5)
+
+    def replace_all(o):
+        o.state[first(o)] = {k: torch.ones_like(x) for k, x in o.state[first(o)].items()}
+
+    def load(o):
+        state = copy.deepcopy(o.state_dict())
+        state["state"][0][key] += 1
+        o.load_state_dict(state)
+
+    def clear(o):
+        o.state[first(o)].clear()
+
+    def clear_all(o):
+        o.state.clear()
+
+    for change in (replace, replace_all, load) + ((clear, clear_all) if name != "Adagrad" else ()):
+        check(made(name), change)
+
+
+def test_nothing_changes(monkeypatch):
+    """Then nothing is looked up again; also where parameters have no gradient. A scheduler changes numbers alone."""
+    built = []
+    for what in ("_tensors", "_numbers"):
+        build = getattr(_step_plans.Plans, what)
+        monkeypatch.setattr(
+            _step_plans.Plans, what, staticmethod(lambda *a, what=what, build=build: built.append(what) or build(*a))
+        )
+    optimizer = made("Adam")
+    optimizer.param_groups[0]["params"][0].grad = None
+    optimizer.step()
+    built.clear()
+    optimizer.step()
+    optimizer.param_groups[0]["params"][1].grad = torch.ones(17)
+    optimizer.step()
+    assert built == []
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert built == ["_numbers"]
