@@ -260,7 +260,7 @@ class List {
     for (int64_t begin = 0; begin < tensors_[t].size; begin += kChunkSize) {
       ChunkTask task{};
       task.dtype = tensors_[t].dtype;
-      task.numbers = numbers(t);
+      static_cast<ChunkNumbers&>(task.numbers) = numbers(t);
       task.streams[0] = params_[t].begin + begin * size_of(task.dtype);
       task.size = std::min<int64_t>(kChunkSize, tensors_[t].size - begin);
       body(task, begin * size_of(task.dtype));
