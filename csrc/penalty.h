@@ -141,6 +141,11 @@ struct L2 : Term<kL2, kL2Strength> {
   static FUSED_REG_INLINE V gradient(V w, const V* f) {
     return f[0] * (w + w);
   }
+
+  template <class V>
+  static FUSED_REG_INLINE V prox(V w, V step, V strength) {
+    return w / (1 + 2 * (step * strength));
+  }
 };
 
 // |w| with a parabola of the width beta at 0: w^2 / (2 beta) where |w| < beta, else |w| - beta / 2.
@@ -206,7 +211,7 @@ struct SmoothL1 : Term<kSmoothL1, kSmoothL1Strength> {
 
   template <class S>
   static FUSED_REG_INLINE void prox_factors(const ChunkNumbers& n, S* f) {
-    const double step = n.of[kStep] / (1 + 2 * (n.of[kStep] * n.of[kL2Strength]));
+    const double step = L2::prox(n.of[kStep], n.of[kStep], n.of[kL2Strength]);
     const double height = step * n.of[kStrength], beta = n.of[kBeta];
     f[0] = static_cast<S>(height);
     f[1] = static_cast<S>(beta + height);
@@ -324,7 +329,7 @@ FUSED_REG_INLINE V soft(V w, V threshold) {
 FUSED_REG_INLINE double shrinkage(double l2, double l2_norm, double step, double norm) {
   const double threshold = step * l2_norm;
   const double block = threshold == 0 ? 1 : norm <= threshold ? 0 : 1 - threshold / norm;
-  return block / (1 + 2 * (step * l2));
+  return L2::prox(block, step, l2);
 }
 
 // Of the bits of a half type, of which -0 comes from the last rounding.

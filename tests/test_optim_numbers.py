@@ -1,15 +1,11 @@
 """The numbers of `fused_reg.optim`: bits, errors, and where training comes to rest."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from capabilities import capabilities, output_with
 from optim_cases import CASES, ONE_EACH, PENALTY, named, numbers, pair, results
-from test_golden import _capabilities
 
 from fused_reg import optim
 
@@ -150,19 +146,9 @@ def test_maximize():
 @pytest.mark.parametrize("asked", ["default", *(pytest.param(s, marks=pytest.mark.long) for s in ("avx2", "avx512"))])
 def test_instruction_sets(asked):
     """The same bits in each."""
-    if asked not in _capabilities():
+    if asked not in capabilities():
         pytest.skip(f"this CPU has no {asked}")
-    folder = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", "import optim_cases; print(optim_cases.results())"],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": asked, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
-        cwd=folder.parent,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    assert done.stdout.strip() == results()
+    assert output_with(asked, "import optim_cases; print(optim_cases.results())") == results()
 
 
 @pytest.mark.parametrize(("name", "options"), named(ONE_EACH))

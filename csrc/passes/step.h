@@ -120,7 +120,7 @@ struct StepPass : AnyPass {
     f[kDecayFactor] = static_cast<S>(n.options & kDecoupled ? 1 - n.of[kStep] * decay : decay);
     f[kGradScaleFactor] = static_cast<S>(n.step[kGradScale]);
     f[kRateL1] = static_cast<S>(n.of[kL1Strength]);
-    f[kRateL2] = static_cast<S>(2 * n.of[kL2Strength]);
+    f[kRateL2] = static_cast<S>(n.of[kL2Strength]);
     ChunkNumbers own = n;
     own.of[kStep] = rate;
     Prox::factors(own, f + kProx);
@@ -167,7 +167,7 @@ struct StepPass : AnyPass {
   static FUSED_REG_INLINE V shrunk(V w, const V* f, unsigned options, const Rate& rate) {
     if (terms != kNone && options & kPreconditioned) {
       const V r = rate();
-      return soft(w, r * f[kRateL1]) * (1 / (1 + r * f[kRateL2])) + V{};
+      return L2::prox(soft(w, r * f[kRateL1]), r, f[kRateL2]) + V{};
     }
     return shrunk(w, f, options);
   }

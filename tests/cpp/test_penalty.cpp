@@ -16,10 +16,10 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr int kAnyAndFurther = kAnyTerms | kFurther;
 
 // The gradient of a pass, with numbers {l1, l2, l2_norm, step, ...}.
-template <int terms>
-double gradient(double w, const ChunkNumbers& numbers) {
+template <int terms, class S>
+S gradient(S w, const ChunkNumbers& numbers) {
   using Pass = GradientPass<terms>;
-  double f[Pass::kFactors], x[2] = {w, 0};
+  S f[Pass::kFactors], x[2] = {w, 0};
   Pass::factors(numbers, f);
   Pass::element(x, f);
   return x[1];
@@ -237,11 +237,7 @@ void expect_smooth_penalty() {
 
 template <class S>
 S smooth_gradient(S w, const ChunkNumbers& numbers) {
-  using Pass = GradientPass<kAnyAndFurther>;
-  S f[Pass::kFactors], x[2] = {w, 0};
-  Pass::factors(numbers, f);
-  Pass::element(x, f);
-  return x[1];
+  return gradient<kAnyAndFurther>(w, numbers);
 }
 
 template <class S>
