@@ -240,7 +240,15 @@ ChunkSums run_compiled(const ChunkTask& task) {
 template <Dtype dtype, template <int> class P, int known>
 ChunkSums run_terms(const ChunkTask& task) {
   if constexpr (P<known>::kHasOptions) {
-    return task.numbers.terms == kNone ? run_kernel<dtype, P<kNone>>(task) : run_kernel<dtype, P<known>>(task);
+    if (task.numbers.terms == kNone) {
+      return run_kernel<dtype, P<kNone>>(task);
+    }
+    if ((task.numbers.terms & ~known) == 0) {
+      return run_kernel<dtype, P<known>>(task);
+    }
+    const ChunkSums sums = run_terms<dtype, PenaltyPass, known>(task);
+    run_kernel<dtype, P<kAllTerms>>(task);
+    return sums;
   } else if constexpr (P<known>::kSums != 0 && known != kNone) {
     if (task.numbers.terms & kFurther) {
       ChunkSums sums = run_compiled<dtype, PenaltyPass, kL1L2>(task);

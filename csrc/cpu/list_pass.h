@@ -52,6 +52,9 @@ class ListPass {
 
   Grouping group() const { return group_; }
 
+  // The value shall be float64.
+  void want_exact() { is_exact_ = true; }
+
   // Parameter t as one run of memory: itself, or a copy.
   const at::Tensor& dense(size_t t) const { return dense_[t]; }
 
@@ -67,7 +70,7 @@ class ListPass {
   // The penalty, 0-dim, float64 if any parameter is, else float32; and every gradient that was asked for, times scale.
   at::Tensor run_penalty(const NumberArg& scale) {
     set_passes(number(scale), Pass::kPenaltyGradient, Pass::kPenaltyAccumulate);
-    return penalty_of(run_sums());
+    return value(penalty_of(run_sums()));
   }
 
   // The penalty with l2_norm, and the norm of every group, [groups] float64.
@@ -124,13 +127,16 @@ class ListPass {
   void run_prox(const OptionalTensor& norms, at::IntArrayRef first_groups) {
     set_pass(Pass::kProx);
     for (const auto t : c10::irange(tasks_.size())) {
+      tasks_[t].numbers.terms = AllTerms::present(tasks_[t].numbers.of);
       tasks_[t].streams[0] = dense_[t].mutable_data_ptr();
     }
     run_with_norms(norms, first_groups);
   }
 
-  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it.
-  at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale) {
+  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. With norms, those of
+  // run_group_penalty(), which gave that; a proximal step does not use them, and is without its proximal operator.
+  at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale,
+                      const OptionalTensor& norms, at::IntArrayRef first_groups) {
     const double scale = number(grad_scale);
     for (const auto t : c10::irange(tasks_.size())) {
       ChunkTask& task = tasks_[t];
@@ -141,12 +147,18 @@ class ListPass {
         task.streams[s] = row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr();
       }
       task.numbers.factor = 1;
+      const bool is_alone = norms.has_value() && (row.options & kProximal) != 0;
+      task.numbers.terms = is_alone ? kNone : AllTerms::present(task.numbers.of);
       task.numbers.options = row.options;
       std::copy(row.rates, row.rates + kRates, task.numbers.step);
       task.numbers.step[kCount] = row.count == nullptr ? 0 : counted(*row.count);
       task.numbers.step[kGradScale] = scale;
     }
-    return penalty_of(run_sums());
+    if (!norms.has_value()) {
+      return value(penalty_of(run_sums()));
+    }
+    run_with_norms(norms, first_groups);
+    return {};
   }
 
   // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
@@ -217,12 +229,12 @@ class ListPass {
     return sums;
   }
 
-  at::Tensor penalty_of(const std::vector<ChunkSums>& sums) const {
+  double penalty_of(const std::vector<ChunkSums>& sums) const {
     const auto chunk_penalty = [&](int64_t c, size_t t) {
       return SummedTerms::penalty(tasks_[t].numbers.of, sums[c].of);
     };
     size_t t = 0;
-    return value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
+    return column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); });
   }
 
   // The norm of every group, [groups] float64; each(t, g, squares) is told the sum of squares of group g of tensor t.
@@ -269,7 +281,7 @@ class ListPass {
   }
 
   at::Tensor value(double total) const {
-    const at::ScalarType dtype = value_dtype(dense_);
+    const at::ScalarType dtype = is_exact_ ? at::kDouble : value_dtype(dense_);
     // at::scalar_tensor would take two trips through the dispatcher, a tenth of a small call.
     at::Tensor value = at::detail::empty_cpu({}, dtype);
     if (dtype == at::kDouble) {
@@ -315,6 +327,7 @@ class ListPass {
 
   Grouping group_;
   bool has_further_;
+  bool is_exact_ = false;
   std::vector<at::Tensor> dense_;
   std::vector<ChunkTask> tasks_;
   std::vector<bool> adds_;  // per tensor, where gradients are asked for
