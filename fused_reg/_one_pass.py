@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_reg import _devices, _ops
+from fused_reg._partitioned import check_whole
 from fused_reg._step_plans import UNSCALE, Formula, Numbers, Plans, Prox, Tensors, check_options, has_penalty
 from fused_reg.functional import fused_penalty
 from fused_reg.in_place import accumulate_grad_, prox_
@@ -41,7 +42,8 @@ _ARGUMENTS = """
 
     Raises:
         TypeError: ``l1`` or ``l2`` is no number; at a step with a penalty, a parameter is complex or a gradient sparse.
-        ValueError: a strength is negative or not finite, ``prox`` is something else; ``differentiable=True``.
+        ValueError: a strength is negative or not finite, ``prox`` is something else; ``differentiable=True``; at a step
+            with a penalty, a parameter is a placeholder (DeepSpeed ZeRO-3) or a piece (FSDP1).
         NotImplementedError: at a step, ``prox="preconditioned"`` where the parameters are not plain tensors on the CPU.
             Other parameters (a GPU's, DTensors) take the penalty, torch's own step and the proximal step in turn.
     """
@@ -253,6 +255,7 @@ class OnePass(Optimizer):
         check_options(where, group)
         if group["prox"] == "preconditioned":
             raise NotImplementedError(f'{where}prox="preconditioned" is supported for plain tensors on the CPU')
+        check_whole(type(self).__name__, group["params"])
         for i, p in enumerate(group["params"]):
             if p.is_complex():
                 raise TypeError(f"{where}params[{i}] must be real where l1 or l2 is not 0, got {p.dtype}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_reg import _devices, _ops
 from fused_reg._arguments import PLAIN_TYPES, as_number, check_values, is_number
+from fused_reg._partitioned import check_whole
 from fused_reg._terms import Column, Strengths
 
 #: How the penalty is in a step: its gradient is added to the loss's, or its proximal operator follows the step, with
@@ -78,11 +79,8 @@ class Plans:
             params = group["params"]
             grads = list(map(_grad_of, params))
             kinds = set(map(type, grads))
-            if (
-                not _GRADS.issuperset(kinds)
-                or _ops.survey(params) & _ODD
-                or (params and not _devices.has_steps(params[0]))
-            ):
+            found = _ops.survey(params)
+            if not _GRADS.issuperset(kinds) or found & _ODD or (params and not _devices.has_steps(params[0])):
                 return None
             tensors, numbers = self._last[i] if has_old else (None, None)
             given = list(group.values())
@@ -108,6 +106,8 @@ class Plans:
                 if any(map(Tensor.is_complex, params)):
                     return None
                 tensors, has_new = self._tensors(optimizer, group, missing), True
+            if has_new and found & _ops.HAS_ATTRIBUTES and has_penalty(group):
+                check_whole(type(optimizer).__name__, params)
             plans.append((tensors, numbers, [g for g in grads if g is not None] if missing else grads))
         if has_new:
             self._last = [plan[:2] for plan in plans]
