@@ -1,43 +1,10 @@
-"""`fused_reg.optim` with DTensors, and in other people's loops."""
+"""`fused_reg.optim` in other people's loops."""
 
-import copy
 import os
 import subprocess
 import sys
 
-import optim_cases as cases
 import pytest
-import torch
-from optim_cases import ONE_EACH, PENALTY, named
-from ranks import ranks
-
-EACH = pytest.mark.parametrize(("name", "options"), named(ONE_EACH))
-
-
-def of_shards(name, options, prox):
-    """What three steps make of a net that is sharded, and the penalty."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import init_device_mesh
-
-    model = cases.net()
-    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-    optimizer = cases.pair(name)[1](model.parameters(), **options, **PENALTY, prox=prox)
-    cases.train(model, optimizer, range(3))
-    copy.deepcopy(optimizer.state_dict())
-    return [p.detach().full_tensor() for p in model.parameters()], optimizer.penalty
-
-
-@pytest.mark.parametrize("prox", [False, True])
-@EACH
-def test_shards(name, options, prox):
-    options = {k: x for k, x in options.items() if k != "lr_decay"}
-    model = cases.net()
-    optimizer = cases.pair(name)[1](model.parameters(), **options, **PENALTY, prox=prox)
-    cases.train(model, optimizer, range(3))
-    for params, penalty in ranks(2).run(of_shards, name, options, prox):
-        cases.assert_same(params, model)
-        torch.testing.assert_close(penalty, optimizer.penalty, check_dtype=False)
-
 
 LIGHTNING = """
 import lightning.pytorch as pl
