@@ -19,11 +19,19 @@ from fused_reg.regularizer.strengths import Column, Held, identity, tensor_of
 UNSCALE = 256
 
 
+class Place(NamedTuple):
+    """Where a parameter is; ``processes``: that have a part of it each."""
+
+    device: torch.device
+    processes: Any = None
+    is_cut: bool = False  # a DTensor
+
+
 class Batch(NamedTuple):
     """Parameters of one group of the optimizer that can be in one launch."""
 
     group: int
-    place: Any  # their device; of DTensors also the processes that share them
+    place: Place
     norms: int  # what l2_norm takes the norms of; 0: none
     params: list[Tensor]
     states: list[dict[str, Any]]
@@ -56,8 +64,8 @@ class Launch:
     def __init__(self, optimizer: Any, parts: Sequence[tuple[Batch, Numbers]]) -> None:
         batch, numbers = parts[0]
         self.params = [p for part, _ in parts for p in part.params]
-        self.processes = batch.place[1]
-        self._is_sharded = is_dtensor(self.params[0])
+        self.processes = batch.place.processes
+        self._is_sharded = batch.place.is_cut
         self._states = [state for part, _ in parts for state in part.states]
         self._keys = batch.keys
         self._has_counts = optimizer._makes_states

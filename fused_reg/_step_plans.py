@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_reg import _devices, _ops
 from fused_reg._arguments import as_number, check_values, is_dtensor, is_number
 from fused_reg._partitioned import check_whole
-from fused_reg._step_launches import Batch, Launch, Numbers
+from fused_reg._step_launches import Batch, Launch, Numbers, Place
 from fused_reg._step_penalty import dtype_of
 from fused_reg._terms import GROUPS, TERM_OF
 from fused_reg.distributed.buckets import sharing
@@ -116,7 +116,7 @@ def _batches(
             entry = entries.get(id(p)) if p.requires_grad else None
             norms = GROUPS[entry.group] if entry is not None and entry.has("l2_norm") else 0
             place = _place(p)
-            if place is None or (norms and place[1:] != (None,)):
+            if place is None or (norms and place.is_cut):
                 return None
             taken.setdefault((place, norms), []).append(p)
         keys = formulas[i].keys
@@ -130,16 +130,16 @@ def _batches(
     return batches, rest
 
 
-def _place(p: Any) -> tuple[Any, Any] | None:
-    """Where it is: its device, and of a DTensor the processes that share it. None where there are no kernels."""
+def _place(p: Any) -> Place | None:
+    """None where there are no kernels."""
     if not is_dtensor(p):
         is_odd = _ops.survey([p]) & _ODD or p.is_complex() or not _devices.has_steps(p) or is_dtensor(p.grad)
-        return None if is_odd else (p.device, None)
+        return None if is_odd else Place(p.device)
     local = p._local_tensor
     is_odd = any(placement.is_partial() for placement in p.placements) or p.device_mesh.get_coordinate() is None
     if is_odd or not is_dtensor(p.grad) or _ops.survey([local]) & _ODD or local.is_complex():
         return None
-    return (p.device, sharing(p)) if _devices.has_steps(local) else None
+    return Place(p.device, sharing(p), True) if _devices.has_steps(local) else None
 
 
 def _strengths(entries: Sequence[Entry | None]) -> dict[str, list[Held]]:
