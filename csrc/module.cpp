@@ -49,6 +49,44 @@ bool load(PyObject* x, at::Tensor* out) {
 
 bool load(PyObject* x, OptionalTensor* out) { return x == Py_None || load(x, &out->emplace()); }
 
+// A list of tensors. They stay alive because their Python objects do: to hold them as well takes as long as a pass over
+// short ones.
+class BorrowedTensors {
+ public:
+  BorrowedTensors() = default;
+  BorrowedTensors(const BorrowedTensors&) = delete;
+  ~BorrowedTensors() {
+    for (at::Tensor& t : tensors_) {
+      t.unsafeReleaseTensorImpl();
+    }
+  }
+
+  bool load(PyObject* xs) {
+    if (!PyList_Check(xs) && !PyTuple_Check(xs)) {
+      return false;
+    }
+    items_ = PySequence_Tuple(xs);
+    tensors_.reserve(PyTuple_GET_SIZE(items_.get()));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items_.get()); ++i) {
+      PyObject* const item = PyTuple_GET_ITEM(items_.get(), i);
+      if (!THPVariable_CheckExact(item)) {
+        return false;
+      }
+      using Impl = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+      tensors_.emplace_back(Impl::reclaim(THPVariable_Unpack(item).unsafeGetTensorImpl()));
+    }
+    return true;
+  }
+
+  operator at::TensorList() const { return tensors_; }
+
+ private:
+  THPObjectPtr items_;
+  std::vector<at::Tensor> tensors_;
+};
+
+bool load(PyObject* xs, BorrowedTensors* out) { return out->load(xs); }
+
 template <class List>
 bool load(PyObject* xs, List* out) {
   if (!PyList_Check(xs) && !PyTuple_Check(xs)) {
@@ -94,7 +132,7 @@ struct HolderOf {
 };
 template <class Item>
 struct HolderOf<at::ArrayRef<Item>> {
-  using type = std::vector<Item>;
+  using type = std::conditional_t<std::is_same_v<Item, at::Tensor>, BorrowedTensors, std::vector<Item>>;
 };
 
 // NotImplemented where the arguments are not those that the operator takes as they are.

@@ -124,12 +124,12 @@ struct StepPass : AnyPass {
   template <class V>
   static FUSED_REG_INLINE V gradient(V* x, const V* f, unsigned options) {
     V g = x[1];
-    if (options & kUnscale) {
-      g = g / f[kGradScaleFactor];
-      x[kUnscaled] = g;
-    }
-    if (options & kMaximize) {
-      g = -g;
+    if (options & (kUnscale | kMaximize)) {  // one question in the usual case
+      if (options & kUnscale) {
+        g = g / f[kGradScaleFactor];
+        x[kUnscaled] = g;
+      }
+      g = options & kMaximize ? -g : g;
     }
     if constexpr (terms != kNone) {
       if (!(options & kProximal)) {
