@@ -8,7 +8,6 @@
 // (cpu/list_pass.h says more.)
 #pragma once
 
-#include <bit>
 #include <tuple>
 #include <vector>
 
@@ -160,7 +159,7 @@ struct Operators {
                       optimizer);
     const Pass step = step_of(optimizer);
     const unsigned streams = state_streams(step, static_cast<unsigned>(options));
-    check_step(params, grads, states, steps, is_first.size(), std::popcount(streams), rates.size(),
+    check_step(params, grads, states, steps, is_first.size(), __builtin_popcount(streams), rates.size(),
                (options & kUnscale) != 0);
     ListPass pass(params, all_of(n), numbers);
     // What the kernels read and write: of the layout and dtype of dense(t), copies where a tensor has another.
