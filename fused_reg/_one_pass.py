@@ -126,7 +126,7 @@ class OnePass(Optimizer):
             **kwargs: Any,
         ) -> None:
             own = {"l1": l1, "l2": l2, "prox": prox}
-            self._given, self._plans = own, Plans()
+            self._given = own
             base.__init__(self, *args, **kwargs)
             self.defaults.update(own)
 
@@ -144,6 +144,7 @@ class OnePass(Optimizer):
                 param_group.setdefault(key, self.defaults.get(key, value))
             check_options(f"{type(self).__name__}: ", {**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._plans = Plans()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also what `load_state_dict` ends with. What torch's class has saved leaves our options as they are."""
