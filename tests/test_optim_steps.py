@@ -123,7 +123,7 @@ def test_hooks_of_torch():
 
 def test_profile():
     _, optimizer = made()
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         optimizer.step()
     assert "Optimizer.step#SGD.step" in [event.key for event in profile.key_averages()]
 
@@ -337,11 +337,15 @@ def test_preconditioned_in_turn():
 @pytest.mark.long
 @EACH
 def test_compiled(name, options):
-    """A compiled training step leaves the optimizer's as it is."""
-    found = []
+    """A compiled training step leaves the optimizer's as it is, outside of the graph, as torch's does: a rate or a
+    strength that changes compiles nothing anew."""
+    from torch._dynamo.testing import CompileCounter  # which takes a second
+
+    found, counter = [], CompileCounter()
     for compiled in (False, True):
-        model = net()
+        model, graphs = net(), []
         optimizer = pair(name)[1](model.parameters(), **options, **PENALTY)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
         def step(model=model, optimizer=optimizer):
             loss = model(torch.ones(4, 10, dtype=torch.float64)).square().mean()
@@ -349,8 +353,13 @@ def test_compiled(name, options):
             optimizer.step()
             optimizer.zero_grad()
 
-        run = torch.compile(step, backend="eager") if compiled else step
-        for _ in range(3):
+        run = torch.compile(step, backend=counter) if compiled else step
+        for i in range(5):
             run()
-        found.append([p.detach() for p in model.parameters()])
-    torch.testing.assert_close(*found)
+            scheduler.step()
+            optimizer.param_groups[0]["l1"] = 0.01 * i
+            graphs.append(counter.frame_count)
+        assert graphs[1:] == graphs[1:2] * 4
+        assert (graphs[1] > 0) is compiled
+        found.append(([p.detach() for p in model.parameters()], optimizer.penalty))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
