@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from operator import is_
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +107,12 @@ class OnePass(Optimizer):
     _given: Mapping[str, Any] = _OWN
     _last: Sequence[Tensor | _Part] | None = None  # the penalty of the last step
     _plans: Plans
+
+    if TYPE_CHECKING:  # torch's arguments, and ours, which `__init_subclass__` puts behind them
+
+        def __init__(
+            self, *args: Any, l1: float | Tensor = 0.0, l2: float | Tensor = 0.0, prox: Prox = False, **kwargs: Any
+        ) -> None: ...
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
