@@ -189,7 +189,7 @@ class OnePass(Optimizer):
         if plans is None:
             self._step_in_turn(found_inf, grad_scale)
             return loss
-        is_none = all(numbers.may_be_inert for _, numbers, _ in plans) and is_inert(self)
+        is_none = all(numbers.may_be_inert or not grads for _, numbers, grads in plans) and is_inert(self)
         last: list[Tensor | _Part] = []
         for group, (tensors, numbers, grads) in zip(self.param_groups, plans, strict=True):
             if grads:

@@ -256,6 +256,22 @@ def test_inert(name, options):
         assert not torch.equal(ours.state_dict()["state"][1]["momentum_buffer"], state["momentum_buffer"])
 
 
+@EACH
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, Odd])
+def test_no_gradients(name, options, lr, kind):
+    """A step without any is none: the value stays that of the last one, whatever becomes of the weights."""
+    p, optimizer = made(name, {**options, "lr": lr}, kind, **PENALTY)
+    optimizer.step()
+    before, state = optimizer.penalty, copy.deepcopy(optimizer.state_dict()["state"])
+    p.grad = None
+    with torch.no_grad():
+        p *= 2
+    optimizer.step()
+    assert optimizer.penalty == before
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["grad", "prox"])
 @EACH
 def test_attach(name, options, mode):
