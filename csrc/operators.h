@@ -8,7 +8,6 @@
 // (cpu/list_pass.h says more.)
 #pragma once
 
-#include <bit>
 #include <list>
 #include <tuple>
 #include <vector>
@@ -163,7 +162,7 @@ struct Operators {
     TORCH_CHECK_VALUE(!(options & kPreconditioned) || !(numbers.has_further() || numbers.group != Grouping::kNone),
                       "options must not be preconditioned with terms other than L1 and L2");
     const unsigned streams = state_streams(step, static_cast<unsigned>(options));
-    check_step(params, grads, states, steps, is_first.size(), std::popcount(streams), rates.size(),
+    check_step(params, grads, states, steps, is_first.size(), __builtin_popcount(streams), rates.size(),
                (options & kUnscale) != 0);
     ListPass pass(params, all_of(n), numbers);
     // What the kernels read and write: of the layout and dtype of dense(t), copies where a tensor has another.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import repeat
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,8 +46,8 @@ _ARGUMENTS = """
         TypeError: ``l1`` or ``l2`` is no number; at a step with a penalty, a parameter is complex or a gradient sparse.
         ValueError: a strength is negative or not finite, ``prox`` is something else; ``differentiable=True``; at a step
             with a penalty, a parameter is a placeholder (DeepSpeed ZeRO-3) or a piece (FSDP1).
-        NotImplementedError: at a step, ``prox="preconditioned"`` where the kernels do not take the parameters (on a GPU;
-            of a tensor subclass). There the penalty, torch's own step and the proximal step are taken in turn.
+        NotImplementedError: at a step, ``prox="preconditioned"`` where the kernels do not take the parameters (on a
+            GPU; of a tensor subclass). There the penalty, torch's own step and the proximal step are taken in turn.
     """
 
 
@@ -93,6 +93,12 @@ class OnePass(Optimizer):
     _last: Penalty | None = None  # before the last step
     _plans: Plans
 
+    if TYPE_CHECKING:  # torch's arguments, and ours, which `__init_subclass__` puts behind them
+
+        def __init__(
+            self, *args: Any, l1: float | Tensor = 0.0, l2: float | Tensor = 0.0, prox: Prox = False, **kwargs: Any
+        ) -> None: ...
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_pass" not in vars(cls):
@@ -111,7 +117,7 @@ class OnePass(Optimizer):
             **kwargs: Any,
         ) -> None:
             own = {"l1": l1, "l2": l2, "prox": prox}
-            self._given, self._plans = own, Plans()
+            self._given = own
             base.__init__(self, *args, **kwargs)
             self.defaults.update(own)
 
@@ -129,6 +135,7 @@ class OnePass(Optimizer):
                 param_group.setdefault(key, self.defaults.get(key, value))
             check_options(f"{type(self).__name__}: ", {**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._plans = Plans()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also what `load_state_dict` ends with. What torch's class has saved leaves our options as they are."""
@@ -175,14 +182,14 @@ class OnePass(Optimizer):
         if found_inf is not None and _devices.is_at_hand(found_inf) and bool(found_inf):
             return loss
         plan = self._plans.of(self, guest)
-        lists = plan and [launch.lists() for launch in plan.launches]
-        if plan is None or lists is None or None in lists:
+        ready = [] if plan is None else [(launch, launch.lists()) for launch in plan.launches]
+        if plan is None or any(lists is None for _, lists in ready):
             self._step_in_turn(guest, found_inf, grad_scale)
             return loss
         is_none = plan.may_be_inert and is_inert(self)
         parts: list[Any] = []
-        for launch, own_lists in zip(plan.launches, lists, strict=True):
-            parts.append(partial(total, launch.run(own_lists, grad_scale, is_none), launch.processes))
+        for launch, lists in ready:
+            parts.append(partial(total, launch.run(lists, grad_scale, is_none), launch.processes))
         if not is_none:
             for group, rest in zip(self.param_groups, plan.rest, strict=True):
                 if rest and has_penalty(group):
@@ -243,4 +250,3 @@ class OnePass(Optimizer):
 
     def _formula(self, group: Mapping[str, Any]) -> Formula:
         raise NotImplementedError
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class Launch:
                     xs[i] = x.to_local()
         return self._as_lists([p.to_local() for p in params], *like, *of_keys[len(self._keys) :])
 
-    def run(self, lists: Lists, grad_scale: Tensor | None, is_none: bool) -> Tensor:
+    def run(self, lists: Any, grad_scale: Tensor | None, is_none: bool) -> Tensor:
         """The step; returns the penalty before it, float64, of DTensors the share of this process. A step that is none
         makes the states, as torch.distributed.checkpoint wants it, without the penalty."""
         params, grads, states, counts = lists
@@ -118,7 +118,7 @@ class Launch:
         if grad_scale is not None:
             options, grad_scale = options | UNSCALE, grad_scale.reshape(())
         if self._columns:
-            strengths = strengths.having(**{kind: column.get() for kind, column in self._columns.items()})
+            strengths = strengths.having(**{kind: cast(Tensor, column.get()) for kind, column in self._columns.items()})
         if is_none:
             strengths = Strengths.of([() for _ in NUMBERS]).having(step=strengths.columns()[NUMBERS.index("step")])
         value = _ops.step_(
@@ -141,5 +141,7 @@ def _column(parts: Sequence[tuple[Batch, Numbers]], kind: str) -> Any:
         if not isinstance(first, float):
             return tensor_of(first)
         return (first,) if first != 0 or kind == "step" else ()
-    each = [x for xs, (batch, _) in zip(held, parts, strict=True) for x in (xs * len(batch.params) if len(xs) == 1 else xs)]
+    each: list[Held] = []
+    for xs, (batch, _) in zip(held, parts, strict=True):
+        each += xs * len(batch.params) if len(xs) == 1 else xs
     return tuple(each) if all(isinstance(x, float) for x in distinct) else Column(each)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -88,7 +88,8 @@ class Plans:
             alike = (id(x) for x in own.own.values() if isinstance(x, Tensor))
             merged.setdefault((own.options, batch.keys, batch.place, batch.norms, *alike), []).append((batch, own))
         launches = [Launch(optimizer, parts) for parts in merged.values()]
-        plan = Plan(launches, *self._rest, dtype_of(optimizer), all(own.may_be_inert for own in numbers))
+        may_be_inert = all(numbers[batch.group].may_be_inert for batch in batches)
+        plan = Plan(launches, *self._rest, dtype_of(optimizer), may_be_inert)
         self._batches, self._guest, self._fingerprint = batches, guest, found
         if all(own.is_fixed for own in numbers):
             self._plan = plan

@@ -165,6 +165,26 @@ def test_subclasses():
     assert all(bool((p.grad == 0).all()) for p in halved.param_groups[0]["params"])
 
 
+def test_a_subclass_with_defaults_of_its_own():
+    """Which calls the initializer of all optimizers, and not that of its base."""
+    found = []
+    for base in pair("SGD"):
+
+        class Bare(base):
+            def __init__(self, params):
+                keys = ("dampening", "weight_decay", "nesterov", "maximize", "foreach", "differentiable", "fused")
+                torch.optim.Optimizer.__init__(self, params, {"lr": 0.1, "momentum": 0.5, **dict.fromkeys(keys, False)})
+
+        model = net()
+        optimizer = Bare(model.parameters())
+        train(model, optimizer)
+        found.append(model)
+    assert_same(*found)
+    optimizer.param_groups[0].update(PENALTY)
+    optimizer.step()
+    assert optimizer.penalty > 0
+
+
 def test_a_scheduler_and_a_subclass():
     """The scheduler puts a function of its own around the step of this instance."""
     model = net()

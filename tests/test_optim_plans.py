@@ -141,16 +141,20 @@ def test_gradients(name):
 
     check(optimizer, exchange)
 
-    def lose_all(o):
-        for group in o.param_groups:
-            for q in group["params"]:
-                q.grad = None
-
-    check(optimizer, lose_all)
+    for group in optimizer.param_groups:
+        for q in group["params"]:
+            q.grad = None
+    optimizer.step()
+    check(optimizer, lambda o: None)  # all have one again
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters(name):
+    def begin(o, p):
+        p.grad = torch.ones(4)
+        if name == "Adagrad":  # whose constructor makes the states
+            o.state[p] = {"step": torch.tensor(0.0), "sum": torch.zeros(4)}
+
     def exchange(o):
         other = torch.nn.Parameter(torch.ones(7))
         o.state[other] = {key: torch.ones(7) for key in o.state.pop(o.param_groups[0]["params"][0])}
@@ -160,7 +164,7 @@ def test_parameters(name):
 
     def add(o):
         o.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))]})
-        o.param_groups[-1]["params"][0].grad = torch.ones(4)
+        begin(o, o.param_groups[-1]["params"][0])
 
     def drop(o):
         del o.state[o.param_groups[0]["params"].pop(0)]
@@ -171,9 +175,7 @@ def test_parameters(name):
 
     def widen(o):
         o.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(4)))
-        if name == "Adagrad":  # whose constructor makes the states
-            o.state[o.param_groups[0]["params"][-1]] = {"step": torch.tensor(0.0), "sum": torch.zeros(4)}
-        o.param_groups[0]["params"][-1].grad = torch.ones(4)
+        begin(o, o.param_groups[0]["params"][-1])
 
     for change in (exchange, add, drop, widen, drop_group, lambda o: o.param_groups.reverse()):
         check(made(name), change)

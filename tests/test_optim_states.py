@@ -125,6 +125,7 @@ def test_hooks_of_states(name, options):
 
 @pytest.mark.parametrize(("name", "options"), named(case for case in ONE_EACH if case[0] in ("SGD", "AdamW")))
 @pytest.mark.filterwarnings("ignore:torch.distributed is")  # in a single process, as intended
+@pytest.mark.filterwarnings("ignore:TypedStorage")  # which torch 2.10 uses
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize(("saving", "loading"), [(0, 1), (1, 0), (1, 1)])
 def test_distributed_checkpoint(name, options, flat, saving, loading, tmp_path):

@@ -210,9 +210,9 @@ class Attachment:
             )
         if closure is not None:
             return exchanged(args, kwargs, closure, self._penalized(closure, optimizer))
-        if self._mode == "grad" and not rides:
-            if depth == 1 or not self._nesting.has_penalty(self._share.params):
-                self._accumulate(optimizer)
+        is_first = depth == 1 or not self._nesting.has_penalty(self._share.params)
+        if self._mode == "grad" and not rides and is_first:
+            self._accumulate(optimizer)
         return None
 
     def _rides(self, optimizer: Optimizer) -> bool:
