@@ -3,6 +3,8 @@
 // bits.
 #pragma once
 
+#include <algorithm>
+
 #include "../chunks.h"
 #include "../summation.h"
 #include "simd.h"
@@ -13,6 +15,9 @@ namespace fused_reg::FUSED_REG_ISA {
 // bandwidth unused, because the arithmetic fills the reorder buffer.
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr size_t kCacheLine = 64;
+
+// Of an optimizer's step, whose streams are read in their order, into the first level.
+constexpr int64_t kPrefetchSteps = 2048;
 
 // Lanes that are summed at a time: as many as the registers hold for two terms.
 constexpr int kStrip = kFloats * (FUSED_REG_VECTOR_BYTES == 64 ? 4 : 2);
@@ -70,7 +75,16 @@ struct Kernel {
     return !(P::kOptional & bit(s)) || streams[s] != nullptr;
   }
 
+  // `usual`: what may be there and is rare is not.
+  template <bool usual = false>
   FUSED_REG_INLINE void elements(Storage* const* streams, int64_t i) const {
+    const unsigned known = usual ? options & P::kUsual : options;
+    const auto is_there = [&](Storage* const* all, int s) {
+      if constexpr (usual) {
+        return !(P::kOptional & bit(s)) || (P::states(known) & bit(s)) != 0;
+      }
+      return Kernel::is_there(all, s);
+    };
     for (int part = 0; part < E::kParts; ++part) {
       Factor x[kStreams];
       for (int s = 0; s < kStreams; ++s) {
@@ -81,7 +95,7 @@ struct Kernel {
         }
       }
       if constexpr (P::kHasOptions) {
-        P::element(x, factors, options);
+        P::element(x, factors, known);
       } else {
         P::element(x, factors);
       }
@@ -91,30 +105,60 @@ struct Kernel {
         }
       }
       if constexpr (P::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
-        if (!P::kHasOptions || options & kProximal) {
+        if (!P::kHasOptions || known & kProximal) {
           store(streams[0] + i, with_positive_zero(load<Bits16>(streams[0] + i)));
         }
       }
     }
   }
 
-  // Elements of the parameter to the sums.
-  FUSED_REG_INLINE void add(DoublePair* to, const Storage* elements) const {
+  // Adds elements of the parameter to the sums of their lanes, which are at sums[0] and sums[kLanes / kDoubles].
+  FUSED_REG_INLINE void add(Double* sums, const Storage* elements) const {
     if constexpr (P::kSums != 0) {
       const DoublePair w = E::widened(elements);
       for (int h = 0; h < 2; ++h) {
-        Double x[2] = {to[0].half[h], to[1].half[h]};
+        Double x[2] = {sums[h], sums[kLanes / kDoubles + h]};
         P::template add<MultiplyAdd>(x, w.half[h], sum_factors,
                                      [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
-        to[0].half[h] = x[0];
-        to[1].half[h] = x[1];
+        sums[h] = x[0];
+        sums[kLanes / kDoubles + h] = x[1];
+      }
+    }
+  }
+
+  // A block of an optimizer's step, which has so many streams and so much to do with an element that they are read in
+  // the order of memory, into the first-level cache, and the sums stay there. `usual`: no option is rare.
+  template <bool usual>
+  FUSED_REG_INLINE void step(Double* sums, Storage* const* streams, int64_t begin, int rows) const {
+    constexpr int kLine = std::max<int>(kCacheLine / sizeof(Storage), kFloats);
+    int64_t i = begin;
+    for (int row = 0; row < rows; ++row) {
+      Double* next = sums;
+      for (int line = 0; line < kLanes; line += kLine) {
+        for (int s = 0; s < kStreams; ++s) {
+          if (kRead & bit(s) && is_there(streams, s)) {
+            __builtin_prefetch(reinterpret_cast<const char*>(streams[s] + i) + kPrefetchSteps, 0, 3);
+          }
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kLine; v += kFloats) {
+          add(next, streams[0] + i);
+          elements<usual>(streams, i);
+          next += kFloats / kDoubles;
+          i += kFloats;
+        }
       }
     }
   }
 
   FUSED_REG_BLOCK void block(int b, Storage* const* streams, int64_t begin, int rows) {
-    Lanes lanes[kPassSums];
-    for (int strip = 0; strip < kLanes; strip += kStrip) {
+    Lanes lanes[kPassSums] = {};
+    if constexpr (P::kHasOptions) {
+      constexpr bool kCanBeUsual = P::kUsual != 0 && FUSED_REG_VECTOR_BYTES > 16;
+      kCanBeUsual && (options & ~P::kUsual) == 0 ? step<kCanBeUsual>(lanes[0].sums, streams, begin, rows)
+                                                 : step<false>(lanes[0].sums, streams, begin, rows);
+    }
+    for (int strip = 0; strip < kLanes && !P::kHasOptions; strip += kStrip) {
       DoublePair strip_sums[kStrip / kFloats][kPassSums] = {};  // kept in registers
       for (int row = 0; row < rows; ++row) {
         const int64_t at = begin + row * kLanes + strip;
@@ -123,17 +167,22 @@ struct Kernel {
             prefetch(streams[s] + at);
           }
         }
-        // Steps of optimizers are long: a loop over them and the sums would not be unrolled, nor keep these in
-        // registers.
         for (int v = 0; v < kStrip / kFloats; ++v) {
           const int64_t i = at + v * kFloats;
-          add(strip_sums[v], streams[0] + i);
-          if constexpr (P::kWrites != 0 && !P::kHasOptions) {
+          if constexpr (P::kSums != 0) {
+            const DoublePair w = E::widened(streams[0] + i);
+            for (int h = 0; h < 2; ++h) {
+              Double x[2] = {strip_sums[v][0].half[h], strip_sums[v][1].half[h]};
+              P::template add<MultiplyAdd>(x, w.half[h], sum_factors, [&](Double y) __attribute__((always_inline)) {
+                return kWide ? y * scale : y;
+              });
+              strip_sums[v][0].half[h] = x[0];
+              strip_sums[v][1].half[h] = x[1];
+            }
+          }
+          if constexpr (P::kWrites != 0) {
             elements(streams, i);
           }
-        }
-        for (int v = 0; P::kHasOptions && v < kStrip / kFloats; ++v) {
-          elements(streams, at + v * kFloats);
         }
       }
       for (int v = 0; v < kStrip / kFloats; ++v) {
@@ -164,7 +213,7 @@ struct Kernel {
       kernel.sum_factors[f] = broadcast<double>(doubles[f]);
     }
     kernel.scale = broadcast<double>(exponent == 0 ? 1 : std::ldexp(1.0, -exponent));
-    kernel.options = task.numbers.options;
+    kernel.options = options_of(task.numbers);
     Storage* streams[kStreams];
     for (int s = 0; s < kStreams; ++s) {
       streams[s] = static_cast<Storage*>(task.streams[s]);

@@ -25,6 +25,7 @@
 //
 //     kHasOptions              whether element() takes the options of an optimizer's step, and is proximal with one of
 //                              them only
+//     kUsual                   those that are not rare; with others alone it may take a little longer
 //
 // V is S, or a SIMD vector of it; D is a double, or a vector of them.
 #pragma once
@@ -48,6 +49,12 @@ struct StepNumbers : ChunkNumbers {
   unsigned options;
 };
 
+// The options of a step, with those that its terms are.
+enum StepTerm : unsigned { kAddsL1 = 2048, kAddsL2 = 4096 };
+FUSED_REG_INLINE unsigned options_of(const StepNumbers& n) {
+  return n.options | (n.terms & kL1 ? unsigned{kAddsL1} : 0) | (n.terms & kL2 ? unsigned{kAddsL2} : 0);
+}
+
 constexpr unsigned bit(int i) { return 1u << i; }
 
 // How many streams there are up to the last of these.
@@ -61,7 +68,7 @@ constexpr int streams_of = streams_in(Pass::kReads | Pass::kWrites | (Pass::kSum
 struct AnyPass {
   using Sums = void;
   using Fresh = void;
-  static constexpr unsigned kReads = 0, kWrites = 0, kOptional = 0, kSums = 0;
+  static constexpr unsigned kReads = 0, kWrites = 0, kOptional = 0, kSums = 0, kUsual = 0;
   static constexpr int kFactors = 0, kSumFactors = 0, kPadding = 0;
   static constexpr bool kOfAnyDtype = false, kPositiveZeros = false, kHasOptions = false;
 

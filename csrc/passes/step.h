@@ -71,21 +71,36 @@ FUSED_REG_INLINE V lerp(V a, V b, V weight) {
   return weight < V{} + 0.5f ? a + weight * difference : b + (weight - 1) * difference;
 }
 
-// That of L1 and L2, each maybe. An absent one is -0.0, which changes no bit of a sum.
+// That of L1 and L2, of which the options say whether they are there.
 struct L1L2Gradient {
-  static constexpr int kFactors = 4;
+  static constexpr int kFactors = 2;
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
-    f[0] = (n.terms & kL1) != 0;
-    L1::gradient_factors(n, f + 1);
-    f[2] = (n.terms & kL2) != 0;
-    L2::gradient_factors(n, f + 3);
+    L1::gradient_factors(n, f);
+    L2::gradient_factors(n, f + 1);
   }
 
   template <class V>
-  static FUSED_REG_INLINE V gradient(V w, const V* f) {
-    return (f[0] != 0 ? L1::gradient(w, f + 1) : -V{}) + (f[2] != 0 ? L2::gradient(w, f + 3) : -V{});
+  static FUSED_REG_INLINE V added(V g, V w, const V* f, unsigned options) {
+    switch (options & (kAddsL1 | kAddsL2)) {
+      case kAddsL1 | kAddsL2:
+        return g + (L1::gradient(w, f) + L2::gradient(w, f + 1));
+      case kAddsL1:
+        return g + L1::gradient(w, f);
+      case kAddsL2:
+        return g + L2::gradient(w, f + 1);
+      default:
+        return g;
+    }
+  }
+};
+
+// That of all terms, each maybe.
+struct AnyGradient : GradientPass<kAnyTerms | kFurther> {
+  template <class V>
+  static FUSED_REG_INLINE V added(V g, V w, const V* f, unsigned) {
+    return g + GradientPass < kAnyTerms | kFurther > ::gradient(w, f);
   }
 };
 
@@ -93,13 +108,14 @@ struct L1L2Gradient {
 // that somebody else takes before, and the proximal step behind where there are norms.
 template <int terms>
 struct StepPass : AnyPass {
-  using Gradient = std::conditional_t<terms == kAllTerms, GradientPass<kAnyTerms | kFurther>, L1L2Gradient>;
+  using Gradient = std::conditional_t<terms == kAllTerms, AnyGradient, L1L2Gradient>;
   using Prox = ProxPass<terms == kAllTerms ? kFurther : kNone>;
   using Sums = std::conditional_t<terms == kL1L2, PenaltyPass<kL1L2>, void>;
   static constexpr unsigned kSums = PenaltyPass < terms == kL1L2 ? kL1L2 : kNone > ::kSums;
   static constexpr unsigned kReads = bit(0) | bit(1), kWrites = bit(0) | bit(kUnscaled);
   static constexpr unsigned kOptional = bit(kUnscaled);
   static constexpr bool kHasOptions = true, kPositiveZeros = terms != kNone;
+  static constexpr unsigned kUsual = terms == kAllTerms ? 0 : kDecoupled | kMomentum | kDecay | kAddsL1 | kAddsL2;
   enum { kDecayFactor = Gradient::kFactors, kGradScaleFactor, kRateL1, kRateL2, kProx, kOwn = kProx + Prox::kFactors };
 
   template <class MultiplyAdd, class D, class Scaled>
@@ -133,7 +149,7 @@ struct StepPass : AnyPass {
     }
     if constexpr (terms != kNone) {
       if (!(options & kProximal)) {
-        g = g + Gradient::gradient(x[0], f);
+        g = Gradient::added(g, x[0], f, options);
       }
     }
     if ((options & (kDecay | kDecoupled)) == kDecay) {
