@@ -232,11 +232,9 @@ def test_states(name):
 def test_nothing_changes(monkeypatch):
     """Then nothing is looked up again; also where parameters have no gradient. A scheduler changes numbers alone."""
     built = []
-    for what in ("_tensors", "_numbers"):
-        build = getattr(_step_plans.Plans, what)
-        monkeypatch.setattr(
-            _step_plans.Plans, what, staticmethod(lambda *a, what=what, build=build: built.append(what) or build(*a))
-        )
+    for what in ("_batches", "_numbers"):
+        build = getattr(_step_plans, what)
+        monkeypatch.setattr(_step_plans, what, lambda *a, what=what, build=build: built.append(what) or build(*a))
     optimizer = made("Adam")
     optimizer.param_groups[0]["params"][0].grad = None
     optimizer.step()
@@ -247,4 +245,47 @@ def test_nothing_changes(monkeypatch):
     assert built == []
     optimizer.param_groups[0]["lr"] = 0.5
     optimizer.step()
-    assert built == ["_numbers"]
+    assert built == ["_numbers"] * 2
+
+
+def launches(optimizer):
+    return len(given(optimizer)._plans.of(optimizer, None).launches)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_launch(name):
+    """For groups whose numbers differ, and tensors that are one; the steps of each are as alone."""
+    tensor = torch.tensor(0.25)
+    groups = [{"lr": 0.5}, {"l1": 0.25}, {"weight_decay": 0.125}, {"l2": 0.5, "lr": 0.25}, {}]
+    for lr in (0.125, tensor):
+        options = {"lr": lr, **MOMENTUM.get(name, {}), **PENALTY}
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 5 + i)) for i in range(len(groups))]
+        own = [{**group, **({"lr": lr} if lr is tensor else {})} for group in groups]
+        together = getattr(optim, name)([{"params": [p], **g} for p, g in zip(params, own, strict=True)], **options)
+        copies = copy.deepcopy(params)
+        alone = [getattr(optim, name)([{"params": [p], **g}], **options) for p, g in zip(copies, own, strict=True)]
+        for i in range(3):
+            given(together, i)
+            for p, q in zip(params, copies, strict=True):
+                q.grad = p.grad.clone()
+            together.step()
+            for optimizer in alone:
+                optimizer.step()
+        assert launches(together) == 1
+        assert_same(params, copies, rtol=0, atol=0)
+        torch.testing.assert_close(together.penalty, sum(o.penalty for o in alone))
+    together.param_groups[0]["lr"] = torch.tensor(0.5)
+    together.param_groups[1]["maximize"] = True
+    assert launches(together) == 3
+
+
+def test_negative_rates():
+    """A schedule may end a rounding below 0: a step as torch's, and no weight grows by the penalty."""
+    for lr in (-1e-9, torch.tensor(-1e-9)):
+        for prox in (False, True, "preconditioned"):
+            p = torch.nn.Parameter(torch.ones(3))
+            optimizer = optim.Adam([p], lr=0.1, l1=0.5, prox=prox)
+            p.grad = torch.zeros(3)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            assert bool((p == 1).all())
