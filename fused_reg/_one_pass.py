@@ -60,7 +60,8 @@ def _calls_hooks(function: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             if not _outside_of_graphs:
-                _outside_of_graphs.append(torch.compiler.disable(call))  # type: ignore[no-untyped-call]
+                outside = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+                _outside_of_graphs.append(outside)  # torch 2.10 warns of a method that waits for what breaks the graph
             return _outside_of_graphs[0](self, *args, **kwargs)
         if (
             self._optimizer_step_pre_hooks

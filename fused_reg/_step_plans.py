@@ -128,7 +128,18 @@ def _batches(
                 optimizer._init_group(group, *([] for _ in lists))
             strengths = _strengths([entries.get(id(p)) if p.requires_grad else None for p in params]) if guest else {}
             batches.append(Batch(i, place, norms, params, states, keys, strengths))
-    return batches, rest
+    own_memory = [p for batch in batches if not batch.place.is_cut for p in batch.params]
+    return None if _share_memory(own_memory) else (batches, rest)
+
+
+def _share_memory(params: list[Tensor]) -> bool:
+    """Whether one is there twice, or is a view of what another is of. torch's own steps follow one another; in one pass
+    threads would write over one another."""
+    try:
+        _ops.check_writable(params, (), ())
+    except ValueError:
+        return True
+    return False
 
 
 def _place(p: Any) -> Place | None:

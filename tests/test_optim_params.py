@@ -7,7 +7,7 @@ import torch
 from optim_cases import ONE_EACH, PENALTY, assert_same, assert_same_states, given, named, net, pair, train
 from torch import nn
 
-from fused_reg import fused_penalty, optim
+from fused_reg import _ops, fused_penalty
 
 EACH = pytest.mark.parametrize(("name", "options"), named(ONE_EACH))
 
@@ -179,14 +179,28 @@ def test_meta(name, options):
         kind([p], **options).step()
 
 
-@pytest.mark.parametrize("prox", [False, True])
-def test_tied_weights(prox):
-    """A parameter twice in a group: torch warns, and steps it twice."""
-    found = []
-    for kind in pair("SGD"):
-        (p,) = weights((3,))
-        with pytest.warns(UserWarning, match="duplicate parameters"):
-            optimizer = kind([p, p], lr=0.1, **({"prox": prox} if kind is optim.SGD else {}))
-        given(optimizer).step()
-        found.append(p.detach())
-    assert_same([found[0]], [found[1]], rtol=1e-6, atol=1e-7)
+def tied():
+    p = nn.Parameter(torch.linspace(-1, 1, 8))
+    return [{"params": [p, p]}]
+
+
+def of_one_memory():
+    memory = torch.linspace(-1, 1, 8)
+    return [{"params": [nn.Parameter(memory[:5])]}, {"params": [nn.Parameter(memory[3:])]}]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains")
+@pytest.mark.parametrize("groups", [tied, of_one_memory])
+def test_shared_memory(groups, monkeypatch):
+    """torch steps one after the other, and so do we: in no launch, whose threads would write over one another."""
+    monkeypatch.setattr(_ops, "step_", None)
+    optimizer = both("SGD", groups, {"lr": 0.1, "momentum": 0.9})
+    optimizer.param_groups[0]["l1"] = 0.1
+    before = [p.clone() for p in all_of(optimizer)]
+    if groups is tied:
+        with pytest.raises(ValueError, match=r"params\[1\] must not be the same tensor as params\[0\]"):
+            optimizer.step()
+        assert_same(all_of(optimizer), before, rtol=0, atol=0)
+    else:
+        optimizer.step()
+        torch.testing.assert_close(optimizer.penalty, fused_penalty(before[:1], 0.1))

@@ -59,7 +59,10 @@ def rows_of(parts):
 
 
 def check_steps(name, options, arrangement, prox) -> None:
-    """Coupled: as torch's with the penalty in the loss, without processes. The value is that of all, on each."""
+    """Coupled: as torch's with the penalty in the loss, without processes. The value is that of all, on each, by what
+    they tell one another when it is looked at."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
     arrange, parts = ARRANGEMENTS[arrangement]
     model, expected = arrange(Net(True, 12).double()), Net(True, 12).double()
     optimizer = pair(name)[1](model.parameters(), **options, **PENALTY, prox=prox)
@@ -70,8 +73,12 @@ def check_steps(name, options, arrangement, prox) -> None:
         before = fused_penalty([p.detach() for p in expected.parameters()], **PENALTY)
         gradients(model, rows_of(parts))
         gradients(expected, X.double(), None if prox else PENALTY)
-        optimizer.step()
+        with CommDebugMode() as of_step:
+            optimizer.step()
         of_whole.step()
+        with CommDebugMode() as of_look:
+            assert optimizer.penalty.shape == ()
+        assert (of_step.get_total_counts(), of_look.get_total_counts() > 0) == (0, True)
         torch.testing.assert_close(whole(optimizer.penalty), before)
     assert_same(all_of(model), expected, rtol=1e-6, atol=1e-8)
 
