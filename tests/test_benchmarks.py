@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
@@ -98,6 +99,16 @@ def test_a_wrong_step_is_refused(wrong, monkeypatch):
     off = [f._replace(options=larger(f.options), penalty=f.penalty and _off(f.penalty, 1.1)) for f in wrongs]
     monkeypatch.setattr(steps, "FORMS", off)
     assert _refused(params, "step") == {f"{form.name}, {family}" for form in off for family in steps.OPTIMIZERS}
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
+def test_a_compiled_step_is_compiled_once(tmp_path):
+    """A compilation within the times is an error. The hooks of attachments are gone, which every step would call."""
+    options = [*OPTIONS, "--modes", "attached", "step", "--peers", "torch.compile", "--optimizers", "SGD"]
+    results = measure.Run(__main__.parse([*options, "--output", str(tmp_path / "run.json")])).measure()
+    assert results.find("net", "step", "torch.compile, weight_decay", "SGD")["compile_s"] > 0
+    assert not _global_optimizer_pre_hooks
 
 
 @pytest.fixture(scope="module")
