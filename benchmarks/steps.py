@@ -170,7 +170,9 @@ def optimizer_steps(problem: Problem, mode: str = "step", peers: Sequence[Peer] 
 
 def _step_work(problem: Problem, form: Form, kind: Kind, params: Tensors, grads: Tensors, state: dict) -> Work:
     tier = kind.tier if form.tier is None else form.tier
-    options = kind.options | form.options | ({tier: True} if tier and form.module is torch.optim else {})
+    options = kind.options | form.options
+    if tier and (form.module is torch.optim or problem.device != "cpu"):  # there it says where the states' counts are
+        options |= {tier: True}
     optimizer = getattr(form.module, kind.name)(params, lr=_LEARNING_RATE, **options)
     state.update(() if state else optimizer.state)
     optimizer.state = state
