@@ -16,7 +16,7 @@ from benchmarks import report
 from benchmarks.checks import CASES, MODES
 from benchmarks.contenders import ACCUMULATE, OURS, PEERS
 from benchmarks.measure import Run
-from benchmarks.steps import OPTIMIZERS
+from benchmarks.optimizers import OPTIMIZERS
 
 _RESULTS, _BUILD = Path("benchmarks/results"), Path("build/bench")
 

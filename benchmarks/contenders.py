@@ -109,6 +109,7 @@ class Peer(NamedTuple):
 
 # The names that targets and the picture ask for.
 OURS, COMPILED_LOOP, LOOP, FOREACH_NORM = "fused_reg", "torch.compile", "loop", "torch._foreach_norm"
+NO_PENALTY = "no penalty"
 ACCUMULATE = MODES["present"].ours
 _COMBO, _COOPERATIVE, _GPU = {"combo_kernels": True}, {"triton.cooperative_reductions": True}, ("cuda",)
 

@@ -24,8 +24,9 @@ from benchmarks.checks import CASES, COMPILED_MODES, MODES, NORM_MODES, STEP_MOD
 from benchmarks.devices import CudaDevice, Device, race
 from benchmarks.limits import limits, rooflines
 from benchmarks.memory import measure_memory
+from benchmarks.optimizers import optimizer_steps
 from benchmarks.results import Record, Results, targets
-from benchmarks.steps import compiled_steps, optimizer_steps, prox_steps
+from benchmarks.steps import compiled_steps, prox_steps
 from fused_reg import _ops
 
 #: Who competes in a mode, besides its limits; of the modes that are not here `penalties`.

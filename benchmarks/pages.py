@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks.checks import CASES
 from benchmarks.contenders import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
+from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.report import caption, joined, notable_errors, number, sized, table
 from benchmarks.results import Record, Results
-from benchmarks.steps import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 _STEP, _FUSED, _FOREACH = "fused_reg.optim", "torch fused, weight_decay", "torch foreach, weight_decay"

@@ -13,7 +13,7 @@ pytest.importorskip("pandas")
 pytest.importorskip("rich")
 
 import fused_reg
-from benchmarks import __main__, checks, contenders, devices, measure, pages, report, steps
+from benchmarks import __main__, checks, contenders, devices, measure, optimizers, pages, report
 from benchmarks.checks import CASES, COMPILED_MODES, MODES, STEP_MODES, Problem, WrongResultError
 from benchmarks.contenders import PEERS, Peer
 from benchmarks.results import Results, targets
@@ -93,12 +93,12 @@ def test_a_wrong_step_is_refused(wrong, monkeypatch):
     larger = lambda strengths: {k: 10 * x if k == wrong else x for k, x in strengths.items()}  # noqa: E731
     monkeypatch.setattr(fused_reg, "Regularizer", lambda p, **strengths: right(p, **larger(strengths)))
     for mode in STEP_MODES:
-        names = {form.name for form in steps.FORMS if mode in form.modes and form.attach}
-        assert _refused(params, mode) == {f"{name}, {family}" for name in names for family in steps.OPTIMIZERS}
-    wrongs = [form for form in steps.FORMS if "l1" in form.options or form.penalty is PENALTY]
+        names = {form.name for form in optimizers.FORMS if mode in form.modes and form.attach}
+        assert _refused(params, mode) == {f"{name}, {family}" for name in names for family in optimizers.OPTIMIZERS}
+    wrongs = [form for form in optimizers.FORMS if "l1" in form.options or form.penalty is PENALTY]
     off = [f._replace(options=larger(f.options), penalty=f.penalty and _off(f.penalty, 1.1)) for f in wrongs]
-    monkeypatch.setattr(steps, "FORMS", off)
-    assert _refused(params, "step") == {f"{form.name}, {family}" for form in off for family in steps.OPTIMIZERS}
+    monkeypatch.setattr(optimizers, "FORMS", off)
+    assert _refused(params, "step") == {f"{form.name}, {family}" for form in off for family in optimizers.OPTIMIZERS}
 
 
 @pytest.mark.long
