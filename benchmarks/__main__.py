@@ -16,6 +16,7 @@ from benchmarks import report
 from benchmarks.checks import CASES, MODES
 from benchmarks.contenders import ACCUMULATE, OURS, PEERS
 from benchmarks.measure import Run
+from benchmarks.optimizers import OPTIMIZERS
 
 _RESULTS, _BUILD = Path("benchmarks/results"), Path("build/bench")
 
@@ -28,6 +29,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="fewer cases, modes, peers and rounds, in under two minutes")
     add("--cases", nargs="+", choices=CASES, help="default: those of the device; quick: fewer")
     add("--modes", nargs="+", choices=MODES, help="default: all; quick: fewer")
+    add("--optimizers", nargs="+", choices=OPTIMIZERS, help="whose steps; default: all; quick: fewer")
     add("--peers", nargs="*", choices=names, help="default: all that the device has; quick: fewer")
     add("--rounds", type=int, help="samples of each time, at most (at least 5)")
     add("--seconds", type=float, help="stop the rounds of a case and mode after this long")
@@ -43,6 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--rounds must be at least 5, got {options.rounds}")
     presets = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
     peers = [p.name for p in PEERS if options.device in p.devices] if options.peers is None else options.peers
+    options.optimizers = options.optimizers or (["SGD", "AdamW"] if options.quick else list(OPTIMIZERS))
     options.peers = list(dict.fromkeys([OURS, ACCUMULATE, *peers]))
     for name, value in presets[options.device + ", quick" * options.quick].items():
         if getattr(options, name) is None:

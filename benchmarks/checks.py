@@ -18,7 +18,8 @@ from fused_reg import reference
 # bounds a GPU; ours: the one of ours that limits bound, and with which a table compares.
 _MODES = pd.read_csv(Path(__file__).with_name("modes.csv"), keep_default_na=False)
 MODES = {mode.mode: mode for mode in _MODES.itertuples(index=False, name="Mode")}
-NORM_MODES, COMPILED_MODES = ("norm_value", "norm_fresh"), ("compiled_fresh", "compiled_present")
+NORM_MODES, STEP_MODES = ("norm_value", "norm_fresh"), ("step", "attached")
+COMPILED_MODES = ("compiled_fresh", "compiled_present")
 _WEIGHT_SCALE = 0.05  # about the spread of a trained network's weights
 
 Tensors = Sequence[Tensor]

@@ -109,6 +109,7 @@ class Peer(NamedTuple):
 
 # The names that targets and the picture ask for.
 OURS, COMPILED_LOOP, LOOP, FOREACH_NORM = "fused_reg", "torch.compile", "loop", "torch._foreach_norm"
+NO_PENALTY = "no penalty"
 ACCUMULATE = MODES["present"].ours
 _COMBO, _COOPERATIVE, _GPU = {"combo_kernels": True}, {"triton.cooperative_reductions": True}, ("cuda",)
 
@@ -116,10 +117,10 @@ PEERS = [
     Peer(OURS, fused_reg.fused_penalty, role="ours"),
     Peer(OURS, fused_reg.value_and_grad, ("value_and_grad",), "ours", has_backward=False),
     Peer(ACCUMULATE, fused_reg.accumulate_grad_, ("present",), "ours", has_backward=False),
-    Peer(COMPILED_LOOP, reference.loop, ("value", "fresh", "present", *COMPILED_MODES), options={}),
+    Peer(COMPILED_LOOP, reference.loop, ("value", "fresh", "present", "step", *COMPILED_MODES), options={}),
     Peer("torch.compile, combo kernels", reference.loop, options=_COMBO, devices=_GPU),
     Peer("torch.compile, cooperative reductions", reference.loop, options=_COOPERATIVE, devices=_GPU),
-    Peer(LOOP, reference.loop),
+    Peer(LOOP, reference.loop, ("value", "fresh", "present", "step")),
     Peer(FOREACH_NORM, _foreach_norm),
     *(Peer(OURS, fused_reg.fused_penalty, NORM_MODES, "ours", None, norms, name) for name, norms in NORMS.items()),
     *(Peer(LOOP, _loop_of_norms, NORM_MODES, "peer", None, norms, name) for name, norms in NORMS.items()),

@@ -20,18 +20,22 @@ from rich.progress import Progress
 
 import fused_reg
 from benchmarks import contenders as c
-from benchmarks.checks import CASES, COMPILED_MODES, MODES, NORM_MODES, Case, Problem, WrongResultError
+from benchmarks.checks import CASES, COMPILED_MODES, MODES, NORM_MODES, STEP_MODES, Case, Problem, WrongResultError
 from benchmarks.devices import CudaDevice, Device, race
 from benchmarks.limits import limits, rooflines
 from benchmarks.memory import measure_memory
+from benchmarks.optimizers import optimizer_steps
 from benchmarks.results import Record, Results, targets
-from benchmarks.steps import compiled_steps, optimizer_steps, prox_steps
+from benchmarks.steps import compiled_steps, prox_steps
 from fused_reg import _ops
 
 #: Who competes in a mode, besides its limits; of the modes that are not here `penalties`.
-CONTENDERS = {"prox": prox_steps, "step": optimizer_steps} | dict.fromkeys(COMPILED_MODES, compiled_steps)
+CONTENDERS = {"prox": prox_steps} | dict.fromkeys(STEP_MODES, optimizer_steps)
+CONTENDERS |= dict.fromkeys(COMPILED_MODES, compiled_steps)
 
-_AVX2_CASES, _MEMORY_CASES = ("resnet50", "one_tensor"), ("resnet50", "gpt2")
+# What is measured with AVX2, too.
+_AVX2 = dict.fromkeys(("value", "value_and_grad"), ("resnet50", "one_tensor")) | {"step": tuple(CASES)}
+_MEMORY_CASES = ("resnet50", "gpt2")
 # What --quick compiles, by the device: the rest takes minutes.
 _QUICKLY_COMPILED = {"cpu": ("mlp",), "cuda": ("resnet50", "one_tensor", "tinyllama_bf16")}
 
@@ -45,8 +49,8 @@ def takes_minutes(options: argparse.Namespace, peer: c.Peer, case: str, mode: st
     if peer.options is None or options.compile_all:
         return False
     is_quick = case in _QUICKLY_COMPILED[options.device] and mode in ("fresh", "present") and not peer.options
-    is_gpus_step = mode in COMPILED_MODES and options.device == "cuda"
-    return case == "small_tensors" or is_gpus_step or (options.quick and not is_quick)
+    is_gpus_step = mode in (*STEP_MODES, *COMPILED_MODES) and options.device == "cuda"
+    return case.startswith("small_tensors") or is_gpus_step or (options.quick and not is_quick)
 
 
 class Run:
@@ -92,23 +96,24 @@ class Run:
                 tasks[f"{CASES[case].title}: {mode}"] = partial(self.add, case, mode)
         if options.quick or options.no_children or results.gpu:
             return tasks
-        for case in [name for name in _AVX2_CASES if name in options.cases]:
-            if results.machine["capability"].startswith("AVX512"):
-                tasks[f"{CASES[case].title}: AVX2"] = partial(self._add_avx2, case)
+        for case in options.cases if results.machine["capability"].startswith("AVX512") else ():
+            if modes := [mode for mode in options.modes if case in _AVX2.get(mode, ())]:
+                tasks[f"{CASES[case].title}: AVX2"] = partial(self._add_avx2, case, modes)
         for case in [name for name in _MEMORY_CASES if name in options.cases]:  # what these compile is in the cache now
             for name in [name for name in (c.OURS, c.COMPILED_LOOP, c.LOOP) if name in options.peers]:
                 tasks[f"{CASES[case].title}: peak memory of {name}"] = partial(measure_memory, results, case, name)
         return tasks
 
-    def _add_avx2(self, case: str) -> None:
-        """Our value and gradient outside of autograd, and the machine's limits, with AVX2 at most; in a process of its
-        own, because torch chooses an instruction set once."""
+    def _add_avx2(self, case: str, modes: list[str]) -> None:
+        """These modes with AVX2 at most, without what is compiled; in a process of its own, because torch chooses an
+        instruction set once."""
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "avx2.json")
-            words = f"--modes value value_and_grad --peers --no-children --cases {case} --rounds={self._options.rounds}"
+            words = f"--modes {' '.join(modes)} --peers --no-children --cases {case} --rounds={self._options.rounds}"
             words += f" --seconds={self._options.seconds} --threads={torch.get_num_threads()}"
             environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "TERM": "dumb"}
             command = [sys.executable, "-m", "benchmarks", *words.split(), f"--output={output}"]
+            command += ["--optimizers", *self._options.optimizers]
             subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
             self.results.rows += Results.read(output).rows
 
@@ -124,7 +129,9 @@ class Run:
         peers = [p for p in c.PEERS if mode in p.modes and (p.name in options.peers or mode in NORM_MODES)]
         skipped = [p for p in peers if takes_minutes(options, p, case, mode)]
         if not (mode in COMPILED_MODES and skipped):
-            self._race(mode, contenders_of(self._problem, mode, [p for p in peers if p not in skipped]))
+            contenders = contenders_of(self._problem, mode, [p for p in peers if p not in skipped])
+            left = [x for x in contenders if mode not in STEP_MODES or x.family in options.optimizers]
+            self._race(mode, left)
         for peer in skipped:
             self.results.add_absent(case, mode, peer.name, "takes minutes to compile: --compile-all")
         c.clear(self._problem.params)

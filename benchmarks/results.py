@@ -1,13 +1,15 @@
 """What a run writes: the machine, its rows, and how these stand to the project's targets; to JSON and back.
 
 A target, a line of `targets.csv`, bounds what is read of the rows of a case and mode: of the contender `of`, and of
-those in `to`, between semicolons. Its claim's ``{capability}`` is the instruction set, by default the machine's own.
+those in `to`. Semicolons are between several of `to`, families, and instruction sets, by default the machine's own; a
+claim names the last two as ``{family}`` and ``{capability}``.
 """
 
 import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +101,18 @@ def targets(results: Results) -> list[Record]:
     table = pd.read_csv(Path(__file__).with_name("targets.csv"), keep_default_na=False)
     found = []
     for target in table[table.device == device].itertuples():
-        for case in target.cases.split():
+        families, capabilities = target.family.split(";"), target.capability.split(";")
+        for case, family, capability in product(target.cases.split(), families, capabilities):
             if target.read.startswith("percent") and CASES[case].bytes <= results.gpu["l2_bytes"]:
                 continue
             names = [target.of, *filter(None, target.to.split(";"))]
-            rows = [results.find(case, target.mode, name, target.family, target.capability) for name in names]
+            rows = [results.find(case, target.mode, name, family, capability) for name in names]
             present = [row for row in rows if row]
             is_measured = rows[0] and len(present) >= min(2, len(rows))  # of several others, one is enough
             measured = _READS[target.read](*present) if is_measured else None
             at_least = target.bounded == ">="
             met = None if measured is None else measured >= target.bound if at_least else measured <= target.bound
-            claim = f"{CASES[case].title}, {target.claim.format(capability=target.capability or own)}"
+            claim = target.claim.format(family=family, capability=capability or own)
             bound = {"target": target.bound, "at_least": at_least, "met": met}
-            found.append({"claim": claim, "measured": measured} | bound)
+            found.append({"claim": f"{CASES[case].title}, {claim}", "measured": measured} | bound)
     return found

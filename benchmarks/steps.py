@@ -1,7 +1,4 @@
-"""The contenders that are steps: the proximal step, in place, a whole optimizer step, and a compiled step of training.
-
-For SGD, `weight_decay` is the penalty ``l2 = weight_decay / 2``. AdamW's is decoupled: another regularization,
-at a price that can be compared. An attached `Regularizer` has L1 as well, as has the loop that it is compared with.
+"""The contenders that are steps: the proximal step, in place, and a compiled step of training.
 
 The compiled step is a task's loss with a penalty, and backward, all within one torch.compile. There the compiler may
 merge the loop's arithmetic with the model's own. So the task does with each parameter what a model does: a matrix is
@@ -10,16 +7,11 @@ process, what is compiled first is up to 6 % slower. So each is compiled twice, 
 opposite one, and the two run in turn; the very first is the step without a penalty.
 """
 
-import math
-import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, AdamW, Optimizer
 
 import fused_reg
 from benchmarks import checks
@@ -80,108 +72,10 @@ def _prox_work(source: Tensors, weights: Tensors, role: str, prox: Callable, str
     return Work(partial(prox, step=_TIMED_STEP), verify)
 
 
-NO_PENALTY = "no penalty"
-_LEARNING_RATE, _GRADIENT_SCALE = 1e-3, 0.1
-_RIDGE, _BOTH = {"l1": 0.0, "l2": 0.005}, {"l1": 1e-3, "l2": 0.005}
-_TOLERANCE = 1e-4  # of the step, by Euclidean norms: rounding the weights leaves 1e-5, a missing weight_decay 5e-4
-_PASSES = {SGD: 3, AdamW: 7}  # the tensors read and written: the parameter and its gradient; with Adam's two moments
-# On a GPU the fused ones are the only peers.
-_KINDS = [(kind, options) for kind in (SGD, AdamW) for options in ({}, {"foreach": True}, {"fused": True})]
-
-
-class Form(NamedTuple):
-    """A way to step: with a penalty in the loss, a regularizer attached, or the optimizer's own."""
-
-    name: str
-    role: str
-    strengths: Strengths
-    penalty: Callable[..., Tensor] | None = None
-    attach: str | None = None  # the mode
-    families: str = ""  # those whose name ends so
-    weight_decay: float = 0.0
-
-
-# Attached to the fused optimizers only, because it costs all tiers the same; the loop takes long.
-FORMS = (
-    Form(OURS, "ours", _RIDGE, fused_reg.fused_penalty),
-    Form("weight_decay", "peer", {}, weight_decay=0.01),
-    Form(NO_PENALTY, "limit", {}),
-    Form(MODES["step"].ours, "ours", _BOTH, attach="grad", families="fused=True"),
-    Form("fused_reg attached, prox", "ours", _BOTH, attach="prox", families="fused=True"),
-    Form("loop in the loss", "peer", _BOTH, reference.loop, families="SGD, fused=True"),
-)
-
-
-def optimizer_steps(problem: Problem, mode: str = "step", peers: Sequence[Peer] = ()) -> Iterator[Contender]:
-    """Every optimizer and tier of the device, in every form. All step one copy of the parameters, and those of a family
-    share the optimizer's state, so that none has the better memory."""
-    warnings.filterwarnings("ignore", "attach: .* steps it without")  # what is attached to others: on purpose
-    if problem.params[0].dtype == torch.bfloat16:  # it moves by less than its rounding: a step cannot be checked
-        return
-    params = [p.detach().clone().requires_grad_() for p in problem.params]
-    generator = torch.Generator(params[0].device).manual_seed(1)
-    grads = [torch.empty_like(p).normal_(0, _GRADIENT_SCALE, generator=generator) for p in params]
-    for kind, options in _KINDS if problem.device == "cpu" else [_KINDS[2], _KINDS[5]]:
-        family = ", ".join([kind.__name__, *(f"{name}={value}" for name, value in options.items())])
-        state: dict[Tensor, Any] = defaultdict(dict)
-        for form in (form for form in FORMS if family.endswith(form.families)):
-            make = partial(_step_work, problem, form, partial(kind, params, lr=_LEARNING_RATE, **options), state, grads)
-            yield Contender(form.name, form.role, make, family, _PASSES[kind], form.name == NO_PENALTY)
-
-
-def _step_work(problem: Problem, form: Form, kind: Callable[..., Optimizer], state: dict, grads: Tensors) -> Work:
-    optimizer = kind(weight_decay=form.weight_decay)
-    optimizer.state = state
-    params = optimizer.param_groups[0]["params"]
-    attached = form.attach and fused_reg.Regularizer(params, **form.strengths).attach(optimizer, mode=form.attach)
-
-    def step() -> Tensor:
-        value = form.penalty(params, **form.strengths)
-        value.backward()
-        optimizer.step()
-        return value.detach()
-
-    call = step if form.penalty else optimizer.step
-
-    def verify() -> Errors:
-        state.clear()
-        for p, source, grad in zip(params, problem.params, grads, strict=True):
-            p.detach().copy_(source.detach())
-            p.grad = grad.clone()
-        value = call()
-        error = _step_error(form, optimizer, problem.params, grads)
-        value = attached.value if form.attach == "grad" else value
-        checked = None if value is None else problem.check(form.role, form.strengths, value, c.gradients(params), grads)
-        return checked or (None, error)
-
-    return Work(call, verify)
-
-
-def _step_error(form: Form, optimizer: Optimizer, sources: Tensors, grads: Tensors) -> float:
-    """Of the first step, by the optimizer in float64, with the reference's gradient and proximal step."""
-    error = norm = 0.0
-    own, decay = optimizer.param_groups[0]["params"], optimizer.param_groups[0]["weight_decay"]
-    for tensors in zip(own, sources, grads, strict=True):
-        for p, source, grad in checks.pieces(*tensors):
-            before = source.double()
-            after = before.clone()
-            after.grad = grad.double()
-            if form.penalty or form.attach == "grad":
-                after.grad += reference.value_and_grad(before, **form.strengths)[1][0]
-            type(optimizer)([after], lr=_LEARNING_RATE, weight_decay=decay).step()
-            if form.attach == "prox":
-                reference.prox_(after, **form.strengths, step=_LEARNING_RATE)
-            error += (p.double() - after).square().sum().item()
-            norm += (after - before).square().sum().item()
-    if not (relative := math.sqrt(error / norm)) <= _TOLERANCE:
-        raise WrongResultError(f"{type(optimizer).__name__}'s step is {relative:.3g} off")
-    return relative
-
-
 _BATCH = 8  # small: beside a real batch's work the penalty would not be seen
 _SCALE = 1e-3  # of the task's loss, or its gradients would hide a penalty's that is wrong
 _LONG, _ROW = 1_000_000, 10_000  # a long vector is a matrix with rows of this length: no model has a bias of millions
-_NOTHING = Peer(NO_PENALTY, lambda params, l1, l2: params[0].new_zeros(()), role="limit")
+_NOTHING = Peer(c.NO_PENALTY, lambda params, l1, l2: params[0].new_zeros(()), role="limit")
 
 
 def compiled_steps(problem: Problem, mode: str, peers: Sequence[Peer]) -> Iterator[Contender]:

@@ -1,5 +1,5 @@
-"""One network, trained from the same seed without a penalty, with L1, L2, both (elastic net), and L1 by proximal steps:
-what each does to the weights.
+"""One network, trained from the same seed without a penalty, with L1, L2, both (elastic net), and L1 by proximal steps,
+by SGD and by Adam: what each does to the weights.
 
     python examples/weights.py
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import common
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fused_reg import Regularizer
+from fused_reg.optim import SGD, Adam
 
 with common.extras():
     from matplotlib.figure import Figure
@@ -28,19 +29,20 @@ with common.extras():
     from sklearn.datasets import load_digits
     from torch.utils.tensorboard import SummaryWriter
 
-LEARNING_RATE = 0.4
 BATCH = 128
-SMALL = 1e-3  # above LEARNING_RATE * l1, the steps in which L1's gradient goes to and fro over zero
+SMALL = 1e-3  # above lr * l1, the steps in which L1's gradient goes to and fro over zero
 
 
 @dataclass(frozen=True)
 class Method:
-    """A penalty, and how it gets into the training: by its gradient, or by proximal steps."""
+    """A penalty, and how it gets into the training: by its gradient (``prox=False``), or by proximal steps."""
 
     name: str
     strengths: dict[str, float]
-    colour: str  # of the palette of Okabe and Ito, for the colour-blind, too
-    mode: Literal["grad", "prox"] = "grad"
+    colour: str  # of palettes for the colour-blind, too
+    prox: bool | str = False
+    optimizer: type[torch.optim.Optimizer] = SGD
+    lr: float = 0.4
 
 
 METHODS = (
@@ -48,7 +50,10 @@ METHODS = (
     Method("L1", {"l1": 1e-3}, "#E69F00"),
     Method("L2", {"l2": 1e-3}, "#0072B2"),
     Method("elastic net", {"l1": 5e-4, "l2": 5e-4}, "#009E73"),
-    Method("L1, proximal", {"l1": 1e-3}, "#D55E00", mode="prox"),
+    Method("L1, proximal", {"l1": 1e-3}, "#D55E00", prox=True),
+    Method("Adam, L1", {"l1": 1e-3}, "#56B4E9", optimizer=Adam, lr=0.01),
+    Method("Adam, L1, proximal", {"l1": 1e-3}, "#999933", True, Adam, 0.01),
+    Method("Adam, L1, preconditioned", {"l1": 1e-3}, "#CC79A7", "preconditioned", Adam, 0.01),
 )
 
 
@@ -98,10 +103,11 @@ def train(
     x, y, x_test, y_test = load()
     torch.manual_seed(seed)
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    weights = {"params": [p for p in model.parameters() if p.ndim > 1], **method.strengths}
+    biases = {"params": [p for p in model.parameters() if p.ndim == 1]}
+    optimizer = method.optimizer([weights, biases], lr=method.lr, prox=method.prox)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)  # proximal steps follow it
-    regularizer = Regularizer(model, **method.strengths, weights_only=True)
-    regularizer.attach(optimizer, mode=method.mode)
+    regularizer = Regularizer(model, **method.strengths, weights_only=True)  # reports
     run = Run(method, weights_of(regularizer), torch.empty(0))
     for epoch in range(epochs):
         for batch in torch.randperm(len(x)).split(BATCH):
@@ -144,8 +150,8 @@ def train_all(seeds: int, epochs: int, out: Path) -> list[list[Run]]:
 
 def draw_histograms(runs: Sequence[Run], seed_note: str) -> Figure:
     """The weights before and after, on shared axes; the exact zeros are a stem, because a bar has a width."""
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
-    grid = figure.subplots(2, 3, sharex=True, sharey=True)
+    figure = Figure(figsize=(9, 7.8), layout="constrained")
+    grid = figure.subplots(3, 3, sharex=True, sharey=True)
     limit = max(run.after.abs().max().item() for run in runs)
     total = len(runs[0].after)
     bins = torch.linspace(-limit, limit, 82).tolist()  # an odd number of bins: one is around zero
@@ -159,7 +165,7 @@ def draw_histograms(runs: Sequence[Run], seed_note: str) -> Figure:
         axes.set_title(f"{run.method.name}\n{zeros:,} exact zeros, {small:,} below {SMALL:g}", fontsize=10)
         axes.set(yscale="log", ylim=(0.7, 1.5 * total))
         axes.label_outer()
-    grid[0, 2].xaxis.set_tick_params(labelbottom=True)
+    grid[1, 2].xaxis.set_tick_params(labelbottom=True)
     note = grid.flat[-1]
     note.axis("off")
     handles, labels = grid[1, 1].get_legend_handles_labels()
@@ -171,7 +177,7 @@ def draw_histograms(runs: Sequence[Run], seed_note: str) -> Figure:
 
 def draw_zeros(runs: Sequence[Sequence[Run]], layers: dict[str, str]) -> Figure:
     """The share of exact zeros, and of what is small, in each layer: mean and standard deviation over seeds."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     width = 0.8 / len(runs)
     for axes, share, title in zip(panels, ("zeros", "small"), ("exactly zero", f"below {SMALL:g}"), strict=True):
@@ -185,7 +191,7 @@ def draw_zeros(runs: Sequence[Sequence[Run]], layers: dict[str, str]) -> Figure:
         axes.set_xticks(range(len(layers)), layers.values())
         axes.set_ylim(0, 100)
     panels[0].set_ylabel("share of the layer's weights, %")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -196,7 +202,7 @@ def draw_losses(runs: Sequence[Run]) -> Figure:
     marks = sorted({0, len(runs[0].history) // 5 - 1, len(runs[0].history) - 1})
     for run in runs:
         task, penalty, size = zip(*run.history, strict=True)
-        style = {"color": run.method.colour, "linestyle": "--" if run.method.mode == "prox" else "-"}
+        style = {"color": run.method.colour, "linestyle": "--" if run.method.prox else "-"}
         epochs = range(1, len(task) + 1)
         panels["task"].plot(epochs, task, **style)
         if max(penalty) > 0:
@@ -216,7 +222,8 @@ def summary(own: Sequence[Run]) -> dict[str, Any]:
     """The numbers of one method, for each seed."""
     return {
         "strengths": own[0].method.strengths,
-        "mode": own[0].method.mode,
+        "optimizer": own[0].method.optimizer.__name__,
+        "prox": own[0].method.prox,
         "test_accuracy": [run.accuracy for run in own],
         "exact_zeros": [int((run.after == 0).sum()) for run in own],
         "below_1e-3": [int((run.after.abs() < SMALL).sum()) for run in own],
@@ -227,15 +234,17 @@ def summary(own: Sequence[Run]) -> dict[str, Any]:
 
 
 def print_table(runs: Sequence[Sequence[Run]]) -> None:
-    print(f"{'':14}  {'test accuracy':>17}  {'exact zeros, %':>16}  {'task loss':>17}  {'penalty':>17}")
+    heads = ("test accuracy", "exact zeros, %", "task loss", "penalty", "sum of both")
+    print(f"{'':24}", *(f"{head:>17}" for head in heads))
     for own in runs:
         columns = (
             common.spread([run.accuracy for run in own]),
             common.spread([100 * (run.after == 0).float().mean().item() for run in own], digits=1),
             common.spread([run.task_loss for run in own]),
             common.spread([run.penalty for run in own]),
+            common.spread([run.task_loss + run.penalty for run in own]),
         )
-        print(f"{own[0].method.name:14}  {columns[0]:>17}  {columns[1]:>16}  {columns[2]:>17}  {columns[3]:>17}")
+        print(f"{own[0].method.name:24}", *(f"{column:>17}" for column in columns))
 
 
 def main(arguments: list[str] | None = None) -> list[list[Run]]:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 pytest.importorskip("rich")
 
 import fused_reg
-from benchmarks import __main__, checks, contenders, devices, measure, report, steps
-from benchmarks.checks import CASES, COMPILED_MODES, MODES, Problem, WrongResultError
+from benchmarks import __main__, checks, contenders, devices, measure, optimizers, pages, report
+from benchmarks.checks import CASES, COMPILED_MODES, MODES, STEP_MODES, Problem, WrongResultError
 from benchmarks.contenders import PEERS, Peer
 from benchmarks.results import Results, targets
 from fused_reg import reference
@@ -85,18 +86,29 @@ def test_what_is_wrong_is_refused(mode, wrong, names, monkeypatch):
     assert _refused(CASE.make_params("cpu"), mode, wrong) == names
 
 
-@pytest.mark.parametrize("wrong", ["l1", "l2", "penalty"])
+@pytest.mark.parametrize("wrong", ["l1", "l2"])
 def test_a_wrong_step_is_refused(wrong, monkeypatch):
-    right, (ours, *others) = fused_reg.Regularizer, steps.FORMS
-    names = {f"fused_reg attached{mode}, {kind}, fused=True" for mode in ("", ", prox") for kind in ("SGD", "AdamW")}
-    if wrong == "penalty":
-        ours = ours._replace(penalty=lambda p, l1, l2: PENALTY(p, l1, 2 * l2))
-        tiers = ("", ", foreach=True", ", fused=True")
-        names = {f"fused_reg, {kind}{tier}" for kind in ("SGD", "AdamW") for tier in tiers}
-    off = lambda p, **s: right(p, **{k: s[k] * (1 + (k == wrong) / 2) for k in s})  # noqa: E731
-    monkeypatch.setattr(fused_reg, "Regularizer", off)
-    monkeypatch.setattr(steps, "FORMS", (ours, *others))
-    assert _refused(CASES["net"].make_params("cpu"), "step") == names
+    """With a strength that is ten times as large: attached, in the pass, in the loss."""
+    params, right = CASES["net"].make_params("cpu"), fused_reg.Regularizer
+    larger = lambda strengths: {k: 10 * x if k == wrong else x for k, x in strengths.items()}  # noqa: E731
+    monkeypatch.setattr(fused_reg, "Regularizer", lambda p, **strengths: right(p, **larger(strengths)))
+    for mode in STEP_MODES:
+        names = {form.name for form in optimizers.FORMS if mode in form.modes and form.attach}
+        assert _refused(params, mode) == {f"{name}, {family}" for name in names for family in optimizers.OPTIMIZERS}
+    wrongs = [form for form in optimizers.FORMS if "l1" in form.options or form.penalty is PENALTY]
+    off = [f._replace(options=larger(f.options), penalty=f.penalty and _off(f.penalty, 1.1)) for f in wrongs]
+    monkeypatch.setattr(optimizers, "FORMS", off)
+    assert _refused(params, "step") == {f"{form.name}, {family}" for form in off for family in optimizers.OPTIMIZERS}
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
+def test_a_compiled_step_is_compiled_once(tmp_path):
+    """A compilation within the times is an error. The hooks of attachments are gone, which every step would call."""
+    options = [*OPTIONS, "--modes", "attached", "step", "--peers", "torch.compile", "--optimizers", "SGD"]
+    results = measure.Run(__main__.parse([*options, "--output", str(tmp_path / "run.json")])).measure()
+    assert results.find("net", "step", "torch.compile, weight_decay", "SGD")["compile_s"] > 0
+    assert not _global_optimizer_pre_hooks
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +133,15 @@ def test_a_run_is_complete(run):
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
         assert (row["samples"], row["ratio_to_limit"] > 0) == (5, True)
         assert row["role"] == "limit" or row["ratio_to_ours"] > 0
+    committed.rows += Results.read(RESULTS / "cpu-steps.json").rows
     limits = [
         {(r["mode"], r["implementation"]) for r in of.rows if r["role"] == "limit"} for of in (results, committed)
     ]
     assert limits[0] == limits[1]  # the names that targets and the picture ask for
     per_element = {row["mode"]: row["bytes"] / row["elements"] for row in results.rows if row["family"] == ""}
     assert list(per_element.values()) == [4, 8, 8, 12, 4, 12, 8]
+    per_step = {row["family"]: row["bytes"] / row["elements"] for row in results.rows if row["mode"] == "step"}
+    assert list(per_step.values()) == [12, 20, 28, 28, 20, 20]
 
 
 def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):
@@ -136,7 +151,7 @@ def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):
         measure.Run(__main__.parse([*OPTIONS, "--modes", "value", "--peers", "loop"])).measure()
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu-2026-11-20", "cpu-compiled", "cpu-compiled-small"])
+@pytest.mark.parametrize("name", ["cpu", "cpu-steps", "cpu-2026-11-20", "cpu-compiled", "cpu-compiled-small"])
 def test_the_committed_results(name, tmp_path):
     path, again = RESULTS / f"{name}.json", tmp_path / "again.json"
     results = Results.read(path)
@@ -153,6 +168,12 @@ def test_the_committed_results(name, tmp_path):
     if name == "cpu":
         report.draw(results, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pages_have_the_committed_results():
+    """``python -m benchmarks.pages`` writes them."""
+    for path, text in pages.written(pages.Committed()):
+        assert path.read_text(encoding="utf-8") == text
 
 
 def test_a_race_interleaves():

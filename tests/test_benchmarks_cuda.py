@@ -66,7 +66,9 @@ def test_a_run(is_wrong, tmp_path, monkeypatch):
     monkeypatch.setattr(devices.CudaDevice, "name", "cpu")  # its memory
     monkeypatch.setattr(limits, "LEAST_BYTES", 1 << 20)
     modes = ["value"] if is_wrong else PLAIN_MODES
-    options = __main__.parse([*OPTIONS, "--output", str(tmp_path / "run.json"), "--peers", "loop", "--modes", *modes])
+    options = __main__.parse(
+        [*OPTIONS, "--output", str(tmp_path / "run.json"), "--peers", "loop", "--modes", *modes, "--optimizers", "SGD"]
+    )
     options.device, options.peers = "cuda", [*options.peers, "broken"]
     results = measure.Run(options, devices.CudaDevice(_Runtime(), "cpu")).measure()
     assert Results.read(tmp_path / "run.json") == results
@@ -78,13 +80,12 @@ def test_a_run(is_wrong, tmp_path, monkeypatch):
     graphs = {f"{mode}, broken{family}" for mode in ("value", "fresh", "present") for family in ("", ", CUDA graph")}
     assert failed == dict.fromkeys(graphs, "failed: RuntimeError: no rule for this in ...")
     bounds = {mode: roofline["gb_per_s"] for roofline in results.rooflines for mode in roofline["modes"]}
-    assert set(bounds) == set(PLAIN_MODES) - {"step"}
+    assert set(bounds) == set(PLAIN_MODES)
     counts = {"launches": 2, "copies": 1, "fills": 1}
     for row in results.rows:
         assert row["median_ms"] == 0.25
         assert row["costs"].items() >= (counts | {"peak_bytes": 64 if row["family"] == "CUDA graph" else 234}).items()
-        if row["mode"] != "step":
-            assert row["costs"]["percent_of_roofline"] == pytest.approx(100 * row["gb_per_s"] / bounds[row["mode"]])
+        assert row["costs"]["percent_of_roofline"] == pytest.approx(100 * row["gb_per_s"] / bounds[row["mode"]])
     assert "broken: failed: RuntimeError: no rule for this in ..." in report.document(results, "run.json")
     report.draw(results, tmp_path / "run.png")
 

@@ -15,6 +15,19 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr int kAnyAndFurther = kAnyTerms | kFurther;
 
+// A penalty moves nothing that the step does not: so many tensors are read and written, with it and without.
+template <template <int> class Step>
+constexpr bool moves(int tensors, unsigned options = 0) {
+  const auto count = [options](auto pass) {
+    const unsigned there = ~pass.kOptional | pass.states(options);
+    return __builtin_popcount(pass.kReads & there) + __builtin_popcount(pass.kWrites & there);
+  };
+  return count(Step<kNone>{}) == tensors && count(Step<kL1L2>{}) == tensors;
+}
+static_assert(moves<SgdPass>(3) && moves<SgdPass>(5, kMomentum | kProximal));
+static_assert(moves<AdamPass>(7) && moves<AdamPass>(9, kAmsgrad | kPreconditioned));
+static_assert(moves<RmspropPass>(5) && moves<AdagradPass>(5));
+
 // The gradient of a pass, with numbers {l1, l2, l2_norm, step, ...}.
 template <int terms, class S>
 S gradient(S w, const ChunkNumbers& numbers) {

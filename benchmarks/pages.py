@@ -1,0 +1,115 @@
+"""The measured tables of the README and of the pages, from the committed results: ``python -m benchmarks.pages`` writes
+them and the paragraph behind each."""
+
+import re
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.checks import CASES
+from benchmarks.contenders import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
+from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.report import caption, joined, notable_errors, number, sized, table
+from benchmarks.results import Record, Results
+
+ROOT = Path(__file__).parent.parent
+_STEP, _FUSED, _FOREACH = "fused_reg.optim", "torch fused, weight_decay", "torch foreach, weight_decay"
+_LARGE = ("resnet50", "gpt2")
+_ADD, _ACCUMULATE, _IN_LOSS = "g.add_(x, alpha=a), one tensor", "fused_reg.accumulate_grad_", "loop in the loss"
+_TIMES = (
+    ("forward + backward, .grad None, ms", "fresh", "", (OURS, COMPILED_LOOP, LOOP, FOREACH_NORM)),
+    ("AdamW step, ms", "step", "AdamW", (_STEP, "torch.compile, weight_decay", _IN_LOSS, _FUSED)),
+)
+# The mode and family, and whose time is divided by whose.
+_RATIOS = {
+    "`accumulate_grad_`, of the time of `g.add_(x, alpha=a)` over the same memory": ("present", "", _ACCUMULATE, _ADD),
+    "the same, times as fast as torch.compile of the loop": ("present", "", COMPILED_LOOP, _ACCUMULATE),
+    "`prox_`, of the time of `x.mul_(a)`": ("prox", "", OURS, "x.mul_(a), one tensor"),
+    "`attach` to torch's fused SGD, of its time with `weight_decay`": ("attached", "SGD", "fused_reg attached", _FUSED),
+    "`fused_reg.optim.SGD`, times as fast as with the loop in the loss": ("step", "SGD", _IN_LOSS, _STEP),
+}
+
+
+class Committed:
+    """The results of the penalties, and of the steps."""
+
+    def __init__(self, folder: Path = ROOT / "benchmarks" / "results") -> None:
+        self.penalties, self.steps = (Results.read(folder / f"{name}.json") for name in ("cpu", "cpu-steps"))
+
+    def find(self, case: str, mode: str, *row: str) -> Record | None:
+        return (self.steps if mode in ("step", "attached") else self.penalties).find(case, mode, *row)
+
+    def ratio(self, case: str, mode: str, family: str, of: str, to: str, capability: str = "") -> str:
+        rows = [self.find(case, mode, name, family, capability) for name in (of, to)]
+        return f"{rows[0]['median_ms'] / rows[1]['median_ms']:.2f}" if all(rows) else "-"
+
+    def times(self) -> str:
+        lines: list[list[str]] = []
+        for title, mode, family, names in _TIMES:
+            lines.append([f"**{name}**" for name in (title, *names)])
+            for case in [case for case in CASES if case != "small_tensors_160"]:  # for the README's length
+                rows = [self.find(case, mode, name, family) for name in names]
+                if rows[0]:
+                    lines.append([sized(case), *(_time(row, rows[0]) for row in rows)])
+        heads = [head.strip("*") for head in lines[0]]
+        return table([dict(zip(heads, line, strict=True)) for line in lines[1:]])
+
+    def ratios(self) -> str:
+        lines = []
+        for label, row in _RATIOS.items():
+            lines.append({"in place": label} | {CASES[case].title: self.ratio(case, *row) for case in _LARGE})
+        return table(lines)
+
+    def of_steps(self) -> str:
+        lines = []
+        for name, kind in OPTIMIZERS.items():
+            line, to = {"step with L1, L2 and value": name}, _FUSED if kind.tier == "fused" else _FOREACH
+            for case in CASES:
+                if self.find(case, "step", _STEP, name):
+                    row = (case, "step", name, _STEP, to)
+                    line[CASES[case].title] = f"{self.ratio(*row)}, {self.ratio(*row, 'AVX2')}"
+            lines.append(line)
+        return table(lines)
+
+
+def _time(row: Record | None, ours: Record) -> str:
+    if row is None:
+        return "-"
+    ratio = "" if row is ours else f" ({row['median_ms'] / ours['median_ms']:.1f}x)"
+    return joined(number(row["median_ms"]) + ratio, notable_errors(row))
+
+
+def written(committed: Committed) -> Iterable[tuple[Path, str]]:
+    """Each page with the text that it should have."""
+    machines = f"on a shared machine: {caption(committed.penalties)}; steps: {caption(committed.steps)}."
+    times = f"In brackets: how many times our time. Medians of rounds that are interleaved, {machines}"
+    ratios, steps = (
+        f"Medians, {machines}",
+        "Of the time of torch's fused step with `weight_decay` (RMSprop has none: the foreach one)",
+    )
+    pages = {
+        "README.md": [(committed.times(), times)],
+        "docs/performance.md": [
+            (committed.ratios(), ratios),
+            (committed.of_steps(), f"{steps}, with AVX-512, and with AVX2."),
+        ],
+    }
+    for name, blocks in pages.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for block in blocks:
+            text = _replaced(text, *block)
+        yield ROOT / name, text
+
+
+def _replaced(text: str, made: str, paragraph: str) -> str:
+    """The table that begins with the same words, and the paragraph behind it."""
+    head = re.escape(made[: made.index(" |", 1)])
+    block = f"{made}\n\n{textwrap.fill(paragraph, 128)}\n\n"
+    text, count = re.subn(rf"^{head} .*?\n\n.*?\n\n", lambda _: block, text, flags=re.DOTALL | re.MULTILINE)
+    assert count == 1, head
+    return text
+
+
+if __name__ == "__main__":
+    for _path, _text in written(Committed()):
+        _path.write_text(_text, encoding="utf-8")
