@@ -42,10 +42,10 @@ TORCH_LIBRARY(fused_reg, m) {
 
   // A step of an optimizer (passes/step.h), and the penalty before it. states: one list of all parameters after the
   // other; steps: how many each has made, counted on, or none; is_first: of each, or none; rates: four numbers for
-  // each parameter, or for all.
+  // each parameter, or for all. Where found_inf is not 0, nothing is written, and the value has no meaning.
   m.def(
       "step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor(d!)[] steps, bool[] is_first, int "
-      "optimizer, int options, float[] rates, Tensor? grad_scale, " NUMBERS ") -> Tensor",
+      "optimizer, int options, float[] rates, Tensor? grad_scale, Tensor? found_inf, " NUMBERS ") -> Tensor",
       tags);
 
   // The norm of every group after the soft threshold step * l1, as penalty gives those before it.

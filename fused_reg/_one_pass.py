@@ -42,8 +42,8 @@ _ARGUMENTS = """
     Raises:
         TypeError: ``l1`` or ``l2`` is no number; at a step with a penalty, a parameter is complex or a gradient sparse.
         ValueError: a strength is negative or not finite, ``prox`` is something else; ``differentiable=True``.
-        NotImplementedError: at a step, ``prox="preconditioned"`` where the parameters are not plain tensors on the CPU.
-            Other parameters (a GPU's, DTensors) take the penalty, torch's own step and the proximal step in turn.
+        NotImplementedError: at a step, ``prox="preconditioned"`` where the parameters are not plain tensors.
+            Other parameters (DTensors) take the penalty, torch's own step and the proximal step in turn.
     """
 
 
@@ -61,7 +61,10 @@ class _Part(NamedTuple):
 
 def _total(parts: Sequence[Tensor | _Part]) -> Tensor:
     values = [part if isinstance(part, Tensor) else part.penalty() for part in parts]
-    return functools.reduce(torch.add, values) if values else torch.zeros(())
+    if not values:
+        return torch.zeros(())
+    device = _devices.joint(values)
+    return functools.reduce(torch.add, (value.to(device) for value in values))
 
 
 def _calls_hooks(function: Any) -> Any:
@@ -174,8 +177,10 @@ class OnePass(Optimizer):
                 loss = closure()
         own = self.__dict__
         found_inf, grad_scale = own.get("found_inf"), own.get("grad_scale")  # of a GradScaler, if fused=True
-        if found_inf is not None and _devices.is_at_hand(found_inf) and bool(found_inf):
-            return loss
+        if found_inf is not None and _devices.is_at_hand(found_inf):
+            if bool(found_inf):
+                return loss
+            found_inf = None
         plans = self._plans.of(self)
         if plans is None:
             self._step_in_turn(found_inf, grad_scale)
@@ -184,15 +189,27 @@ class OnePass(Optimizer):
         last: list[Tensor | _Part] = []
         for group, (tensors, numbers, grads) in zip(self.param_groups, plans, strict=True):
             if grads:
-                last.append(self._launch(tensors, numbers, grads, grad_scale, is_none))
+                last.append(self._launch(tensors, numbers, grads, found_inf, grad_scale, is_none))
             if tensors.rest:
                 last.append(_Part(tensors.rest, group["l1"], group["l2"]))
         if not is_none:
-            self._last = last
+            self._last = last if found_inf is None else self._unless(found_inf, last)
         return loss
 
+    def _unless(self, found_inf: Tensor, last: list[Tensor | _Part]) -> list[Tensor | _Part]:
+        """The penalty of this step, or the last one's: a GPU knows whether it was one."""
+        value = _total(last)
+        is_one = _devices.reachable(found_inf, value.device).reshape(()) == 0
+        return [torch.where(is_one, value, self.penalty)] if last else []
+
     def _launch(
-        self, tensors: Tensors, numbers: Numbers, grads: list[Tensor], grad_scale: Tensor | None, is_none: bool
+        self,
+        tensors: Tensors,
+        numbers: Numbers,
+        grads: list[Tensor],
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+        is_none: bool,
     ) -> Tensor:
         """The step of a group. One that is none makes the states, as torch.distributed.checkpoint wants it, without the
         penalty."""
@@ -205,14 +222,18 @@ class OnePass(Optimizer):
             states = [x.get(key) for key in keys for x in held]
             is_first = list(map(is_, states, repeat(None)))
             if any(is_first):
+                if found_inf is not None and bool(found_inf):  # else there were states that nobody has written
+                    return found_inf.new_zeros(())
                 states = [torch.empty_like(p) if x is None else x for p, x in zip(tensors.taken, states, strict=True)]
         options, strengths = numbers.options, numbers.strengths
         if grad_scale is not None:
-            options, grad_scale = options | UNSCALE, grad_scale.reshape(())
+            options |= UNSCALE
+        device = tensors.taken[0].device
+        scaler = [x if x is None else _devices.reachable(x, device).reshape(()) for x in (grad_scale, found_inf)]
         if is_none:
             strengths = strengths.having(l1=(), l2=())
         value = _ops.step_(
-            tensors.taken, grads, states, steps, is_first, self._pass, options, numbers.rates, grad_scale, *strengths
+            tensors.taken, grads, states, steps, is_first, self._pass, options, numbers.rates, *scaler, *strengths
         )
         if any(is_first):
             for x, state in zip(held, states, strict=True):
@@ -241,7 +262,7 @@ class OnePass(Optimizer):
         share: Any = 1.0
         if found_inf is not None:  # a GPU knows whether the step will be skipped
             share = (found_inf == 0).reshape(())
-            last = [torch.where(share, _total(last), self.penalty)] if last else []
+            last = self._unless(found_inf, last)
         if not is_none:
             self._last = last
         self._step_of_torch()
@@ -252,7 +273,7 @@ class OnePass(Optimizer):
         where = f"{type(self).__name__}: "
         check_options(where, group)
         if group["prox"] == "preconditioned":
-            raise NotImplementedError(f'{where}prox="preconditioned" is supported for plain tensors on the CPU')
+            raise NotImplementedError(f'{where}prox="preconditioned" is supported for plain tensors')
         for i, p in enumerate(group["params"]):
             if p.is_complex():
                 raise TypeError(f"{where}params[{i}] must be real where l1 or l2 is not 0, got {p.dtype}")

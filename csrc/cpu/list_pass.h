@@ -129,8 +129,13 @@ class ListPass {
     run_with_norms(norms, first_groups);
   }
 
-  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it.
-  at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale) {
+  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. Nothing at all where
+  // found_inf is not 0: the value has no meaning then.
+  at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale,
+                      const NumberArg& found_inf) {
+    if (number(found_inf) != 0) {
+      return value(0);
+    }
     const double scale = number(grad_scale);
     for (const auto t : c10::irange(tasks_.size())) {
       ChunkTask& task = tasks_[t];
@@ -141,7 +146,7 @@ class ListPass {
         task.streams[s] = row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr();
       }
       task.numbers.factor = 1;
-      task.numbers.options = row.options;
+      task.numbers.options = step_options(row.options, task.numbers.terms);
       std::copy(row.rates, row.rates + kRates, task.numbers.step);
       task.numbers.step[kCount] = row.count == nullptr ? 0 : counted(*row.count);
       task.numbers.step[kGradScale] = scale;
@@ -300,15 +305,6 @@ class ListPass {
       task.pass = adds_.empty() || task.streams[1] == nullptr ? Pass::kPenalty : adds_[t] ? add : write;
       task.numbers.factor = factor;
     }
-  }
-
-  // One more step; without the dispatcher, which would take longer than the step of a small parameter.
-  static double counted(const at::Tensor& steps) {
-    if (steps.scalar_type() == at::kFloat && steps.is_cpu() && steps.numel() == 1) {
-      return *steps.mutable_data_ptr<float>() += 1;
-    }
-    steps.add_(1);
-    return steps.item<double>();
   }
 
   static double number(const NumberArg& arg) { return arg.tensor.has_value() ? arg.tensor->item<double>() : arg.value; }

@@ -43,6 +43,11 @@ enum StepOption : unsigned {
   kDecay = 1024,
 };
 
+// Without a penalty no step is proximal.
+FUSED_REG_INLINE unsigned step_options(unsigned options, int terms) {
+  return terms & kL1L2 ? options : options & ~(kProximal | kPreconditioned);
+}
+
 // base^count by squaring: the same on every machine.
 FUSED_REG_INLINE double power(double base, double count) {
   double result = 1;
