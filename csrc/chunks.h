@@ -58,7 +58,16 @@ class ChunkPlan {
   int64_t chunks_per_group(int64_t t) const { return (group_size_[t] + kChunkSize - 1) / kChunkSize; }
 
   Chunk chunk(int64_t c) const {
-    const int64_t t = owner(first_chunk_, c);
+    int64_t t = owner(first_chunk_, c);
+    return chunk(c, &t);
+  }
+
+  // The same, from the tensor of an earlier chunk on, which becomes this one's.
+  Chunk chunk(int64_t c, int64_t* of_earlier) const {
+    int64_t& t = *of_earlier;
+    while (c >= first_chunk_[t + 1]) {
+      ++t;
+    }
     const int64_t group = (c - first_chunk_[t]) / chunks_per_group(t);
     const int64_t begin = (c - first_chunk_[t]) % chunks_per_group(t) * kChunkSize;  // within the group
     return {t, group * group_size_[t] + begin, std::min<int64_t>(kChunkSize, group_size_[t] - begin),

@@ -28,9 +28,14 @@ inline bool has_groups_in_runs(const at::Tensor& dense, Grouping group) {
   return d < 0 || dense.size(d) <= 1 || dense.numel() == 0 || dense.stride(d) == dense.numel() / dense.size(d);
 }
 
-// The tensor itself if it is one run of memory, group after group; else a copy that is.
+// Whether it is one run of memory, group after group.
+inline bool is_run(const at::Tensor& t, Grouping group) {
+  return t.is_non_overlapping_and_dense() && has_groups_in_runs(t, group);
+}
+
+// The tensor itself if it is one; else a copy that is.
 inline at::Tensor as_run(const at::Tensor& t, Grouping group) {
-  if (t.is_non_overlapping_and_dense() && has_groups_in_runs(t, group)) {
+  if (is_run(t, group)) {
     return t;
   }
   const int64_t d = sliced_dim(t, group);

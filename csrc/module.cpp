@@ -49,6 +49,44 @@ bool load(PyObject* x, at::Tensor* out) {
 
 bool load(PyObject* x, OptionalTensor* out) { return x == Py_None || load(x, &out->emplace()); }
 
+// A list of tensors. They stay alive because their Python objects do: to hold them as well takes as long as a pass over
+// short ones.
+class BorrowedTensors {
+ public:
+  BorrowedTensors() = default;
+  BorrowedTensors(const BorrowedTensors&) = delete;
+  ~BorrowedTensors() {
+    for (at::Tensor& t : tensors_) {
+      t.unsafeReleaseTensorImpl();
+    }
+  }
+
+  bool load(PyObject* xs) {
+    if (!PyList_Check(xs) && !PyTuple_Check(xs)) {
+      return false;
+    }
+    items_ = PySequence_Tuple(xs);
+    tensors_.reserve(PyTuple_GET_SIZE(items_.get()));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items_.get()); ++i) {
+      PyObject* const item = PyTuple_GET_ITEM(items_.get(), i);
+      if (!THPVariable_CheckExact(item)) {
+        return false;
+      }
+      using Impl = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+      tensors_.emplace_back(Impl::reclaim(THPVariable_Unpack(item).unsafeGetTensorImpl()));
+    }
+    return true;
+  }
+
+  operator at::TensorList() const { return tensors_; }
+
+ private:
+  THPObjectPtr items_;
+  std::vector<at::Tensor> tensors_;
+};
+
+bool load(PyObject* xs, BorrowedTensors* out) { return out->load(xs); }
+
 template <class List>
 bool load(PyObject* xs, List* out) {
   if (!PyList_Check(xs) && !PyTuple_Check(xs)) {
@@ -94,7 +132,7 @@ struct HolderOf {
 };
 template <class Item>
 struct HolderOf<at::ArrayRef<Item>> {
-  using type = std::vector<Item>;
+  using type = std::conditional_t<std::is_same_v<Item, at::Tensor>, BorrowedTensors, std::vector<Item>>;
 };
 
 // NotImplemented where the arguments are not those that the operator takes as they are.
@@ -166,6 +204,82 @@ PyObject* survey(PyObject*, PyObject* list) {
   END_HANDLE_TH_ERRORS
 }
 
+// Of a tensor, or a gradient, that an optimizer's step takes as it is.
+bool is_taken(const at::Tensor& t) { return is_usual(t) && !t.is_neg() && !t.is_complex(); }
+
+// What an optimizer's step depends on, but for values, as bytes: the parameters, how they are and whether they have a
+// gradient, and the states of all with their sizes; the options of each group. As long as somebody keeps the objects,
+// equal bytes are equal objects. None where a parameter or a gradient is not taken as it is.
+PyObject* fingerprint(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  std::vector<uintptr_t> tensors, options;
+  const auto number = [](PyObject* x) { return reinterpret_cast<uintptr_t>(x); };
+  PyObject *key, *value;
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(args[0]); ++g) {
+    PyObject* const group = PyList_GET_ITEM(args[0], g);
+    PyObject* const params = PyDict_GetItemString(group, "params");
+    if (params == nullptr || !PyList_Check(params)) {
+      Py_RETURN_NONE;
+    }
+    for (Py_ssize_t at = 0; PyDict_Next(group, &at, &key, &value);) {
+      options.insert(options.end(), {number(key), number(value)});
+    }
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+      PyObject* const param = PyList_GET_ITEM(params, i);
+      if (!THPVariable_CheckExact(param)) {
+        Py_RETURN_NONE;
+      }
+      const at::Tensor& t = THPVariable_Unpack(param);
+      const at::Tensor& grad = t.unsafeGetTensorImpl()->grad();
+      if (!is_taken(t) || (grad.defined() && !is_taken(grad))) {
+        Py_RETURN_NONE;
+      }
+      const auto type = static_cast<uintptr_t>(t.device().type()),
+                 index = static_cast<uintptr_t>(t.device().index() + 1);
+      const auto dtype = static_cast<uintptr_t>(t.scalar_type());
+      const uintptr_t how = grad.defined() + 2 * t.requires_grad() + (dtype << 8) + (type << 16) + (index << 24);
+      tensors.insert(tensors.end(), {number(param), how});
+    }
+    tensors.push_back(0);
+  }
+  for (Py_ssize_t at = 0; PyDict_Next(args[1], &at, &key, &value);) {
+    const Py_ssize_t size = PyDict_Check(value) ? PyDict_GET_SIZE(value) : 0;
+    tensors.insert(tensors.end(), {number(value), static_cast<uintptr_t>(size)});
+  }
+  const auto bytes = [](const std::vector<uintptr_t>& x) {
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(x.data()), x.size() * sizeof x[0]);
+  };
+  THPObjectPtr both(PyTuple_New(2));
+  PyTuple_SET_ITEM(both.get(), 0, bytes(tensors));
+  PyTuple_SET_ITEM(both.get(), 1, bytes(options));
+  return both.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// The gradients of parameters, and what their states have under each of these keys, one list of all parameters after
+// the other. None where one is missing.
+PyObject* gather(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const Py_ssize_t n = PyList_GET_SIZE(args[0]), keys = PyTuple_GET_SIZE(args[2]);
+  THPObjectPtr lists(PyTuple_New(1 + keys));
+  for (Py_ssize_t k = 0; k <= keys; ++k) {
+    PyObject* const list = PyList_New(n);
+    PyTuple_SET_ITEM(lists.get(), k, list);
+    for (Py_ssize_t i = 0; i < n; ++i) {
+      PyObject* const from = PyList_GET_ITEM(args[k > 0], i);
+      PyObject* const item = k == 0 ? THPVariable_Wrap(THPVariable_Unpack(from).unsafeGetTensorImpl()->grad())
+                                    : Py_XNewRef(PyDict_GetItem(from, PyTuple_GET_ITEM(args[2], k - 1)));
+      if (item == nullptr || item == Py_None) {
+        Py_XDECREF(item);
+        Py_RETURN_NONE;
+      }
+      PyList_SET_ITEM(list, i, item);
+    }
+  }
+  return lists.release();
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* check_dtypes_of(PyObject*, PyObject* list) {
   HANDLE_TH_ERRORS
   std::vector<at::Tensor> params;
@@ -213,6 +327,10 @@ PyMethodDef functions[] = {
     {"check_writable", reinterpret_cast<PyCFunction>(check_writable), METH_FASTCALL,
      "Raises what accumulate_grad_ or prox_ would of (params, grads, modes)."},
     {"check_dtypes", check_dtypes_of, METH_O, "Raises what the operators would of the dtypes of a list of tensors."},
+    {"fingerprint", reinterpret_cast<PyCFunction>(fingerprint), METH_FASTCALL,
+     "What a step of an optimizer of these groups and states depends on, as bytes; None where that is unusual."},
+    {"gather", reinterpret_cast<PyCFunction>(gather), METH_FASTCALL,
+     "A list of the gradients of parameters, and of what is in their states for each key; None where one is missing."},
     {"survey", survey, METH_O,
      "Bits of what is in a list: attributes, what is no usual tensor, several devices, negated views, odd gradients."},
     FUSED_REG_OPERATORS(FUSED_REG_FUNCTION){}};

@@ -31,6 +31,7 @@ struct ColumnArg {
   const char* name;
   Floats floats;
   const at::Tensor* tensor = nullptr;
+  bool is_any = false;  // not only finite numbers >= 0
 };
 
 struct NumbersArg {
@@ -137,9 +138,9 @@ class HostColumn {
   HostColumn(const ColumnArg& arg, const Selection& selection) {
     if (arg.tensor != nullptr) {
       const at::Tensor host = arg.tensor->to(at::kCPU, at::kDouble).contiguous();
-      fill({host.const_data_ptr<double>(), static_cast<size_t>(host.numel())}, arg.name, selection);
+      fill({host.const_data_ptr<double>(), static_cast<size_t>(host.numel())}, arg, selection);
     } else {
-      fill(arg.floats, arg.name, selection);
+      fill(arg.floats, arg, selection);
     }
   }
 
@@ -148,9 +149,11 @@ class HostColumn {
   double operator[](size_t t) const { return is_one() ? one_ : values_[t]; }
 
  private:
-  void fill(at::ArrayRef<double> values, const char* name, const Selection& selection) {
-    check_strength(name, values.size(), selection.list);
-    check_values(name, values);
+  void fill(at::ArrayRef<double> values, const ColumnArg& arg, const Selection& selection) {
+    check_strength(arg.name, values.size(), selection.list);
+    if (!arg.is_any) {
+      check_values(arg.name, values);
+    }
     if (values.size() <= 1) {
       one_ = values.empty() ? 0 : values[0];
       return;

@@ -8,7 +8,7 @@
 // (cpu/list_pass.h says more.)
 #pragma once
 
-#include <bit>
+#include <list>
 #include <tuple>
 #include <vector>
 
@@ -152,31 +152,31 @@ struct Operators {
                           const c10::List<bool>& is_first, int64_t optimizer, int64_t options, Floats rates,
                           const OptionalTensor& grad_scale, const OptionalTensor& found_inf, FUSED_REG_NUMBERS) {
     const at::NoGradGuard no_grad;
-    const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
+    NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
+    numbers.columns[kStep].is_any = true;  // torch's optimizers take any, as a schedule may end a rounding below 0
     check_list(params, numbers);
-    check_ungrouped(numbers.group);
     const size_t n = params.size();
     TORCH_CHECK_VALUE(optimizer >= 0 && optimizer < kOptimizers, "optimizer must be 0 to ", kOptimizers - 1, ", got ",
                       optimizer);
     const Pass step = step_of(optimizer);
+    TORCH_CHECK_VALUE(!(options & kPreconditioned) || !(numbers.has_further() || numbers.group != Grouping::kNone),
+                      "options must not be preconditioned with terms other than L1 and L2");
     const unsigned streams = state_streams(step, static_cast<unsigned>(options));
-    check_step(params, grads, states, steps, is_first.size(), std::popcount(streams), rates.size(),
+    check_step(params, grads, states, steps, is_first.size(), __builtin_popcount(streams), rates.size(),
                (options & kUnscale) != 0);
     check_number("grad_scale", {1, grad_scale}, params[0].device());
     check_number("found_inf", {0, found_inf}, params[0].device());
     ListPass pass(params, all_of(n), numbers);
     // What the kernels read and write: of the layout and dtype of dense(t), copies where a tensor has another.
-    const auto as_dense = [&](const at::Tensor& given, size_t t) {
-      const at::Tensor& dense = pass.dense(t);
-      if (given.scalar_type() == dense.scalar_type() && has_layout_of(given, dense)) {
-        return given;
-      }
-      return at::empty_like(dense).copy_(given);
-    };
-    Tensors own(grads.begin(), grads.end());
-    own.insert(own.end(), states.begin(), states.end());
+    std::list<at::Tensor> copies;
+    std::vector<const at::Tensor*> own(n + states.size());
     for (const auto i : c10::irange(own.size())) {
-      own[i] = as_dense(own[i], i % n);
+      const at::Tensor& given = i < n ? grads[i] : states[i - n];
+      const at::Tensor& dense = pass.dense(i % n);
+      own[i] = &given;
+      if (given.scalar_type() != dense.scalar_type() || !has_layout_of(given, dense)) {
+        own[i] = &copies.emplace_back(at::empty_like(dense).copy_(given));
+      }
     }
     std::vector<StepRow> rows(n);
     for (const auto t : c10::irange(n)) {
@@ -186,25 +186,38 @@ struct Operators {
       std::copy(own_rates.begin(), own_rates.end(), row.rates);
       row.options |= own_rates[kWeightDecay] != 0 ? kDecay : 0;
       row.count = steps.empty() ? nullptr : &steps[t];
-      row.streams[1] = &own[t];
+      row.streams[1] = own[t];
       size_t next = n + t;
       for (const auto s : c10::irange(kStreams)) {
         if (streams & bit(s)) {
-          row.streams[s] = &own[next];
+          row.streams[s] = own[next];
           next += n;
         }
       }
-      row.streams[kUnscaled] = options & kUnscale ? &own[t] : nullptr;
+      row.streams[kUnscaled] = options & kUnscale ? own[t] : nullptr;
     }
-    at::Tensor value = pass.run_step(step, rows, {1, grad_scale}, {0, found_inf});
+    pass.want_exact();
+    at::Tensor value;
+    if (pass.group() == Grouping::kNone) {
+      value = pass.run_step(step, rows, {1, grad_scale}, {0, found_inf}, std::nullopt, {});
+    } else {
+      const std::vector<int64_t> first_groups = own_first_groups(params, pass.group());
+      OptionalTensor found;
+      std::tie(value, found) = pass.run_group_penalty();
+      pass.run_step(step, rows, {1, grad_scale}, {0, found_inf}, found, first_groups);
+      // What follows on the step is not asked for either, which needs a look at that.
+      if (options & kProximal && !(found_inf.has_value() && found_inf->item<double>() != 0)) {
+        pass.run_prox(pass.run_soft_norms(), first_groups);
+      }
+    }
     for (const auto t : c10::irange(n)) {
       copy_back(pass.dense(t), params[t]);
     }
     for (const auto i : c10::irange(own.size())) {
       if (i >= n || options & kUnscale) {
         const at::Tensor& given = i < n ? grads[i] : states[i - n];
-        const bool is_rounded = found_inf.has_value() && own[i].scalar_type() != given.scalar_type();
-        copy_back(is_rounded ? at::where(found_inf->ne(0).reshape({}), given, own[i]) : own[i], given);
+        const bool is_rounded = found_inf.has_value() && own[i]->scalar_type() != given.scalar_type();
+        copy_back(is_rounded ? at::where(found_inf->ne(0).reshape({}), given, *own[i]) : *own[i], given);
       }
     }
     return value;

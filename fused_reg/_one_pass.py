@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import repeat
-from operator import is_
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,13 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fused_reg import _devices, _ops
-from fused_reg._step_plans import UNSCALE, Formula, Numbers, Plans, Prox, Tensors, check_options, has_penalty
-from fused_reg.functional import fused_penalty
+from fused_reg import _devices
+from fused_reg._partitioned import check_whole
+from fused_reg._step_penalty import Penalty, dtype_of, penalty_of
+from fused_reg._step_plans import Formula, Plans, Prox, check_options, has_penalty
+from fused_reg.distributed.collectives import total
 from fused_reg.in_place import accumulate_grad_, prox_
+from fused_reg.regularizer.share import Guest
 from fused_reg.regularizer.steps import is_inert
 
 _OWN: dict[str, Any] = {"l1": 0.0, "l2": 0.0, "prox": False}
@@ -41,30 +44,11 @@ _ARGUMENTS = """
 
     Raises:
         TypeError: ``l1`` or ``l2`` is no number; at a step with a penalty, a parameter is complex or a gradient sparse.
-        ValueError: a strength is negative or not finite, ``prox`` is something else; ``differentiable=True``.
-        NotImplementedError: at a step, ``prox="preconditioned"`` where the parameters are not plain tensors.
-            Other parameters (DTensors) take the penalty, torch's own step and the proximal step in turn.
+        ValueError: a strength is negative or not finite, ``prox`` is something else; ``differentiable=True``; at a step
+            with a penalty, a parameter is a placeholder (DeepSpeed ZeRO-3) or a piece (FSDP1).
+        NotImplementedError: at a step, ``prox="preconditioned"`` where the kernels do not take the parameters (of
+            a tensor subclass). There the penalty, torch's own step and the proximal step are taken in turn.
     """
-
-
-class _Part(NamedTuple):
-    """Parameters whose penalty is computed when somebody looks."""
-
-    params: list[Tensor]
-    l1: float | Tensor
-    l2: float | Tensor
-
-    def penalty(self) -> Tensor:
-        with torch.no_grad():
-            return fused_penalty(self.params, self.l1, self.l2)
-
-
-def _total(parts: Sequence[Tensor | _Part]) -> Tensor:
-    values = [part if isinstance(part, Tensor) else part.penalty() for part in parts]
-    if not values:
-        return torch.zeros(())
-    device = _devices.joint(values)
-    return functools.reduce(torch.add, (value.to(device) for value in values))
 
 
 def _calls_hooks(function: Any) -> Any:
@@ -106,8 +90,14 @@ class OnePass(Optimizer):
     _makes_states: ClassVar[bool] = True  # torch's class, before a step; else the step itself does
     _step_of_torch: ClassVar[Callable[[Any], Any]]  # without hooks, which run in ours
     _given: Mapping[str, Any] = _OWN
-    _last: Sequence[Tensor | _Part] | None = None  # the penalty of the last step
+    _last: Penalty | None = None  # before the last step
     _plans: Plans
+
+    if TYPE_CHECKING:  # torch's arguments, and ours, which `__init_subclass__` puts behind them
+
+        def __init__(
+            self, *args: Any, l1: float | Tensor = 0.0, l2: float | Tensor = 0.0, prox: Prox = False, **kwargs: Any
+        ) -> None: ...
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -127,7 +117,7 @@ class OnePass(Optimizer):
             **kwargs: Any,
         ) -> None:
             own = {"l1": l1, "l2": l2, "prox": prox}
-            self._given, self._plans = own, Plans()
+            self._given = own
             base.__init__(self, *args, **kwargs)
             self.defaults.update(own)
 
@@ -145,6 +135,7 @@ class OnePass(Optimizer):
                 param_group.setdefault(key, self.defaults.get(key, value))
             check_options(f"{type(self).__name__}: ", {**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._plans = Plans()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also what `load_state_dict` ends with. What torch's class has saved leaves our options as they are."""
@@ -159,10 +150,20 @@ class OnePass(Optimizer):
     @property
     def penalty(self) -> Tensor:
         """The penalty of all parameters before the last step, 0-dim, on their device, without a synchronization; before
-        the first step, the penalty now. Of DTensors without a gradient it is reduced when it is looked at."""
-        if self._last is None:
-            return _total([_Part(group["params"], group["l1"], group["l2"]) for group in self.param_groups])
-        return _total(self._last)
+        the first step, the penalty now. Of DTensors it is reduced when it is looked at: every process must look."""
+        return (self._penalty_now() if self._last is None else self._last).total()
+
+    def host(self, guest: Guest) -> bool:
+        """Whether the next step takes this penalty with it: unless it has one of its own, or is not ours."""
+        is_free = type(self).step is OnePass.step and "_guest" not in self.__dict__
+        if is_free and not any(map(has_penalty, self.param_groups)):
+            self._guest = guest
+            return True
+        return False
+
+    def _penalty_now(self) -> Penalty:
+        groups = [group for group in self.param_groups if group["params"]]
+        return Penalty(dtype_of(self), [penalty_of(group["params"], group["l1"], group["l2"]) for group in groups])
 
     @_calls_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -176,95 +177,69 @@ class OnePass(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         own = self.__dict__
+        guest = own.pop("_guest", None)
         found_inf, grad_scale = own.get("found_inf"), own.get("grad_scale")  # of a GradScaler, if fused=True
         if found_inf is not None and _devices.is_at_hand(found_inf):
             if bool(found_inf):
                 return loss
             found_inf = None
-        plans = self._plans.of(self)
-        if plans is None:
-            self._step_in_turn(found_inf, grad_scale)
+        plan = self._plans.of(self, guest)
+        ready = [] if plan is None else [(launch, launch.lists()) for launch in plan.launches]
+        if plan is None or any(lists is None for _, lists in ready):
+            self._step_in_turn(guest, found_inf, grad_scale)
             return loss
-        is_none = all(numbers.may_be_inert for _, numbers, _ in plans) and is_inert(self)
-        last: list[Tensor | _Part] = []
-        for group, (tensors, numbers, grads) in zip(self.param_groups, plans, strict=True):
-            if grads:
-                last.append(self._launch(tensors, numbers, grads, found_inf, grad_scale, is_none))
-            if tensors.rest:
-                last.append(_Part(tensors.rest, group["l1"], group["l2"]))
+        is_none = plan.may_be_inert and is_inert(self)
+        parts: list[Any] = []
+        for launch, lists in ready:
+            parts.append(partial(total, launch.run(lists, grad_scale, found_inf, is_none), launch.processes))
         if not is_none:
-            self._last = last if found_inf is None else self._unless(found_inf, last)
+            for group, rest in zip(self.param_groups, plan.rest, strict=True):
+                if rest and has_penalty(group):
+                    parts.append(penalty_of(rest, group["l1"], group["l2"]))
+            if guest is not None:
+                parts += guest.owner.rest_of(plan.all_rest)
+            self._last = Penalty(plan.dtype, self._unless(found_inf, parts))
+        if guest is not None:
+            guest.owner.has_ridden(self._last)
         return loss
 
-    def _unless(self, found_inf: Tensor, last: list[Tensor | _Part]) -> list[Tensor | _Part]:
-        """The penalty of this step, or the last one's: a GPU knows whether it was one."""
-        value = _total(last)
+    def _unless(self, found_inf: Tensor | None, parts: list[Any]) -> list[Any]:
+        """The penalty of this step; or the last one's, if a GPU knows that it was none."""
+        if found_inf is None or not parts:
+            return parts
+        value = Penalty(torch.float64, parts).total()
         is_one = _devices.reachable(found_inf, value.device).reshape(()) == 0
-        return [torch.where(is_one, value, self.penalty)] if last else []
+        return [partial(total, torch.where(is_one, value, self.penalty), None)]
 
-    def _launch(
-        self,
-        tensors: Tensors,
-        numbers: Numbers,
-        grads: list[Tensor],
-        found_inf: Tensor | None,
-        grad_scale: Tensor | None,
-        is_none: bool,
-    ) -> Tensor:
-        """The step of a group. One that is none makes the states, as torch.distributed.checkpoint wants it, without the
-        penalty."""
-        held, keys = tensors.held, tensors.keys
-        is_first: list[bool] = []
-        steps: list[Tensor] = []
-        if self._makes_states:
-            states, steps = [x[key] for key in keys for x in held], [x["step"] for x in held]
-        else:
-            states = [x.get(key) for key in keys for x in held]
-            is_first = list(map(is_, states, repeat(None)))
-            if any(is_first):
-                if found_inf is not None and bool(found_inf):  # else there were states that nobody has written
-                    return found_inf.new_zeros(())
-                states = [torch.empty_like(p) if x is None else x for p, x in zip(tensors.taken, states, strict=True)]
-        options, strengths = numbers.options, numbers.strengths
-        if grad_scale is not None:
-            options |= UNSCALE
-        device = tensors.taken[0].device
-        scaler = [x if x is None else _devices.reachable(x, device).reshape(()) for x in (grad_scale, found_inf)]
-        if is_none:
-            strengths = strengths.having(l1=(), l2=())
-        value = _ops.step_(
-            tensors.taken, grads, states, steps, is_first, self._pass, options, numbers.rates, *scaler, *strengths
-        )
-        if any(is_first):
-            for x, state in zip(held, states, strict=True):
-                x[keys[0]] = state
-        return value
-
-    def _step_in_turn(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+    def _step_in_turn(self, guest: Guest | None, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """The same where the kernels do not take a step: the penalty's gradient, torch's step, the proximal step."""
+        if guest is not None:
+            self._last = Penalty(dtype_of(self), [guest.owner.step_in_turn(self, self._step_of_torch)])
+            return
         groups = [group for group in self.param_groups if has_penalty(group)]
         for group in groups:
             self._check_in_turn(group)
         is_none = len(groups) > 0 and is_inert(self)
-        last: list[Tensor | _Part] = []
+        last: list[Callable[[], Tensor]] = []
         shrunk: list[tuple[list[Tensor], Any, Any, Any]] = []
         for group in () if is_none else groups:
             params, l1, l2 = [p for p in group["params"] if p.grad is not None], group["l1"], group["l2"]
             if params and group["prox"]:
-                last.append(_Part(params, l1, l2).penalty())
+                last.append(partial(total, penalty_of(params, l1, l2)(), None))
                 lr = group["lr"]
                 shrunk.append((params, l1, l2, lr if isinstance(lr, Tensor) else max(lr, 0.0)))
             elif params:
                 sign = -1.0 if group["maximize"] else 1.0
-                last.append(accumulate_grad_(params, l1, l2, scale=sign if grad_scale is None else grad_scale * sign))
+                value = accumulate_grad_(params, l1, l2, scale=sign if grad_scale is None else grad_scale * sign)
+                last.append(partial(total, value, None))
             if len(params) < len(group["params"]):
-                last.append(_Part([p for p in group["params"] if p.grad is None], l1, l2))
+                last.append(penalty_of([p for p in group["params"] if p.grad is None], l1, l2))
         share: Any = 1.0
         if found_inf is not None:  # a GPU knows whether the step will be skipped
             share = (found_inf == 0).reshape(())
             last = self._unless(found_inf, last)
         if not is_none:
-            self._last = last
+            self._last = Penalty(dtype_of(self), last)
         self._step_of_torch()
         for params, l1, l2, lr in shrunk:
             prox_(params, l1, l2, step=lr * share)
@@ -273,7 +248,8 @@ class OnePass(Optimizer):
         where = f"{type(self).__name__}: "
         check_options(where, group)
         if group["prox"] == "preconditioned":
-            raise NotImplementedError(f'{where}prox="preconditioned" is supported for plain tensors')
+            raise NotImplementedError(f'{where}prox="preconditioned" must have parameters that the kernels take')
+        check_whole(type(self).__name__, group["params"])
         for i, p in enumerate(group["params"]):
             if p.is_complex():
                 raise TypeError(f"{where}params[{i}] must be real where l1 or l2 is not 0, got {p.dtype}")

@@ -45,6 +45,10 @@ library = _load()
 survey: Callable[[list[Any]], int] = library.survey
 HAS_ATTRIBUTES, UNUSUAL, SEVERAL_DEVICES, NEGATED, ODD_GRAD = 1, 2, 4, 8, 16
 
+#: Of an optimizer's groups and states, and of parameters and their states (csrc/module.cpp).
+fingerprint: Callable[[Any, Any], tuple[bytes, bytes] | None] = library.fingerprint
+gather: Callable[[list[Tensor], list[Any], tuple[str, ...]], tuple[list[Any], ...] | None] = library.gather
+
 _operators = torch.ops.fused_reg
 
 

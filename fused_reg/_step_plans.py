@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
-from itertools import repeat
-from operator import attrgetter, is_
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fused_reg import _devices, _ops
-from fused_reg._arguments import PLAIN_TYPES, as_number, check_values, is_number
-from fused_reg._terms import Column, Strengths
+from fused_reg._arguments import as_number, check_values, is_dtensor, is_number
+from fused_reg._partitioned import check_whole
+from fused_reg._step_launches import Batch, Launch, Numbers, Place
+from fused_reg._step_penalty import dtype_of
+from fused_reg._terms import GROUPS, TERM_OF
+from fused_reg.distributed.buckets import sharing
+from fused_reg.regularizer.share import Guest
+from fused_reg.regularizer.strengths import Held, identity
+from fused_reg.regularizer.table import Entry
 
 #: How the penalty is in a step: its gradient is added to the loss's, or its proximal operator follows the step, with
 #: the learning rate or with the rate of each element.
 Prox: TypeAlias = "bool | Literal['preconditioned']"
 
 # Options of a step (``csrc/passes/step.h``).
-MAXIMIZE, DECOUPLED, NESTEROV, MOMENTUM, AMSGRAD, CENTERED, UNSCALE = 1, 2, 4, 8, 16, 32, 256
+MAXIMIZE, DECOUPLED, NESTEROV, MOMENTUM, AMSGRAD, CENTERED = 1, 2, 4, 8, 16, 32
 PROX: dict[Prox, int] = {False: 0, True: 64, "preconditioned": 64 + 128}
 
-_GRADS = {*PLAIN_TYPES, type(None)}
-_ODD = _ops.UNUSUAL | _ops.SEVERAL_DEVICES | _ops.NEGATED | _ops.ODD_GRAD
-_grad_of = attrgetter("grad")
+_ODD = _ops.UNUSUAL | _ops.NEGATED | _ops.ODD_GRAD
+_NO_ENTRY: dict[int, Entry] = {}
 
 
 class Formula(NamedTuple):
@@ -33,111 +37,133 @@ class Formula(NamedTuple):
 
     options: int
     rates: Sequence[Any]  # weight_decay, the first and the second decay, eps
-    keys: Sequence[str]  # of the states
+    keys: tuple[str, ...]  # of the states
 
 
-class Tensors(NamedTuple):
-    """Those of a group, as long as it has the same."""
+class Plan(NamedTuple):
+    """``rest``: the parameters without a gradient, of each group."""
 
-    params: list[Tensor]
-    missing: list[bool]  # which have no gradient; none: all have
-    taken: list[Tensor]  # with a gradient
-    rest: list[Tensor]
-    keys: Sequence[str]
-    held: list[dict[str, Any]]  # the states
-
-
-class Numbers(NamedTuple):
-    """Those of a group, as long as its options are the same."""
-
-    given: list[Any]  # the values of the group
-    are_fixed: bool  # whether none can change in place, but for what the operator itself reads
-    options: int
-    rates: list[float]
-    strengths: Strengths
+    launches: list[Launch]
+    rest: list[list[Tensor]]
+    all_rest: list[Tensor]  # the same list as long as these are the same
+    dtype: torch.dtype  # of the penalty
     may_be_inert: bool
 
 
 class Plans:
-    """Of an optimizer, for each group."""
+    """Of an optimizer: the last one, and what it came from, which it keeps alive."""
 
     def __init__(self) -> None:
-        self._last: list[tuple[Tensors, Numbers]] = []
-        self._held: list[dict[str, Any]] = []  # the states of all
+        self._fingerprint: tuple[bytes, bytes] | None = None
+        self._guest: Guest | None = None
+        self._batches: list[Batch] = []
+        self._rest: tuple[list[list[Tensor]], list[Tensor]] = [], []
+        self._plan: Plan | None = None
+        self._given: list[list[Any]] = []  # the values of the groups
+        self._kept: list[Any] = []
 
-    def of(self, optimizer: Any) -> list[tuple[Tensors, Numbers, list[Tensor]]] | None:
-        """What each group's step takes, with its gradients; None where the kernels do not take one. All of it is known
-        before the first group is stepped."""
-        has_old = (
-            len(optimizer.state) == len(self._held)
-            and all(map(is_, optimizer.state.values(), self._held))
-            and len(self._last) == len(optimizer.param_groups)
-        )
-        plans, has_new = [], not has_old
-        for i, group in enumerate(optimizer.param_groups):
-            params = group["params"]
-            grads = list(map(_grad_of, params))
-            kinds = set(map(type, grads))
-            if (
-                not _GRADS.issuperset(kinds)
-                or _ops.survey(params) & _ODD
-                or (params and not _devices.has_steps(params[0]))
-            ):
+    def of(self, optimizer: Any, guest: Guest | None) -> Plan | None:
+        """None where the kernels do not take the step."""
+        found = _ops.fingerprint(optimizer.param_groups, optimizer.state)
+        is_alike = found is not None and guest is self._guest
+        if is_alike and found == self._fingerprint and self._plan is not None:
+            return self._plan
+        old, self._fingerprint, self._plan = self._fingerprint, None, None
+        has_batches = is_alike and old is not None and found is not None and found[0] == old[0]
+        formulas = [optimizer._formula(group) for group in optimizer.param_groups]
+        if has_batches and all(batch.keys == formulas[batch.group].keys for batch in self._batches):
+            batches = self._batches
+        else:
+            made = _batches(optimizer, formulas, guest)
+            if made is None:
                 return None
-            tensors, numbers = self._last[i] if has_old else (None, None)
-            given = list(group.values())
-            is_same = (
-                numbers is not None
-                and numbers.are_fixed
-                and len(given) == len(numbers.given)
-                and all(map(is_, given, numbers.given))
-            )
-            if numbers is None or not is_same:
-                if not isinstance(group["lr"], Tensor) and not 0 <= group["lr"] < math.inf:  # a schedule's rounding
-                    return None
-                numbers, has_new = self._numbers(optimizer, group, given), True
-            missing = list(map(is_, grads, repeat(None))) if type(None) in kinds else []
-            if (
-                tensors is None
-                or len(params) != len(tensors.params)
-                or not all(map(is_, params, tensors.params))
-                or missing != tensors.missing
-                or not all(tensors.held)
-                or not (is_same or optimizer._formula(group).keys == tensors.keys)
-            ):
-                if any(map(Tensor.is_complex, params)):
-                    return None
-                tensors, has_new = self._tensors(optimizer, group, missing), True
-            plans.append((tensors, numbers, [g for g in grads if g is not None] if missing else grads))
-        if has_new:
-            self._last = [plan[:2] for plan in plans]
-            self._held = list(optimizer.state.values())
-        return plans
+            batches, rest = made
+            self._rest = rest, [p for own in rest for p in own]
+            if found is not None:
+                found = _ops.fingerprint(optimizer.param_groups, optimizer.state)  # with states that are new
+        numbers = [_numbers(optimizer, *each, guest) for each in zip(optimizer.param_groups, formulas, strict=True)]
+        merged: dict[Any, list[tuple[Batch, Numbers]]] = {}
+        for batch in batches:
+            own = numbers[batch.group]
+            alike = (id(x) for x in own.own.values() if isinstance(x, Tensor))
+            merged.setdefault((own.options, batch.keys, batch.place, batch.norms, *alike), []).append((batch, own))
+        launches = [Launch(optimizer, parts) for parts in merged.values()]
+        may_be_inert = all(numbers[batch.group].may_be_inert for batch in batches)
+        plan = Plan(launches, *self._rest, dtype_of(optimizer), may_be_inert)
+        self._batches, self._guest, self._fingerprint = batches, guest, found
+        if all(own.is_fixed for own in numbers):
+            self._plan = plan
+        self._given = [list(group.values()) for group in optimizer.param_groups]
+        self._kept = list(optimizer.state.values())
+        return plan
 
-    @staticmethod
-    def _tensors(optimizer: Any, group: dict[str, Any], missing: list[bool]) -> Tensors:
-        params, keys = list(group["params"]), optimizer._formula(group).keys
-        taken = [p for p in params if p.grad is not None]
-        held = [optimizer.state[p] for p in taken] if keys else []
-        if optimizer._makes_states and not all(held):
-            lists = list(inspect.signature(optimizer._init_group).parameters)[1:]
-            optimizer._init_group(group, *([] for _ in lists))
-        return Tensors(params, missing, taken, [p for p in params if p.grad is None], keys, held)
 
-    @staticmethod
-    def _numbers(optimizer: Any, group: dict[str, Any], given: list[Any]) -> Numbers:
-        check_options(f"{type(optimizer).__name__}: ", group)
-        lr, (options, rates, _) = group["lr"], optimizer._formula(group)
-        is_read = isinstance(lr, Tensor) and lr.is_floating_point()  # by the operator
-        columns: list[Column] = [
-            x if isinstance(x, Tensor) else (float(x),) if x != 0 else () for x in (group["l1"], group["l2"])
-        ]
-        columns += [(), lr.reshape(()) if is_read else (float(lr),)]
-        options |= PROX[group["prox"]] | (MAXIMIZE if group["maximize"] else 0)
-        are_fixed = is_read or type(lr) in (float, int)
-        are_fixed &= {type(x) for x in rates} <= {float, int} and type(group.get("betas", ())) is tuple
-        floats = [float(x) for x in rates]
-        return Numbers(given, are_fixed, options, floats, Strengths.of(columns), isinstance(lr, Tensor) or lr == 0)
+def _batches(
+    optimizer: Any, formulas: Sequence[Formula], guest: Guest | None
+) -> tuple[list[Batch], list[list[Tensor]]] | None:
+    """And of each group what has no gradient."""
+    entries = guest.entries if guest else _NO_ENTRY
+    batches: list[Batch] = []
+    rest: list[list[Tensor]] = []
+    for i, group in enumerate(optimizer.param_groups):
+        if has_penalty(group):
+            check_whole(type(optimizer).__name__, group["params"])
+        taken: dict[Any, list[Tensor]] = {}
+        rest.append([])
+        for p in group["params"]:
+            if p.grad is None:
+                rest[-1].append(p)
+                continue
+            entry = entries.get(id(p)) if p.requires_grad else None
+            norms = GROUPS[entry.group] if entry is not None and entry.has("l2_norm") else 0
+            place = _place(p)
+            if place is None or (norms and place.is_cut):
+                return None
+            taken.setdefault((place, norms), []).append(p)
+        keys = formulas[i].keys
+        for (place, norms), params in taken.items():
+            states = [optimizer.state[p] for p in params] if keys else []
+            if optimizer._makes_states and not all(states):
+                lists = list(inspect.signature(optimizer._init_group).parameters)[1:]
+                optimizer._init_group(group, *([] for _ in lists))
+            strengths = _strengths([entries.get(id(p)) if p.requires_grad else None for p in params]) if guest else {}
+            batches.append(Batch(i, place, norms, params, states, keys, strengths))
+    return batches, rest
+
+
+def _place(p: Any) -> Place | None:
+    """None where there are no kernels."""
+    if not is_dtensor(p):
+        is_odd = _ops.survey([p]) & _ODD or p.is_complex() or not _devices.has_steps(p) or is_dtensor(p.grad)
+        return None if is_odd else Place(p.device)
+    local = p._local_tensor
+    is_odd = any(placement.is_partial() for placement in p.placements) or p.device_mesh.get_coordinate() is None
+    if is_odd or not is_dtensor(p.grad) or _ops.survey([local]) & _ODD or local.is_complex():
+        return None
+    return Place(p.device, sharing(p), True) if _devices.has_steps(local) else None
+
+
+def _strengths(entries: Sequence[Entry | None]) -> dict[str, list[Held]]:
+    found: dict[str, list[Held]] = {}
+    for kind, term in TERM_OF.items():
+        if not any(entry is not None and entry.has(term) for entry in entries):
+            continue
+        held = [0.0 if entry is None else entry.strengths[kind] for entry in entries]
+        found[kind] = held[:1] if len(set(map(identity, held))) == 1 else held
+    return found
+
+
+def _numbers(optimizer: Any, group: dict[str, Any], formula: Formula, guest: Guest | None) -> Numbers:
+    check_options(f"{type(optimizer).__name__}: ", group)
+    lr, options = group["lr"], formula.options | (MAXIMIZE if group["maximize"] else 0)
+    options |= PROX[guest.prox if guest else group["prox"]]
+    is_read = isinstance(lr, Tensor) and lr.is_floating_point()  # by the operator
+    own = {kind: x if isinstance(x, Tensor) else float(x) for kind, x in (("l1", group["l1"]), ("l2", group["l2"]))}
+    own["step"] = lr if is_read else float(lr)
+    is_fixed = is_read or type(lr) in (float, int)
+    is_fixed &= {type(x) for x in formula.rates} <= {float, int} and type(group.get("betas", ())) is tuple
+    rates = tuple(map(float, formula.rates))
+    return Numbers(options, rates, own, is_fixed, isinstance(lr, Tensor) or lr == 0)
 
 
 def has_penalty(group: Mapping[str, Any]) -> bool:

@@ -340,7 +340,7 @@ def test_state_dicts_and_copies():
             lambda net: torch.optim.SGD(net.parameters()),
             "proximal",
             ValueError,
-            'attach: mode must be "grad" or "prox", got \'proximal\'',
+            'attach: mode must be "grad", "prox" or "preconditioned", got \'proximal\'',
         ),
         (
             lambda net: torch.optim.SGD([nn.Parameter(torch.ones(2))]),

@@ -1,43 +1,11 @@
-"""`fused_reg.optim` with DTensors, and in other people's loops."""
+"""`fused_reg.optim` in other people's loops."""
 
-import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import optim_cases as cases
 import pytest
-import torch
-from optim_cases import ONE_EACH, PENALTY, named
-from ranks import ranks
-
-EACH = pytest.mark.parametrize(("name", "options"), named(ONE_EACH))
-
-
-def of_shards(name, options, prox):
-    """What three steps make of a net that is sharded, and the penalty."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import init_device_mesh
-
-    model = cases.net()
-    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-    optimizer = cases.pair(name)[1](model.parameters(), **options, **PENALTY, prox=prox)
-    cases.train(model, optimizer, range(3))
-    copy.deepcopy(optimizer.state_dict())
-    return [p.detach().full_tensor() for p in model.parameters()], optimizer.penalty
-
-
-@pytest.mark.parametrize("prox", [False, True])
-@EACH
-def test_shards(name, options, prox):
-    options = {k: x for k, x in options.items() if k != "lr_decay"}
-    model = cases.net()
-    optimizer = cases.pair(name)[1](model.parameters(), **options, **PENALTY, prox=prox)
-    cases.train(model, optimizer, range(3))
-    for params, penalty in ranks(2).run(of_shards, name, options, prox):
-        cases.assert_same(params, model)
-        torch.testing.assert_close(penalty, optimizer.penalty, check_dtype=False)
-
 
 LIGHTNING = """
 import lightning.pytorch as pl
@@ -63,12 +31,21 @@ def train(kind, precision, clip=None, **options):
                          logger=False, enable_checkpointing=False, enable_progress_bar=False,
                          enable_model_summary=False)
     trainer.fit(net, DataLoader(data, batch_size=8))
-    return net.layer.weight.detach()
+    return net.layer.weight.detach(), trainer.optimizers[0]
 
 for precision in ("32", "16-mixed", "bf16-mixed"):
-    for clip, options in ((0.5, {}), (None, {"fused": True})):  # Lightning does not clip for a fused optimizer
-        torch.testing.assert_close(train(optim.AdamW, precision, clip, **options),
-                                   train(torch.optim.AdamW, precision, clip, **options))
+    for clip, options in ((0.5, {}), (None, {"fused": True})):
+        expected, _ = train(torch.optim.AdamW, precision, clip, **options)
+        torch.testing.assert_close(train(optim.AdamW, precision, clip, **options)[0], expected)
+        found, optimizer = train(optim.AdamW, precision, clip, l1=0.1, prox=True, **options)
+        assert not torch.equal(found, expected) and optimizer.penalty > 0
+for kind in (torch.optim.AdamW, optim.AdamW):  # what unscales its gradients itself cannot be clipped
+    try:
+        train(kind, "16-mixed", 0.5, fused=True)
+    except RuntimeError as error:
+        assert "does not allow for gradient clipping" in str(error)
+    else:
+        raise AssertionError(kind)
 print("the same")
 """
 
@@ -97,13 +74,46 @@ print("the same")
 """
 
 
+HUGGING_FACE = """
+import tempfile
+import torch
+from fused_reg import optim
+from huggingface_trainer import PrinterCallback, Trainer, TrainingArguments, examples, tiny_model
+
+def train(folder, kind, as_class, resumes=False, **options):
+    model, options = tiny_model(), {"lr": 0.01, "weight_decay": 0.1, **options}
+    given = {"optimizer_cls_and_kwargs": (kind, options)}
+    if not as_class:
+        optimizer = kind(model.parameters(), **options)
+        given = {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i)))}
+    args = TrainingArguments(folder, max_steps=4, save_steps=2, use_cpu=True, per_device_train_batch_size=16,
+                             gradient_accumulation_steps=2, max_grad_norm=0.5, report_to="none", disable_tqdm=True,
+                             dataloader_pin_memory=False)
+    trainer = Trainer(model, args, train_dataset=examples(), **given)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=folder + "/checkpoint-2" if resumes else None)
+    return [p.detach() for p in trainer.model.parameters()]
+
+for as_class in (False, True):
+    with tempfile.TemporaryDirectory() as folder:
+        straight = train(folder, optim.AdamW, as_class, l1=1e-3, prox=True)
+        torch.testing.assert_close(train(folder, optim.AdamW, as_class, resumes=True), straight)
+        expected = train(folder, torch.optim.AdamW, as_class)
+        torch.testing.assert_close(train(folder, optim.AdamW, as_class, resumes=True), expected)
+        torch.testing.assert_close(train(folder, optim.AdamW, as_class), expected)
+print("the same")
+"""
+CODE = {"lightning": LIGHTNING, "accelerate": ACCELERATE, "transformers": HUGGING_FACE}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("module", "code"), [("lightning", LIGHTNING), ("accelerate", ACCELERATE)])
-def test_trainers(module, code, tmp_path):
+@pytest.mark.parametrize("module", CODE)
+def test_trainers(module, tmp_path):
     pytest.importorskip(module)
+    examples = str(Path(__file__).parents[1] / "examples")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        [sys.executable, "-W", "ignore", "-c", CODE[module]],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([*sys.path, examples])},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -141,16 +141,20 @@ def test_gradients(name):
 
     check(optimizer, exchange)
 
-    def lose_all(o):
-        for group in o.param_groups:
-            for q in group["params"]:
-                q.grad = None
-
-    check(optimizer, lose_all)
+    for group in optimizer.param_groups:
+        for q in group["params"]:
+            q.grad = None
+    optimizer.step()
+    check(optimizer, lambda o: None)  # all have one again
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters(name):
+    def begin(o, p):
+        p.grad = torch.ones(4)
+        if name == "Adagrad":  # whose constructor makes the states
+            o.state[p] = {"step": torch.tensor(0.0), "sum": torch.zeros(4)}
+
     def exchange(o):
         other = torch.nn.Parameter(torch.ones(7))
         o.state[other] = {key: torch.ones(7) for key in o.state.pop(o.param_groups[0]["params"][0])}
@@ -160,7 +164,7 @@ def test_parameters(name):
 
     def add(o):
         o.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))]})
-        o.param_groups[-1]["params"][0].grad = torch.ones(4)
+        begin(o, o.param_groups[-1]["params"][0])
 
     def drop(o):
         del o.state[o.param_groups[0]["params"].pop(0)]
@@ -171,9 +175,7 @@ def test_parameters(name):
 
     def widen(o):
         o.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(4)))
-        if name == "Adagrad":  # whose constructor makes the states
-            o.state[o.param_groups[0]["params"][-1]] = {"step": torch.tensor(0.0), "sum": torch.zeros(4)}
-        o.param_groups[0]["params"][-1].grad = torch.ones(4)
+        begin(o, o.param_groups[0]["params"][-1])
 
     for change in (exchange, add, drop, widen, drop_group, lambda o: o.param_groups.reverse()):
         check(made(name), change)
@@ -230,11 +232,9 @@ def test_states(name):
 def test_nothing_changes(monkeypatch):
     """Then nothing is looked up again; also where parameters have no gradient. A scheduler changes numbers alone."""
     built = []
-    for what in ("_tensors", "_numbers"):
-        build = getattr(_step_plans.Plans, what)
-        monkeypatch.setattr(
-            _step_plans.Plans, what, staticmethod(lambda *a, what=what, build=build: built.append(what) or build(*a))
-        )
+    for what in ("_batches", "_numbers"):
+        build = getattr(_step_plans, what)
+        monkeypatch.setattr(_step_plans, what, lambda *a, what=what, build=build: built.append(what) or build(*a))
     optimizer = made("Adam")
     optimizer.param_groups[0]["params"][0].grad = None
     optimizer.step()
@@ -245,4 +245,47 @@ def test_nothing_changes(monkeypatch):
     assert built == []
     optimizer.param_groups[0]["lr"] = 0.5
     optimizer.step()
-    assert built == ["_numbers"]
+    assert built == ["_numbers"] * 2
+
+
+def launches(optimizer):
+    return len(given(optimizer)._plans.of(optimizer, None).launches)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_launch(name):
+    """For groups whose numbers differ, and tensors that are one; the steps of each are as alone."""
+    tensor = torch.tensor(0.25)
+    groups = [{"lr": 0.5}, {"l1": 0.25}, {"weight_decay": 0.125}, {"l2": 0.5, "lr": 0.25}, {}]
+    for lr in (0.125, tensor):
+        options = {"lr": lr, **MOMENTUM.get(name, {}), **PENALTY}
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 5 + i)) for i in range(len(groups))]
+        own = [{**group, **({"lr": lr} if lr is tensor else {})} for group in groups]
+        together = getattr(optim, name)([{"params": [p], **g} for p, g in zip(params, own, strict=True)], **options)
+        copies = copy.deepcopy(params)
+        alone = [getattr(optim, name)([{"params": [p], **g}], **options) for p, g in zip(copies, own, strict=True)]
+        for i in range(3):
+            given(together, i)
+            for p, q in zip(params, copies, strict=True):
+                q.grad = p.grad.clone()
+            together.step()
+            for optimizer in alone:
+                optimizer.step()
+        assert launches(together) == 1
+        assert_same(params, copies, rtol=0, atol=0)
+        torch.testing.assert_close(together.penalty, sum(o.penalty for o in alone))
+    together.param_groups[0]["lr"] = torch.tensor(0.5)
+    together.param_groups[1]["maximize"] = True
+    assert launches(together) == 3
+
+
+def test_negative_rates():
+    """A schedule may end a rounding below 0: a step as torch's, and no weight grows by the penalty."""
+    for lr in (-1e-9, torch.tensor(-1e-9)):
+        for prox in (False, True, "preconditioned"):
+            p = torch.nn.Parameter(torch.ones(3))
+            optimizer = optim.Adam([p], lr=0.1, l1=0.5, prox=prox)
+            p.grad = torch.zeros(3)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            assert bool((p == 1).all())

@@ -9,7 +9,7 @@ from samples import draw
 from torch import nn
 
 import fused_reg
-from fused_reg import Regularizer, fused_penalty, value_and_grad
+from fused_reg import Regularizer, fused_penalty, optim, value_and_grad
 
 CALLS = {
     "fused_penalty": lambda params: fused_penalty(params, l1=0.1),
@@ -59,6 +59,22 @@ def test_functions_refuse_it(function, kind):
     with pytest.raises(ValueError, match=rf"^{function}: params\[1\] must be whole, got .*{re.escape(whose)}"):
         CALLS[function]([first, make(draw((5, 7)))])
     assert first.grad is None
+    assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("kind", PARTITIONED)
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_an_optimizer_refuses_it(kind, in_turn):
+    """At its step, where it has a penalty: also one that it had not at the last."""
+    make, whose = PARTITIONED[kind]
+    first, piece = nn.Parameter(draw(4)), make(draw((5, 7)))
+    optimizer = optim.SGD([first, piece, *[nn.Parameter(draw(2, dtype=torch.complex64))] * in_turn], lr=0.1)
+    piece.grad = torch.ones_like(piece)
+    optimizer.step()
+    before = first.detach().clone()
+    optimizer.param_groups[0]["l1"], first.grad = 0.1, torch.ones(4)
+    with pytest.raises(ValueError, match=rf"^SGD: params\[1\] must be whole, got .*{re.escape(whose)}"):
+        optimizer.step()
     assert torch.equal(first, before)
 
 

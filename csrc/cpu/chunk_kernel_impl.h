@@ -98,6 +98,20 @@ struct Kernel {
     }
   }
 
+  // Elements of the parameter to the sums.
+  FUSED_REG_INLINE void add(DoublePair* to, const Storage* elements) const {
+    if constexpr (P::kSums != 0) {
+      const DoublePair w = E::widened(elements);
+      for (int h = 0; h < 2; ++h) {
+        Double x[2] = {to[0].half[h], to[1].half[h]};
+        P::template add<MultiplyAdd>(x, w.half[h], sum_factors,
+                                     [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
+        to[0].half[h] = x[0];
+        to[1].half[h] = x[1];
+      }
+    }
+  }
+
   FUSED_REG_BLOCK void block(int b, Storage* const* streams, int64_t begin, int rows) {
     Lanes lanes[kPassSums];
     for (int strip = 0; strip < kLanes; strip += kStrip) {
@@ -109,22 +123,17 @@ struct Kernel {
             prefetch(streams[s] + at);
           }
         }
+        // Steps of optimizers are long: a loop over them and the sums would not be unrolled, nor keep these in
+        // registers.
         for (int v = 0; v < kStrip / kFloats; ++v) {
           const int64_t i = at + v * kFloats;
-          if constexpr (P::kSums != 0) {
-            const DoublePair w = E::widened(streams[0] + i);
-            for (int h = 0; h < 2; ++h) {
-              Double x[2] = {strip_sums[v][0].half[h], strip_sums[v][1].half[h]};
-              P::template add<MultiplyAdd>(x, w.half[h], sum_factors, [&](Double y) __attribute__((always_inline)) {
-                return kWide ? y * scale : y;
-              });
-              strip_sums[v][0].half[h] = x[0];
-              strip_sums[v][1].half[h] = x[1];
-            }
-          }
-          if constexpr (P::kWrites != 0) {
+          add(strip_sums[v], streams[0] + i);
+          if constexpr (P::kWrites != 0 && !P::kHasOptions) {
             elements(streams, i);
           }
+        }
+        for (int v = 0; P::kHasOptions && v < kStrip / kFloats; ++v) {
+          elements(streams, at + v * kFloats);
         }
       }
       for (int v = 0; v < kStrip / kFloats; ++v) {
@@ -240,7 +249,15 @@ ChunkSums run_compiled(const ChunkTask& task) {
 template <Dtype dtype, template <int> class P, int known>
 ChunkSums run_terms(const ChunkTask& task) {
   if constexpr (P<known>::kHasOptions) {
-    return task.numbers.terms == kNone ? run_kernel<dtype, P<kNone>>(task) : run_kernel<dtype, P<known>>(task);
+    if (task.numbers.terms == kNone) {
+      return run_kernel<dtype, P<kNone>>(task);
+    }
+    if ((task.numbers.terms & ~known) == 0) {
+      return run_kernel<dtype, P<known>>(task);
+    }
+    const ChunkSums sums = run_terms<dtype, PenaltyPass, known>(task);
+    run_kernel<dtype, P<kAllTerms>>(task);
+    return sums;
   } else if constexpr (P<known>::kSums != 0 && known != kNone) {
     if (task.numbers.terms & kFurther) {
       ChunkSums sums = run_compiled<dtype, PenaltyPass, kL1L2>(task);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <list>
 #include <vector>
 
 #include "../checks.h"
@@ -18,8 +19,9 @@ namespace fused_reg {
 
 class ListPass {
  public:
+  // The parameters outlive it: to hold them takes as long as the pass over short ones.
   ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers)
-      : group_(numbers.group), has_further_(numbers.has_further()) {
+      : params_(params), group_(numbers.group), has_further_(numbers.has_further()) {
     check_list(params, numbers);
     std::array<HostColumn, kNumbers> columns;
     const int used = has_further_ ? int{kNumbers} : kGroupNumbers;
@@ -33,15 +35,15 @@ class ListPass {
     groups.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
       check_memory(t, params[t]);
-      dense_.push_back(as_run(params[t], group_));
+      dense_.push_back(is_run(params[t], group_) ? &params[t] : &copies_.emplace_back(as_run(params[t], group_)));
       ChunkTask& task = tasks_.emplace_back();
-      task.dtype = dtype_of(dense_[t]);
-      task.streams[0] = const_cast<void*>(dense_[t].const_data_ptr());
+      task.dtype = dtype_of(dense(t));
+      task.streams[0] = const_cast<void*>(dense(t).const_data_ptr());
       for (const auto c : c10::irange(used)) {
         task.numbers.of[c] = columns[c][t];
       }
       task.numbers.terms = AllTerms::present(task.numbers.of);
-      task.size = dense_[t].numel();
+      task.size = dense(t).numel();
       sizes.push_back(task.size);
       groups.push_back(group_ == Grouping::kNone ? 1 : groups_of(params[t], group_));
     }
@@ -52,8 +54,11 @@ class ListPass {
 
   Grouping group() const { return group_; }
 
+  // The value shall be float64.
+  void want_exact() { is_exact_ = true; }
+
   // Parameter t as one run of memory: itself, or a copy.
-  const at::Tensor& dense(size_t t) const { return dense_[t]; }
+  const at::Tensor& dense(size_t t) const { return *dense_[t]; }
 
   // Memory for the gradient of a parameter, not yet written, with its strides where it is dense.
   static at::Tensor empty_grad(const at::Tensor& param) {
@@ -67,7 +72,7 @@ class ListPass {
   // The penalty, 0-dim, float64 if any parameter is, else float32; and every gradient that was asked for, times scale.
   at::Tensor run_penalty(const NumberArg& scale) {
     set_passes(number(scale), Pass::kPenaltyGradient, Pass::kPenaltyAccumulate);
-    return penalty_of(run_sums());
+    return value(penalty_of(run_sums()));
   }
 
   // The penalty with l2_norm, and the norm of every group, [groups] float64.
@@ -124,15 +129,17 @@ class ListPass {
   void run_prox(const OptionalTensor& norms, at::IntArrayRef first_groups) {
     set_pass(Pass::kProx);
     for (const auto t : c10::irange(tasks_.size())) {
-      tasks_[t].streams[0] = dense_[t].mutable_data_ptr();
+      tasks_[t].numbers.terms = AllTerms::present(tasks_[t].numbers.of);
+      tasks_[t].streams[0] = dense(t).mutable_data_ptr();
     }
     run_with_norms(norms, first_groups);
   }
 
-  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. Nothing at all where
-  // found_inf is not 0: the value has no meaning then.
+  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. With norms, those of
+  // run_group_penalty(), which gave that; a proximal step does not use them, and is without its proximal operator.
+  // Nothing at all where found_inf is not 0: the value has no meaning then.
   at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale,
-                      const NumberArg& found_inf) {
+                      const NumberArg& found_inf, const OptionalTensor& norms, at::IntArrayRef first_groups) {
     if (number(found_inf) != 0) {
       return value(0);
     }
@@ -141,17 +148,23 @@ class ListPass {
       ChunkTask& task = tasks_[t];
       const StepRow& row = rows[t];
       task.pass = optimizer;
-      task.streams[0] = dense_[t].mutable_data_ptr();
+      task.streams[0] = dense(t).mutable_data_ptr();
       for (int s = 1; s < kStreams; ++s) {
         task.streams[s] = row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr();
       }
       task.numbers.factor = 1;
-      task.numbers.options = step_options(row.options, task.numbers.terms);
+      const bool is_alone = norms.has_value() && (row.options & kProximal) != 0;
+      task.numbers.terms = is_alone ? kNone : AllTerms::present(task.numbers.of);
+      task.numbers.options = row.options;
       std::copy(row.rates, row.rates + kRates, task.numbers.step);
       task.numbers.step[kCount] = row.count == nullptr ? 0 : counted(*row.count);
       task.numbers.step[kGradScale] = scale;
     }
-    return penalty_of(run_sums());
+    if (!norms.has_value()) {
+      return value(penalty_of(run_sums()));
+    }
+    run_with_norms(norms, first_groups);
+    return {};
   }
 
   // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
@@ -182,13 +195,12 @@ class ListPass {
   }
 
  private:
-  // body(c, task) for every chunk c, its task cut to it.
+  // body(c, chunk, task) for every chunk c, its task cut to it.
   template <class Body>
   void run(const Body& body) {
-    for_each_chunk(plan_, [&](int64_t c) {
-      const Chunk chunk = plan_.chunk(c);
+    for_each_chunk(plan_, [&](int64_t c, const Chunk& chunk) {
       ChunkTask task = tasks_[chunk.tensor];
-      const int64_t offset = chunk.begin * static_cast<int64_t>(dense_[chunk.tensor].element_size());
+      const int64_t offset = chunk.begin * static_cast<int64_t>(dense(chunk.tensor).element_size());
       task.streams[0] = static_cast<char*>(task.streams[0]) + offset;
       for (int s = 1; s < kStreams; ++s) {
         if (task.streams[s] != nullptr) {
@@ -196,19 +208,18 @@ class ListPass {
         }
       }
       task.size = chunk.size;
-      body(c, task);
+      body(c, chunk, task);
     });
   }
 
   // A pass that writes, where there is something to be written.
   void run_with_norms(const OptionalTensor& norms, at::IntArrayRef first_groups) {
     const double* const all = group_ == Grouping::kNone ? nullptr : norms->const_data_ptr<double>();
-    run([&](int64_t c, ChunkTask& task) {
+    run([&](int64_t, const Chunk& chunk, ChunkTask& task) {
       if (task.pass == Pass::kPenalty) {
         return;
       }
       if (all != nullptr) {
-        const Chunk chunk = plan_.chunk(c);
         task.numbers.norm = all[first_groups[chunk.tensor] + chunk.group - plan_.first_group(chunk.tensor)];
       }
       kernel_(task);
@@ -218,16 +229,16 @@ class ListPass {
   // A pass that sums: the sums of every chunk.
   std::vector<ChunkSums> run_sums() {
     std::vector<ChunkSums> sums(plan_.chunks());
-    run([&](int64_t c, const ChunkTask& task) { sums[c] = kernel_(task); });
+    run([&](int64_t c, const Chunk&, const ChunkTask& task) { sums[c] = kernel_(task); });
     return sums;
   }
 
-  at::Tensor penalty_of(const std::vector<ChunkSums>& sums) const {
+  double penalty_of(const std::vector<ChunkSums>& sums) const {
     const auto chunk_penalty = [&](int64_t c, size_t t) {
       return SummedTerms::penalty(tasks_[t].numbers.of, sums[c].of);
     };
     size_t t = 0;
-    return value(column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); }));
+    return column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); });
   }
 
   // The norm of every group, [groups] float64; each(t, g, squares) is told the sum of squares of group g of tensor t.
@@ -274,7 +285,7 @@ class ListPass {
   }
 
   at::Tensor value(double total) const {
-    const at::ScalarType dtype = value_dtype(dense_);
+    const at::ScalarType dtype = is_exact_ ? at::kDouble : value_dtype(params_);
     // at::scalar_tensor would take two trips through the dispatcher, a tenth of a small call.
     at::Tensor value = at::detail::empty_cpu({}, dtype);
     if (dtype == at::kDouble) {
@@ -286,7 +297,7 @@ class ListPass {
   }
 
   void set_grad(size_t t, const at::Tensor& grad, bool add) {
-    check_grad(t, grad, dense_[t]);
+    check_grad(t, grad, dense(t));
     tasks_[t].streams[1] = grad.mutable_data_ptr();
     adds_.resize(tasks_.size());
     adds_[t] = add;
@@ -309,9 +320,12 @@ class ListPass {
 
   static double number(const NumberArg& arg) { return arg.tensor.has_value() ? arg.tensor->item<double>() : arg.value; }
 
+  at::TensorList params_;
   Grouping group_;
   bool has_further_;
-  std::vector<at::Tensor> dense_;
+  bool is_exact_ = false;
+  std::vector<const at::Tensor*> dense_;
+  std::list<at::Tensor> copies_;
   std::vector<ChunkTask> tasks_;
   std::vector<bool> adds_;  // per tensor, where gradients are asked for
   ChunkPlan plan_;

@@ -12,13 +12,14 @@ constexpr int64_t kGrainSize = 32768;
 // Set in a child of fork(): OpenMP's threads did not come along, and to wait for them is to hang.
 inline bool is_forked_child = false;
 
-// body(chunk) once for every chunk. Serial where threads do not pay.
+// body(c, chunk) once for every chunk. Serial where threads do not pay.
 template <class Body>
 void for_each_chunk(const ChunkPlan& plan, const Body& body) {
   const auto range = [&](int64_t begin, int64_t end) {
-    const int64_t last = plan.chunk_from(end);
-    for (int64_t c = plan.chunk_from(begin); c < last; ++c) {
-      body(c);
+    const int64_t first = plan.chunk_from(begin), last = plan.chunk_from(end);
+    int64_t t = first < last ? plan.chunk(first).tensor : 0;
+    for (int64_t c = first; c < last; ++c) {
+      body(c, plan.chunk(c, &t));
     }
   };
   if (is_forked_child) {

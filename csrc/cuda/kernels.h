@@ -44,9 +44,10 @@ cudaError_t launch(Pass pass, const Call& call, const void* table, size_t table_
 cudaError_t launch_tensor_sums(Pass pass, const Call& call, const void* device_table, TermSums* out,
                                cudaStream_t stream);
 
-// An optimizer's step; of its table the bytes that travel in the arguments, at most kLargeStep.
-cudaError_t launch_step(Pass optimizer, const Call& call, const StepCall& step, const void* bytes, size_t count,
-                        cudaStream_t stream);
+// An optimizer's step with the penalty of L1 and L2; of its table the bytes that travel in the arguments, at most
+// kLargeStep. Or with any terms and groups and without the value, at most kSmallStep.
+cudaError_t launch_step(Pass optimizer, bool has_any, const Call& call, const StepCall& step, const void* bytes,
+                        size_t count, cudaStream_t stream);
 
 // Copies a table to device memory by launches alone, so that a graph can capture it.
 cudaError_t upload(void* to, const void* table, size_t table_bytes, cudaStream_t stream);

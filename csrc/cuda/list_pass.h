@@ -65,6 +65,9 @@ class ListPass {
 
   Grouping group() const { return group_; }
 
+  // The value shall be float64.
+  void want_exact() { value_dtype_ = at::kDouble; }
+
   // Parameter t as one run of memory: itself, or a copy.
   const at::Tensor& dense(size_t t) const { return dense_[t]; }
 
@@ -162,10 +165,12 @@ class ListPass {
     run(Pass::kProx);
   }
 
-  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. One launch. Nothing at
-  // all where found_inf is not 0: the value has no meaning then. Steps are counted where their counts are.
+  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. One launch; with further
+  // terms two. Nothing at all where found_inf is not 0: the value has no meaning then. Steps are counted where their
+  // counts are. With norms, those of run_group_penalty(), which gave the value; a proximal step does not use them, and
+  // is without its proximal operator.
   at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale,
-                      const NumberArg& found_inf) {
+                      const NumberArg& found_inf, const OptionalTensor& norms, at::IntArrayRef first_groups) {
     const auto is_counted_here = [&](const StepRow& row) { return row.count != nullptr && !is_on_device(*row.count); };
     const bool counts = std::any_of(rows.begin(), rows.end(), is_counted_here);
     TORCH_CHECK(!counts || !launch_.capturing, "fused_reg.optim: the steps must be counted on the parameters' device (",
@@ -178,13 +183,29 @@ class ListPass {
     if (skips.source() == Source::kValue && !skips.is(0)) {
       return zero();
     }
-    at::Tensor value = fresh({}, value_dtype_);
-    const at::Tensor run_sums = fresh({call_.runs}, at::kDouble);
-    set_value(value, run_sums.mutable_data_ptr<double>());
+    const bool has_any = norms.has_value() || call_.has_further;
+    at::Tensor value, run_sums;
+    if (norms.has_value()) {
+      set_groups(*norms, first_groups);
+    } else if (call_.has_further) {
+      value = run_penalty({1, {}});
+    } else {
+      value = fresh({}, value_dtype_);
+      run_sums = fresh({call_.runs}, at::kDouble);
+      set_value(value, run_sums.mutable_data_ptr<double>());
+    }
+    if (has_any) {
+      call_.value = nullptr;
+      call_.ticket = ticket_for(launch_);
+    }
     set_factor(scale);
-    for (const auto i : c10::irange(int{kGroupNumbers})) {
+    for (const auto i : c10::irange(int{kNumbers})) {
       call_.sources[i] = columns_[i].source();
     }
+    StepCall step{};
+    step.is_alone = norms.has_value() && (rows[0].options & kProximal) != 0;
+    step.found_inf = skips[0];
+    step.found_inf_source = skips.source();
     std::vector<StepNumbersRow> numbers;
     std::vector<void*> streams;
     std::vector<StepOfTensor> others;
@@ -198,7 +219,7 @@ class ListPass {
         streams.push_back(row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr());
       }
       StepNumbersRow own{};
-      for (const auto i : c10::irange(int{kGroupNumbers})) {
+      for (const auto i : c10::irange(int{kNumbers})) {
         own.of[i] = columns_[i][t];
       }
       std::copy(row.rates, row.rates + kRates, own.rates);
@@ -214,7 +235,7 @@ class ListPass {
         other.count_is_float64 = row.count->scalar_type() == at::kDouble;
       }
     }
-    launch_step_of(optimizer, numbers, joined(entries_, streams, others), skips);
+    launch_with(numbers, joined(entries_, streams, others, groups_), optimizer, has_any, step);
     return value;
   }
 
@@ -297,26 +318,24 @@ class ListPass {
   }
 
   // Of the table of a step the numbers, which change from step to step, travel in the arguments.
-  void launch_step_of(Pass optimizer, const std::vector<StepNumbersRow>& numbers,
-                      const std::vector<unsigned char>& tensors, const ColumnRefs& skips) {
-    StepCall step{};
+  void launch_with(const std::vector<StepNumbersRow>& numbers, const std::vector<unsigned char>& tensors,
+                   Pass optimizer, bool has_any, StepCall step) {
+    const size_t limit = has_any ? kSmallStep : kLargeStep;
     step.rows = static_cast<uint32_t>(numbers.size());
-    step.found_inf = skips[0];
-    step.found_inf_source = skips.source();
     std::vector<unsigned char> bytes = joined(numbers);
     at::Tensor numbers_there, tensors_there;
-    if (bytes.size() > kLargeStep) {
+    if (bytes.size() > limit) {
       numbers_there = device_table(bytes, launch_);
       step.numbers = static_cast<const unsigned char*>(numbers_there.const_data_ptr());
       bytes.clear();
     }
-    if (step.numbers != nullptr || bytes.size() + tensors.size() > kLargeStep) {
+    if (step.numbers != nullptr || bytes.size() + tensors.size() > limit) {
       tensors_there = device_table(tensors, launch_);
       step.tensors = static_cast<const unsigned char*>(tensors_there.const_data_ptr());
     } else {
       bytes.insert(bytes.end(), tensors.begin(), tensors.end());
     }
-    check_launch(launch_step(optimizer, call_, step, bytes.data(), bytes.size(), launch_.stream), device_);
+    check_launch(launch_step(optimizer, has_any, call_, step, bytes.data(), bytes.size(), launch_.stream), device_);
   }
 
   // Their bytes, one after the other.

@@ -7,7 +7,7 @@ namespace fused_reg::cuda {
 
 namespace {
 
-template <size_t size>
+template <size_t size, bool has_any>
 cudaError_t launch_step(Pass optimizer, const Call& call, const StepCall& step, const void* bytes, size_t count,
                         cudaStream_t stream) {
   using Table = StepTable<size>;
@@ -23,7 +23,7 @@ cudaError_t launch_step(Pass optimizer, const Call& call, const StepCall& step, 
   switch (optimizer) {
 #define FUSED_REG_LAUNCH(name, terms, numbers) \
   case Pass::k##name:                          \
-    return launch_on(ctas, stream, step_kernel<Table, name##Pass>, table);
+    return launch_on(ctas, stream, step_kernel < Table, name##Pass, has_any ? kAllTerms : terms >, table);
     FUSED_REG_STEPS(FUSED_REG_LAUNCH)
 #undef FUSED_REG_LAUNCH
     default:
@@ -33,10 +33,11 @@ cudaError_t launch_step(Pass optimizer, const Call& call, const StepCall& step, 
 
 }  // namespace
 
-cudaError_t launch_step(Pass optimizer, const Call& call, const StepCall& step, const void* bytes, size_t count,
-                        cudaStream_t stream) {
-  return count <= kSmallStep ? launch_step<kSmallStep>(optimizer, call, step, bytes, count, stream)
-                             : launch_step<kLargeStep>(optimizer, call, step, bytes, count, stream);
+cudaError_t launch_step(Pass optimizer, bool has_any, const Call& call, const StepCall& step, const void* bytes,
+                        size_t count, cudaStream_t stream) {
+  return has_any               ? launch_step<kSmallStep, true>(optimizer, call, step, bytes, count, stream)
+         : count <= kSmallStep ? launch_step<kSmallStep, false>(optimizer, call, step, bytes, count, stream)
+                               : launch_step<kLargeStep, false>(optimizer, call, step, bytes, count, stream);
 }
 
 }  // namespace fused_reg::cuda

@@ -9,12 +9,12 @@
 
 namespace fused_reg::cuda {
 
-// A table of a step, with so many streams.
-template <class Table, int streams>
+// A table of a step, with so many streams; of any terms and groups, or of L1 and L2.
+template <class Table, int streams, bool has_any>
 class StepView {
  public:
-  static constexpr int kStreams = streams, kNumbers = kGroupNumbers;
-  static constexpr bool kHasGroups = false;
+  static constexpr int kStreams = streams, kNumbers = has_any ? fused_reg::kNumbers : kGroupNumbers;
+  static constexpr bool kHasGroups = has_any;
 
   __device__ explicit StepView(const Table& table) : table_(table) {}
 
@@ -28,6 +28,9 @@ class StepView {
   __device__ const StepOfTensor& of(uint32_t t) const {
     const size_t before = call().tensors * (sizeof(Entry) + streams * sizeof(void*));
     return reinterpret_cast<const StepOfTensor*>(tensors() + before)[t];
+  }
+  __device__ const GroupInfo& group_info(uint32_t t) const {
+    return reinterpret_cast<const GroupInfo*>(&of(call().tensors))[t];
   }
   __device__ const StepNumbersRow& row(uint32_t t) const {
     const unsigned char* const begin = table_.step.numbers == nullptr ? table_.bytes : table_.step.numbers;
@@ -68,7 +71,9 @@ class CtaAnew {
 // A chunk and what it needs, found by the first thread for all of a CTA.
 template <class Pass>
 struct StepShared {
-  Chunk<streams_in(Pass::kReads)> chunk;
+  static constexpr int kStreams = streams_in(Pass::kReads);
+  static constexpr bool kHasAny = Pass::kSums == 0;
+  Chunk<kStreams> chunk;
   StepNumbers numbers;
   uint32_t row;  // of numbers in the table
   bool is_wide;
@@ -82,34 +87,46 @@ struct StepShared {
   // The numbers are found where the last chunk had others.
   template <class Table>
   __device__ void set(const Table& table, uint32_t c) {
-    using View = StepView<Table, streams_in(Pass::kReads)>;
-    Cursor<View> cursor(table, c);
+    Cursor<StepView<Table, kStreams, kHasAny>> cursor(table, c);
     chunk = cursor.at(c);
-    const View& view = cursor.view();
+    const auto& view = cursor.view();
     const uint32_t t = cursor.tensor();
     const double count = view.count(t);
+    const double norm = kHasAny && view.call().norms != nullptr ? view.call().norms[chunk.group] : 0;
     const bool wide = chunk.dtype == Dtype::kFloat64;
-    if (row == view.of(t).numbers && numbers.step[kCount] == count && is_wide == wide) {
+    if (row == view.of(t).numbers && numbers.step[kCount] == count && numbers.norm == norm && is_wide == wide) {
       return;
     }
     const StepNumbersRow& own = view.row(t);
     row = view.of(t).numbers;
     is_wide = wide;
     StepNumbers found;
-    static_cast<ChunkNumbers&>(found) = cursor.numbers(1, 0);
+    static_cast<ChunkNumbers&>(found) = cursor.numbers(1, norm);
+    found.terms = table.step.is_alone ? kNone : found.terms;
 #pragma unroll
     for (int i = 0; i < kRates; ++i) {
       found.step[i] = own.rates[i];
     }
     found.step[kCount] = count;
     found.step[kGradScale] = read(view.call().factor, view.call().factor_source);
-    found.options = step_options(static_cast<unsigned>(own.options), found.terms);
+    found.options = static_cast<unsigned>(own.options);
     if (wide) {
-      Pass::factors(found, factors.of64);
+      find(found, factors.of64);
     } else {
-      Pass::factors(found, factors.of32);
+      find(found, factors.of32);
     }
     numbers = found;
+  }
+
+ private:
+  // Without a penalty no step is proximal, and -0.0 is added to the gradient, which changes no bit of it.
+  template <class S>
+  static __device__ void find(StepNumbers& numbers, S* factors) {
+    Pass::factors(numbers, factors);
+    if (numbers.terms == kNone) {
+      numbers.options &= ~(kProximal | kPreconditioned);
+      factors[0] = static_cast<S>(-0.0);
+    }
   }
 };
 
@@ -227,13 +244,15 @@ __device__ __forceinline__ void count_on(const View& view) {
   }
 }
 
-template <class Table, template <int> class P>
+// known: L1 and L2; or all terms, whose value and norms others have found.
+template <class Table, template <int> class P, int known>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) step_kernel(const __grid_constant__ Table table) {
-  using Pass = P<kL1L2>;
-  using View = StepView<Table, streams_in(Pass::kReads)>;
+  using Pass = P<known>;
+  using Shared = StepShared<Pass>;
+  constexpr bool kHasValue = Pass::kSums != 0;
   __shared__ Blocks blocks;
   __shared__ CompensatedSum run_sum;  // the first thread's alone; spares the others registers
-  __shared__ StepShared<Pass> shared;
+  __shared__ Shared shared;
   const Call& call = table.call;
   if (read(table.step.found_inf, table.step.found_inf_source) != 0) {
     return;
@@ -253,12 +272,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) step_kernel(const __grid
       __syncthreads();
       const auto& chunk = shared.chunk;
       const bool is_float64 = chunk.dtype == Dtype::kFloat64;
-      if (is_float64 && shared.numbers.terms != kNone) {
+      if (kHasValue && is_float64 && shared.numbers.terms != kNone) {
         sum_wide(chunk, &blocks, shared.numbers, &run_sum);
       }
       step_chunk(chunk, &blocks, shared);
       __syncthreads();
-      if (thread < kWarp && !is_float64) {
+      if (kHasValue && thread < kWarp && !is_float64) {
         const PassSums sums = total(blocks, chunk.blocks(), CtaAnew{}.lane());
         if (thread == 0) {
           const ScaledSum of_terms[kSums] = {{sums.of[0], 0}, {sums.of[1], 0}};
@@ -266,13 +285,15 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) step_kernel(const __grid
         }
       }
     }
-    if (thread == 0) {
+    if (kHasValue && thread == 0) {
       call.run_sums[r] = result(run_sum);
     }
   }
   if (is_last_cta(call.ticket)) {
-    write_value(call);
-    count_on(View(table));
+    if (kHasValue) {
+      write_value(call);
+    }
+    count_on(StepView<Table, Shared::kStreams, Shared::kHasAny>(table));
   }
 }
 

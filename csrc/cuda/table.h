@@ -96,10 +96,11 @@ struct DeviceTable {
 };
 
 // OF AN OPTIMIZER'S STEP the table is another: the numbers of the tensors, each as often as it differs from that
-// before; then an Entry for each tensor, its streams, and a StepOfTensor. The numbers change from step to step, and the
-// rest does not: they travel in the arguments also where the rest is longer than these.
+// before; then an Entry for each tensor, its streams, a StepOfTensor, and where there are groups a GroupInfo. The
+// numbers change from step to step, and the rest does not: they travel in the arguments also where the rest is longer
+// than these.
 struct StepNumbersRow {
-  NumberRef of[kGroupNumbers];
+  NumberRef of[kNumbers];
   double rates[kRates];
   double count;  // of steps, with this one, of tensors whose own is on the host
   uint64_t options;
@@ -117,9 +118,10 @@ struct StepCall {
   const unsigned char* tensors;  // the rest; null: it follows on the numbers
   uint32_t rows;                 // of numbers
   Source found_inf_source;
+  bool is_alone;        // without the penalty
   NumberRef found_inf;  // not 0: nothing is done
 };
-static_assert(sizeof(StepNumbersRow) == 80 && sizeof(StepOfTensor) == 16 && sizeof(StepCall) == 32);
+static_assert(sizeof(StepNumbersRow) == 96 && sizeof(StepOfTensor) == 16 && sizeof(StepCall) == 32);
 
 constexpr size_t kSmallStep = kSmallTable - sizeof(StepCall);
 constexpr size_t kLargeStep = kLargeTable - sizeof(StepCall);

@@ -43,11 +43,6 @@ enum StepOption : unsigned {
   kDecay = 1024,
 };
 
-// Without a penalty no step is proximal.
-FUSED_REG_INLINE unsigned step_options(unsigned options, int terms) {
-  return terms & kL1L2 ? options : options & ~(kProximal | kPreconditioned);
-}
-
 // base^count by squaring: the same on every machine.
 FUSED_REG_INLINE double power(double base, double count) {
   double result = 1;
@@ -89,61 +84,56 @@ struct L1L2Gradient {
   }
 
   template <class V>
-  static FUSED_REG_INLINE V of(V w, const V* f) {
+  static FUSED_REG_INLINE V gradient(V w, const V* f) {
     return (f[0] != 0 ? L1::gradient(w, f + 1) : -V{}) + (f[2] != 0 ? L2::gradient(w, f + 3) : -V{});
   }
 };
 
-// What all optimizers do. terms: kNone, or kL1L2 for a penalty of these, each maybe.
+// What all optimizers do. terms: kNone; kL1L2 for a penalty of these, each maybe; or kAllTerms, each maybe, with sums
+// that somebody else takes before, and the proximal step behind where there are norms.
 template <int terms>
 struct StepPass : AnyPass {
-  using Prox = ProxPass<kNone>;
-  using Sums = std::conditional_t<terms == kNone, void, PenaltyPass<terms>>;
-  static constexpr unsigned kSums = PenaltyPass<terms>::kSums;
+  using Gradient = std::conditional_t<terms == kAllTerms, GradientPass<kAnyTerms | kFurther>, L1L2Gradient>;
+  using Prox = ProxPass<terms == kAllTerms ? kFurther : kNone>;
+  using Sums = std::conditional_t<terms == kL1L2, PenaltyPass<kL1L2>, void>;
+  static constexpr unsigned kSums = PenaltyPass < terms == kL1L2 ? kL1L2 : kNone > ::kSums;
   static constexpr unsigned kReads = bit(0) | bit(1), kWrites = bit(0) | bit(kUnscaled);
   static constexpr unsigned kOptional = bit(kUnscaled);
-  static constexpr bool kHasOptions = true, kPositiveZeros = true;
-  enum {
-    kDecayFactor = L1L2Gradient::kFactors,
-    kGradScaleFactor,
-    kRateL1,
-    kRateL2,
-    kProx,
-    kOwn = kProx + Prox::kFactors
-  };
+  static constexpr bool kHasOptions = true, kPositiveZeros = terms != kNone;
+  enum { kDecayFactor = Gradient::kFactors, kGradScaleFactor, kRateL1, kRateL2, kProx, kOwn = kProx + Prox::kFactors };
 
   template <class MultiplyAdd, class D, class Scaled>
   static FUSED_REG_INLINE void add(D* sums, D w, const D* f, const Scaled& scaled) {
-    PenaltyPass<terms>::template add<MultiplyAdd>(sums, w, f, scaled);
+    PenaltyPass<terms == kL1L2 ? kL1L2 : kNone>::template add<MultiplyAdd>(sums, w, f, scaled);
   }
 
   // rate: what a gradient that stays the same is multiplied by, if that is one number.
   template <class S>
   static FUSED_REG_INLINE void factors(const StepNumbers& n, S* f, double rate) {
-    L1L2Gradient::factors(n, f);
+    Gradient::factors(n, f);
     const double decay = n.step[kWeightDecay];
     f[kDecayFactor] = static_cast<S>(n.options & kDecoupled ? 1 - n.of[kStep] * decay : decay);
     f[kGradScaleFactor] = static_cast<S>(n.step[kGradScale]);
     f[kRateL1] = static_cast<S>(n.of[kL1Strength]);
     f[kRateL2] = static_cast<S>(n.of[kL2Strength]);
     ChunkNumbers own = n;
-    own.of[kStep] = rate;
+    own.of[kStep] = rate > 0 ? rate : 0;  // a penalty shrinks
     Prox::factors(own, f + kProx);
   }
 
   template <class V>
   static FUSED_REG_INLINE V gradient(V* x, const V* f, unsigned options) {
     V g = x[1];
-    if (options & kUnscale) {
-      g = g / f[kGradScaleFactor];
-      x[kUnscaled] = g;
-    }
-    if (options & kMaximize) {
-      g = -g;
+    if (options & (kUnscale | kMaximize)) {  // one question in the usual case
+      if (options & kUnscale) {
+        g = g / f[kGradScaleFactor];
+        x[kUnscaled] = g;
+      }
+      g = options & kMaximize ? -g : g;
     }
     if constexpr (terms != kNone) {
       if (!(options & kProximal)) {
-        g = g + L1L2Gradient::of(x[0], f);
+        g = g + Gradient::gradient(x[0], f);
       }
     }
     if ((options & (kDecay | kDecoupled)) == kDecay) {
@@ -171,7 +161,7 @@ struct StepPass : AnyPass {
   template <class V, class Rate>
   static FUSED_REG_INLINE V shrunk(V w, const V* f, unsigned options, const Rate& rate) {
     if (terms != kNone && options & kPreconditioned) {
-      const V r = rate();
+      const V given = rate(), r = given > 0 ? given : V{};
       return L2::prox(soft(w, r * f[kRateL1]), r, f[kRateL2]) + V{};
     }
     return shrunk(w, f, options);

@@ -61,6 +61,11 @@ def _cut_of(i: int, p: Any, strengths: Strengths) -> tuple[Any, Any]:
     return processes(mesh, tuple(groups)), processes(mesh, tuple(rest))
 
 
+def sharing(p: Any) -> Any:
+    """The processes that have a part of a DTensor each; None if there are none."""
+    return _cut_of(0, p, Strengths())[1]
+
+
 class Bucket(NamedTuple):
     """The shards of a bucket; an empty float64 tensor ends them, so that sums are float64."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,8 +14,10 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
 from fused_reg import _devices
+from fused_reg._partitioned import check_whole
 from fused_reg._warnings import warn
 from fused_reg.regularizer import strays
+from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.lasting import check_lasting
 from fused_reg.regularizer.nesting import Nesting
 from fused_reg.regularizer.share import Share
@@ -24,8 +27,10 @@ from fused_reg.regularizer.table import Entry, Table
 if TYPE_CHECKING:
     from fused_reg.regularizer.attachments import Attachments
 
-#: The gradient before the step, or the proximal step after it.
-Mode = Literal["grad", "prox"]
+#: The gradient before the step, or the proximal step after it: with the learning rate, or with that of each element.
+Mode = Literal["grad", "prox", "preconditioned"]
+#: What the modes are as the option of an optimizer of ours.
+_PROX = {"grad": False, "prox": True, "preconditioned": "preconditioned"}
 #: The two hooks as a compiled step calls them: as they are. Decorators would make the package's import take twice as
 #: long, and each step longer.
 _outside_of_graphs: list[Any] = []
@@ -56,12 +61,14 @@ class Attachment:
         self._is_open = False  # an optimizer without gradients in .grad has the objective
         self._before_inert: Tensor | None = None  # the penalty
         self._used: list[bool] | None = None  # by which parameters a proximal step takes; None: all
-        self._value: Tensor | None = None
+        self._value: Any = None  # a tensor, or what has one by `total`
+        self._has_ridden = False  # whether the optimizer has taken the penalty into its own pass
+        self._rest: tuple[list[Tensor], Part | None] = [], None  # what has no gradient, in the last such pass
         self._said: set[str] = set()
         self.handler = strays.Handler(weakref.ref(self))
         self._share = Share(table, mode)
         self._follow(optimizer)
-        if mode == "prox":
+        if mode != "grad":
             self._share.check_rates(optimizer)
             check_lasting(optimizer, self._share.params)
         self._nesting = Nesting(optimizer)
@@ -76,8 +83,12 @@ class Attachment:
         """The penalty of the parameters that the optimizer holds, 0-dim, on their device, without a graph or a
         synchronization. With mode "grad" that of the last step, before it changed them (with a closure: of its last
         evaluation). With mode "prox", which needs no value for its step, and before the first step, the penalty now:
-        each look is a pass over the parameters."""
-        return self._share.penalty() if self._value is None else self._value
+        each look is a pass over the parameters. In the pass of an optimizer of :mod:`fused_reg.optim`: in every mode
+        before the step; of DTensors it is reduced when it is looked at, and every process must look."""
+        if self._value is None:
+            return self._share.penalty()
+        value: Tensor = self._value if isinstance(self._value, Tensor) else self._value.total()
+        return value
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -133,7 +144,8 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         gone = dict.fromkeys(("_optimizer", "_all", "_nesting", "handler"))
-        return {**vars(self), **gone, "_hooks": [], "_watches": []}
+        value = None if self._value is None else self.value
+        return {**vars(self), **gone, "_hooks": [], "_watches": [], "_value": value, "_rest": ([], None)}
 
     def __repr__(self) -> str:
         optimizer = self.optimizer
@@ -176,9 +188,10 @@ class Attachment:
             return None
         self.entered += 1
         self._follow(optimizer)
-        if self._mode == "prox":
+        if self._mode != "grad":
             self._share.check_rates(optimizer)
             self._use()
+        self._has_ridden = False
         self._is_inert = is_inert(optimizer)
         self._is_open, self._before_inert = False, None
         self._awaits_closure = closure is not None
@@ -189,11 +202,57 @@ class Attachment:
         if self._frozen is None or any(map(_requires_grad, self._frozen)):
             self._end_watch()
             self._frozen = self._all.warn_of_missing(self._table)
+        rides = (closure is None or self._mode != "grad") and self._rides(optimizer)
+        if self._mode == "preconditioned" and not rides:
+            raise ValueError(
+                'attach: mode "preconditioned" must be in the pass of an optimizer of fused_reg.optim, without l1 and '
+                "l2 of its own, and with a gradient for every parameter if include_unused=True"
+            )
         if closure is not None:
             return exchanged(args, kwargs, closure, self._penalized(closure, optimizer))
-        if self._mode == "grad" and (depth == 1 or not self._nesting.has_penalty(self._share.params)):
+        is_first = depth == 1 or not self._nesting.has_penalty(self._share.params)
+        if self._mode == "grad" and not rides and is_first:
             self._accumulate(optimizer)
         return None
+
+    def _rides(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer of ours takes the penalty into the pass of the step that begins."""
+        host = getattr(optimizer, "host", None)
+        if host is None or (self._include_unused and not all(p.grad is not None for p in self._share.params)):
+            return False
+        check_whole("Regularizer", self._share.params, [entry.name for entry in self.entries])
+        return host(self._share.guest(self, _PROX[self._mode])) is True
+
+    def has_ridden(self, penalty: Any) -> None:
+        """The penalty before the step; None if that was none."""
+        self._has_ridden = True
+        if penalty is not None:
+            self._value = penalty
+
+    def rest_of(self, params: list[Tensor]) -> list[Callable[[], Tensor]]:
+        """The penalty, as of now, of those of these parameters that have one; they are the same list at every step."""
+        if self._rest[0] is not params:
+            self._rest = params, self._share.rest(params)
+        if (part := self._rest[1]) is None:
+            return []
+        with torch.no_grad():
+            value = part.penalty()
+        return [lambda: value]
+
+    def step_in_turn(self, optimizer: Optimizer, step: Callable[[], Any]) -> Callable[[], Tensor]:
+        """The same where the kernels take no step; returns the penalty before it."""
+        if self._mode == "preconditioned":
+            raise NotImplementedError('attach: mode "preconditioned" must have parameters that the kernels take')
+        if self._mode == "grad":
+            self._accumulate(optimizer)
+        else:
+            self._value = self._share.penalty()
+        value = self.value
+        step()
+        if self._mode != "grad":
+            self._shrink(optimizer)
+        self._has_ridden = True
+        return lambda: value
 
     def _penalized(self, closure: Closure, optimizer: Optimizer) -> Closure:
         def penalized(*args: Any, **kwargs: Any) -> Any:
@@ -209,7 +268,7 @@ class Attachment:
             is_open = isinstance(objective, Tensor) and (objective.requires_grad or not torch.is_grad_enabled())
             if is_open and not self._is_open:
                 self._is_open = all(p.grad is None for group in optimizer.param_groups for p in group["params"])
-            if self._mode == "prox":
+            if self._mode != "grad":
                 self._use()
             elif is_open and self._is_open:
                 return with_penalty(objective, self._share.part.objective())
@@ -251,7 +310,7 @@ class Attachment:
         value, objective = self._share.part.accumulate_grad_(scale, skip_missing=not self._include_unused)
         found_inf = found_infinity(optimizer)
         if found_inf is not None and self._value is not None:  # a step that will be skipped leaves the last value
-            value = torch.where(found_inf.to(value.device) == 0, value, self._value)
+            value = torch.where(found_inf.to(value.device) == 0, value, self.value)
         self._value = value
         self._nesting.added(self._share.params)
         return objective
@@ -277,11 +336,14 @@ class Attachment:
                     "such a step",
                 )
         found_inf = found_infinity(optimizer)
-        if self._mode == "prox":
-            self._share.shrinking.prox_(self._share.rates(optimizer, found_inf), self._used)
+        if self._mode != "grad" and not self._has_ridden:
+            self._shrink(optimizer)
         # Several optimizers count once; a graph would repeat one step's numbers, and its user counts.
         if self._all.is_first(self) and not _devices.is_captured(self._share.params[0]):
             self._table.count(found_inf)
+
+    def _shrink(self, optimizer: Optimizer) -> None:
+        self._share.shrinking.prox_(self._share.rates(optimizer, found_infinity(optimizer)), self._used)
 
     def _has_stepped(self, optimizer: Optimizer) -> bool:
         """Whether the step that ends was one."""

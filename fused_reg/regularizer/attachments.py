@@ -39,7 +39,7 @@ class Attachments:
         optimizer = innermost(given, {id(entry.param) for entry in table.entries})
         if any(a.optimizer is optimizer for a in self):
             raise ValueError("attach: optimizer must be attached once, got one that is attached already")
-        if mode == "prox" and given is not optimizer:
+        if mode != "grad" and given is not optimizer:
             check_wrapper(given, optimizer, [entry.param for entry in table.entries])
         earlier = list(self)
         attachment = Attachment(table, self, optimizer, mode, include_unused)

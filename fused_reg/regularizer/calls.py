@@ -108,12 +108,16 @@ class Part:
     """Some entries of a table. What is constant between calls is prepared once; whether a parameter is frozen is seen
     at every call."""
 
-    def __init__(self, table: Table, entries: Sequence[Entry], maximized: Sequence[bool] = ()) -> None:
-        """``maximized``: of which an optimizer will negate the gradient, which is subtracted: a penalty shrinks."""
+    def __init__(
+        self, table: Table, entries: Sequence[Entry], maximized: Sequence[bool] = (), is_one_of: bool = False
+    ) -> None:
+        """``maximized``: of which an optimizer will negate the gradient, which is subtracted: a penalty shrinks;
+        ``is_one_of``: the penalty is one of several, and float64."""
         self.entries = list(entries)
         self._table = table
         self.params = [entry.param for entry in entries]
         self._names = [entry.name for entry in entries]
+        self._is_one_of = is_one_of
         self._maximized = list(maximized) or [False] * len(self.entries)
         self._version = -1
         self._chosen: list[bool] = []
@@ -127,7 +131,7 @@ class Part:
             chosen = [p.requires_grad for p in self.params]
         if chosen != self._chosen or self._version != self._table.version or self.params[0].device != self._device:
             self._table.place_cells()
-            self._calls = list(_calls(self.entries, chosen, self._maximized))
+            self._calls = list(_calls(self.entries, chosen, self._maximized, self._is_one_of))
             self._chosen, self._version, self._device = chosen, self._table.version, self.params[0].device
         return self._calls
 
@@ -179,7 +183,9 @@ class Part:
         return value_of(values, [p for call in calls for p in call.params])
 
 
-def _calls(entries: Sequence[Entry], chosen: Sequence[bool], maximized: Sequence[bool]) -> Iterator[_Call]:
+def _calls(
+    entries: Sequence[Entry], chosen: Sequence[bool], maximized: Sequence[bool], is_one_of: bool
+) -> Iterator[_Call]:
     """One call; more where there are norms of rows beside norms of tensors, and where some gradients are subtracted. A
     parameter without any strength is not even read."""
     places = [i for i, entry in enumerate(entries) if chosen[i] and any(map(entry.has, TERMS))]
@@ -189,4 +195,4 @@ def _calls(entries: Sequence[Entry], chosen: Sequence[bool], maximized: Sequence
         kind = entries[i].group if entries[i].has("l2_norm") else kinds[0]
         split.setdefault((maximized[i], kind), []).append(i)
     for (is_maximized, kind), own in split.items():
-        yield _Call(entries, own, kind, -1.0 if is_maximized else 1.0, len(split) > 1)
+        yield _Call(entries, own, kind, -1.0 if is_maximized else 1.0, is_one_of or len(split) > 1)

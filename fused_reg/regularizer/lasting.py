@@ -47,9 +47,10 @@ def check_wrapper(wrapper: Any, optimizer: Optimizer, regularized: Sequence[Tens
 
 
 def check_lasting(optimizer: Optimizer, regularized: Sequence[Tensor], is_wrapper: bool = False) -> None:
-    """Raises where a proximal step does not last, and warns where it cannot be tried. torch's optimizers are known."""
+    """Raises where a proximal step does not last, and warns where it cannot be tried. torch's and ours are known."""
     kind = type(optimizer)
-    is_known = kind.__module__.startswith("torch.") and kind.__name__ != "Adafactor"  # whose rate is lr times a norm
+    is_known = kind.__module__.startswith(("torch.", "fused_reg."))
+    is_known &= kind.__name__ != "Adafactor"  # whose rate is lr times a norm
     if is_known or not any(p.numel() for p in regularized):
         return
     reasons = []

@@ -375,12 +375,17 @@ class Regularizer:
         too large: both are refused. To find out, copies of an optimizer or wrapper that is not torch's take 40 steps
         with small parameters.
 
+        An optimizer of :mod:`fused_reg.optim` without ``l1`` and ``l2`` of its own takes the penalty into its own pass:
+        ``.grad`` stays as it is, ``value`` is the penalty before the step in every mode, and with
+        ``mode="preconditioned"`` (of L1 and L2) the proximal step has the rate of each element, so that training comes
+        to rest at the minimum of loss and penalty.
+
         Args:
             optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later, or a
                 wrapper of one, which may be none itself. Several optimizers may each hold some; schedules then count
                 the steps of the one attached first. One that is attached later takes over what an earlier one holds,
                 too, as in the next fit; a step of the earlier one is an error then.
-            mode: ``"grad"`` or ``"prox"``.
+            mode: ``"grad"``, ``"prox"``, or with an optimizer of ours ``"preconditioned"``.
             include_unused: whether parameters whose ``.grad`` is None take part in a step, in both modes. They count in
                 ``value`` either way. A step without any gradient stays none.
 
@@ -417,8 +422,8 @@ class Regularizer:
         Source: Parikh and Boyd 2014, "Proximal Algorithms", section 4.2; Loshchilov and Hutter 2019, "Decoupled Weight
         Decay Regularization".
         """
-        if mode not in ("grad", "prox"):
-            raise ValueError(f'attach: mode must be "grad" or "prox", got {mode!r}')
+        if mode not in ("grad", "prox", "preconditioned"):
+            raise ValueError(f'attach: mode must be "grad", "prox" or "preconditioned", got {mode!r}')
         return self._attachments.add(self._followed(), optimizer, mode, include_unused)
 
     def report(self) -> Report:

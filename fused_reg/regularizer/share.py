@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_reg import _devices
+from fused_reg._terms import TERMS
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.strengths import identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.attachment import Mode
+
+
+class Guest(NamedTuple):
+    """A penalty in the pass of an optimizer of ours. As long as it is the same object, so are its strengths."""
+
+    owner: Any  # its attachment
+    prox: Any  # as the option of the optimizer
+    entries: Mapping[int, Entry]  # by the identity of their parameters
 
 
 class Share:
@@ -32,12 +41,13 @@ class Share:
 
     def __init__(self, table: Table, mode: Mode) -> None:
         self._table = table
-        self._is_proximal = mode == "prox"
+        self._is_proximal, self._is_by_element = mode != "grad", mode == "preconditioned"
         self._options: list[Any] = []  # what was in the optimizer at the last look
         self._seen: list[Tensor] = []
+        self._guest: tuple[Guest, torch.device] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_options": [], "_seen": []}
+        return {**vars(self), "_options": [], "_seen": [], "_guest": None}
 
     def has_changed(self, optimizer: Optimizer) -> bool:
         """Whether other parameters or options are in the optimizer, or other strengths in the table, by now."""
@@ -73,17 +83,39 @@ class Share:
         self.entries, self.params = entries, [entry.param for entry in entries]
         self.group_of = [groups[id(p)] for p in self.params]
         self._groups = sorted(set(self.group_of))
+        self._guest = None
         if self._is_proximal:
             self.part, self.shrinking = Part(self._table, entries), Part(self._table, entries)
             self.part.check_closed_form("attach: ")
+            self._check_by_element()
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
             self.part = Part(self._table, entries, [maximized[i] for i in self.group_of])
         self._options = options
 
+    def _check_by_element(self) -> None:
+        for entry in self.entries if self._is_by_element else ():
+            if (term := next((t for t in TERMS if t not in ("l1", "l2") and entry.has(t)), None)) is not None:
+                raise ValueError(
+                    f'attach: mode "preconditioned" must have no term but l1 and l2, got {term} of {entry.name!r}'
+                )
+
     def penalty(self) -> Tensor:
         with torch.no_grad():
             return self.part.penalty()
+
+    def guest(self, owner: Any, prox: Any) -> Guest:
+        device = self.params[0].device
+        if self._guest is None or self._guest[1] != device:
+            self._table.place_cells()
+            self._guest = Guest(owner, prox, {id(e.param): e for e in self.entries}), device
+        return self._guest[0]
+
+    def rest(self, params: list[Tensor]) -> Part | None:
+        """Those of these parameters that have a penalty, of which a step leaves out all."""
+        known = {id(p) for p in params}
+        entries = [e for e in self.entries if id(e.param) in known and e.param.requires_grad]
+        return Part(self._table, entries, is_one_of=True) if entries else None
 
     def in_step(self) -> list[bool]:
         """Which parameters a step changes now."""

@@ -245,6 +245,8 @@ inline cudaError_t launch_error = [] {
   const char* const code = std::getenv("CUDA_ON_HOST_ERROR");
   return static_cast<cudaError_t>(code == nullptr ? 0 : std::atoi(code));
 }();
+// Launches do nothing: what is left is the host's part, to be timed.
+inline const bool is_idle = std::getenv("CUDA_ON_HOST_IDLE") != nullptr;
 inline cudaStreamCaptureStatus capture_status = cudaStreamCaptureStatusNone;
 // The launches that were captured, to be replayed, and how one runs.
 inline std::vector<std::function<void()>> graph;
@@ -283,7 +285,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   using namespace cuda_on_host;
-  if (launch_error != cudaSuccess) {
+  if (launch_error != cudaSuccess || is_idle) {
     return launch_error;
   }
   if (config->gridDim.x == 0 || config->blockDim.x % Cta::kWarp != 0 || (sizeof(Parameters) + ...) > 32764) {

@@ -1,0 +1,48 @@
+"""The penalty before a step of an optimizer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fused_reg.functional import fused_penalty
+
+
+class Penalty:
+    """In parts: each a function that gives its float64 penalty, of DTensors by asking the other processes."""
+
+    def __init__(self, dtype: torch.dtype, parts: Sequence[Callable[[], Tensor]]) -> None:
+        self._dtype, self._parts = dtype, parts
+        self._total: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """0-dim, rounded once."""
+        if self._total is None:
+            values = [part() for part in self._parts] or [torch.zeros((), dtype=torch.float64)]
+            self._total = functools.reduce(lambda a, b: a + b.to(a.device), values).to(self._dtype)
+            self._parts = ()
+        return self._total
+
+
+def penalty_of(params: list[Tensor], l1: float | Tensor, l2: float | Tensor) -> Callable[[], Tensor]:
+    """A part, of what no step changes: computed when somebody looks, or now, if the strengths may change."""
+
+    @torch.no_grad()
+    def penalty() -> Tensor:
+        exact = torch.empty(0, dtype=torch.float64, device=params[0].device)
+        return fused_penalty([*params, exact], l1, l2)
+
+    if not isinstance(l1, Tensor) and not isinstance(l2, Tensor):
+        return penalty
+    value = penalty()
+    return lambda: value
+
+
+def dtype_of(optimizer: Optimizer) -> torch.dtype:
+    """Of the penalty of all that it holds."""
+    is_double = any(p.dtype == torch.float64 for group in optimizer.param_groups for p in group["params"])
+    return torch.float64 if is_double else torch.float32
