@@ -150,7 +150,7 @@ struct Operators {
 
   static at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList states, at::TensorList steps,
                           const c10::List<bool>& is_first, int64_t optimizer, int64_t options, Floats rates,
-                          const OptionalTensor& grad_scale, FUSED_REG_NUMBERS) {
+                          const OptionalTensor& grad_scale, const OptionalTensor& found_inf, FUSED_REG_NUMBERS) {
     const at::NoGradGuard no_grad;
     NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
     numbers.columns[kStep].is_any = true;  // torch's optimizers take any, as a schedule may end a rounding below 0
@@ -164,6 +164,8 @@ struct Operators {
     const unsigned streams = state_streams(step, static_cast<unsigned>(options));
     check_step(params, grads, states, steps, is_first.size(), __builtin_popcount(streams), rates.size(),
                (options & kUnscale) != 0);
+    check_number("grad_scale", {1, grad_scale}, params[0].device());
+    check_number("found_inf", {0, found_inf}, params[0].device());
     ListPass pass(params, all_of(n), numbers);
     // What the kernels read and write: of the layout and dtype of dense(t), copies where a tensor has another.
     std::list<at::Tensor> copies;
@@ -197,13 +199,14 @@ struct Operators {
     pass.want_exact();
     at::Tensor value;
     if (pass.group() == Grouping::kNone) {
-      value = pass.run_step(step, rows, {1, grad_scale}, std::nullopt, {});
+      value = pass.run_step(step, rows, {1, grad_scale}, {0, found_inf}, std::nullopt, {});
     } else {
       const std::vector<int64_t> first_groups = own_first_groups(params, pass.group());
       OptionalTensor found;
       std::tie(value, found) = pass.run_group_penalty();
-      pass.run_step(step, rows, {1, grad_scale}, found, first_groups);
-      if (options & kProximal) {
+      pass.run_step(step, rows, {1, grad_scale}, {0, found_inf}, found, first_groups);
+      // What follows on the step is not asked for either, which needs a look at that.
+      if (options & kProximal && !(found_inf.has_value() && found_inf->item<double>() != 0)) {
         pass.run_prox(pass.run_soft_norms(), first_groups);
       }
     }
@@ -212,7 +215,9 @@ struct Operators {
     }
     for (const auto i : c10::irange(own.size())) {
       if (i >= n || options & kUnscale) {
-        copy_back(*own[i], i < n ? grads[i] : states[i - n]);
+        const at::Tensor& given = i < n ? grads[i] : states[i - n];
+        const bool is_rounded = found_inf.has_value() && own[i]->scalar_type() != given.scalar_type();
+        copy_back(is_rounded ? at::where(found_inf->ne(0).reshape({}), given, *own[i]) : *own[i], given);
       }
     }
     return value;
@@ -270,18 +275,14 @@ struct Operators {
 };
 
 // The functions of one backend, under the names of ops.cpp.
-#define FUSED_REG_LIST_OPERATORS(apply)                                                                           \
+#define FUSED_REG_OPERATORS(apply)                                                                                \
   apply(penalty) apply(penalty_grad) apply(rescale_grad_) apply(accumulate_grad_) apply(empty_grads) apply(prox_) \
-      apply(norms) apply(sums)
-#define FUSED_REG_OPERATORS(apply) FUSED_REG_LIST_OPERATORS(apply) apply(step_)
+      apply(step_) apply(norms) apply(sums)
 
-template <class Functions, bool has_steps = true>
+template <class Functions>
 void register_operators(torch::Library& m) {
 #define FUSED_REG_REGISTER(name) m.impl(#name, TORCH_FN(Functions::name));
-  FUSED_REG_LIST_OPERATORS(FUSED_REG_REGISTER)
-  if constexpr (has_steps) {
-    FUSED_REG_REGISTER(step_)
-  }
+  FUSED_REG_OPERATORS(FUSED_REG_REGISTER)
 #undef FUSED_REG_REGISTER
 }
 

@@ -40,12 +40,12 @@ TORCH_LIBRARY(fused_reg, m) {
   // and where those of each parameter begin, or finds them itself.
   m.def("prox_(Tensor(a!)[] params, Tensor? norms, SymInt[] first_groups, " NUMBERS ") -> ()", tags);
 
-  // A step of an optimizer (passes/step.h), and the penalty before it, float64. states: one list of all parameters after the
-  // other; steps: how many each has made, counted on, or none; is_first: of each, or none; rates: four numbers for
-  // each parameter, or for all.
+  // A step of an optimizer (passes/step.h), and the penalty before it, float64. states: one list of all parameters
+  // after the other; steps: how many each has made, counted on, or none; is_first: of each, or none; rates: four
+  // numbers for each parameter, or for all. Where found_inf is not 0, nothing is written, and the value has no meaning.
   m.def(
       "step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, Tensor(d!)[] steps, bool[] is_first, int "
-      "optimizer, int options, float[] rates, Tensor? grad_scale, " NUMBERS ") -> Tensor",
+      "optimizer, int options, float[] rates, Tensor? grad_scale, Tensor? found_inf, " NUMBERS ") -> Tensor",
       tags);
 
   // The norm of every group after the soft threshold step * l1, as penalty gives those before it.

@@ -44,6 +44,7 @@ _ROWS = {
         build="fused_reg is built without CUDA; where nvcc and a CUDA build of torch are installed, build it again "
         "with `FORCE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .` in its source",
         is_captured=lambda: torch.cuda.is_current_stream_capturing(),
+        has_steps=True,
         has_random_state=True,
         takes_pinned=True,
     ),

@@ -46,8 +46,8 @@ _ARGUMENTS = """
         TypeError: ``l1`` or ``l2`` is no number; at a step with a penalty, a parameter is complex or a gradient sparse.
         ValueError: a strength is negative or not finite, ``prox`` is something else; ``differentiable=True``; at a step
             with a penalty, a parameter is a placeholder (DeepSpeed ZeRO-3) or a piece (FSDP1).
-        NotImplementedError: at a step, ``prox="preconditioned"`` where the kernels do not take the parameters (on a
-            GPU; of a tensor subclass). There the penalty, torch's own step and the proximal step are taken in turn.
+        NotImplementedError: at a step, ``prox="preconditioned"`` where the kernels do not take the parameters (of
+            a tensor subclass). There the penalty, torch's own step and the proximal step are taken in turn.
     """
 
 
@@ -180,8 +180,10 @@ class OnePass(Optimizer):
         own = self.__dict__
         guest = own.pop("_guest", None)
         found_inf, grad_scale = own.get("found_inf"), own.get("grad_scale")  # of a GradScaler, if fused=True
-        if found_inf is not None and _devices.is_at_hand(found_inf) and bool(found_inf):
-            return loss
+        if found_inf is not None and _devices.is_at_hand(found_inf):
+            if bool(found_inf):
+                return loss
+            found_inf = None
         plan = self._plans.of(self, guest)
         ready = [] if plan is None else [(launch, launch.lists()) for launch in plan.launches]
         if plan is None or any(lists is None for _, lists in ready):
@@ -190,17 +192,25 @@ class OnePass(Optimizer):
         is_none = plan.may_be_inert and is_inert(self)
         parts: list[Any] = []
         for launch, lists in ready:
-            parts.append(partial(total, launch.run(lists, grad_scale, is_none), launch.processes))
+            parts.append(partial(total, launch.run(lists, grad_scale, found_inf, is_none), launch.processes))
         if not is_none:
             for group, rest in zip(self.param_groups, plan.rest, strict=True):
                 if rest and has_penalty(group):
                     parts.append(penalty_of(rest, group["l1"], group["l2"]))
             if guest is not None:
                 parts += guest.owner.rest_of(plan.all_rest)
-            self._last = Penalty(plan.dtype, parts)
+            self._last = Penalty(plan.dtype, self._unless(found_inf, parts))
         if guest is not None:
             guest.owner.has_ridden(self._last)
         return loss
+
+    def _unless(self, found_inf: Tensor | None, parts: list[Any]) -> list[Any]:
+        """The penalty of this step; or the last one's, if a GPU knows that it was none."""
+        if found_inf is None or not parts:
+            return parts
+        value = Penalty(torch.float64, parts).total()
+        is_one = _devices.reachable(found_inf, value.device).reshape(()) == 0
+        return [partial(total, torch.where(is_one, value, self.penalty), None)]
 
     def _step_in_turn(self, guest: Guest | None, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """The same where the kernels do not take a step: the penalty's gradient, torch's step, the proximal step."""
@@ -228,9 +238,7 @@ class OnePass(Optimizer):
         share: Any = 1.0
         if found_inf is not None:  # a GPU knows whether the step will be skipped
             share = (found_inf == 0).reshape(())
-            if last:
-                value = torch.where(share, Penalty(torch.float64, last).total(), self.penalty)
-                last = [partial(total, value, None)]
+            last = self._unless(found_inf, last)
         if not is_none:
             self._last = Penalty(dtype_of(self), last)
         self._step_of_torch()

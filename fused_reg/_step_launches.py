@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_reg import _ops
+from fused_reg import _devices, _ops
 from fused_reg._arguments import is_dtensor
 from fused_reg._terms import NUMBERS, Strengths
 from fused_reg.distributed.shards import laid_out_as
@@ -106,23 +106,28 @@ class Launch:
                     xs[i] = x.to_local()
         return self._as_lists([p.to_local() for p in params], *like, *of_keys[len(self._keys) :])
 
-    def run(self, lists: Any, grad_scale: Tensor | None, is_none: bool) -> Tensor:
+    def run(self, lists: Any, grad_scale: Tensor | None, found_inf: Tensor | None, is_none: bool) -> Tensor:
         """The step; returns the penalty before it, float64, of DTensors the share of this process. A step that is none
         makes the states, as torch.distributed.checkpoint wants it, without the penalty."""
         params, grads, states, counts = lists
         is_first: list[bool] = []
         if not self._has_counts and any(x is None for x in states):
+            if found_inf is not None and bool(found_inf):  # else there were states that nobody has written
+                return torch.zeros((), dtype=torch.float64)
             is_first = [x is None for x in states]
             states = [torch.empty_like(p) if x is None else x for p, x in zip(params, states, strict=True)]
         options, strengths = self._options, self._strengths
         if grad_scale is not None:
-            options, grad_scale = options | UNSCALE, grad_scale.reshape(())
+            options |= UNSCALE
+        scaler = [
+            x if x is None else _devices.reachable(x, params[0].device).reshape(()) for x in (grad_scale, found_inf)
+        ]
         if self._columns:
             strengths = strengths.having(**{kind: cast(Tensor, column.get()) for kind, column in self._columns.items()})
         if is_none:
             strengths = Strengths.of([() for _ in NUMBERS]).having(step=strengths.columns()[NUMBERS.index("step")])
         value = _ops.step_(
-            params, grads, states, counts, is_first, self._pass, options, self._rates, grad_scale, *strengths
+            params, grads, states, counts, is_first, self._pass, options, self._rates, *scaler, *strengths
         )
         if any(is_first):
             for p, held, state in zip(self.params, self._states, states, strict=True):

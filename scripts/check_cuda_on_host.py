@@ -14,7 +14,10 @@ import build_config
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda_on_host"
 #: What the kernels and operators decide. The rest is Python, or about the CPU's own threads and memory.
-TESTS = ("autograd", "gradient", "layout", "list", "strengths", "value", "sums", "accumulate_grad", "prox", "golden")
+TESTS = (
+    *("autograd", "gradient", "layout", "list", "strengths", "value", "sums", "accumulate_grad", "prox", "golden"),
+    *("optim", "optim_steps", "optim_numbers", "optim_devices"),
+)
 #: Fibers take their time, most of all for rows of one element; test_cuda_operators.cpp has norms of all kinds. And the
 #: CPU's operators alone look at a strength before anything is written.
 LEFT_OUT = (

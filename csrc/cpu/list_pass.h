@@ -137,8 +137,12 @@ class ListPass {
 
   // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. With norms, those of
   // run_group_penalty(), which gave that; a proximal step does not use them, and is without its proximal operator.
+  // Nothing at all where found_inf is not 0: the value has no meaning then.
   at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale,
-                      const OptionalTensor& norms, at::IntArrayRef first_groups) {
+                      const NumberArg& found_inf, const OptionalTensor& norms, at::IntArrayRef first_groups) {
+    if (number(found_inf) != 0) {
+      return value(0);
+    }
     const double scale = number(grad_scale);
     for (const auto t : c10::irange(tasks_.size())) {
       ChunkTask& task = tasks_[t];
@@ -312,15 +316,6 @@ class ListPass {
       task.pass = adds_.empty() || task.streams[1] == nullptr ? Pass::kPenalty : adds_[t] ? add : write;
       task.numbers.factor = factor;
     }
-  }
-
-  // One more step; without the dispatcher, which would take longer than the step of a small parameter.
-  static double counted(const at::Tensor& steps) {
-    if (steps.scalar_type() == at::kFloat && steps.is_cpu() && steps.numel() == 1) {
-      return *steps.mutable_data_ptr<float>() += 1;
-    }
-    steps.add_(1);
-    return steps.item<double>();
   }
 
   static double number(const NumberArg& arg) { return arg.tensor.has_value() ? arg.tensor->item<double>() : arg.value; }

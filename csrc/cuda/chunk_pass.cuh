@@ -25,6 +25,7 @@ struct Blocks {
 struct WholeCta {
   __device__ int warps() const { return kWarps; }
   __device__ int warp() const { return threadIdx.x / kWarp; }
+  __device__ int lane() const { return threadIdx.x % kWarp; }
 };
 
 // The same, or every warp for itself: where chunks are short, as rows are.
@@ -33,6 +34,7 @@ class Team {
   __device__ explicit Team(int warps) : warps_(warps) {}
   __device__ int warps() const { return warps_; }
   __device__ int warp() const { return threadIdx.x / kWarp % warps_; }
+  __device__ int lane() const { return threadIdx.x % kWarp; }
   __device__ bool is_first_thread() const { return warp() == 0 && threadIdx.x % kWarp == 0; }
 
   // Among those of the grid.
@@ -113,7 +115,7 @@ class ChunkPass {
 
   template <class AnyTeam>
   __device__ __forceinline__ void run(Blocks* blocks, const AnyTeam& team) const {
-    const int thread = threadIdx.x % kWarp;
+    const int thread = team.lane();
     const int whole = is_aligned() ? size_ / kBlock : 0;
     for (int b = team.warp() * kAbreast; b < whole; b += team.warps() * kAbreast) {
       whole_blocks(blocks, b + thread / kSharers, whole, thread);
@@ -124,10 +126,11 @@ class ChunkPass {
   }
 
  private:
-  static constexpr int kVector = 16 / sizeof(Storage);  // elements that a thread loads at a time
-  static constexpr int kSharers = kLanes / kVector;     // threads that share a row
-  static constexpr int kAbreast = kWarp / kSharers;     // blocks that a warp takes side by side
-  static constexpr int kBatch = Job::kBatch;
+  using Vector = typename Job::Vector;
+  static constexpr int kVector = sizeof(Vector) / sizeof(Storage);  // elements that a thread loads at a time
+  static constexpr int kSharers = kLanes / kVector;                 // threads that share a row
+  static constexpr int kAbreast = kWarp / kSharers;                 // blocks that a warp takes side by side
+  static constexpr int kBatch = Job::kBatch, kAnyBatch = Job::kAnyBatch;
   static constexpr int kUsed = streams_in(Job::kReads | Job::kWrites);
   static constexpr int kRead = streams_in(Job::kReads);
 
@@ -137,14 +140,23 @@ class ChunkPass {
     for (int s = 0; s < kUsed; ++s) {
       addresses |= reinterpret_cast<uintptr_t>(streams_[s]);
     }
-    return addresses % 16 == 0;
+    return addresses % sizeof(Vector) == 0;
   }
 
-  // Whether the chunk has the streams to be written: the last of all is one.
-  __device__ bool writes() const { return Job::kWrites != 0 && streams_[kUsed - 1] != nullptr; }
+  // Whether the chunk has the streams to be written: the parameter is one, or the last of all.
+  __device__ bool writes() const {
+    return (Job::kWrites & bit(0)) != 0 || (Job::kWrites != 0 && streams_[kUsed - 1] != nullptr);
+  }
+
+  // Of those that a chunk may lack.
+  __device__ bool is_there(int s) const { return (Job::kOptional & bit(s)) == 0 || streams_[s] != nullptr; }
+
+  __device__ bool writes(int s) const { return (Job::kWrites & bit(s)) != 0 && is_there(s) && job_.writes(s); }
 
   // A stream that is only added to is not read where there is nothing yet.
-  __device__ bool reads(int s) const { return (Job::kReads & bit(s)) != 0 && (s == 0 || !Job::kAdds || adds_); }
+  __device__ bool reads(int s) const {
+    return (Job::kReads & bit(s)) != 0 && (s == 0 || !Job::kAdds || adds_) && is_there(s);
+  }
 
   template <class T>
   static __device__ __forceinline__ T load(int s, const T* p) {
@@ -163,12 +175,12 @@ class ChunkPass {
       const int begin = b * kBlock + sharer * kVector;
 #pragma unroll Job::kUnrolled
       for (int first = 0; first < kRows; first += kBatch) {
-        uint4 rows[kRead][kBatch];
+        Vector rows[kRead][kBatch];
 #pragma unroll
         for (int r = 0; r < kBatch; ++r) {
 #pragma unroll
           for (int s = 0; s < kRead; ++s) {
-            rows[s][r] = reads(s) ? load(s, at<uint4>(streams_[s], begin + (first + r) * kLanes)) : uint4{};
+            rows[s][r] = reads(s) ? load(s, at<Vector>(streams_[s], begin + (first + r) * kLanes)) : Vector{};
           }
         }
 #pragma unroll
@@ -176,7 +188,7 @@ class ChunkPass {
           Storage x[kUsed][kVector];
 #pragma unroll
           for (int s = 0; s < kRead; ++s) {
-            memcpy(x[s], &rows[s][r], sizeof(uint4));
+            memcpy(x[s], &rows[s][r], sizeof(Vector));
           }
           if constexpr (Job::kSums != 0) {
             job_.add(x[0], first_sums, second_sums);
@@ -185,8 +197,8 @@ class ChunkPass {
             job_.write(x, adds_);
 #pragma unroll
             for (int s = 0; s < kUsed; ++s) {
-              if (Job::kWrites & bit(s)) {
-                *reinterpret_cast<uint4*>(streams_[s] + begin + (first + r) * kLanes) = bits_as<uint4>(x[s]);
+              if (writes(s)) {
+                *reinterpret_cast<Vector*>(streams_[s] + begin + (first + r) * kLanes) = bits_as<Vector>(x[s]);
               }
             }
           }
@@ -207,13 +219,13 @@ class ChunkPass {
     double first_sums[2][1] = {}, second_sums[2][1] = {};
     const int begin = b * kBlock + thread;
 #pragma unroll 1
-    for (int first = 0; first < kRows; first += kBatch) {
+    for (int first = 0; first < kRows; first += kAnyBatch) {
       if (b * kBlock + first * kLanes >= size_) {
         break;
       }
-      Storage rows[kBatch][2][kUsed][1];
+      Storage rows[kAnyBatch][2][kUsed][1];
 #pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
+      for (int r = 0; r < kAnyBatch; ++r) {
         for (int half = 0; half < 2; ++half) {
           const int i = begin + (first + r) * kLanes + half * kWarp;
 #pragma unroll
@@ -223,7 +235,7 @@ class ChunkPass {
         }
       }
 #pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
+      for (int r = 0; r < kAnyBatch; ++r) {
         for (int half = 0; half < 2; ++half) {
           const int i = begin + (first + r) * kLanes + half * kWarp;
           auto& x = rows[r][half];
@@ -234,7 +246,7 @@ class ChunkPass {
             job_.write(x, adds_);
 #pragma unroll
             for (int s = 0; s < kUsed; ++s) {
-              if (Job::kWrites & bit(s)) {
+              if (writes(s)) {
                 streams_[s][i] = x[s][0];
               }
             }

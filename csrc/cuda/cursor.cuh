@@ -34,6 +34,9 @@ __device__ __forceinline__ uint32_t owner(uint32_t count, uint32_t x, const Star
 template <class Table, int streams, int numbers>
 class TableView {
  public:
+  static constexpr int kStreams = streams, kNumbers = numbers;
+  static constexpr bool kHasGroups = numbers != kTermNumbers;
+
   __device__ explicit TableView(const Table& table) : table_(table) {}
 
   __device__ const Call& call() const { return table_.call; }
@@ -67,25 +70,26 @@ __device__ __forceinline__ uint32_t chunks_in(const GroupInfo& info) {
 }
 
 // Finds the chunks of a table, in rising order.
-template <class Table, int streams, int numbers_of_pass>
+template <class View>
 class Cursor {
  public:
   // At the tensor of chunk c.
+  template <class Table>
   __device__ Cursor(const Table& table, uint32_t c)
       : view_(table), t_(owner(view_.call().tensors, c, [&](uint32_t t) { return view_.entry(t).first_chunk; })) {}
 
-  __device__ Chunk<streams> at(uint32_t c) {
+  __device__ Chunk<View::kStreams> at(uint32_t c) {
     while (end() <= c) {
       ++t_;
     }
     const Entry& e = view_.entry(t_);
     const uint32_t k = c - e.first_chunk;
-    Chunk<streams> chunk;
+    Chunk<View::kStreams> chunk;
     chunk.dtype = e.dtype;
     chunk.adds = e.adds != 0;
     int64_t begin = static_cast<int64_t>(k) * kChunkSize;
     bool is_last = c + 1 == end();
-    if constexpr (numbers_of_pass != kTermNumbers) {
+    if constexpr (View::kHasGroups) {
       uint32_t group = 0, within = k;  // its chunk
       uint32_t count = end() - e.first_chunk, first = 0;
       int64_t group_size = 0;
@@ -104,12 +108,15 @@ class Cursor {
     }
     chunk.size = is_last ? e.tail : kChunkSize;
 #pragma unroll
-    for (int s = 0; s < streams; ++s) {
+    for (int s = 0; s < View::kStreams; ++s) {
       char* const stream = static_cast<char*>(view_.stream(t_, s));
       chunk.streams[s] = stream == nullptr ? nullptr : stream + begin * bytes_of(e.dtype);
     }
     return chunk;
   }
+
+  __device__ const View& view() const { return view_; }
+  __device__ uint32_t tensor() const { return t_; }
 
   // Of the chunk's tensor.
   __device__ double number(int which) const { return view_.number(t_, which); }
@@ -117,7 +124,7 @@ class Cursor {
   __device__ ChunkNumbers numbers(double factor, double norm) const {
     ChunkNumbers found{};
 #pragma unroll
-    for (int i = 0; i < numbers_of_pass; ++i) {
+    for (int i = 0; i < View::kNumbers; ++i) {
       found.of[i] = number(i);
     }
     found.factor = factor;
@@ -146,7 +153,7 @@ class Cursor {
     return t_ + 1 < view_.call().tensors ? view_.entry(t_ + 1).first_chunk : view_.call().chunks;
   }
 
-  const TableView<Table, streams, numbers_of_pass> view_;
+  const View view_;
   uint32_t t_;
 };
 

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
   int filled = 0;
   for (uint32_t r = team.index(); r < call.runs; r += team.count()) {
     uint32_t c = r * call.run_length;
-    Cursor<Table, 1, numbers_of_pass> cursor(table, c);
+    Cursor<TableView<Table, 1, numbers_of_pass>> cursor(table, c);
     if (team.is_first_thread()) {
       run_sum = {};
     }
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) group_element_kernel(con
     return;
   }
   for (uint32_t c = team.index(); c < call.chunks; c += team.count()) {
-    Cursor<Table, kUsed, numbers_of_pass> cursor(table, c);
+    Cursor<TableView<Table, kUsed, numbers_of_pass>> cursor(table, c);
     const auto chunk = cursor.at(c);
     if (chunk.streams[kUsed - 1] == nullptr) {
       continue;

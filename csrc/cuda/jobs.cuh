@@ -9,6 +9,24 @@ namespace fused_reg::cuda {
 template <Dtype dtype>
 constexpr bool kWide = std::is_same_v<typename Element<dtype>::Scalar, double>;
 
+// body(wide) for each element, where wide[s] is that of stream s.
+template <class E, unsigned reads, unsigned writes, int streams, int count, class Body>
+__device__ __forceinline__ void rewrite(typename E::Storage (&x)[streams][count], const Body& body) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    typename E::Scalar wide[streams];
+    for (int s = 0; s < streams; ++s) {
+      wide[s] = reads & bit(s) ? E::widen(x[s][i]) : typename E::Scalar{};
+    }
+    body(wide);
+    for (int s = 0; s < streams; ++s) {
+      if (writes & bit(s)) {
+        x[s][i] = E::narrow(wide[s]);
+      }
+    }
+  }
+}
+
 // known: the terms that P is compiled for; scaled: float64 sums are of elements divided by 2^exponent.
 template <Dtype dtype, template <int> class P, int known, bool scaled>
 class Job {
@@ -20,12 +38,14 @@ class Job {
   using Storage = typename E::Storage;
   using Scalar = typename E::Scalar;
   static constexpr unsigned kSums = Whole::kSums, kWrites = Whole::kWrites;
-  static constexpr unsigned kReads = Whole::kReads | (kSums != 0 ? bit(0) : 0);
+  static constexpr unsigned kReads = Whole::kReads | (kSums != 0 ? bit(0) : 0), kOptional = Whole::kOptional;
   // Where the list may have chunks whose streams are written and not read, as a gradient that is not there yet.
   static constexpr bool kAdds = !std::is_void_v<typename Whole::Fresh>;
+  using Vector = uint4;
   static constexpr bool kOneStream = streams_in(kReads | kWrites) == 1;
   // Loads in flight, as far as the registers go: rows at a time, and batches of them that the compiler may interleave.
   static constexpr int kBatch = kSums == kL2 && sizeof(Storage) == 2 ? 2 : kOneStream || kAdds ? 4 : 8;
+  static constexpr int kAnyBatch = kBatch;
   static constexpr int kUnrolled = kOneStream || kAdds ? 1 : 2;
 
   __device__ explicit Job(const ChunkNumbers& numbers, int exponent = 0)
@@ -33,6 +53,9 @@ class Job {
     Whole::factors(numbers, factors_);
     Whole::template sum_factors<Scalar>(numbers, exponent, sum_factors_);
   }
+
+  // Of the streams that it may write.
+  static __device__ bool writes(int) { return true; }
 
   // An element that changes no sum.
   static __device__ Storage padding() { return static_cast<Storage>(Whole::kPadding); }
@@ -89,24 +112,16 @@ class Job {
 
   template <class Pass, int streams, int count>
   __device__ __forceinline__ void write_with(Storage (&x)[streams][count], bool adds) const {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      Scalar wide[streams];
-      for (int s = 0; s < streams; ++s) {
-        wide[s] = kReads & bit(s) ? E::widen(x[s][i]) : Scalar{};
-      }
+    rewrite<E, kReads, kWrites>(x, [&](Scalar* wide) {
       if constexpr (kAdds) {
         adds ? Pass::element(wide, factors_) : Pass::Fresh::element(wide, factors_);
       } else {
         Pass::element(wide, factors_);
       }
-      for (int s = 0; s < streams; ++s) {
-        if (kWrites & bit(s)) {
-          x[s][i] = E::narrow(wide[s]);
-          if constexpr (Pass::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
-            x[s][i] = with_positive_zero(x[s][i]);
-          }
-        }
+    });
+    if constexpr (Pass::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
+      for (Storage& w : x[0]) {
+        w = with_positive_zero(w);
       }
     }
   }
@@ -117,20 +132,28 @@ class Job {
   double scale_;
 };
 
+// body(of), where of() is the dtype, as a constant.
+template <class Body>
+__device__ __forceinline__ void with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return body(std::integral_constant<Dtype, Dtype::kFloat32>{});
+    case Dtype::kFloat64:
+      return body(std::integral_constant<Dtype, Dtype::kFloat64>{});
+    case Dtype::kBFloat16:
+      return body(std::integral_constant<Dtype, Dtype::kBFloat16>{});
+    case Dtype::kFloat16:
+      return body(std::integral_constant<Dtype, Dtype::kFloat16>{});
+  }
+}
+
 // Of a chunk, whatever its dtype.
 template <template <int> class P, int known, bool scaled = false, class AnyChunk, class AnyTeam>
 __device__ __forceinline__ void run_chunk(const AnyChunk& chunk, Blocks* blocks, const AnyTeam& team,
                                           const ChunkNumbers& numbers, int exponent = 0) {
-  switch (chunk.dtype) {
-    case Dtype::kFloat32:
-      return ChunkPass(chunk, Job<Dtype::kFloat32, P, known, scaled>(numbers, exponent)).run(blocks, team);
-    case Dtype::kFloat64:
-      return ChunkPass(chunk, Job<Dtype::kFloat64, P, known, scaled>(numbers, exponent)).run(blocks, team);
-    case Dtype::kBFloat16:
-      return ChunkPass(chunk, Job<Dtype::kBFloat16, P, known, scaled>(numbers, exponent)).run(blocks, team);
-    case Dtype::kFloat16:
-      return ChunkPass(chunk, Job<Dtype::kFloat16, P, known, scaled>(numbers, exponent)).run(blocks, team);
-  }
+  with_dtype(chunk.dtype, [&](auto dtype) {
+    ChunkPass(chunk, Job<decltype(dtype)::value, P, known, scaled>(numbers, exponent)).run(blocks, team);
+  });
 }
 
 }  // namespace fused_reg::cuda

@@ -25,6 +25,11 @@ constexpr Rows rows_of(Pass pass, bool has_further = false) {
     return {streams_of<name##Pass<terms>>, !has_further && numbers == kNumbers ? kGroupNumbers : numbers};
     FUSED_REG_PASSES(FUSED_REG_ROWS)
 #undef FUSED_REG_ROWS
+#define FUSED_REG_STEP_ROWS(name, terms, numbers) \
+  case Pass::k##name:                             \
+    return {streams_in(name##Pass<terms>::kReads), numbers};
+    FUSED_REG_STEPS(FUSED_REG_STEP_ROWS)
+#undef FUSED_REG_STEP_ROWS
     default:
       break;
   }
@@ -38,6 +43,11 @@ cudaError_t launch(Pass pass, const Call& call, const void* table, size_t table_
 // The sums of a pass over every tensor into out [call.tensors], on the device, by way of call.chunk_sums.
 cudaError_t launch_tensor_sums(Pass pass, const Call& call, const void* device_table, TermSums* out,
                                cudaStream_t stream);
+
+// An optimizer's step with the penalty of L1 and L2; of its table the bytes that travel in the arguments, at most
+// kLargeStep. Or with any terms and groups and without the value, at most kSmallStep.
+cudaError_t launch_step(Pass optimizer, bool has_any, const Call& call, const StepCall& step, const void* bytes,
+                        size_t count, cudaStream_t stream);
 
 // Copies a table to device memory by launches alone, so that a graph can capture it.
 cudaError_t upload(void* to, const void* table, size_t table_bytes, cudaStream_t stream);

@@ -65,6 +65,9 @@ class ListPass {
 
   Grouping group() const { return group_; }
 
+  // The value shall be float64.
+  void want_exact() { value_dtype_ = at::kDouble; }
+
   // Parameter t as one run of memory: itself, or a copy.
   const at::Tensor& dense(size_t t) const { return dense_[t]; }
 
@@ -162,6 +165,80 @@ class ListPass {
     run(Pass::kProx);
   }
 
+  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. One launch; with further
+  // terms two. Nothing at all where found_inf is not 0: the value has no meaning then. Steps are counted where their
+  // counts are. With norms, those of run_group_penalty(), which gave the value; a proximal step does not use them, and
+  // is without its proximal operator.
+  at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale,
+                      const NumberArg& found_inf, const OptionalTensor& norms, at::IntArrayRef first_groups) {
+    const auto is_counted_here = [&](const StepRow& row) { return row.count != nullptr && !is_on_device(*row.count); };
+    const bool counts = std::any_of(rows.begin(), rows.end(), is_counted_here);
+    TORCH_CHECK(!counts || !launch_.capturing, "fused_reg.optim: the steps must be counted on the parameters' device (",
+                device_, ") in a CUDA graph, as with capturable=True, got counts on the CPU");
+    const ColumnRefs scale(grad_scale, device_);
+    ColumnRefs skips(found_inf, device_);
+    if (counts && skips.source() != Source::kValue) {
+      skips = ColumnRefs({found_inf.tensor->item<double>(), {}}, device_);
+    }
+    if (skips.source() == Source::kValue && !skips.is(0)) {
+      return zero();
+    }
+    const bool has_any = norms.has_value() || call_.has_further;
+    at::Tensor value, run_sums;
+    if (norms.has_value()) {
+      set_groups(*norms, first_groups);
+    } else if (call_.has_further) {
+      value = run_penalty({1, {}});
+    } else {
+      value = fresh({}, value_dtype_);
+      run_sums = fresh({call_.runs}, at::kDouble);
+      set_value(value, run_sums.mutable_data_ptr<double>());
+    }
+    if (has_any) {
+      call_.value = nullptr;
+      call_.ticket = ticket_for(launch_);
+    }
+    set_factor(scale);
+    for (const auto i : c10::irange(int{kNumbers})) {
+      call_.sources[i] = columns_[i].source();
+    }
+    StepCall step{};
+    step.is_alone = norms.has_value() && (rows[0].options & kProximal) != 0;
+    step.found_inf = skips[0];
+    step.found_inf_source = skips.source();
+    std::vector<StepNumbersRow> numbers;
+    std::vector<void*> streams;
+    std::vector<StepOfTensor> others;
+    const int each = rows_of(optimizer).streams;
+    streams.reserve(rows.size() * each);
+    others.reserve(rows.size());
+    for (const auto t : c10::irange(rows.size())) {
+      const StepRow& row = rows[t];
+      streams.push_back(dense_[t].mutable_data_ptr());
+      for (int s = 1; s < each; ++s) {
+        streams.push_back(row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr());
+      }
+      StepNumbersRow own{};
+      for (const auto i : c10::irange(int{kNumbers})) {
+        own.of[i] = columns_[i][t];
+      }
+      std::copy(row.rates, row.rates + kRates, own.rates);
+      own.count = is_counted_here(row) ? counted(*row.count) : 0;
+      own.options = row.options;
+      if (numbers.empty() || std::memcmp(&numbers.back(), &own, sizeof own) != 0) {
+        numbers.push_back(own);
+      }
+      StepOfTensor& other = others.emplace_back();
+      other.numbers = static_cast<uint32_t>(numbers.size() - 1);
+      if (row.count != nullptr && is_on_device(*row.count)) {
+        other.count = row.count->mutable_data_ptr();
+        other.count_is_float64 = row.count->scalar_type() == at::kDouble;
+      }
+    }
+    launch_with(numbers, joined(entries_, streams, others, groups_), optimizer, has_any, step);
+    return value;
+  }
+
   // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
   at::Tensor run_term_sums() { return tensor_sums(Pass::kPenalty); }
 
@@ -234,10 +311,44 @@ class ListPass {
     return out;
   }
 
-  template <class T>
-  static void append(std::vector<unsigned char>* bytes, const std::vector<T>& items) {
-    const auto* const begin = reinterpret_cast<const unsigned char*>(items.data());
-    bytes->insert(bytes->end(), begin, begin + items.size() * sizeof(T));
+  // Whether a kernel can count there.
+  bool is_on_device(const at::Tensor& count) const {
+    const at::ScalarType dtype = count.scalar_type();
+    return count.device() == device_ && (dtype == at::kFloat || dtype == at::kDouble) && count.numel() == 1;
+  }
+
+  // Of the table of a step the numbers, which change from step to step, travel in the arguments.
+  void launch_with(const std::vector<StepNumbersRow>& numbers, const std::vector<unsigned char>& tensors,
+                   Pass optimizer, bool has_any, StepCall step) {
+    const size_t limit = has_any ? kSmallStep : kLargeStep;
+    step.rows = static_cast<uint32_t>(numbers.size());
+    std::vector<unsigned char> bytes = joined(numbers);
+    at::Tensor numbers_there, tensors_there;
+    if (bytes.size() > limit) {
+      numbers_there = device_table(bytes, launch_);
+      step.numbers = static_cast<const unsigned char*>(numbers_there.const_data_ptr());
+      bytes.clear();
+    }
+    if (step.numbers != nullptr || bytes.size() + tensors.size() > limit) {
+      tensors_there = device_table(tensors, launch_);
+      step.tensors = static_cast<const unsigned char*>(tensors_there.const_data_ptr());
+    } else {
+      bytes.insert(bytes.end(), tensors.begin(), tensors.end());
+    }
+    check_launch(launch_step(optimizer, has_any, call_, step, bytes.data(), bytes.size(), launch_.stream), device_);
+  }
+
+  // Their bytes, one after the other.
+  template <class... T>
+  static std::vector<unsigned char> joined(const std::vector<T>&... items) {
+    std::vector<unsigned char> bytes;
+    bytes.reserve((0 + ... + (items.size() * sizeof(T))));
+    const auto append = [&](const void* from, size_t size) {
+      const auto* const begin = static_cast<const unsigned char*>(from);
+      bytes.insert(bytes.end(), begin, begin + size);
+    };
+    (append(items.data(), items.size() * sizeof(T)), ...);
+    return bytes;
   }
 
   // And what Call says of it.
@@ -258,14 +369,7 @@ class ListPass {
         numbers.push_back(columns_[i][t]);
       }
     }
-    std::vector<unsigned char> bytes;
-    bytes.reserve(entries_.size() * sizeof(Entry) + streams.size() * sizeof(void*) +
-                  numbers.size() * sizeof(NumberRef) + groups_.size() * sizeof(GroupInfo));
-    append(&bytes, entries_);
-    append(&bytes, streams);
-    append(&bytes, numbers);
-    append(&bytes, groups_);
-    return bytes;
+    return joined(entries_, streams, numbers, groups_);
   }
 
   void run(Pass pass) {

@@ -4,6 +4,6 @@
 #include "list_pass.h"
 
 TORCH_LIBRARY_IMPL(fused_reg, CUDA, m) {
-  fused_reg::register_operators<fused_reg::Operators<fused_reg::cuda::ListPass>, /*has_steps=*/false>(m);
+  fused_reg::register_operators<fused_reg::Operators<fused_reg::cuda::ListPass>>(m);
   fused_reg::build_info()["cuda_architectures"] = fused_reg::cuda::architectures();
 }

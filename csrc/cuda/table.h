@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../dtypes.h"
+#include "../passes/pass.h"
 #include "../summation.h"
 
 namespace fused_reg::cuda {
@@ -92,6 +93,44 @@ struct InlineTable {
 struct DeviceTable {
   Call call;
   const unsigned char* bytes;
+};
+
+// OF AN OPTIMIZER'S STEP the table is another: the numbers of the tensors, each as often as it differs from that
+// before; then an Entry for each tensor, its streams, a StepOfTensor, and where there are groups a GroupInfo. The
+// numbers change from step to step, and the rest does not: they travel in the arguments also where the rest is longer
+// than these.
+struct StepNumbersRow {
+  NumberRef of[kNumbers];
+  double rates[kRates];
+  double count;  // of steps, with this one, of tensors whose own is on the host
+  uint64_t options;
+};
+
+struct StepOfTensor {
+  void* count;       // of the steps before this one, in device memory, to be counted on; null: its numbers have it
+  uint32_t numbers;  // which
+  uint32_t count_is_float64;
+};
+static_assert(std::has_unique_object_representations_v<StepOfTensor>);
+
+struct StepCall {
+  const unsigned char* numbers;  // in device memory; null: the arguments begin with them
+  const unsigned char* tensors;  // the rest; null: it follows on the numbers
+  uint32_t rows;                 // of numbers
+  Source found_inf_source;
+  bool is_alone;        // without the penalty
+  NumberRef found_inf;  // not 0: nothing is done
+};
+static_assert(sizeof(StepNumbersRow) == 96 && sizeof(StepOfTensor) == 16 && sizeof(StepCall) == 32);
+
+constexpr size_t kSmallStep = kSmallTable - sizeof(StepCall);
+constexpr size_t kLargeStep = kLargeTable - sizeof(StepCall);
+
+template <size_t size>
+struct StepTable {
+  Call call;
+  StepCall step;
+  alignas(8) unsigned char bytes[size];
 };
 
 }  // namespace fused_reg::cuda

@@ -50,7 +50,7 @@ struct Meta {
   }
 
   static at::Tensor step_(at::TensorList params, at::TensorList, at::TensorList, at::TensorList, const c10::List<bool>&,
-                          int64_t, int64_t, Floats, const OptionalTensor&, FUSED_REG_NUMBERS) {
+                          int64_t, int64_t, Floats, const OptionalTensor&, const OptionalTensor&, FUSED_REG_NUMBERS) {
     check(params);
     return at::empty({}, params[0].options().dtype(at::kDouble));
   }

@@ -10,6 +10,7 @@
 #include "cpu/list_pass.h"
 #include "cuda/list_pass.h"
 #include "cuda/penalty_kernels.cu"
+#include "cuda/step_kernels.cu"
 #include "expect.h"
 #include "operators.h"
 
@@ -133,6 +134,28 @@ struct Given {
       given.floats.erase(given.floats.begin() + kNormStrength);
       given.counts[kNormStrength] = 0;
     }
+    return given;
+  }
+
+  // Those of an optimizer's step.
+  static Given any_step(size_t count) {
+    Given given;
+    for (int column = 0; column < kNumbers; ++column) {
+      if (column == kL1Strength || column == kL2Strength || column == kStep) {
+        given.add_any(count, column != kStep);
+      } else {
+        given.counts.push_back(0);
+      }
+    }
+    return given;
+  }
+
+  // With a tensor in the place of one.
+  static Given with_tensor(std::vector<double> strengths, int column, const at::Tensor& tensor) {
+    Given given = of(std::move(strengths));
+    given.floats.erase(given.floats.begin() + column - (column > kNormStrength));
+    given.counts[column] = kIsTensor;
+    given.tensors.push_back(tensor);
     return given;
   }
 
@@ -278,6 +301,97 @@ bool has_few_groups(const Tensors& list, Grouping group) {
   return groups < 400;
 }
 
+// What an optimizer's step takes, with copies for another backend.
+struct Step {
+  int64_t optimizer = below(kOptimizers), options = 0;
+  Tensors params, grads, states, counts;
+  std::vector<bool> is_first;
+  std::vector<double> rates;
+  OptionalTensor grad_scale, found_inf;
+
+  explicit Step(const Tensors& list) : params(copies(list)) {
+    const auto draw_options = [&](std::initializer_list<int64_t> all) {
+      for (const int64_t one : all) {
+        options |= below(2) == 0 ? one : 0;
+      }
+    };
+    draw_options({kMaximize, kDecoupled, kMomentum, kAmsgrad, kCentered, kProximal, kUnscale});
+    options |= options & kMomentum && below(2) == 0 ? kNesterov : 0;
+    options |= options & kProximal && below(2) == 0 ? kPreconditioned : 0;
+    const bool is_sgd = step_of(optimizer) == Pass::kSgd;
+    for (const at::Tensor& p : list) {
+      const at::Tensor grad = draw(p.sizes(), below(4) == 0 ? any_dtype() : p.scalar_type(), Content::kNormal);
+      grads.push_back(grad.sizes() == p.sizes() ? grad : grad.t());
+      for (int i = 0; i < (rates.empty() || below(2) == 0 ? 1 : 0); ++i) {
+        for (const double rate : {below(2) * 0.1, below(4) * 0.3, below(4) * 0.3, 1e-8}) {
+          rates.push_back(rate);
+        }
+      }
+      if (is_sgd) {
+        is_first.push_back(below(2) == 0);
+      } else {  // float32 and float64 are counted in the kernel
+        constexpr at::ScalarType kDtypes[] = {at::kFloat, at::kDouble, at::kLong};
+        counts.push_back(at::full({}, below(50), kDtypes[below(3)]));
+      }
+    }
+    if (rates.size() != list.size() * kRates) {
+      rates.resize(kRates);
+    }
+    for (int s = std::popcount(state_streams(step_of(optimizer), options)); s > 0; --s) {
+      for (const at::Tensor& p : list) {
+        states.push_back(below(4) == 0 ? at::rand(p.sizes(), any_dtype()) : at::empty_like(p).uniform_());
+      }
+    }
+    if (options & kUnscale) {
+      grad_scale = at::full({}, 1024.0, any_dtype());
+    }
+    if (below(2) == 0) {
+      found_inf = at::full({}, below(4) == 0, at::kFloat);
+    }
+  }
+
+  Step again() const {
+    Step other = *this;
+    for (Tensors Step::* list : {&Step::params, &Step::grads, &Step::states, &Step::counts}) {
+      other.*list = copies(this->*list);
+    }
+    return other;
+  }
+
+  template <class Operators>
+  at::Tensor run(const Given& s) const {
+    return Operators::step_(params, grads, states, counts, bools(is_first), optimizer, options, rates, grad_scale,
+                            found_inf, GIVEN(s));
+  }
+
+  void expect_same(const Step& other, const std::string& what) const {
+    expect_same_list(params, other.params, what + ": parameters");
+    expect_same_list(grads, other.grads, what + ": gradients");
+    expect_same_list(states, other.states, what + ": states");
+    expect_same_list(counts, other.counts, what + ": counts");
+  }
+};
+
+void expect_step(const Tensors& list, const std::string& what) {
+  Step there(list);
+  const bool has_any = below(3) == 0;
+  Given s = has_any ? Given::any(list.size()) : Given::any_step(list.size());
+  if (has_any) {
+    s.group = has_few_groups(list, static_cast<Grouping>(s.group)) ? s.group : 1;
+    there.options &= ~kPreconditioned;
+  }
+  const Step here = there.again(), before = there.again();
+  const bool is_none = here.found_inf.has_value() && here.found_inf->item<double>() != 0;
+  const at::Tensor value = there.run<OnCuda>(s), expected = here.run<OnCpu>(s);
+  const std::string name =
+      what + ": step of optimizer " + std::to_string(here.optimizer) + " with options " + std::to_string(here.options);
+  there.expect_same(here, name);
+  EXPECT(is_none || same_bits(value, expected, true), name, value, expected);
+  if (is_none) {
+    here.expect_same(before, name);
+  }
+}
+
 void expect_reports(const Tensors& list, const std::string& what) {
   for (const Grouping group : {Grouping::kTensor, Grouping::kRow, Grouping::kColumn}) {
     const Given norms = Given::of({}, group);
@@ -331,6 +445,68 @@ void expect_few_launches() {
   EXPECT(launches_of([&] { OnCuda::sums(list, false, GIVEN(terms)); }) == 2);
 }
 
+// One launch for a step of any list, though its numbers change, and captured as one.
+void expect_one_launch_of_a_step() {
+  for (const int64_t size : {3, 700}) {
+    Tensors list;
+    for (int64_t t = 0; t < size; ++t) {
+      list.push_back(at::randn({t % 7}, t % 3 == 0 ? at::kDouble : at::kFloat));
+    }
+    for (const bool has_counts : {false, true}) {
+      Step there(list);
+      there.optimizer = 1;
+      there.options = 0;
+      there.grads = copies(list);
+      there.states.clear();
+      for (int64_t i = 0; i < 2 * size; ++i) {
+        there.states.push_back(list[i % size].abs());
+      }
+      there.rates = {0.0, 0.9, 0.99, 1e-8};
+      there.is_first.clear();
+      there.grad_scale.reset();
+      there.found_inf = at::zeros({});
+      there.counts.clear();
+      for (int64_t t = 0; t < size; ++t) {
+        there.counts.push_back(at::full({}, 3 + t / 100, has_counts ? at::kFloat : at::kLong));
+      }
+      const Step here = there.again();
+      for (int i = 0; i < 3; ++i) {
+        const Given s = Given::of({0.1, 0.2, 0, 0.1 / (i + 1)});
+        const int launches = launches_of([&] { there.run<OnCuda>(s); });
+        EXPECT(launches == 1 || (i == 0 && size > 3), size, has_counts, launches);
+        here.run<OnCpu>(s);
+      }
+      there.expect_same(here, "several steps");
+
+      at::Tensor rate = at::full({}, 0.1, at::kDouble);
+      const Given s = Given::with_tensor({0.1, 0.2, 0, 0}, kStep, rate);
+      cuda_on_host::capture_status = cudaStreamCaptureStatusActive;
+      at::Tensor value;
+      std::string refused;
+      try {
+        value = there.run<OnCuda>(s);
+      } catch (const c10::Error& error) {
+        refused = error.what_without_backtrace();
+      }
+      cuda_on_host::capture_status = cudaStreamCaptureStatusNone;
+      EXPECT(has_counts == refused.empty(), refused);
+      there.expect_same(here, "captured, and not yet done");
+      for (const double changed : {0.1, 0.03}) {
+        rate.fill_(changed);
+        for (const auto& launch : cuda_on_host::graph) {
+          launch();
+        }
+        if (has_counts) {
+          EXPECT(same_bits(value, here.run<OnCpu>(s), true));
+        }
+        there.expect_same(here, "a replay");
+      }
+      cuda_on_host::graph.clear();
+      at::detail::graph_memory.clear();
+    }
+  }
+}
+
 // A sum of squares beyond float64, of groups of one chunk and of several, and of chunks that differ.
 void expect_rescue() {
   const Given norms = Given::of({0.1, 1e-300, 0.3, 0.1}, Grouping::kTensor);
@@ -362,10 +538,14 @@ int main() {
       strengths.group = has_few_groups(list, static_cast<Grouping>(strengths.group)) ? strengths.group : 1;
       expect_all(list, strengths, what);
       expect_reports(list, what);
+      for (int step = 0; step < 4; ++step) {
+        expect_step(list, what);
+      }
     }
   }
   expect_rescue();
   expect_few_launches();
+  expect_one_launch_of_a_step();
 
   const Tensors rows{at::randn({quick ? 2 : 5, kChunkSize + 1}), at::randn({40, 9}), at::randn({300})};
   for (const Grouping group : {Grouping::kTensor, Grouping::kRow, Grouping::kColumn}) {

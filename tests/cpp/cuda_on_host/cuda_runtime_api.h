@@ -38,6 +38,9 @@ struct dim3 {
   explicit dim3(unsigned x) : x(x) {}
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -242,7 +245,20 @@ inline cudaError_t launch_error = [] {
   const char* const code = std::getenv("CUDA_ON_HOST_ERROR");
   return static_cast<cudaError_t>(code == nullptr ? 0 : std::atoi(code));
 }();
+// Launches do nothing: what is left is the host's part, to be timed.
+inline const bool is_idle = std::getenv("CUDA_ON_HOST_IDLE") != nullptr;
 inline cudaStreamCaptureStatus capture_status = cudaStreamCaptureStatusNone;
+// The launches that were captured, to be replayed, and how one runs.
+inline std::vector<std::function<void()>> graph;
+
+template <class Launch>
+void run_or_capture(Launch launch) {
+  if (capture_status == cudaStreamCaptureStatusNone) {
+    launch();
+  } else {
+    graph.push_back(launch);
+  }
+}
 }  // namespace cuda_on_host
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -269,24 +285,26 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   using namespace cuda_on_host;
-  if (launch_error != cudaSuccess) {
+  if (launch_error != cudaSuccess || is_idle) {
     return launch_error;
   }
   if (config->gridDim.x == 0 || config->blockDim.x % Cta::kWarp != 0 || (sizeof(Parameters) + ...) > 32764) {
     std::fprintf(stderr, "a launch that CUDA refuses\n");
     std::abort();
   }
-  const std::lock_guard<std::mutex> lock(device);
-  ++launches;
-  gridDim = config->gridDim;
-  std::vector<unsigned> order(gridDim.x);
-  std::iota(order.begin(), order.end(), 0u);
-  std::shuffle(order.begin(), order.end(), draw);
-  for (const unsigned cta : order) {
-    blockIdx = dim3(cta);
-    blockIdx.y = blockIdx.z = 0;
-    Cta(config->blockDim.x, [&] { kernel(arguments...); }).run();
-    after_cta();
-  }
+  run_or_capture([grid = config->gridDim, threads = config->blockDim.x, kernel, arguments...] {
+    const std::lock_guard<std::mutex> lock(device);
+    ++launches;
+    gridDim = grid;
+    std::vector<unsigned> order(gridDim.x);
+    std::iota(order.begin(), order.end(), 0u);
+    std::shuffle(order.begin(), order.end(), draw);
+    for (const unsigned cta : order) {
+      blockIdx = dim3(cta);
+      blockIdx.y = blockIdx.z = 0;
+      Cta(threads, [&] { kernel(arguments...); }).run();
+      after_cta();
+    }
+  });
   return cudaSuccess;
 }

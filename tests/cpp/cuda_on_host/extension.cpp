@@ -9,3 +9,4 @@
 #define CUDA CPU  // the dispatch key
 #include "cuda/penalty_cuda.cpp"
 #include "cuda/penalty_kernels.cu"
+#include "cuda/step_kernels.cu"

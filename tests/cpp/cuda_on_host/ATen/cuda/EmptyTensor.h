@@ -1,13 +1,19 @@
 #pragma once
 
 #include <ATen/EmptyTensor.h>
+#include <cuda_runtime_api.h>
 
 namespace at::detail {
+
+inline std::vector<TensorBase> graph_memory;  // of what is captured
 
 // Memory of a GPU is not zero.
 inline TensorBase filled(TensorBase t) {
   if (t.nbytes() > 0) {
     std::memset(t.mutable_data_ptr(), 0xa5, t.nbytes());
+  }
+  if (cuda_on_host::capture_status != cudaStreamCaptureStatusNone) {
+    graph_memory.push_back(t);
   }
   return t;
 }
