@@ -136,7 +136,8 @@ def _share_memory(params: list[Tensor]) -> bool:
     """Whether one is there twice, or is a view of what another is of. torch's own steps follow one another; in one pass
     threads would write over one another."""
     try:
-        _ops.check_writable(params, (), ())
+        if params:
+            _ops.check_writable(params, (), ())
     except ValueError:
         return True
     return False
