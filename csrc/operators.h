@@ -216,8 +216,11 @@ struct Operators {
     for (const auto i : c10::irange(own.size())) {
       if (i >= n || options & kUnscale) {
         const at::Tensor& given = i < n ? grads[i] : states[i - n];
-        const bool is_rounded = found_inf.has_value() && own[i]->scalar_type() != given.scalar_type();
-        copy_back(is_rounded ? at::where(found_inf->ne(0).reshape({}), given, *own[i]) : *own[i], given);
+        if (found_inf.has_value() && own[i]->scalar_type() != given.scalar_type()) {
+          given.copy_(at::where(found_inf->ne(0).reshape({}), given, *own[i]));  // not the copy, which is rounded
+        } else {
+          copy_back(*own[i], given);
+        }
       }
     }
     return value;

@@ -82,8 +82,8 @@ def test_launches_of_the_backward(upstream, case, cuda):
 
     for penalty in penalties:  # the first warms up
         first, second = device_work(lambda p=penalty: backward(p)), device_work(lambda p=penalty: backward(p))
-    assert_only("gradient_kernel", first)
-    assert_only("gradient_kernel", second)
+    assert_only("GradientPass", first)
+    assert_only("GradientPass", second)
 
 
 def test_launches_of_long_lists(cuda):
@@ -111,7 +111,7 @@ def test_launches_of_long_lists_with_gradients(cuda):
         others = [name for name in work if "upload_kernel" not in name]
         assert len(others) == 2
         assert "penalty_kernel" in others[0]
-        assert "gradient_kernel" in others[1]
+        assert "GradientPass" in others[1]
         if len(work) == 2:
             return
     pytest.fail(f"{len(work) - 2} uploads in every step")

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstring>
+#include <list>
 #include <vector>
 
 #include "../checks.h"
@@ -17,7 +18,8 @@
 
 namespace fused_reg::cuda {
 
-// As the CPU's ListPass (cpu/list_pass.h), with the same bits. No number on the device is read by the host.
+// As the CPU's ListPass (cpu/list_pass.h), with the same bits; the parameters outlive it, too. No number on the device
+// is read by the host.
 class ListPass {
  public:
   ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers)
@@ -35,8 +37,8 @@ class ListPass {
     groups.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
       check_memory(t, params[t]);
-      dense_.push_back(as_run(params[t], group_));
-      sizes.push_back(dense_[t].numel());
+      dense_.push_back(is_run(params[t], group_) ? &params[t] : &copies_.emplace_back(as_run(params[t], group_)));
+      sizes.push_back(dense(t).numel());
       groups.push_back(group_ == Grouping::kNone ? 1 : groups_of(params[t], group_));
     }
     plan_ = ChunkPlan(sizes, groups);
@@ -47,9 +49,9 @@ class ListPass {
       Entry e{};
       e.first_chunk = static_cast<uint32_t>(plan_.first_chunk(t));
       e.tail = static_cast<uint16_t>(plan_.group_size(t) - before_last * kChunkSize);
-      e.dtype = dtype_of(dense_[t]);
+      e.dtype = dtype_of(dense(t));
       entries_.push_back(e);
-      streams_.push_back({const_cast<void*>(dense_[t].const_data_ptr())});
+      streams_.push_back({const_cast<void*>(dense(t).const_data_ptr())});
     }
     call_.tensors = static_cast<uint32_t>(params.size());
     call_.chunks = static_cast<uint32_t>(plan_.chunks());
@@ -69,7 +71,7 @@ class ListPass {
   void want_exact() { value_dtype_ = at::kDouble; }
 
   // Parameter t as one run of memory: itself, or a copy.
-  const at::Tensor& dense(size_t t) const { return dense_[t]; }
+  const at::Tensor& dense(size_t t) const { return *dense_[t]; }
 
   // Memory for the gradient of a parameter, not yet written, with its strides where it is dense.
   static at::Tensor empty_grad(const at::Tensor& param) {
@@ -154,7 +156,7 @@ class ListPass {
   // t from first_groups[t] on. One launch.
   void run_prox(const OptionalTensor& norms, at::IntArrayRef first_groups) {
     for (const auto t : c10::irange(entries_.size())) {
-      streams_[t][0] = dense_[t].mutable_data_ptr();
+      streams_[t][0] = dense(t).mutable_data_ptr();
     }
     if (call_.chunks == 0) {
       return;
@@ -214,7 +216,7 @@ class ListPass {
     others.reserve(rows.size());
     for (const auto t : c10::irange(rows.size())) {
       const StepRow& row = rows[t];
-      streams.push_back(dense_[t].mutable_data_ptr());
+      streams.push_back(dense(t).mutable_data_ptr());
       for (int s = 1; s < each; ++s) {
         streams.push_back(row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr());
       }
@@ -253,7 +255,7 @@ class ListPass {
   at::Tensor zero() const { return at::zeros({}, at::TensorOptions(device_).dtype(value_dtype_)); }
 
   void set_grad(size_t t, const at::Tensor& grad, bool add) {
-    check_grad(t, grad, dense_[t]);
+    check_grad(t, grad, dense(t));
     streams_[t][1] = grad.mutable_data_ptr();
     entries_[t].adds = add;
     adds_ |= add;
@@ -388,7 +390,8 @@ class ListPass {
   Grouping group_;
   std::array<ColumnRefs, kNumbers> columns_;
   at::ScalarType value_dtype_;
-  std::vector<at::Tensor> dense_;
+  std::vector<const at::Tensor*> dense_;
+  std::list<at::Tensor> copies_;
   ChunkPlan plan_;
   std::vector<Entry> entries_;
   std::vector<std::array<void*, kStreams>> streams_;
