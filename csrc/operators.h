@@ -166,7 +166,19 @@ struct Operators {
                (options & kUnscale) != 0);
     check_number("grad_scale", {1, grad_scale}, params[0].device());
     check_number("found_inf", {0, found_inf}, params[0].device());
-    ListPass pass(params, all_of(n), numbers);
+    // A parameter whose gradient or state has a wider dtype is stepped in that, and rounded once.
+    Tensors wide;
+    const auto widen = [&](const at::Tensor& x, size_t t) {
+      const at::Tensor& p = wide.empty() ? params[t] : wide[t];
+      if (x.scalar_type() != p.scalar_type()) {
+        wide = wide.empty() ? Tensors(params.begin(), params.end()) : std::move(wide);
+        wide[t] = wide[t].to(c10::promoteTypes(x.scalar_type(), wide[t].scalar_type()));
+      }
+    };
+    for (const auto i : c10::irange(n + states.size())) {
+      widen(i < n ? grads[i] : states[i - n], i % n);
+    }
+    ListPass pass(wide.empty() ? params : at::TensorList(wide), all_of(n), numbers);
     // What the kernels read and write: of the layout and dtype of dense(t), copies where a tensor has another.
     std::list<at::Tensor> copies;
     std::vector<const at::Tensor*> own(n + states.size());

@@ -115,7 +115,10 @@ class Launch:
             if found_inf is not None and bool(found_inf):  # else there were states that nobody has written
                 return torch.zeros((), dtype=torch.float64)
             is_first = [x is None for x in states]
-            states = [torch.empty_like(p) if x is None else x for p, x in zip(params, states, strict=True)]
+            states = [
+                torch.empty_like(p, dtype=g.dtype) if x is None else x
+                for p, g, x in zip(params, grads, states, strict=True)
+            ]
         options, strengths = self._options, self._strengths
         if grad_scale is not None:
             options |= UNSCALE

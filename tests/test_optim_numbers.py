@@ -36,6 +36,21 @@ def test_bits_of_sgd(momentum, nesterov, prox):
         assert torch.equal(p.detach(), w)
 
 
+def test_wider_gradients():
+    """Of a parameter that takes any: the step is in their dtype, as torch's, and rounded once."""
+    found = []
+    for kind in pair("SGD"):
+        p = torch.nn.Parameter(numbers(300).bfloat16())
+        p.grad_dtype = None
+        optimizer = kind([p], lr=0.125, momentum=0.5)
+        for i in range(3):
+            p.grad = numbers(300, seed=i) * 1.001
+            optimizer.step()
+        found.append((p.detach(), optimizer.state[p]["momentum_buffer"]))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+    assert found[1][1].dtype == torch.float32
+
+
 @pytest.mark.parametrize(("name", "options"), named(CASES))
 def test_errors(name, options):
     """Of a step in float32, against one in float64 from the same numbers: no larger than torch's fused step's, or
