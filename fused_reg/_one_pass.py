@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fused_reg import _devices
 from fused_reg._partitioned import check_whole
-from fused_reg._step_penalty import Penalty, dtype_of, penalty_of
+from fused_reg._step_penalty import Penalty, dtype_of, now, penalties_of
 from fused_reg._step_plans import Formula, Plans, Prox, check_options, has_penalty
 from fused_reg.distributed.collectives import total
 from fused_reg.in_place import accumulate_grad_, prox_
@@ -63,6 +64,7 @@ def _calls_hooks(function: Any) -> Any:
                 outside = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
                 _outside_of_graphs.append(outside)  # torch 2.10 warns of a method that waits for what breaks the graph
             return _outside_of_graphs[0](self, *args, **kwargs)
+        self.__dict__.pop("_guest", None)  # of a step that was interrupted
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -91,7 +93,8 @@ class OnePass(Optimizer):
     _makes_states: ClassVar[bool] = True  # torch's class, before a step; else the step itself does
     _step_of_torch: ClassVar[Callable[[Any], Any]]  # without hooks, which run in ours
     _given: Mapping[str, Any] = _OWN
-    _last: Penalty | None = None  # before the last step
+    _last: Penalty | None = None  # before the last step, unless that is somebody else's
+    _attached: Sequence[Any] = ()  # weak references to attachments
     _plans: Plans
 
     if TYPE_CHECKING:  # torch's arguments, and ours, which `__init_subclass__` puts behind them
@@ -150,21 +153,36 @@ class OnePass(Optimizer):
 
     @property
     def penalty(self) -> Tensor:
-        """The penalty of all parameters before the last step, 0-dim, on their device, without a synchronization; before
-        the first step, the penalty now. Of DTensors it is reduced when it is looked at: every process must look."""
-        return (self._penalty_now() if self._last is None else self._last).total()
+        """The penalty of all parameters before the last step, and the ``value`` of what is attached; 0-dim, on their
+        device, without a synchronization; before the first step, the penalty now. Of DTensors it is reduced when it is
+        looked at: every process must look."""
+        attached: list[Tensor] = [a.value for ref in self._attached if (a := ref()) is not None and a.is_active]
+        if len(attached) == 1 and not self._has_own():
+            return attached[0]
+        own = (self._penalty_now() if self._last is None else self._last).total()
+        return functools.reduce(lambda a, b: a + b.to(a.device), attached, own)
+
+    def add_attached(self, attachment: Any) -> None:
+        """One whose value is a part of the penalty."""
+        self._attached = [*(ref for ref in self._attached if ref() is not None), weakref.ref(attachment)]
+
+    def _has_own(self) -> bool:
+        return any(map(has_penalty, self.param_groups))
+
+    def can_host(self) -> bool:
+        """Whether a penalty of somebody else can be in the pass: unless there is one, or the step is not ours."""
+        return type(self).step is OnePass.step and "_guest" not in self.__dict__ and not self._has_own()
 
     def host(self, guest: Guest) -> bool:
-        """Whether the next step takes this penalty with it: unless it has one of its own, or is not ours."""
-        is_free = type(self).step is OnePass.step and "_guest" not in self.__dict__
-        if is_free and not any(map(has_penalty, self.param_groups)):
+        """Takes this penalty into the pass of the step that has begun, if it can."""
+        if self.can_host():
             self._guest = guest
             return True
         return False
 
     def _penalty_now(self) -> Penalty:
         groups = [group for group in self.param_groups if group["params"]]
-        return Penalty(dtype_of(self), [penalty_of(group["params"], group["l1"], group["l2"]) for group in groups])
+        return Penalty(dtype_of(self), [partial(now, group["params"], group["l1"], group["l2"]) for group in groups])
 
     @_calls_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -189,6 +207,8 @@ class OnePass(Optimizer):
         if plan is None or any(lists is None for _, lists in ready):
             self._step_in_turn(guest, found_inf, grad_scale)
             return loss
+        for launch, _ in ready if len(ready) > 1 else ():
+            launch.check()
         is_none = plan.may_be_inert and is_inert(self)
         parts: list[Any] = []
         for launch, lists in ready:
@@ -196,12 +216,13 @@ class OnePass(Optimizer):
         if not is_none:
             for group, rest in zip(self.param_groups, plan.rest, strict=True):
                 if rest and has_penalty(group):
-                    parts.append(penalty_of(rest, group["l1"], group["l2"]))
+                    parts += penalties_of(rest, group["l1"], group["l2"])
             if guest is not None:
                 parts += guest.owner.rest_of(plan.all_rest)
-            self._last = Penalty(plan.dtype, self._unless(found_inf, parts))
+            self._last = Penalty(guest.dtype if guest else plan.dtype, self._unless(found_inf, parts))
         if guest is not None:
-            guest.owner.has_ridden(self._last)
+            guest.owner.has_ridden(None if is_none else self._last)
+            self._last = None
         return loss
 
     def _unless(self, found_inf: Tensor | None, parts: list[Any]) -> list[Any]:
@@ -215,7 +236,7 @@ class OnePass(Optimizer):
     def _step_in_turn(self, guest: Guest | None, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """The same where the kernels do not take a step: the penalty's gradient, torch's step, the proximal step."""
         if guest is not None:
-            self._last = Penalty(dtype_of(self), [guest.owner.step_in_turn(self, self._step_of_torch)])
+            guest.owner.step_in_turn(self, self._step_of_torch)
             return
         groups = [group for group in self.param_groups if has_penalty(group)]
         for group in groups:
@@ -226,7 +247,7 @@ class OnePass(Optimizer):
         for group in () if is_none else groups:
             params, l1, l2 = [p for p in group["params"] if p.grad is not None], group["l1"], group["l2"]
             if params and group["prox"]:
-                last.append(partial(total, penalty_of(params, l1, l2)(), None))
+                last.append(partial(total, now(params, l1, l2), None))
                 lr = group["lr"]
                 shrunk.append((params, l1, l2, lr if isinstance(lr, Tensor) else max(lr, 0.0)))
             elif params:
@@ -234,7 +255,7 @@ class OnePass(Optimizer):
                 value = accumulate_grad_(params, l1, l2, scale=sign if grad_scale is None else grad_scale * sign)
                 last.append(partial(total, value, None))
             if len(params) < len(group["params"]):
-                last.append(penalty_of([p for p in group["params"] if p.grad is None], l1, l2))
+                last += penalties_of([p for p in group["params"] if p.grad is None], l1, l2)
         share: Any = 1.0
         if found_inf is not None:  # a GPU knows whether the step will be skipped
             share = (found_inf == 0).reshape(())

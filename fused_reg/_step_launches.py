@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fused_reg import _devices, _ops
-from fused_reg._arguments import is_dtensor
+from fused_reg._arguments import check_values, is_dtensor
 from fused_reg._terms import NUMBERS, Strengths
 from fused_reg.distributed.shards import laid_out_as
 from fused_reg.regularizer.strengths import Column, Held, identity, tensor_of
@@ -70,6 +70,7 @@ class Launch:
         self._keys = batch.keys
         self._has_counts = optimizer._makes_states
         self._all_keys = (*batch.keys, "step") if self._has_counts else batch.keys
+        self._name = type(optimizer).__name__
         self._pass, self._options = optimizer._pass, numbers.options
         self._rates: Sequence[float] = numbers.rates
         if any(own.rates != numbers.rates for _, own in parts):
@@ -86,8 +87,17 @@ class Launch:
         found = _ops.gather(self.params, self._states, self._all_keys)
         if found is None:
             grads: Any = [p.grad for p in self.params]
-            found = grads, *([state.get(key) for state in self._states] for key in self._all_keys)
+            found = grads, *([self._held(state, key) for state in self._states] for key in self._all_keys)
         return self._as_lists(self.params, *found)
+
+    def _held(self, state: dict[str, Any], key: str) -> Any:
+        return state[key] if self._has_counts else state.get(key)
+
+    def check(self) -> None:
+        """Raises where a strength is wrong, before another launch writes."""
+        named = {kind: column.get() for kind, column in self._columns.items()}
+        named |= self._strengths.named_tensors()
+        check_values({f"{self._name}: {k}": x for k, x in named.items() if k != "step" and isinstance(x, Tensor)})
 
     def _as_lists(self, params: list[Tensor], grads: list[Any], *of_keys: list[Any]) -> Lists:
         counts = of_keys[-1] if self._has_counts else ()
@@ -96,7 +106,7 @@ class Launch:
     @torch.no_grad()
     def _lists_of_shards(self) -> Lists | None:
         params: Any = self.params
-        of_keys = [[state.get(key) for state in self._states] for key in self._all_keys]
+        of_keys = [[self._held(state, key) for state in self._states] for key in self._all_keys]
         like = [[p.grad for p in params], *of_keys[: len(self._keys)]]
         for xs in like:
             for i, (p, x) in enumerate(zip(params, xs, strict=True)):
@@ -129,9 +139,11 @@ class Launch:
             strengths = strengths.having(**{kind: cast(Tensor, column.get()) for kind, column in self._columns.items()})
         if is_none:
             strengths = Strengths.of([() for _ in NUMBERS]).having(step=strengths.columns()[NUMBERS.index("step")])
-        value = _ops.step_(
-            params, grads, states, counts, is_first, self._pass, options, self._rates, *scaler, *strengths
-        )
+        numbers = is_first, self._pass, options, self._rates, *scaler, *strengths
+        try:
+            value = _ops.step_(params, grads, states, counts, *numbers)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self._name}: {error}") from error
         if any(is_first):
             for p, held, state in zip(self.params, self._states, states, strict=True):
                 held[self._keys[0]] = laid_out_as(p, state)

@@ -28,18 +28,25 @@ class Penalty:
         return self._total
 
 
-def penalty_of(params: list[Tensor], l1: float | Tensor, l2: float | Tensor) -> Callable[[], Tensor]:
-    """A part, of what no step changes: computed when somebody looks, or now, if the strengths may change."""
+@torch.no_grad()
+def now(params: list[Tensor], l1: float | Tensor, l2: float | Tensor) -> Tensor:
+    """Their penalty, in float64."""
+    exact = torch.empty(0, dtype=torch.float64, device=params[0].device)
+    return fused_penalty([*params, exact], l1, l2)
 
-    @torch.no_grad()
-    def penalty() -> Tensor:
-        exact = torch.empty(0, dtype=torch.float64, device=params[0].device)
-        return fused_penalty([*params, exact], l1, l2)
 
-    if not isinstance(l1, Tensor) and not isinstance(l2, Tensor):
-        return penalty
-    value = penalty()
-    return lambda: value
+def penalties_of(params: list[Tensor], l1: float | Tensor, l2: float | Tensor) -> list[Callable[[], Tensor]]:
+    """The parts of what a step leaves alone. Of what is frozen it waits until somebody looks, if numbers can."""
+    parts: list[Callable[[], Tensor]] = []
+    may_wait = not isinstance(l1, Tensor) and not isinstance(l2, Tensor)
+    frozen = [p for p in params if may_wait and not p.requires_grad]
+    others = params if not frozen else [p for p in params if p.requires_grad]
+    if frozen:
+        parts.append(functools.partial(now, frozen, l1, l2))
+    if others:
+        value = now(others, l1, l2)
+        parts.append(lambda: value)
+    return parts
 
 
 def dtype_of(optimizer: Optimizer) -> torch.dtype:

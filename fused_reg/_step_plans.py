@@ -166,7 +166,7 @@ def _strengths(entries: Sequence[Entry | None]) -> dict[str, list[Held]]:
 
 
 def _numbers(optimizer: Any, group: dict[str, Any], formula: Formula, guest: Guest | None) -> Numbers:
-    check_options(f"{type(optimizer).__name__}: ", group)
+    check_options(f"{type(optimizer).__name__}: ", group, guest)
     lr, options = group["lr"], formula.options | (MAXIMIZE if group["maximize"] else 0)
     options |= PROX[guest.prox if guest else group["prox"]]
     is_read = isinstance(lr, Tensor) and lr.is_floating_point()  # by the operator
@@ -182,8 +182,8 @@ def has_penalty(group: Mapping[str, Any]) -> bool:
     return any(isinstance(x, Tensor) or x != 0 for x in (group["l1"], group["l2"]))
 
 
-def check_options(where: str, group: Mapping[str, Any]) -> None:
-    """Raises where an option of ours is wrong."""
+def check_options(where: str, group: Mapping[str, Any], guest: Guest | None = None) -> None:
+    """Raises where an option of ours is wrong, or one that a guest brings."""
     for key in ("l1", "l2"):
         strength = group[key]
         if not isinstance(strength, Tensor):
@@ -198,6 +198,7 @@ def check_options(where: str, group: Mapping[str, Any]) -> None:
     prox = group["prox"]
     if not isinstance(prox, bool | str) or prox not in PROX:
         raise ValueError(f'{where}prox must be False, True or "preconditioned", got {prox!r}')
+    prox = guest.prox if guest else prox
     if prox == "preconditioned" and group.get("momentum", 0) >= 1:
         raise ValueError(f'{where}momentum must be < 1 with prox="preconditioned", got {group["momentum"]}')
     if group.get("differentiable"):

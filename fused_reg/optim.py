@@ -17,7 +17,7 @@ class SGD(OnePass, torch.optim.SGD):
     r"""``torch.optim.SGD`` with the penalty in its pass.
 
     With ``prox="preconditioned"`` the threshold is that of ``lr`` times the sum of the weights that momentum gives a
-    gradient, ``(1 - dampening) / (1 - momentum)`` (nesterov: ``1 + momentum`` times that).
+    gradient, ``(1 - dampening) / (1 - momentum)``; with nesterov 1 plus ``momentum`` times that.
 
     Example:
         >>> import torch, fused_reg.optim

@@ -8,6 +8,7 @@ from optim_cases import ONE_EACH, PENALTY, assert_same, assert_same_states, back
 
 from fused_reg import Regularizer, fused_penalty, optim
 from fused_reg._one_pass import OnePass
+from fused_reg.regularizer.attachment import _PROX
 
 EACH = pytest.mark.parametrize(("name", "options"), named(ONE_EACH))
 MODES = pytest.mark.parametrize("mode", ["grad", "prox"])
@@ -243,24 +244,114 @@ def test_a_scaler():
 @pytest.mark.parametrize(
     ("kind", "options", "terms", "message"),
     [
-        (torch.optim.SGD, {}, {"l1": 0.1}, "must be in the pass of an optimizer of fused_reg.optim"),
-        (optim.SGD, {"l2": 0.1}, {"l1": 0.1}, "without l1 and l2 of its own"),
-        (Instead, {}, {"l1": 0.1}, "must be in the pass"),
+        (torch.optim.SGD, {}, {"l1": 0.1}, "must be the only penalty in the pass of an optimizer of fused_reg.optim"),
+        (optim.SGD, {"l2": 0.1}, {"l1": 0.1}, "l1 and l2 of its own must be 0"),
+        (Instead, {}, {"l1": 0.1}, "the step must be its own"),
         (optim.SGD, {}, {"l2_norm": 0.1}, "must have no term but l1 and l2, got l2_norm of '0.weight'"),
         (optim.SGD, {}, {"smooth_l1": 0.1}, "got smooth_l1 of '0.weight'"),
     ],
 )
 def test_no_rate_of_each_element(kind, options, terms, message):
-    """An error at once, or before anything is written."""
+    """An error at once, and nothing is attached."""
     model = net()
     optimizer = kind(model.parameters(), lr=0.1, **options)
-    given(optimizer)
-    before = copy.deepcopy(model)
-
-    def attached():
-        Regularizer(model, **terms).attach(optimizer, mode="preconditioned")
-        optimizer.step()
-
     with pytest.raises(ValueError, match=f'attach: mode "preconditioned" .*{message}'):
-        attached()
-    assert_same(model, before, rtol=0, atol=0)
+        Regularizer(model, **terms).attach(optimizer, mode="preconditioned")
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox", "preconditioned"])
+def test_an_interrupted_step(mode):
+    """Nothing of it is left: neither in the next step, nor where the attachment is gone."""
+    model, other = net(), net()
+    optimizer, regularizer = optim.SGD(model.parameters(), lr=0.1), Regularizer(model, **PENALTY)
+    attachment = regularizer.attach(optimizer, mode=mode)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def check(same):
+        given(same)
+        given(optimizer)
+        same.step()
+        optimizer.step()
+        assert_same(model, other)
+
+    hook = optimizer.register_step_pre_hook(interrupt)
+    for remove in (False, True):
+        given(optimizer)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        if remove:
+            attachment.remove()
+        hook.remove()
+        check(optim.SGD(other.parameters(), lr=0.1, **({} if remove else PENALTY), prox=_PROX[mode]))
+        hook = optimizer.register_step_pre_hook(interrupt)
+
+
+@pytest.mark.parametrize("mode", ["prox", "preconditioned"])
+@pytest.mark.parametrize("include_unused", [False, True])
+def test_what_a_closure_changes(mode, include_unused):
+    """Strengths, and which parameters have a gradient."""
+    model, other = net(), net()
+    optimizer, regularizer = optim.SGD(model.parameters(), lr=0.1), Regularizer(model, l1=0.02)
+    regularizer.attach(optimizer, mode=mode, include_unused=include_unused)
+    for i in range(3):
+
+        def closure(i=i):
+            backward(model, i)
+            regularizer.set_strength(l1=0.02 + i)
+
+        optimizer.step(closure)
+        train(other, optim.SGD(other.parameters(), lr=0.1, l1=0.02 + i, prox=True), [i])
+    assert_same(model, other)
+
+
+def test_wrong_in_a_later_launch():
+    """Nothing is written by the first."""
+    w, b, strength = (torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2)), torch.tensor(0.1))
+    optimizer = optim.SGD([{"params": [w], "momentum": 0.9}, {"params": [b]}], lr=0.1)
+    Regularizer([("w", w), ("b", b)], l1=0.1, rules=[("b", {"l1": strength})]).attach(optimizer)
+    given(optimizer).step()
+    kept = [w.detach().clone(), b.detach().clone()]
+    strength.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"SGD: l1.* must be finite and >= 0"):
+        optimizer.step()
+    assert_same([w, b], kept, rtol=0, atol=0)
+
+
+def test_penalty_of_the_optimizer():
+    """That of all that is in its steps, whichever way it enters."""
+    model = net()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    one = Regularizer(model[0], l1=0.02).attach(optimizer)
+    assert torch.equal(optimizer.penalty, one.value)
+    two = Regularizer(model[2], l2=0.02).attach(optimizer)
+    torch.testing.assert_close(optimizer.penalty, one.value + two.value)
+    before = optimizer.penalty
+    optimizer.step(lambda: given(optimizer) and None)
+    torch.testing.assert_close(optimizer.penalty, before)
+    two.remove()
+    assert torch.equal(optimizer.penalty, one.value)
+
+
+def test_momentum_without_an_end():
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = optim.SGD([w], lr=0.1, momentum=1.0)
+    Regularizer([("w", w)], l1=0.1).attach(optimizer, mode="preconditioned")
+    with pytest.raises(ValueError, match="SGD: momentum must be < 1"):
+        given(optimizer).step()
+    assert bool((w == 1).all())
+
+
+@MODES
+def test_rows_beside_a_maximized_group(mode):
+    """Parameters without norms stand alone in a call of their own."""
+    p, q = torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([{"params": [p]}, {"params": [q], "maximize": True}], lr=0.1)
+    rules = [("p", {"l2_norm": 0.1, "group": "row"})]
+    Regularizer([("p", p), ("q", q)], l1=0.1, rules=rules).attach(optimizer, mode=mode)
+    p.grad, q.grad = torch.zeros(3, 4), torch.zeros(3)
+    optimizer.step()
+    assert bool((p < 1).all())
+    assert bool((q < 1).all())

@@ -289,3 +289,21 @@ def test_negative_rates():
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             assert bool((p == 1).all())
+
+
+def test_penalty_is_that_before_the_step():
+    """Whatever becomes of weights without a gradient."""
+    optimizer = made()
+    first = optimizer.param_groups[0]["params"][0]
+    first.grad, before = None, optim.SGD.penalty.fget(copy.deepcopy(optimizer))
+    optimizer.step()
+    first.data.zero_()
+    torch.testing.assert_close(optimizer.penalty, before)
+
+
+def test_state_that_is_not_there():
+    """As torch's: an option that asks for more came too late."""
+    optimizer = made("Adam", amsgrad=False)
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(KeyError, match="max_exp_avg_sq"):
+        given(optimizer).step()

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 Mode = Literal["grad", "prox", "preconditioned"]
 #: What the modes are as the option of an optimizer of ours.
 _PROX = {"grad": False, "prox": True, "preconditioned": "preconditioned"}
+_MUST_RIDE = (
+    'attach: mode "preconditioned" must be the only penalty in the pass of an optimizer of fused_reg.optim: l1 and l2 '
+    "of its own must be 0, the step must be its own, and with include_unused=True all parameters must have a gradient"
+)
 #: The two hooks as a compiled step calls them: as they are. Decorators would make the package's import take twice as
 #: long, and each step longer.
 _outside_of_graphs: list[Any] = []
@@ -71,12 +75,16 @@ class Attachment:
         if mode != "grad":
             self._share.check_rates(optimizer)
             check_lasting(optimizer, self._share.params)
+        if mode == "preconditioned" and not getattr(optimizer, "can_host", bool)():
+            raise ValueError(_MUST_RIDE)
         self._nesting = Nesting(optimizer)
         if not _outside_of_graphs:
             _outside_of_graphs.extend(map(torch.compiler.disable, (Attachment._before, Attachment._after)))
         self._hooks += [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         watched = [e for e in self.entries if e.param.requires_grad and e.param.is_leaf]
         self._watches = [strays.Watch(entry, self) for entry in watched]
+        if (add := getattr(optimizer, "add_attached", None)) is not None:
+            add(self)
 
     @property
     def value(self) -> Tensor:
@@ -202,14 +210,9 @@ class Attachment:
         if self._frozen is None or any(map(_requires_grad, self._frozen)):
             self._end_watch()
             self._frozen = self._all.warn_of_missing(self._table)
-        rides = (closure is None or self._mode != "grad") and self._rides(optimizer)
-        if self._mode == "preconditioned" and not rides:
-            raise ValueError(
-                'attach: mode "preconditioned" must be in the pass of an optimizer of fused_reg.optim, without l1 and '
-                "l2 of its own, and with a gradient for every parameter if include_unused=True"
-            )
         if closure is not None:
             return exchanged(args, kwargs, closure, self._penalized(closure, optimizer))
+        rides = self._rides(optimizer)
         is_first = depth == 1 or not self._nesting.has_penalty(self._share.params)
         if self._mode == "grad" and not rides and is_first:
             self._accumulate(optimizer)
@@ -218,10 +221,14 @@ class Attachment:
     def _rides(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer of ours takes the penalty into the pass of the step that begins."""
         host = getattr(optimizer, "host", None)
-        if host is None or (self._include_unused and not all(p.grad is not None for p in self._share.params)):
-            return False
-        check_whole("Regularizer", self._share.params, [entry.name for entry in self.entries])
-        return host(self._share.guest(self, _PROX[self._mode])) is True
+        has_all = not self._include_unused or all(p.grad is not None for p in self._share.params)
+        is_taken = False
+        if host is not None and has_all:
+            check_whole("Regularizer", self._share.params, [entry.name for entry in self.entries])
+            is_taken = bool(host(self._share.guest(self, _PROX[self._mode])))
+        if self._mode == "preconditioned" and not is_taken:
+            raise ValueError(_MUST_RIDE)
+        return is_taken
 
     def has_ridden(self, penalty: Any) -> None:
         """The penalty before the step; None if that was none."""
@@ -239,20 +246,18 @@ class Attachment:
             value = part.penalty()
         return [lambda: value]
 
-    def step_in_turn(self, optimizer: Optimizer, step: Callable[[], Any]) -> Callable[[], Tensor]:
-        """The same where the kernels take no step; returns the penalty before it."""
+    def step_in_turn(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
+        """The same where the kernels take no step."""
         if self._mode == "preconditioned":
             raise NotImplementedError('attach: mode "preconditioned" must have parameters that the kernels take')
         if self._mode == "grad":
             self._accumulate(optimizer)
         else:
             self._value = self._share.penalty()
-        value = self.value
         step()
         if self._mode != "grad":
             self._shrink(optimizer)
         self._has_ridden = True
-        return lambda: value
 
     def _penalized(self, closure: Closure, optimizer: Optimizer) -> Closure:
         def penalized(*args: Any, **kwargs: Any) -> Any:
@@ -270,6 +275,8 @@ class Attachment:
                 self._is_open = all(p.grad is None for group in optimizer.param_groups for p in group["params"])
             if self._mode != "grad":
                 self._use()
+                if not is_inert_now:
+                    self._rides(optimizer)
             elif is_open and self._is_open:
                 return with_penalty(objective, self._share.part.objective())
             elif not is_inert_now:

@@ -195,4 +195,5 @@ def _calls(
         kind = entries[i].group if entries[i].has("l2_norm") else kinds[0]
         split.setdefault((maximized[i], kind), []).append(i)
     for (is_maximized, kind), own in split.items():
+        kind = kind if any(entries[i].has("l2_norm") for i in own) else "tensor"
         yield _Call(entries, own, kind, -1.0 if is_maximized else 1.0, is_one_of or len(split) > 1)

@@ -378,7 +378,8 @@ class Regularizer:
         An optimizer of :mod:`fused_reg.optim` without ``l1`` and ``l2`` of its own takes the penalty into its own pass:
         ``.grad`` stays as it is, ``value`` is the penalty before the step in every mode, and with
         ``mode="preconditioned"`` (of L1 and L2) the proximal step has the rate of each element, so that training comes
-        to rest at the minimum of loss and penalty.
+        to rest at the minimum of loss and penalty. One penalty rides so. A second one, one with a closure and mode
+        "grad", and one in a subclass with a ``step`` of its own enter as with other optimizers.
 
         Args:
             optimizer: any ``torch.optim`` optimizer that holds some of the parameters, also those it gets later, or a

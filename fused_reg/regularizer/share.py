@@ -26,6 +26,7 @@ class Guest(NamedTuple):
 
     owner: Any  # its attachment
     prox: Any  # as the option of the optimizer
+    dtype: torch.dtype  # of its value
     entries: Mapping[int, Entry]  # by the identity of their parameters
 
 
@@ -44,7 +45,8 @@ class Share:
         self._is_proximal, self._is_by_element = mode != "grad", mode == "preconditioned"
         self._options: list[Any] = []  # what was in the optimizer at the last look
         self._seen: list[Tensor] = []
-        self._guest: tuple[Guest, torch.device] | None = None
+        self._mode = mode
+        self._guest: tuple[Guest, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_options": [], "_seen": [], "_guest": None}
@@ -105,10 +107,12 @@ class Share:
             return self.part.penalty()
 
     def guest(self, owner: Any, prox: Any) -> Guest:
-        device = self.params[0].device
-        if self._guest is None or self._guest[1] != device:
+        like = self.params[0].device, self.params[0].dtype
+        if self._guest is None or self._guest[1] != like:
             self._table.place_cells()
-            self._guest = Guest(owner, prox, {id(e.param): e for e in self.entries}), device
+            is_double = any(p.dtype == torch.float64 for p in self.params)
+            dtype = torch.float64 if is_double else torch.float32
+            self._guest = Guest(owner, prox, dtype, {id(e.param): e for e in self.entries}), like
         return self._guest[0]
 
     def rest(self, params: list[Tensor]) -> Part | None:
@@ -131,8 +135,8 @@ class Share:
             is_one = not isinstance(rate, bool | str) and hasattr(rate, "__float__") and getattr(rate, "ndim", 0) == 0
             if not (rate.numel() == 1 if isinstance(rate, Tensor) else is_one):
                 raise ValueError(
-                    'attach: mode "prox" must find a learning rate in each group of a regularized parameter, got '
-                    f'lr={rate!r} in group {i}; mode "grad" needs none'
+                    f'attach: mode "{self._mode}" must find a learning rate in each group of a regularized parameter, '
+                    f'got lr={rate!r} in group {i}; mode "grad" needs none'
                 )
             number = rate_of(group)
             if (
@@ -140,8 +144,8 @@ class Share:
                 and not 0 <= float(number) < math.inf
             ):
                 raise ValueError(
-                    f'attach: mode "prox" must find learning rates that are finite and >= 0, got lr={float(number)} in '
-                    f"group {i}"
+                    f'attach: mode "{self._mode}" must find learning rates that are finite and >= 0, got '
+                    f"lr={float(number)} in group {i}"
                 )
 
     def rates(self, optimizer: Optimizer, found_inf: Tensor | None) -> float | Tensor | list[float | Tensor]:
