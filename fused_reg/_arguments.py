@@ -286,6 +286,11 @@ def _tensor_strength(function: str, name: str, strength: Tensor, count: int) -> 
     return strength
 
 
+def value_dtype(params: Iterable[Tensor]) -> torch.dtype:
+    """That of the penalty of a list."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+
+
 def is_dtensor(p: Any) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(p, module.DTensor)

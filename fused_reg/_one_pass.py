@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fused_reg import _devices
+from fused_reg._arguments import value_dtype
 from fused_reg._partitioned import check_whole
-from fused_reg._step_penalty import Penalty, dtype_of, now, penalties_of
+from fused_reg._step_penalty import Penalty, now, penalties_of
 from fused_reg._step_plans import Formula, Plans, Prox, check_options, has_penalty
 from fused_reg.distributed.collectives import total
 from fused_reg.in_place import accumulate_grad_, prox_
@@ -180,9 +181,12 @@ class OnePass(Optimizer):
             return True
         return False
 
+    def _dtype(self) -> torch.dtype:
+        return value_dtype(p for group in self.param_groups for p in group["params"])
+
     def _penalty_now(self) -> Penalty:
         groups = [group for group in self.param_groups if group["params"]]
-        return Penalty(dtype_of(self), [partial(now, group["params"], group["l1"], group["l2"]) for group in groups])
+        return Penalty(self._dtype(), [partial(now, group["params"], group["l1"], group["l2"]) for group in groups])
 
     @_calls_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -261,7 +265,7 @@ class OnePass(Optimizer):
             share = (found_inf == 0).reshape(())
             last = self._unless(found_inf, last)
         if not is_none:
-            self._last = Penalty(dtype_of(self), last)
+            self._last = Penalty(self._dtype(), last)
         self._step_of_torch()
         for params, l1, l2, lr in shrunk:
             prox_(params, l1, l2, step=lr * share)

@@ -15,8 +15,8 @@ from fused_reg._terms import NUMBERS, Strengths
 from fused_reg.distributed.shards import laid_out_as
 from fused_reg.regularizer.strengths import Column, Held, identity, tensor_of
 
-#: An option of the step (``csrc/passes/step.h``): a scaler left its scale in the gradients.
-UNSCALE = 256
+# Options of a step (``csrc/passes/step.h``), beside those of `Prox`.
+MAXIMIZE, DECOUPLED, NESTEROV, MOMENTUM, AMSGRAD, CENTERED, UNSCALE = 1, 2, 4, 8, 16, 32, 256
 
 
 class Place(NamedTuple):
@@ -95,6 +95,8 @@ class Launch:
 
     def check(self) -> None:
         """Raises where a strength is wrong, before another launch writes."""
+        if not _devices.is_at_hand(self.params[0]):  # a GPU is not waited for
+            return
         named = {kind: column.get() for kind, column in self._columns.items()}
         named |= self._strengths.named_tensors()
         check_values({f"{self._name}: {k}": x for k, x in named.items() if k != "step" and isinstance(x, Tensor)})

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fused_reg.functional import fused_penalty
 
@@ -47,9 +46,3 @@ def penalties_of(params: list[Tensor], l1: float | Tensor, l2: float | Tensor) -
         value = now(others, l1, l2)
         parts.append(lambda: value)
     return parts
-
-
-def dtype_of(optimizer: Optimizer) -> torch.dtype:
-    """Of the penalty of all that it holds."""
-    is_double = any(p.dtype == torch.float64 for group in optimizer.param_groups for p in group["params"])
-    return torch.float64 if is_double else torch.float32

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fused_reg import _devices, _ops
-from fused_reg._arguments import as_number, check_values, is_dtensor, is_number
+from fused_reg._arguments import as_number, check_values, is_dtensor, is_number, value_dtype
 from fused_reg._partitioned import check_whole
-from fused_reg._step_launches import Batch, Launch, Numbers, Place
-from fused_reg._step_penalty import dtype_of
+from fused_reg._step_launches import MAXIMIZE, Batch, Launch, Numbers, Place
 from fused_reg._terms import GROUPS, TERM_OF
 from fused_reg.distributed.buckets import sharing
 from fused_reg.regularizer.share import Guest
@@ -24,8 +23,6 @@ from fused_reg.regularizer.table import Entry
 #: the learning rate or with the rate of each element.
 Prox: TypeAlias = "bool | Literal['preconditioned']"
 
-# Options of a step (``csrc/passes/step.h``).
-MAXIMIZE, DECOUPLED, NESTEROV, MOMENTUM, AMSGRAD, CENTERED = 1, 2, 4, 8, 16, 32
 PROX: dict[Prox, int] = {False: 0, True: 64, "preconditioned": 64 + 128}
 
 _ODD = _ops.UNUSUAL | _ops.NEGATED | _ops.ODD_GRAD
@@ -59,7 +56,7 @@ class Plans:
         self._batches: list[Batch] = []
         self._rest: tuple[list[list[Tensor]], list[Tensor]] = [], []
         self._plan: Plan | None = None
-        self._given: list[list[Any]] = []  # the values of the groups
+        self._given: list[Any] = []  # what is in the groups
         self._kept: list[Any] = []
 
     def of(self, optimizer: Any, guest: Guest | None) -> Plan | None:
@@ -89,11 +86,12 @@ class Plans:
             merged.setdefault((own.options, batch.keys, batch.place, batch.norms, *alike), []).append((batch, own))
         launches = [Launch(optimizer, parts) for parts in merged.values()]
         may_be_inert = all(numbers[batch.group].may_be_inert for batch in batches)
-        plan = Plan(launches, *self._rest, dtype_of(optimizer), may_be_inert)
+        dtype = value_dtype(p for group in optimizer.param_groups for p in group["params"])
+        plan = Plan(launches, *self._rest, dtype, may_be_inert)
         self._batches, self._guest, self._fingerprint = batches, guest, found
         if all(own.is_fixed for own in numbers):
             self._plan = plan
-        self._given = [list(group.values()) for group in optimizer.param_groups]
+        self._given = [list(group.items()) for group in optimizer.param_groups]
         self._kept = list(optimizer.state.values())
         return plan
 

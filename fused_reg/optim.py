@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fused_reg._one_pass import OnePass
-from fused_reg._step_plans import AMSGRAD, CENTERED, DECOUPLED, MOMENTUM, NESTEROV, Formula
+from fused_reg._step_launches import AMSGRAD, CENTERED, DECOUPLED, MOMENTUM, NESTEROV
+from fused_reg._step_plans import Formula
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop"]
 

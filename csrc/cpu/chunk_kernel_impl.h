@@ -112,16 +112,17 @@ struct Kernel {
     }
   }
 
-  // Adds elements of the parameter to the sums of their lanes, which are at sums[0] and sums[kLanes / kDoubles].
+  // Adds elements of the parameter to the two sums of their lanes, which are so many vectors apart.
+  template <int apart>
   FUSED_REG_INLINE void add(Double* sums, const Storage* elements) const {
     if constexpr (P::kSums != 0) {
       const DoublePair w = E::widened(elements);
       for (int h = 0; h < 2; ++h) {
-        Double x[2] = {sums[h], sums[kLanes / kDoubles + h]};
+        Double x[2] = {sums[h], sums[apart + h]};
         P::template add<MultiplyAdd>(x, w.half[h], sum_factors,
                                      [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
         sums[h] = x[0];
-        sums[kLanes / kDoubles + h] = x[1];
+        sums[apart + h] = x[1];
       }
     }
   }
@@ -142,7 +143,7 @@ struct Kernel {
         }
 #pragma GCC unroll 4
         for (int v = 0; v < kLine; v += kFloats) {
-          add(next, streams[0] + i);
+          add<kLanes / kDoubles>(next, streams[0] + i);
           elements<usual>(streams, i);
           next += kFloats / kDoubles;
           i += kFloats;
@@ -152,14 +153,18 @@ struct Kernel {
   }
 
   FUSED_REG_BLOCK void block(int b, Storage* const* streams, int64_t begin, int rows) {
-    Lanes lanes[kPassSums] = {};
+    Lanes lanes[kPassSums];
     if constexpr (P::kHasOptions) {
+      if constexpr (P::kSums != 0) {
+        std::memset(lanes, 0, sizeof lanes);
+      }
       constexpr bool kCanBeUsual = P::kUsual != 0 && FUSED_REG_VECTOR_BYTES > 16;
       kCanBeUsual && (options & ~P::kUsual) == 0 ? step<kCanBeUsual>(lanes[0].sums, streams, begin, rows)
                                                  : step<false>(lanes[0].sums, streams, begin, rows);
     }
     for (int strip = 0; strip < kLanes && !P::kHasOptions; strip += kStrip) {
-      DoublePair strip_sums[kStrip / kFloats][kPassSums] = {};  // kept in registers
+      constexpr int kVectors = kStrip / kDoubles;
+      Double strip_sums[kPassSums * kVectors] = {};  // kept in registers
       for (int row = 0; row < rows; ++row) {
         const int64_t at = begin + row * kLanes + strip;
         for (int s = 0; s < kStreams; ++s) {
@@ -169,27 +174,15 @@ struct Kernel {
         }
         for (int v = 0; v < kStrip / kFloats; ++v) {
           const int64_t i = at + v * kFloats;
-          if constexpr (P::kSums != 0) {
-            const DoublePair w = E::widened(streams[0] + i);
-            for (int h = 0; h < 2; ++h) {
-              Double x[2] = {strip_sums[v][0].half[h], strip_sums[v][1].half[h]};
-              P::template add<MultiplyAdd>(x, w.half[h], sum_factors, [&](Double y) __attribute__((always_inline)) {
-                return kWide ? y * scale : y;
-              });
-              strip_sums[v][0].half[h] = x[0];
-              strip_sums[v][1].half[h] = x[1];
-            }
-          }
+          add<kVectors>(strip_sums + 2 * v, streams[0] + i);
           if constexpr (P::kWrites != 0) {
             elements(streams, i);
           }
         }
       }
-      for (int v = 0; v < kStrip / kFloats; ++v) {
-        for (int h = 0; h < 2; ++h) {
-          lanes[0].sums[strip / kDoubles + 2 * v + h] = strip_sums[v][0].half[h];
-          lanes[1].sums[strip / kDoubles + 2 * v + h] = strip_sums[v][1].half[h];
-        }
+      for (int v = 0; v < kVectors; ++v) {
+        lanes[0].sums[strip / kDoubles + v] = strip_sums[v];
+        lanes[1].sums[strip / kDoubles + v] = strip_sums[kVectors + v];
       }
     }
     for (int k = 0; k < kPassSums; ++k) {

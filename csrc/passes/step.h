@@ -97,10 +97,11 @@ struct L1L2Gradient {
 };
 
 // That of all terms, each maybe.
-struct AnyGradient : GradientPass<kAnyTerms | kFurther> {
+using AnyGradientPass = GradientPass<kAnyTerms | kFurther>;
+struct AnyGradient : AnyGradientPass {
   template <class V>
   static FUSED_REG_INLINE V added(V g, V w, const V* f, unsigned) {
-    return g + GradientPass < kAnyTerms | kFurther > ::gradient(w, f);
+    return g + AnyGradientPass::gradient(w, f);
   }
 };
 
@@ -110,8 +111,10 @@ template <int terms>
 struct StepPass : AnyPass {
   using Gradient = std::conditional_t<terms == kAllTerms, AnyGradient, L1L2Gradient>;
   using Prox = ProxPass<terms == kAllTerms ? kFurther : kNone>;
-  using Sums = std::conditional_t<terms == kL1L2, PenaltyPass<kL1L2>, void>;
-  static constexpr unsigned kSums = PenaltyPass < terms == kL1L2 ? kL1L2 : kNone > ::kSums;
+  static constexpr int kSummed = terms == kL1L2 ? kL1L2 : kNone;
+  using Summed = PenaltyPass<kSummed>;
+  using Sums = std::conditional_t<kSummed == kNone, void, Summed>;
+  static constexpr unsigned kSums = Summed::kSums;
   static constexpr unsigned kReads = bit(0) | bit(1), kWrites = bit(0) | bit(kUnscaled);
   static constexpr unsigned kOptional = bit(kUnscaled);
   static constexpr bool kHasOptions = true, kPositiveZeros = terms != kNone;
@@ -120,7 +123,7 @@ struct StepPass : AnyPass {
 
   template <class MultiplyAdd, class D, class Scaled>
   static FUSED_REG_INLINE void add(D* sums, D w, const D* f, const Scaled& scaled) {
-    PenaltyPass<terms == kL1L2 ? kL1L2 : kNone>::template add<MultiplyAdd>(sums, w, f, scaled);
+    Summed::template add<MultiplyAdd>(sums, w, f, scaled);
   }
 
   // rate: what a gradient that stays the same is multiplied by, if that is one number.

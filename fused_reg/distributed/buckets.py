@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_reg import _devices, _one_device, _ops
-from fused_reg._arguments import is_dtensor
+from fused_reg._arguments import is_dtensor, value_dtype
 from fused_reg._terms import GROUPS, Strengths, group_count, sliced_dim, slots
 from fused_reg.autograd import functions
 from fused_reg.autograd.composed import composed_penalty, group_norms, table_of
@@ -38,7 +38,7 @@ def buckets(params: Sequence[Tensor], shards: Sequence[Tensor], strengths: Stren
 def value_of(values: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
     """The penalty of a list from the float64 penalties of its parts: on its first device, rounded once."""
     value = torch.stack([value.to(params[0].device) for value in values]).sum()
-    return value if any(p.dtype == torch.float64 for p in params) else value.float()
+    return value.to(value_dtype(params))
 
 
 def _cut_of(i: int, p: Any, strengths: Strengths) -> tuple[Any, Any]:

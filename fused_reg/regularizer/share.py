@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_reg import _devices
+from fused_reg._arguments import value_dtype
 from fused_reg._terms import TERMS
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.strengths import identity, tensor_of
@@ -42,10 +43,9 @@ class Share:
 
     def __init__(self, table: Table, mode: Mode) -> None:
         self._table = table
-        self._is_proximal, self._is_by_element = mode != "grad", mode == "preconditioned"
+        self._mode = mode
         self._options: list[Any] = []  # what was in the optimizer at the last look
         self._seen: list[Tensor] = []
-        self._mode = mode
         self._guest: tuple[Guest, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Share:
         self.group_of = [groups[id(p)] for p in self.params]
         self._groups = sorted(set(self.group_of))
         self._guest = None
-        if self._is_proximal:
+        if self._mode != "grad":
             self.part, self.shrinking = Part(self._table, entries), Part(self._table, entries)
             self.part.check_closed_form("attach: ")
             self._check_by_element()
@@ -96,7 +96,7 @@ class Share:
         self._options = options
 
     def _check_by_element(self) -> None:
-        for entry in self.entries if self._is_by_element else ():
+        for entry in self.entries if self._mode == "preconditioned" else ():
             if (term := next((t for t in TERMS if t not in ("l1", "l2") and entry.has(t)), None)) is not None:
                 raise ValueError(
                     f'attach: mode "preconditioned" must have no term but l1 and l2, got {term} of {entry.name!r}'
@@ -110,9 +110,8 @@ class Share:
         like = self.params[0].device, self.params[0].dtype
         if self._guest is None or self._guest[1] != like:
             self._table.place_cells()
-            is_double = any(p.dtype == torch.float64 for p in self.params)
-            dtype = torch.float64 if is_double else torch.float32
-            self._guest = Guest(owner, prox, dtype, {id(e.param): e for e in self.entries}), like
+            entries = {id(e.param): e for e in self.entries}
+            self._guest = Guest(owner, prox, value_dtype(self.params), entries), like
         return self._guest[0]
 
     def rest(self, params: list[Tensor]) -> Part | None:
