@@ -39,7 +39,7 @@ struct Operators {
         }
       }
     }
-    at::Tensor value = run_penalty(pass, params, {1, {}}, !places.empty(), &norms);
+    at::Tensor value = run_penalty(pass, {1, {}}, &norms);
     for (const auto i : c10::irange(places.size())) {
       grads[i] = laid_out_as(params[places[i]], std::move(grads[i]));
     }
@@ -108,7 +108,7 @@ struct Operators {
         pass.write_grad(places[i], written[i]);
       }
     }
-    at::Tensor value = run_penalty(pass, params, {scale, scale_tensor}, true, nullptr);
+    at::Tensor value = run_penalty(pass, {scale, scale_tensor}, nullptr);
     for (const auto i : c10::irange(places.size())) {
       copy_back(written[i], grads[i]);
     }
@@ -135,14 +135,10 @@ struct Operators {
     check_list(params, numbers);
     check_writable(params);
     ListPass pass(params, all_of(params.size()), numbers);
-    if (pass.group() == Grouping::kNone) {
-      pass.run_prox(std::nullopt, {});
-    } else if (norms.has_value()) {
+    if (pass.group() != Grouping::kNone && norms.has_value()) {
       check_norms(norms, first_groups, params, pass.group());
-      pass.run_prox(norms, first_groups);
-    } else {
-      pass.run_prox(pass.run_soft_norms(), own_first_groups(params, pass.group()));
     }
+    pass.run_prox(norms, first_groups);
     for (const auto t : c10::irange(params.size())) {
       copy_back(pass.dense(t), params[t]);
     }
@@ -209,19 +205,7 @@ struct Operators {
       row.streams[kUnscaled] = options & kUnscale ? own[t] : nullptr;
     }
     pass.want_exact();
-    at::Tensor value;
-    if (pass.group() == Grouping::kNone) {
-      value = pass.run_step(step, rows, {1, grad_scale}, {0, found_inf}, std::nullopt, {});
-    } else {
-      const std::vector<int64_t> first_groups = own_first_groups(params, pass.group());
-      OptionalTensor found;
-      std::tie(value, found) = pass.run_group_penalty();
-      pass.run_step(step, rows, {1, grad_scale}, {0, found_inf}, found, first_groups);
-      // What follows on the step is not asked for either, which needs a look at that.
-      if (options & kProximal && !(found_inf.has_value() && found_inf->item<double>() != 0)) {
-        pass.run_prox(pass.run_soft_norms(), first_groups);
-      }
-    }
+    at::Tensor value = pass.run_step(step, rows, {1, grad_scale}, {0, found_inf});
     for (const auto t : c10::irange(n)) {
       copy_back(pass.dense(t), params[t]);
     }
@@ -260,32 +244,16 @@ struct Operators {
     }
   }
 
-  // The value, and the gradients that were asked for: one pass, or with norms two. These go to `norms`, unless it is
-  // null.
-  static at::Tensor run_penalty(ListPass& pass, at::TensorList params, const NumberArg& scale, bool with_grads,
-                                Tensors* norms) {
+  // The value, and the gradients that were asked for. The norms go to `norms`, unless it is null.
+  static at::Tensor run_penalty(ListPass& pass, const NumberArg& scale, Tensors* norms) {
     if (pass.group() == Grouping::kNone) {
       return pass.run_penalty(scale);
     }
-    auto [value, found] = pass.run_group_penalty();
-    if (with_grads) {
-      pass.run_gradient(scale, found, own_first_groups(params, pass.group()), /*keep_if_one=*/false);
-    }
+    auto [value, found] = pass.run_group_penalty(scale);
     if (norms != nullptr) {
       norms->push_back(std::move(found));
     }
     return value;
-  }
-
-  // Where the norms of each parameter begin in those that a pass over the same list gives.
-  static std::vector<int64_t> own_first_groups(at::TensorList params, Grouping group) {
-    std::vector<int64_t> first_groups;
-    int64_t groups = 0;
-    for (const at::Tensor& p : params) {
-      first_groups.push_back(groups);
-      groups += groups_of(p, group);
-    }
-    return first_groups;
   }
 };
 

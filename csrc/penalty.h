@@ -311,7 +311,8 @@ FUSED_REG_INLINE int rescue_exponent(double l1, double l2, bool has_l2) {
 
 // The norm of a group, of its sum of squares. NaN has one form.
 FUSED_REG_INLINE double norm_of(const ScaledSum& squares) {
-  return squares.sum == squares.sum ? std::ldexp(std::sqrt(squares.sum), squares.exponent) : static_cast<double>(NAN);
+  const double norm = std::sqrt(squares.sum);
+  return norm == norm ? (squares.exponent == 0 ? norm : std::ldexp(norm, squares.exponent)) : static_cast<double>(NAN);
 }
 
 FUSED_REG_INLINE double norm_penalty(double l2_norm, const ScaledSum& squares) {
