@@ -251,6 +251,72 @@ struct Kernel {
     }
     return found;
   }
+
+  // Chunks of less than a row, as many as begin within so many elements at once: what an element adds to its lane, then
+  // the trees; and for each element the factors of its chunk.
+  static constexpr int kShort = 512;
+
+  void run_short(Storage* const* streams, int64_t size, int64_t chunk, const double* norms, StepNumbers* numbers,
+                 ChunkSums* found) {
+    alignas(64) double shares[kPassSums][kShort];
+    alignas(64) Scalar spread[P::kFactors + 1][kShort];
+    for (int64_t c = 0; P::kWrites != 0 && norms != nullptr && c * chunk < size; ++c) {
+      Scalar scalars[P::kFactors + 1];
+      numbers->norm = norms[c];
+      P::factors(*numbers, scalars);
+      for (int f = 0; f < P::kFactors; ++f) {
+        std::fill_n(&spread[f][c * chunk], std::min(chunk, size - c * chunk), scalars[f]);
+      }
+    }
+    for (int64_t i = 0; i < size; i += kFloats) {
+      constexpr int kUsed = streams_in(kRead | P::kWrites);
+      Storage padded[kUsed][kFloats];
+      Storage* at[kStreams] = {};
+      const bool is_whole = i + kFloats <= size;
+      for (int s = 0; s < kUsed; ++s) {
+        at[s] = is_whole ? streams[s] + i : padded[s];
+        if (!is_whole && kRead & bit(s)) {
+          std::memset(padded[s], 0, sizeof padded[s]);
+          std::memcpy(padded[s], streams[s] + i, (size - i) * sizeof(Storage));
+        }
+      }
+      if constexpr (P::kSums != 0) {
+        Double lanes[2 * kPassSums] = {};
+        add<2>(lanes, at[0]);
+        for (int k = 0; k < kPassSums; ++k) {
+          store(&shares[k][i], lanes[2 * k]);
+          store(&shares[k][i + kDoubles], lanes[2 * k + 1]);
+        }
+      }
+      if constexpr (P::kWrites != 0) {
+        for (int f = 0; norms != nullptr && f < P::kFactors; ++f) {
+          factors[f] = load<Factor>(&spread[f][i]);
+        }
+        elements(at, 0);
+        for (int s = 0; s < kUsed; ++s) {
+          if (!is_whole && P::kWrites & bit(s)) {
+            std::memcpy(streams[s] + i, padded[s], (size - i) * sizeof(Storage));
+          }
+        }
+      }
+    }
+    for (int64_t c = 0; found != nullptr && c * chunk < size; ++c) {
+      found[c] = ChunkSums{};
+      for (int k = 0; k < kPassSums; ++k) {
+        if (P::kSums & bit(k)) {
+          double* const lanes = &shares[k][c * chunk];
+          int64_t count = std::min(chunk, size - c * chunk);
+          for (int half = kLanes / 2; half > 0; half /= 2) {
+            for (int64_t lane = 0; lane + half < count; ++lane) {
+              lanes[lane] += lanes[lane + half];
+            }
+            count = std::min<int64_t>(count, half);
+          }
+          found[c].of[k].sum = lanes[0];
+        }
+      }
+    }
+  }
 };
 
 // Where sums have left the range of float64, they are taken again.
@@ -271,6 +337,19 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
     streams[s] = static_cast<Storage*>(task.streams[s]);
   }
   const double* norms = P::kFactors == 0 ? nullptr : task.norms;
+  if constexpr (Element<dtype>::kParts == 1 && !P::kHasOptions && !kIsRescued) {
+    const int64_t chunk = std::min(task.size, task.chunk_size);
+    if (chunk < kLanes) {
+      const int64_t step = kernel.kShort / chunk * chunk;
+      for (int64_t i = 0; i < task.size; i += step) {
+        Storage* at[kStreams];
+        std::transform(streams, streams + kStreams, at, [&](Storage* s) { return s == nullptr ? s : s + i; });
+        kernel.run_short(at, std::min(step, task.size - i), chunk, norms == nullptr ? norms : norms + i / chunk,
+                         &numbers, sums == nullptr ? sums : sums + i / chunk);
+      }
+      return;
+    }
+  }
   for (int64_t left = task.size; left > 0; left -= task.chunk_size) {
     if (norms != nullptr) {
       numbers.norm = *norms++;

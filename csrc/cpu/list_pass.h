@@ -221,9 +221,8 @@ class ListPass {
 
   // Where the threshold is 0, soft(w) is w.
   static ChunkTask sums_task(ChunkTask task, Pass sums) {
-    const double* const numbers = task.numbers.of;
-    task.pass = numbers[kStep] * numbers[kL1Strength] == 0 ? Pass::kPenalty : sums;
-    task.numbers.terms = kL2 | (sums == Pass::kPenalty ? AllTerms::present(numbers) : kNone);
+    task.pass = task.numbers.of[kStep] * task.numbers.of[kL1Strength] == 0 ? Pass::kPenalty : sums;
+    task.numbers.terms = kL2 | (sums == Pass::kPenalty ? AllTerms::present(task.numbers.of) : kNone);
     return task;
   }
 
