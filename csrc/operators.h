@@ -49,17 +49,12 @@ struct Operators {
   static Tensors penalty_grad(const at::Tensor& upstream, at::TensorList params, const c10::List<bool>& needs_grad,
                               const OptionalTensor& norms, at::IntArrayRef first_groups, FUSED_REG_NUMBERS) {
     ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_NUMBERS_GIVEN);
-    check_number("upstream", {0, upstream}, params[0].device());
     Tensors grads;
     grads.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
       grads.push_back(ListPass::empty_grad(pass.dense(t)));
-      pass.write_grad(t, grads.back());
     }
-    if (pass.group() != Grouping::kNone) {
-      check_norms(norms, first_groups, params, pass.group());
-    }
-    pass.run_gradient({0, upstream}, norms, first_groups, /*keep_if_one=*/false);
+    run_gradient(pass, upstream, params, grads, norms, first_groups, /*keep_if_one=*/false);
     for (const auto t : c10::irange(params.size())) {
       grads[t] = laid_out_as(params[t], std::move(grads[t]));
     }
@@ -67,15 +62,20 @@ struct Operators {
   }
 
   static void rescale_grad_(const at::Tensor& upstream, at::TensorList params, at::TensorList grads,
-                            const c10::List<bool>& needs_grad, FUSED_REG_NUMBERS) {
+                            const c10::List<bool>& needs_grad, const OptionalTensor& norms,
+                            at::IntArrayRef first_groups, FUSED_REG_NUMBERS) {
     ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_NUMBERS_GIVEN);
-    check_number("upstream", {0, upstream}, params[0].device());
     check_grads(grads.size(), params.size());
-    check_ungrouped(pass.group());
+    Tensors written(grads.begin(), grads.end());
     for (const auto t : c10::irange(params.size())) {
-      pass.write_grad(t, grads[t]);
+      if (!has_layout_of(grads[t], pass.dense(t))) {
+        written[t] = ListPass::empty_grad(pass.dense(t)).copy_(grads[t]);
+      }
     }
-    pass.run_gradient({0, upstream}, std::nullopt, {}, /*keep_if_one=*/true);
+    run_gradient(pass, upstream, params, written, norms, first_groups, /*keep_if_one=*/true);
+    for (const auto t : c10::irange(params.size())) {
+      copy_back(written[t], grads[t]);
+    }
   }
 
   static at::Tensor accumulate_grad_(at::TensorList params, at::TensorList grads, at::IntArrayRef modes, double scale,
@@ -242,6 +242,18 @@ struct Operators {
     } else if (!tensor.is_inference()) {
       tensor.unsafeGetTensorImpl()->bump_version();
     }
+  }
+
+  static void run_gradient(ListPass& pass, const at::Tensor& upstream, at::TensorList params, const Tensors& grads,
+                           const OptionalTensor& norms, at::IntArrayRef first_groups, bool keep_if_one) {
+    check_number("upstream", {0, upstream}, params[0].device());
+    for (const auto t : c10::irange(params.size())) {
+      pass.write_grad(t, grads[t]);
+    }
+    if (pass.group() != Grouping::kNone) {
+      check_norms(norms, first_groups, params, pass.group());
+    }
+    pass.run_gradient({0, upstream}, norms, first_groups, keep_if_one);
   }
 
   // The value, and the gradients that were asked for. The norms go to `norms`, unless it is null.
