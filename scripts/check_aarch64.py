@@ -31,7 +31,7 @@ def install_tools() -> None:
     print("aarch64 check: installs", *PACKAGES, flush=True)
     for command in (("update",), ("install", "--yes", "--no-install-recommends", *PACKAGES)):
         apt = ["apt-get", "--quiet", "--quiet", "--option=Acquire::Retries=3", *command]
-        subprocess.run(apt, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+        subprocess.run(apt, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stdout=subprocess.DEVNULL)
 
 
 def unpack_torch() -> None:
