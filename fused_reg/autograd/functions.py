@@ -4,7 +4,8 @@ Two ways lead to the same numbers:
 
 - `penalty` is the fast one, for constant strengths: one launch in the forward computes value and gradients, and the
   backward hands them over. In compiled code, and with ``l2_norm`` on a GPU, the forward computes the value (and the
-  norms), and one launch in the backward the gradients. In compiled code many lists are merged with the model (`merged`).
+  norms), and one launch in the backward the gradients. In compiled code many lists are merged with the model
+  (`merged`).
 - `composed_penalty` is the general one (`composed`), for strengths that require grad and for ``torch.func``. The fast
   one falls back on it for higher derivatives.
 """
