@@ -33,12 +33,14 @@ class Device(NamedTuple):
     has_random_state: bool = False
     #: A copy from pinned memory is not waited for.
     takes_pinned: bool = False
+    #: Gradients of norms come in the pass that finds these.
+    gives_gradients_of_norms: bool = False
     #: There are kernels of an optimizer's step.
     has_steps: bool = False
 
 
 _ROWS = {
-    "cpu": Device("the CPU", has_bits_of_kernels=True, has_steps=True),
+    "cpu": Device("the CPU", has_bits_of_kernels=True, gives_gradients_of_norms=True, has_steps=True),
     "cuda": Device(
         "a CUDA device",
         build="fused_reg is built without CUDA; where nvcc and a CUDA build of torch are installed, build it again "

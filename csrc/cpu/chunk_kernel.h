@@ -18,6 +18,7 @@ struct ChunkTask {
   StepNumbers numbers;
   int64_t chunk_size = kChunkSize;  // at most kMaxVisit chunks, of which the last may be shorter
   const double* norms = nullptr;    // of the group of each chunk; null: that of the numbers
+  int64_t ahead = 0;                // to where, behind an element, all are in the cache
 };
 
 // The sums of each chunk; null: they are not asked for.

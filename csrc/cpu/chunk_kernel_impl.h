@@ -10,17 +10,7 @@
 
 namespace fused_reg::FUSED_REG_ISA {
 
-// Ahead of the reads, into the second-level cache. The hardware prefetcher alone leaves a third of the
-// bandwidth unused, because the arithmetic fills the reorder buffer.
-constexpr int64_t kPrefetchBytes = 4096;
-constexpr size_t kCacheLine = 64;
-
-// Of an optimizer's step, whose streams are read in their order, into the first level.
-constexpr int64_t kPrefetchSteps = 2048;
-
-// Lanes that are summed at a time: as many as the registers hold for two terms.
-constexpr int kStrip = kFloats * (FUSED_REG_VECTOR_BYTES == 64 ? 4 : 2);
-constexpr int kDoubles = kFloats / 2;
+constexpr int kCacheLine = 64;
 
 // A block is compiled for each of its calls, whose numbers of rows differ; in the baseline once, which takes less time.
 #if FUSED_REG_VECTOR_BYTES == 16
@@ -28,23 +18,6 @@ constexpr int kDoubles = kFloats / 2;
 #else
 #define FUSED_REG_BLOCK FUSED_REG_INLINE
 #endif
-
-// The sums of one term over the rows of a block, lane by lane.
-struct Lanes {
-  Double sums[kLanes / kDoubles];
-
-  // The halving tree from kLanes to kFoldedLanes.
-  FUSED_REG_INLINE void fold_into(double* folded) {
-    for (int half = kLanes / kDoubles / 2; half >= kFoldedLanes / kDoubles; half /= 2) {
-      for (int v = 0; v < half; ++v) {
-        sums[v] = sums[v] + sums[v + half];
-      }
-    }
-    for (int v = 0; v < kFoldedLanes / kDoubles; ++v) {
-      store(folded + v * kDoubles, sums[v]);
-    }
-  }
-};
 
 template <Dtype dtype, class P>
 struct Kernel {
@@ -56,15 +29,26 @@ struct Kernel {
   using MultiplyAdd = std::conditional_t<kWide, TwoRoundings, OneRounding>;
   static constexpr unsigned kRead = P::kReads | (P::kSums ? bit(0) : 0);
 
+  // Lanes that are summed at a time: as many as the registers hold for two terms. A step of an optimizer, which has
+  // many streams and much to do with an element, takes all, and the sums stay in the first-level cache.
+  static constexpr int kStrip = P::kSums == 0 || P::kHasOptions || FUSED_REG_VECTOR_BYTES == 64 ? kLanes : 2 * kFloats;
+
+  // How far ahead elements are fetched, into the first-level cache: in the order of memory, whatever that of the sums
+  // is, so that the prefetchers of the hardware follow. Strips take lines from all over a block, so the next one is
+  // fetched.
+  static constexpr int64_t kAhead = P::kHasOptions ? 2048 / sizeof(Storage) : kBlock;
+
   Factor factors[P::kFactors + 1];
   Double sum_factors[P::kSumFactors + 1];
   Double scale;  // of the elements in the sums
   BlockSums sums[kPassSums][kBlocks];
   unsigned options;
   int exponent;
+  int64_t ahead;
 
   // Float64 sums are those of w / 2^exponent.
-  Kernel(const StepNumbers& numbers, int exponent) : options(options_of(numbers)), exponent(exponent) {
+  Kernel(const StepNumbers& numbers, int exponent, int64_t ahead)
+      : options(options_of(numbers)), exponent(exponent), ahead(std::max(ahead, kAhead)) {
     set_factors(numbers);
     double doubles[P::kSumFactors + 1];
     P::template sum_factors<Scalar>(numbers, exponent, doubles);
@@ -82,51 +66,43 @@ struct Kernel {
     }
   }
 
-  // What a strip of a row will be, some rows later.
-  static FUSED_REG_INLINE void prefetch(const Storage* strip) {
-    const char* const ahead = reinterpret_cast<const char*>(strip) + kPrefetchBytes;
-    for (size_t byte = 0; byte < kStrip * sizeof(Storage); byte += kCacheLine) {
-      __builtin_prefetch(ahead + byte, 0, 2);
+  // `usual`: what may be there and is rare is not.
+  template <bool usual>
+  FUSED_REG_INLINE bool is_there(Storage* const* streams, int s) const {
+    if constexpr (usual) {
+      return !(P::kOptional & bit(s)) || (P::states(options & P::kUsual) & bit(s)) != 0;
     }
-  }
-
-  static FUSED_REG_INLINE bool is_there(Storage* const* streams, int s) {
     return !(P::kOptional & bit(s)) || streams[s] != nullptr;
   }
 
-  // `usual`: what may be there and is rare is not.
-  template <bool usual = false>
-  FUSED_REG_INLINE void elements(Storage* const* streams, int64_t i) const {
+  // The factors of the parts may be so many apart.
+  template <bool usual>
+  FUSED_REG_INLINE void elements(Storage* const* streams, int64_t i, const Factor* factors, int apart = 0) const {
     const unsigned known = usual ? options & P::kUsual : options;
-    const auto is_there = [&](Storage* const* all, int s) {
-      if constexpr (usual) {
-        return !(P::kOptional & bit(s)) || (P::states(known) & bit(s)) != 0;
-      }
-      return Kernel::is_there(all, s);
-    };
+    Factor x[E::kParts][kStreams];
     for (int part = 0; part < E::kParts; ++part) {
-      Factor x[kStreams];
       for (int s = 0; s < kStreams; ++s) {
         if (P::kReads & bit(s)) {
-          x[s] = is_there(streams, s) ? E::read(streams[s] + i, part) : Factor{};
+          x[part][s] = is_there<usual>(streams, s) ? E::read(streams[s] + i, part) : Factor{};
         } else if (P::kOptional & bit(s)) {
-          x[s] = Factor{};
+          x[part][s] = Factor{};
         }
       }
       if constexpr (P::kHasOptions) {
-        P::element(x, factors, known);
+        P::element(x[part], factors + part * apart, known);
       } else {
-        P::element(x, factors);
+        P::element(x[part], factors + part * apart);
       }
-      for (int s = 0; s < kStreams; ++s) {
-        if (P::kWrites & bit(s) && is_there(streams, s)) {
-          E::write(streams[s] + i, part, x[s]);
+    }
+    for (int s = 0; s < kStreams; ++s) {
+      if (P::kWrites & bit(s) && is_there<usual>(streams, s)) {
+        auto written = E::written(x[0][s], x[E::kParts - 1][s]);
+        if constexpr (P::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
+          if (s == 0 && (!P::kHasOptions || known & kProximal)) {
+            written = with_positive_zero(written);
+          }
         }
-      }
-      if constexpr (P::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
-        if (!P::kHasOptions || known & kProximal) {
-          store(streams[0] + i, with_positive_zero(load<Bits16>(streams[0] + i)));
-        }
+        store(streams[s] + i, written);
       }
     }
   }
@@ -135,115 +111,142 @@ struct Kernel {
   template <int apart>
   FUSED_REG_INLINE void add(Double* sums, const Storage* elements) const {
     if constexpr (P::kSums != 0) {
-      const DoublePair w = E::widened(elements);
-      for (int h = 0; h < 2; ++h) {
-        Double x[2] = {sums[h], sums[apart + h]};
-        P::template add<MultiplyAdd>(x, w.half[h], sum_factors,
+      const auto w = E::widened(elements);
+      for (int v = 0; v < E::kCount / kDoubles; ++v) {
+        Double x[2] = {sums[v], sums[apart + v]};
+        P::template add<MultiplyAdd>(x, w.of[v], sum_factors,
                                      [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
-        sums[h] = x[0];
-        sums[apart + h] = x[1];
+        sums[v] = x[0];
+        sums[apart + v] = x[1];
       }
     }
   }
 
-  // A block of an optimizer's step, which has so many streams and so much to do with an element that they are read in
-  // the order of memory, into the first-level cache, and the sums stay there. `usual`: no option is rare.
-  template <bool usual>
-  FUSED_REG_INLINE void step(Double* sums, Storage* const* streams, int64_t begin, int rows) const {
-    constexpr int kLine = std::max<int>(kCacheLine / sizeof(Storage), kFloats);
-    int64_t i = begin;
-    for (int row = 0; row < rows; ++row) {
-      Double* next = sums;
-      for (int line = 0; line < kLanes; line += kLine) {
-        for (int s = 0; s < kStreams; ++s) {
-          if (kRead & bit(s) && is_there(streams, s)) {
-            __builtin_prefetch(reinterpret_cast<const char*>(streams[s] + i) + kPrefetchSteps, 0, 3);
-          }
-        }
-#pragma GCC unroll 4
-        for (int v = 0; v < kLine; v += kFloats) {
-          add<kLanes / kDoubles>(next, streams[0] + i);
-          elements<usual>(streams, i);
-          next += kFloats / kDoubles;
-          i += kFloats;
-        }
+  // Rows, and the sums of their lanes, E::kParts vectors at a time in the order of E; added to those of rows before, or
+  // the first. `usual`: no option is rare.
+  template <bool usual, bool is_first>
+  FUSED_REG_INLINE void rows_of(Double* sums, Storage* const* streams, int64_t begin, int rows) const {
+    constexpr int kLine = std::min(std::max<int>(kCacheLine / sizeof(Storage), E::kCount), kStrip);
+    constexpr int kVectors = kStrip / kDoubles;
+    int64_t next_ahead = begin + ahead;
+    for (int strip = 0; strip < kLanes; strip += kStrip) {
+      Double* const firsts = sums + strip / kDoubles;
+      Double* const seconds = firsts + kLanes / kDoubles;
+      Double strip_sums[kPassSums * kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        strip_sums[v] = is_first ? Double{} : firsts[v];
+        strip_sums[kVectors + v] = is_first ? Double{} : seconds[v];
       }
-    }
-  }
-
-  FUSED_REG_BLOCK void block(int b, Storage* const* streams, int64_t begin, int rows) {
-    Lanes lanes[kPassSums];
-    if constexpr (P::kHasOptions) {
-      if constexpr (P::kSums != 0) {
-        std::memset(lanes, 0, sizeof lanes);
-      }
-      constexpr bool kCanBeUsual = P::kUsual != 0 && FUSED_REG_VECTOR_BYTES > 16;
-      kCanBeUsual && (options & ~P::kUsual) == 0 ? step<kCanBeUsual>(lanes[0].sums, streams, begin, rows)
-                                                 : step<false>(lanes[0].sums, streams, begin, rows);
-    }
-    for (int strip = 0; strip < kLanes && !P::kHasOptions; strip += kStrip) {
-      constexpr int kVectors = kStrip / kDoubles;
-      Double strip_sums[kPassSums * kVectors] = {};  // kept in registers
       for (int row = 0; row < rows; ++row) {
-        const int64_t at = begin + row * kLanes + strip;
-        for (int s = 0; s < kStreams; ++s) {
-          if (kRead & bit(s) && is_there(streams, s)) {
-            prefetch(streams[s] + at);
+        int64_t i = begin + row * kLanes + strip;
+        Double* next = strip_sums;
+        for (int line = 0; line < kStrip; line += kLine) {
+          for (int s = 0; s < kStreams; ++s) {
+            if ((kRead | P::kWrites) & bit(s) && is_there<usual>(streams, s)) {
+              __builtin_prefetch(streams[s] + next_ahead);
+            }
           }
-        }
-        for (int v = 0; v < kStrip / kFloats; ++v) {
-          const int64_t i = at + v * kFloats;
-          add<kVectors>(strip_sums + 2 * v, streams[0] + i);
-          if constexpr (P::kWrites != 0) {
-            elements(streams, i);
+          next_ahead += kLine;
+#pragma GCC unroll 4
+          for (int v = 0; v < kLine; v += E::kCount) {
+            add<kVectors>(next, streams[0] + i);
+            if constexpr (P::kWrites != 0) {
+              elements<usual>(streams, i, factors);
+            }
+            next += E::kCount / kDoubles;
+            i += E::kCount;
           }
         }
       }
       for (int v = 0; v < kVectors; ++v) {
-        lanes[0].sums[strip / kDoubles + v] = strip_sums[v];
-        lanes[1].sums[strip / kDoubles + v] = strip_sums[kVectors + v];
-      }
-    }
-    for (int k = 0; k < kPassSums; ++k) {
-      if (P::kSums & bit(k)) {
-        lanes[k].fold_into(sums[k][b].lanes);
+        firsts[v] = strip_sums[v];
+        seconds[v] = strip_sums[kVectors + v];
       }
     }
   }
+
+  // The halving tree from kLanes to kFoldedLanes.
+  static FUSED_REG_INLINE void fold(Double* sums, double* folded) {
+    constexpr int kLeft = std::max(E::kParts * kDoubles, kFoldedLanes);
+    for (int half = kLanes / kDoubles / 2; half >= kLeft / kDoubles; half /= 2) {
+      for (int v = 0; v < half; ++v) {
+        sums[v] = sums[v] + sums[v + half];
+      }
+    }
+    double lanes[kLeft];
+    for (int v = 0; v < kLeft / kDoubles; ++v) {
+      for (int i = 0; i < kDoubles; ++i) {
+        lanes[(v / E::kParts * kDoubles + i) * E::kParts + v % E::kParts] = sums[v][i];
+      }
+    }
+    for (int lane = 0; lane < kFoldedLanes; ++lane) {
+      folded[lane] = kLeft > kFoldedLanes ? lanes[lane] + lanes[lane + kLeft / 2] : lanes[lane];
+    }
+  }
+
+  template <bool is_first>
+  FUSED_REG_INLINE void take_rows(Double* lanes, Storage* const* streams, int64_t begin, int rows) const {
+    constexpr bool kCanBeUsual = P::kUsual != 0 && FUSED_REG_VECTOR_BYTES > 16;
+    kCanBeUsual && (options & ~P::kUsual) == 0 ? rows_of<kCanBeUsual, is_first>(lanes, streams, begin, rows)
+                                               : rows_of<false, is_first>(lanes, streams, begin, rows);
+  }
+
+  // tail: a last row, or null.
+  FUSED_REG_BLOCK void block(int b, Storage* const* streams, int64_t begin, int rows, Storage* const* tail) {
+    Double lanes[kPassSums * kLanes / kDoubles];
+    take_rows<true>(lanes, streams, begin, rows);
+    if (tail != nullptr) {
+      take_rows<false>(lanes, tail, 0, 1);
+    }
+    for (int k = 0; k < kPassSums; ++k) {
+      if (P::kSums & bit(k)) {
+        fold(lanes + k * kLanes / kDoubles, sums[k][b].lanes);
+      }
+    }
+  }
+
+  // So many elements and then what changes no sum, for passes over whole vectors or rows.
+  template <int size>
+  struct Padded {
+    static constexpr int kUsed = streams_in(kRead | P::kWrites);
+    Storage elements[kUsed][size];
+    Storage* streams[kStreams];
+
+    FUSED_REG_INLINE Padded(const Kernel& kernel, Storage* const* from, int64_t i, int64_t count) : streams{} {
+      for (int s = 0; s < kUsed; ++s) {
+        if (kernel.template is_there<false>(from, s)) {
+          streams[s] = elements[s];
+          if (kRead & bit(s)) {
+            std::memset(elements[s], P::kPadding, sizeof elements[s]);
+            std::memcpy(elements[s], from[s] + i, count * sizeof(Storage));
+          }
+        }
+      }
+    }
+
+    FUSED_REG_INLINE void copy_to(Storage* const* to, int64_t i, int64_t count) const {
+      for (int s = 0; s < kUsed; ++s) {
+        if (P::kWrites & bit(s) && streams[s] != nullptr) {
+          std::memcpy(to[s] + i, elements[s], count * sizeof(Storage));
+        }
+      }
+    }
+  };
 
   // The chunk at these streams.
   ChunkSums run(Storage* const* streams, int64_t size) {
     int64_t i = 0;
     int b = 0;
     for (; i + kBlock <= size; i += kBlock) {
-      block(b++, streams, i, kRows);
+      block(b++, streams, i, kRows, nullptr);
     }
-    const int count = static_cast<int>(size - i);
-    const int rows = (count + kLanes - 1) / kLanes;
-    if (count % kLanes == 0) {
-      if (rows > 0) {
-        block(b++, streams, i, rows);
-      }
-    } else {  // the last row padded with what changes no sum
-      constexpr int kUsed = streams_in(kRead | P::kWrites);
-      Storage padded[kUsed][kBlock];
-      Storage* ends[kStreams] = {};
-      for (int s = 0; s < kUsed; ++s) {
-        if (!is_there(streams, s)) {
-          continue;
-        }
-        ends[s] = padded[s];
-        if (kRead & bit(s)) {
-          std::memcpy(padded[s], streams[s] + i, count * sizeof(Storage));
-          std::memset(padded[s] + count, P::kPadding, (rows * kLanes - count) * sizeof(Storage));
-        }
-      }
-      block(b++, ends, 0, rows);
-      for (int s = 0; s < kUsed; ++s) {
-        if (P::kWrites & bit(s) && is_there(streams, s)) {
-          std::memcpy(streams[s] + i, padded[s], count * sizeof(Storage));
-        }
-      }
+    const int rows = static_cast<int>(size - i) / kLanes, rest = static_cast<int>(size - i) % kLanes;
+    if (rest != 0) {
+      Padded<kLanes> tail(*this, streams, size - rest, rest);
+      block(b++, streams, i, rows, tail.streams);
+      tail.copy_to(streams, size - rest, rest);
+    } else if (rows != 0) {
+      block(b++, streams, i, rows, nullptr);
     }
     ChunkSums found{};
     for (int k = 0; k < kPassSums; ++k) {
@@ -252,69 +255,83 @@ struct Kernel {
     return found;
   }
 
-  // Chunks of less than a row, as many as begin within so many elements at once: what an element adds to its lane, then
-  // the trees; and for each element the factors of its chunk.
+  // Chunks of less than a row, as many as begin within so many elements, at once: what each element adds to its lane,
+  // then the trees; and for each element the factors of its chunk.
   static constexpr int kShort = 512;
 
-  void run_short(Storage* const* streams, int64_t size, int64_t chunk, const double* norms, StepNumbers* numbers,
+  // Where the vectors of E have element i, if they are of so many numbers.
+  template <unsigned vector>
+  static constexpr unsigned place(unsigned i) {
+    constexpr unsigned kCount = E::kCount, kParts = E::kParts;
+    const unsigned in_part = i % kCount / kParts, v = in_part / vector * kParts + i % kParts;
+    return i / kCount * kCount + v * vector + in_part % vector;
+  }
+
+  void run_short(Storage* const* streams, int size, int chunk, const double* norms, StepNumbers* numbers,
                  ChunkSums* found) {
-    alignas(64) double shares[kPassSums][kShort];
-    alignas(64) Scalar spread[P::kFactors + 1][kShort];
-    for (int64_t c = 0; P::kWrites != 0 && norms != nullptr && c * chunk < size; ++c) {
+    alignas(64) double shares[kPassSums][kShort + E::kCount];
+    alignas(64) Scalar spread[P::kFactors + 1][kShort + E::kCount];
+    constexpr int kScalars = sizeof(Factor) / sizeof(Scalar);
+    for (int i = 0; P::kWrites != 0 && norms != nullptr && i < size; i += chunk) {
       Scalar scalars[P::kFactors + 1];
-      numbers->norm = norms[c];
+      numbers->norm = *norms++;
       P::factors(*numbers, scalars);
       for (int f = 0; f < P::kFactors; ++f) {
-        std::fill_n(&spread[f][c * chunk], std::min(chunk, size - c * chunk), scalars[f]);
-      }
-    }
-    for (int64_t i = 0; i < size; i += kFloats) {
-      constexpr int kUsed = streams_in(kRead | P::kWrites);
-      Storage padded[kUsed][kFloats];
-      Storage* at[kStreams] = {};
-      const bool is_whole = i + kFloats <= size;
-      for (int s = 0; s < kUsed; ++s) {
-        at[s] = is_whole ? streams[s] + i : padded[s];
-        if (!is_whole && kRead & bit(s)) {
-          std::memset(padded[s], 0, sizeof padded[s]);
-          std::memcpy(padded[s], streams[s] + i, (size - i) * sizeof(Storage));
+        for (int j = i; j < std::min(i + chunk, size); ++j) {
+          spread[f][place<kScalars>(j)] = scalars[f];
         }
       }
+    }
+    const auto vectors = [&](Storage* const* at, int64_t from, int i) __attribute__((always_inline)) {
       if constexpr (P::kSums != 0) {
-        Double lanes[2 * kPassSums] = {};
-        add<2>(lanes, at[0]);
+        constexpr int kVectors = E::kCount / kDoubles;
+        Double lanes[kPassSums * kVectors] = {};
+        add<kVectors>(lanes, at[0] + from);
         for (int k = 0; k < kPassSums; ++k) {
-          store(&shares[k][i], lanes[2 * k]);
-          store(&shares[k][i + kDoubles], lanes[2 * k + 1]);
+          std::memcpy(&shares[k][i], lanes + k * kVectors, E::kCount * sizeof(double));
         }
       }
       if constexpr (P::kWrites != 0) {
-        for (int f = 0; norms != nullptr && f < P::kFactors; ++f) {
-          factors[f] = load<Factor>(&spread[f][i]);
+        if (norms == nullptr) {
+          return elements<false>(at, from, factors);
         }
-        elements(at, 0);
-        for (int s = 0; s < kUsed; ++s) {
-          if (!is_whole && P::kWrites & bit(s)) {
-            std::memcpy(streams[s] + i, padded[s], (size - i) * sizeof(Storage));
+        Factor own[E::kParts * (P::kFactors + 1)];
+        for (int part = 0; part < E::kParts; ++part) {
+          for (int f = 0; f < P::kFactors; ++f) {
+            own[part * (P::kFactors + 1) + f] = load<Factor>(&spread[f][i + part * kScalars]);
           }
         }
+        elements<false>(at, from, own, P::kFactors + 1);
       }
+    };
+    int i = 0;
+    for (; i + E::kCount <= size; i += E::kCount) {
+      vectors(streams, i, i);
     }
-    for (int64_t c = 0; found != nullptr && c * chunk < size; ++c) {
-      found[c] = ChunkSums{};
+    if (i < size) {
+      Padded<E::kCount> tail(*this, streams, i, size - i);
+      vectors(tail.streams, 0, i);
+      tail.copy_to(streams, i, size - i);
+    }
+    for (int begin = 0; found != nullptr && begin < size; begin += chunk) {
+      *found = ChunkSums{};
       for (int k = 0; k < kPassSums; ++k) {
         if (P::kSums & bit(k)) {
-          double* const lanes = &shares[k][c * chunk];
-          int64_t count = std::min(chunk, size - c * chunk);
+          double lanes[kLanes];
+          int count = std::min(chunk, size - begin);
+          for (int lane = 0; lane < count; ++lane) {
+            lanes[lane] = shares[k][place<kDoubles>(begin + lane)];
+          }
           for (int half = kLanes / 2; half > 0; half /= 2) {
-            for (int64_t lane = 0; lane + half < count; ++lane) {
+            for (int lane = 0; lane + half < count; ++lane) {
               lanes[lane] += lanes[lane + half];
             }
-            count = std::min<int64_t>(count, half);
+            count = std::min(count, half);
           }
-          found[c].of[k].sum = lanes[0];
+          found->of[k].sum = lanes[0];
         }
       }
+      ++found;
     }
   }
 };
@@ -330,22 +347,23 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
       sums = nullptr;
     }
   }
-  Kernel<dtype, P> kernel(task.numbers, 0);
+  Kernel<dtype, P> kernel(task.numbers, 0, task.ahead);
   StepNumbers numbers = task.numbers;
   Storage* streams[kStreams];
   for (int s = 0; s < kStreams; ++s) {
     streams[s] = static_cast<Storage*>(task.streams[s]);
   }
   const double* norms = P::kFactors == 0 ? nullptr : task.norms;
-  if constexpr (Element<dtype>::kParts == 1 && !P::kHasOptions && !kIsRescued) {
+  if constexpr (!P::kHasOptions && !kIsRescued && (P::kSums == 0 || P::kWrites == 0)) {
     const int64_t chunk = std::min(task.size, task.chunk_size);
     if (chunk < kLanes) {
-      const int64_t step = kernel.kShort / chunk * chunk;
-      for (int64_t i = 0; i < task.size; i += step) {
+      const int64_t together = kernel.kShort / chunk * chunk;
+      for (int64_t i = 0; i < task.size; i += together) {
         Storage* at[kStreams];
         std::transform(streams, streams + kStreams, at, [&](Storage* s) { return s == nullptr ? s : s + i; });
-        kernel.run_short(at, std::min(step, task.size - i), chunk, norms == nullptr ? norms : norms + i / chunk,
-                         &numbers, sums == nullptr ? sums : sums + i / chunk);
+        kernel.run_short(at, static_cast<int>(std::min(together, task.size - i)), static_cast<int>(chunk),
+                         norms == nullptr ? nullptr : norms + i / chunk, &numbers,
+                         sums == nullptr ? nullptr : sums + i / chunk);
       }
       return;
     }
@@ -360,7 +378,7 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
     if constexpr (kIsRescued) {
       const int exponent = sums == nullptr ? 0 : rescue_exponent(found.of[0].sum, found.of[1].sum, P::kSums & kL2);
       if (exponent != 0) {
-        found = Kernel<dtype, typename P::Sums>(numbers, exponent).run(streams, size);
+        found = Kernel<dtype, typename P::Sums>(numbers, exponent, 0).run(streams, size);
       }
     }
     if (sums != nullptr) {

@@ -311,6 +311,7 @@ class ListPass {
       }
       if (round.writes) {
         set_norms(task, t, norms);
+        task.ahead = visit.size;
         write(task, round.sums);
       }
     }

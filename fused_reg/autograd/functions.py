@@ -59,7 +59,8 @@ def penalty(
     if is_traced and can_merge(params, strengths):
         return merged_penalty(params, strengths, are_positive)
     # Compiled code comes here with shards only.
-    if is_traced or is_compiling() or (strengths.has_norms() and params[0].device.type != "cpu"):
+    gives_all = not strengths.has_norms() or _devices.row_of(params[0].device).gives_gradients_of_norms
+    if is_traced or is_compiling() or not gives_all:
         return _in_two_launches(params, strengths, None)
     return _apply_penalty(strengths, *params)
 
