@@ -213,7 +213,8 @@ struct Operators {
       if (i >= n || options & kUnscale) {
         const at::Tensor& given = i < n ? grads[i] : states[i - n];
         if (found_inf.has_value() && own[i]->scalar_type() != given.scalar_type()) {
-          given.copy_(at::where(found_inf->ne(0).reshape({}), given, *own[i]));  // not the copy, which is rounded
+          // Not the copy, which is rounded.
+          copy_rounded(at::where(found_inf->ne(0).reshape({}), given, *own[i]), given);
         } else {
           copy_back(*own[i], given);
         }
@@ -238,10 +239,15 @@ struct Operators {
   // After a pass that has written to `written`: that is the tensor, or a copy of it. Autograd shall notice.
   static void copy_back(const at::Tensor& written, const at::Tensor& tensor) {
     if (!written.is_same(tensor)) {
-      tensor.copy_(written);
+      copy_rounded(written, tensor);
     } else if (!tensor.is_inference()) {
       tensor.unsafeGetTensorImpl()->bump_version();
     }
+  }
+
+  // From float64 to a half type by way of float32, as torch does on x86 and not on every CPU: the bits are the same.
+  static void copy_rounded(const at::Tensor& from, const at::Tensor& to) {
+    to.copy_(from.scalar_type() == at::kDouble && to.element_size() == 2 ? from.to(at::kFloat) : from);
   }
 
   static void run_gradient(ListPass& pass, const at::Tensor& upstream, at::TensorList params, const Tensors& grads,

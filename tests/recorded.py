@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-BLOCKS = range(0, golden.BLOCKS, 16)
+BLOCKS = (*range(0, golden.BLOCKS, 16), 5)  # where a float64 gradient is added to a float16 one, which torch rounds
 WITHOUT_BITS = (torch.ops.fused_reg.empty_grads.default,)  # memory that is not written yet
 
 
