@@ -49,6 +49,9 @@ HAS_ATTRIBUTES, UNUSUAL, SEVERAL_DEVICES, NEGATED, ODD_GRAD = 1, 2, 4, 8, 16
 fingerprint: Callable[[Any, Any], tuple[bytes, bytes] | None] = library.fingerprint
 gather: Callable[[list[Tensor], list[Any], tuple[str, ...]], tuple[list[Any], ...] | None] = library.gather
 
+#: Whether dictionaries have these values, in their order, and no others (csrc/module.cpp).
+has_values: Callable[[list[Any], list[Any]], bool] = library.has_values
+
 _operators = torch.ops.fused_reg
 
 
