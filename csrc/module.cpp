@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <array>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -214,6 +215,45 @@ PyObject* survey(PyObject*, PyObject* list) {
   END_HANDLE_TH_ERRORS
 }
 
+// The penalty of a list for l1 and l2, as fused_penalty finds it in more steps, where a number is all that is wanted
+// and nothing is to be said: nothing is recorded, nobody sees the operators, nothing in the list is unusual, the
+// strengths are positive numbers. None elsewhere.
+PyObject* plain_value(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  using Key = c10::DispatchKey;
+  static const c10::DispatchKeySet seers{Key::Python, Key::Tracer, Key::FuncTorchDynamicLayerFrontMode,
+                                         Key::FuncTorchDynamicLayerBackMode};
+  std::vector<double> floats;
+  std::array<int64_t, kNumbers> counts{};
+  bool is_plain = !at::GradMode::is_enabled() && !at::impl::torch_function_mode_enabled() &&
+                  !c10::impl::tls_local_dispatch_key_set().included_.has_any(seers);
+  for (const int c : {kL1Strength, kL2Strength}) {
+    double strength = 0;
+    if (args[1 + c] != Py_None) {
+      is_plain = is_plain && load(args[1 + c], &strength) && strength > 0;
+      floats.push_back(strength);
+      counts[c] = 1;
+    }
+  }
+  BorrowedTensors params;
+  if (!is_plain || floats.empty() || found_in(args[0]) != 0 || !params.load(args[0])) {
+    Py_RETURN_NONE;
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fused_reg::penalty", "")
+                             .typed<decltype(Operators<AnyListPass>::penalty)>();
+  try {
+    const auto run = [&] {
+      const WithoutGil others_may_run;
+      return std::get<0>(op.call(params, c10::List<bool>(), floats, {}, counts, 0));
+    };
+    return to_python(run());
+  } catch (const c10::Error&) {
+    Py_RETURN_NONE;  // the other steps word it
+  }
+  END_HANDLE_TH_ERRORS
+}
+
 // Of a tensor, or a gradient, that an optimizer's step takes as it is.
 bool is_taken(const at::Tensor& t) { return is_usual(t) && !t.is_neg() && !t.is_complex(); }
 
@@ -363,6 +403,8 @@ PyMethodDef functions[] = {
      "A list of the gradients of parameters, and of what is in their states for each key; None where one is missing."},
     {"has_values", reinterpret_cast<PyCFunction>(has_values), METH_FASTCALL,
      "Whether dictionaries have these values, in their order, and no others."},
+    {"plain_value", reinterpret_cast<PyCFunction>(plain_value), METH_FASTCALL,
+     "The penalty of (params, l1, l2) where a number is all that is wanted; None where more is to be done."},
     {"survey", survey, METH_O,
      "Bits of what is in a list: attributes, what is no usual tensor, several devices, negated views, odd gradients."},
     FUSED_REG_OPERATORS(FUSED_REG_FUNCTION){}};

@@ -52,6 +52,9 @@ gather: Callable[[list[Tensor], list[Any], tuple[str, ...]], tuple[list[Any], ..
 #: Whether dictionaries have these values, in their order, and no others (csrc/module.cpp).
 has_values: Callable[[list[Any], list[Any]], bool] = library.has_values
 
+#: The penalty of a list for l1 and l2, where a number is all that is wanted; None elsewhere (csrc/module.cpp).
+plain_value: Callable[[list[Tensor], Any, Any], Tensor | None] = library.plain_value
+
 _operators = torch.ops.fused_reg
 
 
