@@ -85,7 +85,7 @@ def as_strengths(
     if not terms:  # first, for short calls
         if l1 is None and l2 is None:
             return SUM_OF_SQUARES.with_step(step)
-        if type(l1) in _PLAIN and type(l2) in _PLAIN and type(step) is tuple and not step and not is_compiling():
+        if not is_compiling() and type(l1) in _PLAIN and type(l2) in _PLAIN and type(step) is tuple and not step:
             return _constants(function, l1, l2)
         return Strengths.of((as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), (), step))
     columns: list[Column] = [()] * len(NUMBERS)
