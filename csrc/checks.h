@@ -183,6 +183,7 @@ inline std::vector<size_t> check_accumulation(at::TensorList params, at::TensorL
                     modes.size());
   std::vector<size_t> places;
   std::vector<Region> regions;
+  regions.reserve(2 * params.size());
   for (const auto t : c10::irange(params.size())) {
     check_memory(t, params[t]);
     if (params[t].numel() > 0) {

@@ -21,9 +21,11 @@ class Extent {
   template <class Sizes>
   Extent(uintptr_t begin, size_t element_size, const Sizes& sizes, const Sizes& strides)
       : begin_(begin), element_size_(element_size), run_(element_size) {
-    for (size_t d = 0; d < sizes.size(); ++d) {
+    for (size_t d = sizes.size(); d-- > 0;) {
       if (sizes[d] > 1 && strides[d] == 0) {
         overlaps_itself_ = true;
+      } else if (sizes[d] > 1 && static_cast<size_t>(strides[d]) * element_size == run_) {
+        run_ *= static_cast<size_t>(sizes[d]);  // as all of a contiguous tensor, which needs no memory here
       } else if (sizes[d] > 1) {
         dims_.push_back({static_cast<size_t>(strides[d]) * element_size, static_cast<size_t>(sizes[d])});
       }
@@ -137,12 +139,13 @@ std::optional<std::pair<size_t, size_t>> first_shared(const std::vector<AnyExten
   std::sort(by_address.begin(), by_address.end(),
             [&](size_t a, size_t b) { return list[a].begin() < list[b].begin(); });
   std::optional<std::pair<size_t, size_t>> first;
+  std::vector<size_t> near;
   for (size_t i = 0; i < by_address.size();) {
     // Those whose ranges of memory are connected.
     const uintptr_t begin = list[by_address[i]].begin();
     uintptr_t end = begin;
     size_t unit = 0;
-    std::vector<size_t> near;
+    near.clear();
     for (; i < by_address.size() && (near.empty() || list[by_address[i]].begin() < end); ++i) {
       const Extent& e = list[by_address[i]];
       near.push_back(by_address[i]);

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <array>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -167,6 +168,8 @@ PyObject* build_info_dict(PyObject*, PyObject*) {
   return info.release();
 }
 
+struct AnyListPass;  // the signatures are those of every backend
+
 // What is said of a list in `fused_reg/_ops.py`, in the time of one look at each item.
 enum Found : long { kHasAttributes = 1, kUnusual = 2, kSeveralDevices = 4, kNegated = 8, kOddGrad = 16 };
 
@@ -177,15 +180,18 @@ bool is_usual(const at::Tensor& t) {
   return has_kernels && t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested();
 }
 
-PyObject* survey(PyObject*, PyObject* list) {
-  HANDLE_TH_ERRORS
+bool has_attributes(PyObject* x) {
+  THPObjectPtr attributes(PyObject_GenericGetDict(x, nullptr));
+  PyErr_Clear();  // of an object without
+  return attributes && PyDict_GET_SIZE(attributes.get()) > 0;
+}
+
+long found_in(PyObject* list) {
   long found = 0;
   std::optional<at::Device> device;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
     PyObject* const item = PyList_GET_ITEM(list, i);
-    THPObjectPtr attributes(PyObject_GenericGetDict(item, nullptr));
-    PyErr_Clear();  // of an object without
-    found |= attributes && PyDict_GET_SIZE(attributes.get()) > 0 ? kHasAttributes : 0;
+    found |= has_attributes(item) ? kHasAttributes : 0;
     const bool is_exact = THPVariable_CheckExact(item);
     if (!is_exact && !THPVariable_Check(item)) {
       found |= kUnusual;
@@ -200,7 +206,51 @@ PyObject* survey(PyObject*, PyObject* list) {
       device = t.device();
     }
   }
-  return PyLong_FromLong(found);
+  return found;
+}
+
+PyObject* survey(PyObject*, PyObject* list) {
+  HANDLE_TH_ERRORS
+  return PyLong_FromLong(found_in(list));
+  END_HANDLE_TH_ERRORS
+}
+
+// The penalty of a list for l1 and l2, as fused_penalty finds it in more steps, where a number is all that is wanted
+// and nothing is to be said: nothing is recorded, nobody sees the operators, nothing in the list is unusual, the
+// strengths are positive numbers. None elsewhere.
+PyObject* plain_value(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  using Key = c10::DispatchKey;
+  static const c10::DispatchKeySet seers{Key::Python, Key::Tracer, Key::FuncTorchDynamicLayerFrontMode,
+                                         Key::FuncTorchDynamicLayerBackMode};
+  std::vector<double> floats;
+  std::array<int64_t, kNumbers> counts{};
+  bool is_plain = !at::GradMode::is_enabled() && !at::impl::torch_function_mode_enabled() &&
+                  !c10::impl::tls_local_dispatch_key_set().included_.has_any(seers);
+  for (const int c : {kL1Strength, kL2Strength}) {
+    double strength = 0;
+    if (args[1 + c] != Py_None) {
+      is_plain = is_plain && load(args[1 + c], &strength) && strength > 0;
+      floats.push_back(strength);
+      counts[c] = 1;
+    }
+  }
+  BorrowedTensors params;
+  if (!is_plain || floats.empty() || found_in(args[0]) != 0 || !params.load(args[0])) {
+    Py_RETURN_NONE;
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fused_reg::penalty", "")
+                             .typed<decltype(Operators<AnyListPass>::penalty)>();
+  try {
+    const auto run = [&] {
+      const WithoutGil others_may_run;
+      return std::get<0>(op.call(params, c10::List<bool>(), floats, {}, counts, 0));
+    };
+    return to_python(run());
+  } catch (const c10::Error&) {
+    Py_RETURN_NONE;  // the other steps word it
+  }
   END_HANDLE_TH_ERRORS
 }
 
@@ -212,12 +262,15 @@ bool is_taken(const at::Tensor& t) { return is_usual(t) && !t.is_neg() && !t.is_
 // equal bytes are equal objects. None where a parameter or a gradient is not taken as it is.
 PyObject* fingerprint(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
+  static PyObject* const params_key = PyUnicode_InternFromString("params");
   std::vector<uintptr_t> tensors, options;
+  tensors.reserve(64);
+  options.reserve(64);
   const auto number = [](PyObject* x) { return reinterpret_cast<uintptr_t>(x); };
   PyObject *key, *value;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(args[0]); ++g) {
     PyObject* const group = PyList_GET_ITEM(args[0], g);
-    PyObject* const params = PyDict_GetItemString(group, "params");
+    PyObject* const params = PyDict_GetItem(group, params_key);
     if (params == nullptr || !PyList_Check(params)) {
       Py_RETURN_NONE;
     }
@@ -237,7 +290,8 @@ PyObject* fingerprint(PyObject*, PyObject* const* args, Py_ssize_t) {
       const auto type = static_cast<uintptr_t>(t.device().type()),
                  index = static_cast<uintptr_t>(t.device().index() + 1);
       const auto dtype = static_cast<uintptr_t>(t.scalar_type());
-      const uintptr_t how = grad.defined() + 2 * t.requires_grad() + (dtype << 8) + (type << 16) + (index << 24);
+      const uintptr_t how = grad.defined() + 2 * t.requires_grad() + 4 * t.is_leaf() + 8 * has_attributes(param) +
+                            (dtype << 8) + (type << 16) + (index << 24);
       tensors.insert(tensors.end(), {number(param), how});
     }
     tensors.push_back(0);
@@ -280,6 +334,24 @@ PyObject* gather(PyObject*, PyObject* const* args, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
+// Whether these dictionaries have these values, in their order, and no others.
+PyObject* has_values(PyObject*, PyObject* const* args, Py_ssize_t) {
+  Py_ssize_t next = 0;
+  PyObject *key, *value;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[0]); ++i) {
+    PyObject* const table = PyList_GET_ITEM(args[0], i);
+    if (!PyDict_Check(table)) {
+      Py_RETURN_FALSE;
+    }
+    for (Py_ssize_t at = 0; PyDict_Next(table, &at, &key, &value); ++next) {
+      if (next == PyList_GET_SIZE(args[1]) || value != PyList_GET_ITEM(args[1], next)) {
+        Py_RETURN_FALSE;
+      }
+    }
+  }
+  return PyBool_FromLong(next == PyList_GET_SIZE(args[1]));
+}
+
 PyObject* check_dtypes_of(PyObject*, PyObject* list) {
   HANDLE_TH_ERRORS
   std::vector<at::Tensor> params;
@@ -310,8 +382,6 @@ PyObject* check_writable(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-struct AnyListPass;  // the signatures are those of every backend
-
 #define FUSED_REG_FUNCTION(name)                                                                     \
   {#name, reinterpret_cast<PyCFunction>(+[](PyObject*, PyObject* const* args, Py_ssize_t count) {    \
      using Signature = decltype(Operators<AnyListPass>::name);                                       \
@@ -331,6 +401,10 @@ PyMethodDef functions[] = {
      "What a step of an optimizer of these groups and states depends on, as bytes; None where that is unusual."},
     {"gather", reinterpret_cast<PyCFunction>(gather), METH_FASTCALL,
      "A list of the gradients of parameters, and of what is in their states for each key; None where one is missing."},
+    {"has_values", reinterpret_cast<PyCFunction>(has_values), METH_FASTCALL,
+     "Whether dictionaries have these values, in their order, and no others."},
+    {"plain_value", reinterpret_cast<PyCFunction>(plain_value), METH_FASTCALL,
+     "The penalty of (params, l1, l2) where a number is all that is wanted; None where more is to be done."},
     {"survey", survey, METH_O,
      "Bits of what is in a list: attributes, what is no usual tensor, several devices, negated views, odd gradients."},
     FUSED_REG_OPERATORS(FUSED_REG_FUNCTION){}};

@@ -86,33 +86,35 @@ struct Operators {
     const std::vector<size_t> places = check_accumulation(params, grads, modes);
     const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
     // What the kernels read and write: pairs of one layout and dtype, copies where a gradient has another than its
-    // parameter. The dtype is one that holds both exactly.
-    Tensors read(params.begin(), params.end());
-    Tensors written(grads.begin(), grads.end());
+    // parameter. The dtype is one that holds both exactly. (To hold a tensor that Python has, too, takes its lock.)
+    Tensors read;
+    std::list<at::Tensor> copies;
+    std::vector<const at::Tensor*> written(grads.size());
     for (const auto i : c10::irange(places.size())) {
       const at::Tensor& param = params[places[i]];
       const at::ScalarType dtype = c10::promoteTypes(grads[i].scalar_type(), param.scalar_type());
-      written[i] = as_run(grads[i], numbers.group);
-      if (dtype != written[i].scalar_type()) {
-        written[i] = written[i].to(dtype);
+      written[i] = &grads[i];
+      if (!is_run(grads[i], numbers.group) || dtype != grads[i].scalar_type()) {
+        written[i] = &copies.emplace_back(as_run(grads[i], numbers.group).to(dtype));
       }
-      if (written[i].scalar_type() != param.scalar_type() || !has_layout_of(written[i], param)) {
-        read[places[i]] = at::empty_like(written[i]).copy_(param);
+      if (dtype != param.scalar_type() || !has_layout_of(*written[i], param)) {
+        read = read.empty() ? Tensors(params.begin(), params.end()) : std::move(read);
+        read[places[i]] = at::empty_like(*written[i]).copy_(param);
       }
     }
-    ListPass pass(read, all_of(params.size()), numbers);
+    ListPass pass(read.empty() ? params : at::TensorList(read), all_of(params.size()), numbers);
     for (const auto i : c10::irange(places.size())) {
       if (modes[places[i]] == kAddGrad) {
-        pass.add_grad(places[i], written[i]);
+        pass.add_grad(places[i], *written[i]);
       } else {
-        pass.write_grad(places[i], written[i]);
+        pass.write_grad(places[i], *written[i]);
       }
     }
     at::Tensor value = run_penalty(pass, {scale, scale_tensor}, nullptr);
     for (const auto i : c10::irange(places.size())) {
-      copy_back(written[i], grads[i]);
+      copy_back(*written[i], grads[i]);
     }
-    return value.to(value_dtype(params));
+    return read.empty() ? value : value.to(value_dtype(params));
   }
 
   static Tensors empty_grads(at::TensorList params) {

@@ -34,14 +34,15 @@ inline void check_no_self_overlap(const Region& r) {
 
 // Of all conflicts the first in the list, parameters before gradients: addresses shall not decide what is said.
 inline void check_disjoint(std::vector<Region> regions) {
+  if (!first_shared(regions).has_value()) {
+    return;
+  }
   std::stable_sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return *a.of < *b.of; });
   const auto shared = first_shared(regions);
-  if (shared.has_value()) {
-    const Region &first = regions[shared->first], &second = regions[shared->second];
-    TORCH_CHECK_VALUE(!first.tensor->is_same(*second.tensor), second.name(), " must not be the same tensor as ",
-                      first.name());
-    TORCH_CHECK_VALUE(false, second.name(), " must not share memory with ", first.name());
-  }
+  const Region &first = regions[shared->first], &second = regions[shared->second];
+  TORCH_CHECK_VALUE(!first.tensor->is_same(*second.tensor), second.name(), " must not be the same tensor as ",
+                    first.name());
+  TORCH_CHECK_VALUE(false, second.name(), " must not share memory with ", first.name());
 }
 
 }  // namespace fused_reg

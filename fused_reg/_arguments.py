@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from numbers import Real
 from typing import Any, TypeAlias, TypeGuard
 
@@ -84,6 +85,8 @@ def as_strengths(
     if not terms:  # first, for short calls
         if l1 is None and l2 is None:
             return SUM_OF_SQUARES.with_step(step)
+        if not is_compiling() and type(l1) in _PLAIN and type(l2) in _PLAIN and type(step) is tuple and not step:
+            return _constants(function, l1, l2)
         return Strengths.of((as_column(function, "l1", l1, params), as_column(function, "l2", l2, params), (), step))
     columns: list[Column] = [()] * len(NUMBERS)
     is_given = l1 is not None or l2 is not None
@@ -109,6 +112,15 @@ def as_strengths(
             check_constant(f"{function}: {kind}", column)
             columns[place] = column if is_there else ()
     return Strengths.of(columns, GROUPS[terms.get("group", "tensor")] if _is_there(columns[2]) else 0)
+
+
+_PLAIN = (float, type(None))
+
+
+@lru_cache(maxsize=256)
+def _constants(function: str, l1: float | None, l2: float | None) -> Strengths:
+    """Kept from call to call: to make them takes as long as the pass over a few short tensors."""
+    return Strengths.of((as_column(function, "l1", l1, ()), as_column(function, "l2", l2, ())))
 
 
 def _is_there(column: Column) -> bool:

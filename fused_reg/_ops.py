@@ -49,6 +49,12 @@ HAS_ATTRIBUTES, UNUSUAL, SEVERAL_DEVICES, NEGATED, ODD_GRAD = 1, 2, 4, 8, 16
 fingerprint: Callable[[Any, Any], tuple[bytes, bytes] | None] = library.fingerprint
 gather: Callable[[list[Tensor], list[Any], tuple[str, ...]], tuple[list[Any], ...] | None] = library.gather
 
+#: Whether dictionaries have these values, in their order, and no others (csrc/module.cpp).
+has_values: Callable[[list[Any], list[Any]], bool] = library.has_values
+
+#: The penalty of a list for l1 and l2, where a number is all that is wanted; None elsewhere (csrc/module.cpp).
+plain_value: Callable[[list[Tensor], Any, Any], Tensor | None] = library.plain_value
+
 _operators = torch.ops.fused_reg
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from typing_extensions import Unpack
 
-from fused_reg import _routes
+from fused_reg import _ops, _routes
 from fused_reg._arguments import Strength, as_list, as_strengths
 from fused_reg._terms import Terms, takes_terms
 
@@ -80,6 +80,8 @@ def fused_penalty(
     (group lasso).
     """
     tensors = as_list("fused_penalty", params)
+    if not (terms or is_compiling()) and (plain := _ops.plain_value(tensors, l1, l2)) is not None:
+        return plain
     strengths = as_strengths("fused_penalty", tensors, l1, l2, terms)
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")

@@ -20,6 +20,7 @@ from fused_reg.regularizer import strays
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.lasting import check_lasting
 from fused_reg.regularizer.nesting import Nesting
+from fused_reg.regularizer.repeats import Repeat
 from fused_reg.regularizer.share import Share
 from fused_reg.regularizer.steps import Closure, closure_of, exchanged, found_infinity, is_inert, with_penalty
 from fused_reg.regularizer.table import Entry, Table
@@ -68,6 +69,7 @@ class Attachment:
         self._value: Any = None  # a tensor, or what has one by `total`
         self._has_ridden = False  # whether the optimizer has taken the penalty into its own pass
         self._rest: tuple[list[Tensor], Part | None] = [], None  # what has no gradient, in the last such pass
+        self._last: Repeat | None = None  # how the last step was, if that was a simple one
         self._said: set[str] = set()
         self.handler = strays.Handler(weakref.ref(self))
         self._share = Share(table, mode)
@@ -153,7 +155,7 @@ class Attachment:
     def __getstate__(self) -> dict[str, Any]:
         gone = dict.fromkeys(("_optimizer", "_all", "_nesting", "handler"))
         value = None if self._value is None else self.value
-        return {**vars(self), **gone, "_hooks": [], "_watches": [], "_value": value, "_rest": ([], None)}
+        return {**vars(self), **gone, "_hooks": [], "_watches": [], "_value": value, "_rest": ([], None), "_last": None}
 
     def __repr__(self) -> str:
         optimizer = self.optimizer
@@ -195,14 +197,17 @@ class Attachment:
         if depth != self._nesting.levels:
             return None
         self.entered += 1
+        self._has_ridden = self._is_open = self._is_inert = False
+        self._before_inert = None
+        self._awaits_closure = closure is not None
+        last, self._last = self._last, None
+        if last is not None and closure is None and self._repeats(last, optimizer):
+            return None
         self._follow(optimizer)
         if self._mode != "grad":
             self._share.check_rates(optimizer)
             self._use()
-        self._has_ridden = False
         self._is_inert = is_inert(optimizer)
-        self._is_open, self._before_inert = False, None
-        self._awaits_closure = closure is not None
         if closure is None and self._is_inert:
             self._remember()
             return None
@@ -216,7 +221,17 @@ class Attachment:
         is_first = depth == 1 or not self._nesting.has_penalty(self._share.params)
         if self._mode == "grad" and not rides and is_first:
             self._accumulate(optimizer)
+            if depth == 1 and not self._include_unused:
+                self._last = Repeat(self._share, optimizer)
         return None
+
+    def _repeats(self, last: Repeat, optimizer: Optimizer) -> bool:
+        """Whether the step that begins has its penalty by now, as the last one had."""
+        if any(map(_requires_grad, self._frozen or ())) or (value := last.run(optimizer, self._follow)) is None:
+            return False
+        self._value, self._last = value, last
+        self._nesting.added(self._share.params)
+        return True
 
     def _rides(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer of ours takes the penalty into the pass of the step that begins."""
@@ -354,12 +369,11 @@ class Attachment:
 
     def _has_stepped(self, optimizer: Optimizer) -> bool:
         """Whether the step that ends was one."""
-        kind = type(optimizer).__name__
         if self._mode == "grad" and self._awaits_closure and not self._is_inert:
             self.warn_once(
                 "closure",
-                f"attach: a step of {kind} did not call its closure, and had no penalty, which follows the closure; "
-                "call step() without one",
+                f"attach: a step of {type(optimizer).__name__} did not call its closure, and had no penalty, which "
+                "follows the closure; call step() without one",
             )
         if self._is_inert:  # and none indeed, if the weights are as before, or the penalty could not enter
             before = self._before_inert
@@ -369,8 +383,8 @@ class Attachment:
             if not self._is_open:
                 self.warn_once(
                     "no gradient",
-                    f"attach: a step of {kind} changed parameters that have no gradient in .grad, where the penalty "
-                    "enters, and had no penalty; add regularizer() to the loss instead",
+                    f"attach: a step of {type(optimizer).__name__} changed parameters that have no gradient in .grad, "
+                    "where the penalty enters, and had no penalty; add regularizer() to the loss instead",
                 )
                 return False
         if self._is_open and self._mode == "grad":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fused_reg import _routes
+from fused_reg import _ops, _routes
 from fused_reg._arguments import as_scale, as_step, as_strengths, check_closed_form, relabelled
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import TERM_OF, TERMS, Group, Strengths
@@ -64,6 +64,10 @@ class _Call:
     def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool) -> Tensor:
         factor = self._factor(scale)
         return self._run(_routes.accumulate_grad_, self._params, self._strengths(), factor, skip_missing, True)
+
+    def add_to(self, grads: list[Tensor], modes: list[int]) -> Tensor:
+        """The same of lists that were looked at, without names in errors; nothing is written then."""
+        return _ops.accumulate_grad_(self._params, grads, modes, self.sign, None, *self._strengths())
 
     def check_accumulation(self, scale: float | Tensor | None, skip_missing: bool) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
@@ -122,7 +126,7 @@ class Part:
         self._version = -1
         self._chosen: list[bool] = []
         self._device: torch.device | None = None
-        self._calls: list[_Call] = []
+        self.calls: list[_Call] = []
         self._current_calls()  # now, not inside a graph that is being compiled
 
     def _current_calls(self, chosen: list[bool] | None = None) -> list[_Call]:
@@ -131,9 +135,9 @@ class Part:
             chosen = [p.requires_grad for p in self.params]
         if chosen != self._chosen or self._version != self._table.version or self.params[0].device != self._device:
             self._table.place_cells()
-            self._calls = list(_calls(self.entries, chosen, self._maximized, self._is_one_of))
+            self.calls = list(_calls(self.entries, chosen, self._maximized, self._is_one_of))
             self._chosen, self._version, self._device = chosen, self._table.version, self.params[0].device
-        return self._calls
+        return self.calls
 
     def penalty(self) -> Tensor:
         calls = self._current_calls()

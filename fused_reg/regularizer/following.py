@@ -6,13 +6,13 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from operator import is_
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from fused_reg import _ops
 from fused_reg._terms import TERM_OF
 from fused_reg._warnings import warn
 from fused_reg.distributed.shards import cuts
@@ -23,7 +23,6 @@ from fused_reg.regularizer.selection import Choice
 from fused_reg.regularizer.strengths import Given, Penalty
 
 _NAMES_SHOWN = 4
-_END = object()
 
 
 class _Snapshot:
@@ -37,14 +36,12 @@ class _Snapshot:
         known = {} if before is None else before.places
         tables = [(id(m), table) for m in modules for table in (m._parameters, m._modules)]
         self.places = {(i, key): _uncut(x, known.get((i, key))) for i, table in tables for key, x in table.items()}
-        self._content = [*self.places.values(), _END]
-        self._views: list[Iterable[Any]] = [*(table.values() for _, table in tables if table), (_END,)]
-        self._empty = [table for _, table in tables if not table]
+        self._content = [*self.places.values()]
+        self._tables = [table for _, table in tables]
 
     def is_current(self) -> bool:
         """Whether the same is in the tables now, and no mark was set."""
-        is_same = all(map(is_, chain.from_iterable(self._views), self._content)) and not any(self._empty)
-        return is_same and self.mark_count == marks.count
+        return self.mark_count == marks.count and _ops.has_values(self._tables, self._content)
 
     def is_same(self, other: _Snapshot) -> bool:
         are_alike = self.places.keys() == other.places.keys() and self.mark_count == other.mark_count

@@ -42,7 +42,7 @@ class Share:
     shrinking: Part
 
     def __init__(self, table: Table, mode: Mode) -> None:
-        self._table = table
+        self.table = table
         self._mode = mode
         self._options: list[Any] = []  # what was in the optimizer at the last look
         self._seen: list[Tensor] = []
@@ -53,8 +53,8 @@ class Share:
 
     def has_changed(self, optimizer: Optimizer) -> bool:
         """Whether other parameters or options are in the optimizer, or other strengths in the table, by now."""
-        self._table.follow()
-        options: list[Any] = [self._table.version]
+        self.table.follow()
+        options: list[Any] = [self.table.version]
         params: list[Tensor] = []
         for group in optimizer.param_groups:
             options += group.get("maximize"), group.get("weight_decay"), len(group["params"])
@@ -68,7 +68,7 @@ class Share:
         """Finds the regularizer's parameters among the optimizer's; ``elsewhere``: by identity, what others handle."""
         options, self._options = self._options, []  # until all is right
         groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        entries = [e for e in self._table.entries if id(e.param) in groups]
+        entries = [e for e in self.table.entries if id(e.param) in groups]
         if not entries:
             raise ValueError("attach: optimizer must hold a parameter of the regularizer, got one that holds none")
         for entry in entries:
@@ -87,12 +87,12 @@ class Share:
         self._groups = sorted(set(self.group_of))
         self._guest = None
         if self._mode != "grad":
-            self.part, self.shrinking = Part(self._table, entries), Part(self._table, entries)
+            self.part, self.shrinking = Part(self.table, entries), Part(self.table, entries)
             self.part.check_closed_form("attach: ")
             self._check_by_element()
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
-            self.part = Part(self._table, entries, [maximized[i] for i in self.group_of])
+            self.part = Part(self.table, entries, [maximized[i] for i in self.group_of])
         self._options = options
 
     def _check_by_element(self) -> None:
@@ -109,7 +109,7 @@ class Share:
     def guest(self, owner: Any, prox: Any) -> Guest:
         like = self.params[0].device, self.params[0].dtype
         if self._guest is None or self._guest[1] != like:
-            self._table.place_cells()
+            self.table.place_cells()
             entries = {id(e.param): e for e in self.entries}
             self._guest = Guest(owner, prox, value_dtype(self.params), entries), like
         return self._guest[0]
@@ -118,7 +118,7 @@ class Share:
         """Those of these parameters that have a penalty, of which a step leaves out all."""
         known = {id(p) for p in params}
         entries = [e for e in self.entries if id(e.param) in known and e.param.requires_grad]
-        return Part(self._table, entries, is_one_of=True) if entries else None
+        return Part(self.table, entries, is_one_of=True) if entries else None
 
     def in_step(self) -> list[bool]:
         """Which parameters a step changes now."""
