@@ -12,6 +12,12 @@ namespace fused_reg::FUSED_REG_ISA {
 
 constexpr int kCacheLine = 64;
 
+#if FUSED_REG_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
 // A block is compiled for each of its calls, whose numbers of rows differ; in the baseline once, which takes less time.
 #if FUSED_REG_VECTOR_BYTES == 16
 #define FUSED_REG_BLOCK __attribute__((noinline))
@@ -31,7 +37,7 @@ struct Kernel {
 
   // Lanes that are summed at a time: as many as the registers hold for two terms. A step of an optimizer, which has
   // many streams and much to do with an element, takes all, and the sums stay in the first-level cache.
-  static constexpr int kStrip = P::kSums == 0 || P::kHasOptions || FUSED_REG_VECTOR_BYTES == 64 ? kLanes : 2 * kFloats;
+  static constexpr int kStrip = P::kSums == 0 || P::kHasOptions ? kLanes : kRegisters / 4 * kDoubles;
 
   // How far ahead elements are fetched, into the first-level cache: in the order of memory, whatever that of the sums
   // is, so that the prefetchers of the hardware follow. Strips take lines from all over a block, so the next one is
