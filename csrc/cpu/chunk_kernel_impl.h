@@ -10,17 +10,7 @@
 
 namespace fused_reg::FUSED_REG_ISA {
 
-// Ahead of the reads, into the second-level cache. The hardware prefetcher alone leaves a third of the
-// bandwidth unused, because the arithmetic fills the reorder buffer.
-constexpr int64_t kPrefetchBytes = 4096;
-constexpr size_t kCacheLine = 64;
-
-// Of an optimizer's step, whose streams are read in their order, into the first level.
-constexpr int64_t kPrefetchSteps = 2048;
-
-// Lanes that are summed at a time: as many as the registers hold for two terms.
-constexpr int kStrip = kFloats * (FUSED_REG_VECTOR_BYTES == 64 ? 4 : 2);
-constexpr int kDoubles = kFloats / 2;
+constexpr int kCacheLine = 64;
 
 // A block is compiled for each of its calls, whose numbers of rows differ; in the baseline once, which takes less time.
 #if FUSED_REG_VECTOR_BYTES == 16
@@ -29,32 +19,22 @@ constexpr int kDoubles = kFloats / 2;
 #define FUSED_REG_BLOCK FUSED_REG_INLINE
 #endif
 
-// The sums of one term over the rows of a block, lane by lane.
-struct Lanes {
-  Double sums[kLanes / kDoubles];
-
-  // The halving tree from kLanes to kFoldedLanes.
-  FUSED_REG_INLINE void fold_into(double* folded) {
-    for (int half = kLanes / kDoubles / 2; half >= kFoldedLanes / kDoubles; half /= 2) {
-      for (int v = 0; v < half; ++v) {
-        sums[v] = sums[v] + sums[v + half];
-      }
-    }
-    for (int v = 0; v < kFoldedLanes / kDoubles; ++v) {
-      store(folded + v * kDoubles, sums[v]);
-    }
-  }
-};
-
-template <Dtype dtype, class P>
+template <class E, class P>
 struct Kernel {
-  using E = Element<dtype>;
   using Storage = typename E::Storage;
   using Scalar = typename E::Scalar;
   using Factor = decltype(broadcast<Scalar>(0));
   static constexpr bool kWide = std::is_same_v<Scalar, double>;
   using MultiplyAdd = std::conditional_t<kWide, TwoRoundings, OneRounding>;
   static constexpr unsigned kRead = P::kReads | (P::kSums ? bit(0) : 0);
+
+  // Lanes that are summed at a time: as many as the registers hold for two terms. A step of an optimizer, which has
+  // many streams and much to do with an element, takes all, and the sums stay in the first-level cache.
+  static constexpr int kStrip = P::kSums == 0 || P::kHasOptions || FUSED_REG_VECTOR_BYTES == 64 ? kLanes : 2 * kFloats;
+
+  // Elements ahead, fetched into the first-level cache: in the order of memory, whatever that of the sums is, so that
+  // the prefetchers of the hardware follow. Strips take lines from all over a block, so the next one is fetched.
+  static constexpr int64_t kAhead = P::kHasOptions ? 2048 / sizeof(Storage) : kBlock;
 
   Factor factors[P::kFactors + 1];
   Double sum_factors[P::kSumFactors + 1];
@@ -82,51 +62,42 @@ struct Kernel {
     }
   }
 
-  // What a strip of a row will be, some rows later.
-  static FUSED_REG_INLINE void prefetch(const Storage* strip) {
-    const char* const ahead = reinterpret_cast<const char*>(strip) + kPrefetchBytes;
-    for (size_t byte = 0; byte < kStrip * sizeof(Storage); byte += kCacheLine) {
-      __builtin_prefetch(ahead + byte, 0, 2);
+  // `usual`: what may be there and is rare is not.
+  template <bool usual>
+  FUSED_REG_INLINE bool is_there(Storage* const* streams, int s) const {
+    if constexpr (usual) {
+      return !(P::kOptional & bit(s)) || (P::states(options & P::kUsual) & bit(s)) != 0;
     }
-  }
-
-  static FUSED_REG_INLINE bool is_there(Storage* const* streams, int s) {
     return !(P::kOptional & bit(s)) || streams[s] != nullptr;
   }
 
-  // `usual`: what may be there and is rare is not.
-  template <bool usual = false>
+  template <bool usual>
   FUSED_REG_INLINE void elements(Storage* const* streams, int64_t i) const {
     const unsigned known = usual ? options & P::kUsual : options;
-    const auto is_there = [&](Storage* const* all, int s) {
-      if constexpr (usual) {
-        return !(P::kOptional & bit(s)) || (P::states(known) & bit(s)) != 0;
-      }
-      return Kernel::is_there(all, s);
-    };
+    Factor x[E::kParts][kStreams];
     for (int part = 0; part < E::kParts; ++part) {
-      Factor x[kStreams];
       for (int s = 0; s < kStreams; ++s) {
         if (P::kReads & bit(s)) {
-          x[s] = is_there(streams, s) ? E::read(streams[s] + i, part) : Factor{};
+          x[part][s] = is_there<usual>(streams, s) ? E::read(streams[s] + i, part) : Factor{};
         } else if (P::kOptional & bit(s)) {
-          x[s] = Factor{};
+          x[part][s] = Factor{};
         }
       }
       if constexpr (P::kHasOptions) {
-        P::element(x, factors, known);
+        P::element(x[part], factors, known);
       } else {
-        P::element(x, factors);
+        P::element(x[part], factors);
       }
-      for (int s = 0; s < kStreams; ++s) {
-        if (P::kWrites & bit(s) && is_there(streams, s)) {
-          E::write(streams[s] + i, part, x[s]);
+    }
+    for (int s = 0; s < kStreams; ++s) {
+      if (P::kWrites & bit(s) && is_there<usual>(streams, s)) {
+        auto written = E::written(x[0][s], x[E::kParts - 1][s]);
+        if constexpr (P::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
+          if (s == 0 && (!P::kHasOptions || known & kProximal)) {
+            written = with_positive_zero(written);
+          }
         }
-      }
-      if constexpr (P::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
-        if (!P::kHasOptions || known & kProximal) {
-          store(streams[0] + i, with_positive_zero(load<Bits16>(streams[0] + i)));
-        }
+        store(streams[s] + i, written);
       }
     }
   }
@@ -135,78 +106,81 @@ struct Kernel {
   template <int apart>
   FUSED_REG_INLINE void add(Double* sums, const Storage* elements) const {
     if constexpr (P::kSums != 0) {
-      const DoublePair w = E::widened(elements);
-      for (int h = 0; h < 2; ++h) {
-        Double x[2] = {sums[h], sums[apart + h]};
-        P::template add<MultiplyAdd>(x, w.half[h], sum_factors,
+      const auto w = E::widened(elements);
+      for (int v = 0; v < E::kCount / kDoubles; ++v) {
+        Double x[2] = {sums[v], sums[apart + v]};
+        P::template add<MultiplyAdd>(x, w.of[v], sum_factors,
                                      [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
-        sums[h] = x[0];
-        sums[apart + h] = x[1];
+        sums[v] = x[0];
+        sums[apart + v] = x[1];
       }
     }
   }
 
-  // A block of an optimizer's step, which has so many streams and so much to do with an element that they are read in
-  // the order of memory, into the first-level cache, and the sums stay there. `usual`: no option is rare.
+  // The rows of a block, and the sums of their lanes, E::kParts vectors at a time in the order of E. `usual`: no option
+  // is rare.
   template <bool usual>
-  FUSED_REG_INLINE void step(Double* sums, Storage* const* streams, int64_t begin, int rows) const {
-    constexpr int kLine = std::max<int>(kCacheLine / sizeof(Storage), kFloats);
-    int64_t i = begin;
-    for (int row = 0; row < rows; ++row) {
-      Double* next = sums;
-      for (int line = 0; line < kLanes; line += kLine) {
-        for (int s = 0; s < kStreams; ++s) {
-          if (kRead & bit(s) && is_there(streams, s)) {
-            __builtin_prefetch(reinterpret_cast<const char*>(streams[s] + i) + kPrefetchSteps, 0, 3);
-          }
-        }
-#pragma GCC unroll 4
-        for (int v = 0; v < kLine; v += kFloats) {
-          add<kLanes / kDoubles>(next, streams[0] + i);
-          elements<usual>(streams, i);
-          next += kFloats / kDoubles;
-          i += kFloats;
-        }
-      }
-    }
-  }
-
-  FUSED_REG_BLOCK void block(int b, Storage* const* streams, int64_t begin, int rows) {
-    Lanes lanes[kPassSums];
-    if constexpr (P::kHasOptions) {
-      if constexpr (P::kSums != 0) {
-        std::memset(lanes, 0, sizeof lanes);
-      }
-      constexpr bool kCanBeUsual = P::kUsual != 0 && FUSED_REG_VECTOR_BYTES > 16;
-      kCanBeUsual && (options & ~P::kUsual) == 0 ? step<kCanBeUsual>(lanes[0].sums, streams, begin, rows)
-                                                 : step<false>(lanes[0].sums, streams, begin, rows);
-    }
-    for (int strip = 0; strip < kLanes && !P::kHasOptions; strip += kStrip) {
-      constexpr int kVectors = kStrip / kDoubles;
-      Double strip_sums[kPassSums * kVectors] = {};  // kept in registers
+  FUSED_REG_INLINE void take_rows(Double* sums, Storage* const* streams, int64_t begin, int rows) const {
+    constexpr int kLine = std::min(std::max<int>(kCacheLine / sizeof(Storage), E::kCount), kStrip);
+    constexpr int kVectors = kStrip / kDoubles;
+    int64_t ahead = begin + kAhead;
+    for (int strip = 0; strip < kLanes; strip += kStrip) {
+      Double strip_sums[kPassSums * kVectors] = {};
       for (int row = 0; row < rows; ++row) {
-        const int64_t at = begin + row * kLanes + strip;
-        for (int s = 0; s < kStreams; ++s) {
-          if (kRead & bit(s) && is_there(streams, s)) {
-            prefetch(streams[s] + at);
+        int64_t i = begin + row * kLanes + strip;
+        Double* next = strip_sums;
+        for (int line = 0; line < kStrip; line += kLine) {
+          for (int s = 0; s < kStreams; ++s) {
+            if ((kRead | P::kWrites) & bit(s) && is_there<usual>(streams, s)) {
+              __builtin_prefetch(streams[s] + ahead);
+            }
           }
-        }
-        for (int v = 0; v < kStrip / kFloats; ++v) {
-          const int64_t i = at + v * kFloats;
-          add<kVectors>(strip_sums + 2 * v, streams[0] + i);
-          if constexpr (P::kWrites != 0) {
-            elements(streams, i);
+          ahead += kLine;
+#pragma GCC unroll 4
+          for (int v = 0; v < kLine; v += E::kCount) {
+            add<kVectors>(next, streams[0] + i);
+            if constexpr (P::kWrites != 0) {
+              elements<usual>(streams, i);
+            }
+            next += E::kCount / kDoubles;
+            i += E::kCount;
           }
         }
       }
       for (int v = 0; v < kVectors; ++v) {
-        lanes[0].sums[strip / kDoubles + v] = strip_sums[v];
-        lanes[1].sums[strip / kDoubles + v] = strip_sums[kVectors + v];
+        sums[strip / kDoubles + v] = strip_sums[v];
+        sums[(kLanes + strip) / kDoubles + v] = strip_sums[kVectors + v];
       }
     }
+  }
+
+  // The halving tree from kLanes to kFoldedLanes.
+  static FUSED_REG_INLINE void fold(Double* sums, double* folded) {
+    constexpr int kLeft = std::max(E::kParts * kDoubles, kFoldedLanes);
+    for (int half = kLanes / kDoubles / 2; half >= kLeft / kDoubles; half /= 2) {
+      for (int v = 0; v < half; ++v) {
+        sums[v] = sums[v] + sums[v + half];
+      }
+    }
+    double lanes[kLeft];
+    for (int v = 0; v < kLeft / kDoubles; ++v) {
+      for (int i = 0; i < kDoubles; ++i) {
+        lanes[(v / E::kParts * kDoubles + i) * E::kParts + v % E::kParts] = sums[v][i];
+      }
+    }
+    for (int lane = 0; lane < kFoldedLanes; ++lane) {
+      folded[lane] = kLeft > kFoldedLanes ? lanes[lane] + lanes[lane + kLeft / 2] : lanes[lane];
+    }
+  }
+
+  FUSED_REG_BLOCK void block(int b, Storage* const* streams, int64_t begin, int rows) {
+    Double lanes[kPassSums * kLanes / kDoubles];
+    constexpr bool kCanBeUsual = P::kUsual != 0 && FUSED_REG_VECTOR_BYTES > 16;
+    kCanBeUsual && (options & ~P::kUsual) == 0 ? take_rows<kCanBeUsual>(lanes, streams, begin, rows)
+                                               : take_rows<false>(lanes, streams, begin, rows);
     for (int k = 0; k < kPassSums; ++k) {
       if (P::kSums & bit(k)) {
-        lanes[k].fold_into(sums[k][b].lanes);
+        fold(lanes + k * kLanes / kDoubles, sums[k][b].lanes);
       }
     }
   }
@@ -229,7 +203,7 @@ struct Kernel {
       Storage padded[kUsed][kBlock];
       Storage* ends[kStreams] = {};
       for (int s = 0; s < kUsed; ++s) {
-        if (!is_there(streams, s)) {
+        if (!is_there<false>(streams, s)) {
           continue;
         }
         ends[s] = padded[s];
@@ -240,7 +214,7 @@ struct Kernel {
       }
       block(b++, ends, 0, rows);
       for (int s = 0; s < kUsed; ++s) {
-        if (P::kWrites & bit(s) && is_there(streams, s)) {
+        if (P::kWrites & bit(s) && is_there<false>(streams, s)) {
           std::memcpy(streams[s] + i, padded[s], count * sizeof(Storage));
         }
       }
@@ -268,11 +242,11 @@ struct Kernel {
         std::fill_n(&spread[f][c * chunk], std::min(chunk, size - c * chunk), scalars[f]);
       }
     }
-    for (int64_t i = 0; i < size; i += kFloats) {
+    for (int64_t i = 0; i < size; i += E::kCount) {
       constexpr int kUsed = streams_in(kRead | P::kWrites);
-      Storage padded[kUsed][kFloats];
+      Storage padded[kUsed][E::kCount];
       Storage* at[kStreams] = {};
-      const bool is_whole = i + kFloats <= size;
+      const bool is_whole = i + E::kCount <= size;
       for (int s = 0; s < kUsed; ++s) {
         at[s] = is_whole ? streams[s] + i : padded[s];
         if (!is_whole && kRead & bit(s)) {
@@ -281,18 +255,17 @@ struct Kernel {
         }
       }
       if constexpr (P::kSums != 0) {
-        Double lanes[2 * kPassSums] = {};
-        add<2>(lanes, at[0]);
+        Double lanes[kPassSums][E::kCount / kDoubles] = {};
+        add<E::kCount / kDoubles>(lanes[0], at[0]);
         for (int k = 0; k < kPassSums; ++k) {
-          store(&shares[k][i], lanes[2 * k]);
-          store(&shares[k][i + kDoubles], lanes[2 * k + 1]);
+          std::memcpy(&shares[k][i], lanes[k], sizeof lanes[k]);
         }
       }
       if constexpr (P::kWrites != 0) {
         for (int f = 0; norms != nullptr && f < P::kFactors; ++f) {
           factors[f] = load<Factor>(&spread[f][i]);
         }
-        elements(at, 0);
+        elements<false>(at, 0);
         for (int s = 0; s < kUsed; ++s) {
           if (!is_whole && P::kWrites & bit(s)) {
             std::memcpy(streams[s] + i, padded[s], (size - i) * sizeof(Storage));
@@ -330,16 +303,16 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
       sums = nullptr;
     }
   }
-  Kernel<dtype, P> kernel(task.numbers, 0);
   StepNumbers numbers = task.numbers;
   Storage* streams[kStreams];
   for (int s = 0; s < kStreams; ++s) {
     streams[s] = static_cast<Storage*>(task.streams[s]);
   }
   const double* norms = P::kFactors == 0 ? nullptr : task.norms;
-  if constexpr (Element<dtype>::kParts == 1 && !P::kHasOptions && !kIsRescued) {
+  if constexpr (!P::kHasOptions && !kIsRescued) {
     const int64_t chunk = std::min(task.size, task.chunk_size);
     if (chunk < kLanes) {
+      Kernel<OrderedElement<dtype>, P> kernel(numbers, 0);
       const int64_t step = kernel.kShort / chunk * chunk;
       for (int64_t i = 0; i < task.size; i += step) {
         Storage* at[kStreams];
@@ -350,6 +323,7 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
       return;
     }
   }
+  Kernel<Element<dtype>, P> kernel(numbers, 0);
   for (int64_t left = task.size; left > 0; left -= task.chunk_size) {
     if (norms != nullptr) {
       numbers.norm = *norms++;
@@ -360,7 +334,7 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
     if constexpr (kIsRescued) {
       const int exponent = sums == nullptr ? 0 : rescue_exponent(found.of[0].sum, found.of[1].sum, P::kSums & kL2);
       if (exponent != 0) {
-        found = Kernel<dtype, typename P::Sums>(numbers, exponent).run(streams, size);
+        found = Kernel<Element<dtype>, typename P::Sums>(numbers, exponent).run(streams, size);
       }
     }
     if (sums != nullptr) {

@@ -22,14 +22,17 @@ namespace fused_reg::FUSED_REG_ISA {
 typedef float Float __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
 typedef double Double __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
 typedef uint32_t Bits32 __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
-typedef uint16_t Bits16 __attribute__((vector_size(FUSED_REG_VECTOR_BYTES / 2)));
+typedef uint16_t Bits16 __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
+typedef uint16_t HalfBits16 __attribute__((vector_size(FUSED_REG_VECTOR_BYTES / 2)));
 
 constexpr int kFloats = sizeof(Float) / sizeof(float);
+constexpr int kDoubles = kFloats / 2;
 
-// The elements of one Float in float64: half[0] has the first of them.
-struct DoublePair {
-  Double half[2];
+template <int count>
+struct Doubles {
+  Double of[count];
 };
+using DoublePair = Doubles<2>;  // the elements of one Float: of[0] has the first of them
 
 template <class V>
 FUSED_REG_INLINE V load(const void* from) {
@@ -63,8 +66,8 @@ FUSED_REG_INLINE DoublePair widen(Float v) {
            (Double)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))}};
 }
 FUSED_REG_INLINE Float load_float16(const uint16_t* p) { return (Float)_mm512_cvtph_ps(load<__m256i>(p)); }
-FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
-  store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+FUSED_REG_INLINE HalfBits16 to_float16(Float v) {
+  return (HalfBits16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #elif FUSED_REG_VECTOR_BYTES == 32
 struct OneRounding {
@@ -80,8 +83,8 @@ FUSED_REG_INLINE DoublePair widen(Float v) {
            (Double)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))}};
 }
 FUSED_REG_INLINE Float load_float16(const uint16_t* p) { return (Float)_mm256_cvtph_ps(load<__m128i>(p)); }
-FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
-  store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+FUSED_REG_INLINE HalfBits16 to_float16(Float v) {
+  return (HalfBits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif defined(__aarch64__)
 struct OneRounding {
@@ -94,42 +97,39 @@ FUSED_REG_INLINE DoublePair widen(Float v) {
 }
 FUSED_REG_INLINE DoublePair widen(const float* p) { return widen(load<Float>(p)); }
 FUSED_REG_INLINE Float load_float16(const uint16_t* p) { return (Float)vcvt_f32_f16(load<float16x4_t>(p)); }
-FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) { store(p, vcvt_f16_f32((float32x4_t)v)); }
+FUSED_REG_INLINE HalfBits16 to_float16(Float v) { return (HalfBits16)vcvt_f16_f32((float32x4_t)v); }
 #else
 using OneRounding = TwoRoundings;  // no such instruction; used only where both give the same bits
 FUSED_REG_INLINE DoublePair widen(const float* p) { return {{Double{p[0], p[1]}, Double{p[2], p[3]}}}; }
 FUSED_REG_INLINE DoublePair widen(Float v) { return {{Double{v[0], v[1]}, Double{v[2], v[3]}}}; }
 FUSED_REG_INLINE Float load_float16(const uint16_t* p) {
-  const Bits32 bits = __builtin_convertvector(load<Bits16>(p), Bits32), magnitude = bits & 0x7fff;
+  const Bits32 bits = __builtin_convertvector(load<HalfBits16>(p), Bits32), magnitude = bits & 0x7fff;
   // By way of exponents so high that infinity and NaN have their own; and no subnormal float, which may be flushed to
   // 0.
   const Float normal = (Float)((magnitude << 13) + 0x70000000) * 0x1p-112f;
   const Float subnormal = (Float)(magnitude | 0x3f000000) - 0.5f;
   return (Float)((Bits32)(magnitude < 0x400 ? subnormal : normal) | (bits & 0x8000) << 16);
 }
-FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
+FUSED_REG_INLINE HalfBits16 to_float16(Float v) {
   const Bits32 bits = (Bits32)v, magnitude = bits & 0x7fffffff;
   const Bits32 normal = (magnitude - 0x38000000 + (((magnitude >> 13) & 1) + 0xfff)) >> 13;
   const Bits32 subnormal = (Bits32)((Float)magnitude + 0.5f) - 0x3f000000;
   const Bits32 finite = magnitude < 0x38800000 ? subnormal : normal;
   const Bits32 other = v == v ? Bits32{} + 0x7c00 : Bits32{} + 0x7e00;
-  store(p, __builtin_convertvector((magnitude < 0x47800000 ? finite : other) | (bits >> 16 & 0x8000), Bits16));
+  return __builtin_convertvector((magnitude < 0x47800000 ? finite : other) | (bits >> 16 & 0x8000), HalfBits16);
 }
 #endif
 
-FUSED_REG_INLINE Float load_bfloat16(const uint16_t* p) {
-  return (Float)(__builtin_convertvector(load<Bits16>(p), Bits32) << 16);
-}
-
-FUSED_REG_INLINE void store_bfloat16(uint16_t* p, Float v) {
+// In the upper half of every number, and anything in the lower; NaN has one form.
+FUSED_REG_INLINE Bits32 to_bfloat16(Float v) {
   const Bits32 bits = (Bits32)v;
-  const Bits32 nearest_even = (bits + (((bits >> 16) & 1) + 0x7fff)) >> 16;
-  const Bits32 rounded = v == v ? nearest_even : Bits32{} + 0x7fc0;
-  store(p, __builtin_convertvector(rounded, Bits16));
+  const Bits32 nearest_even = bits + ((bits >> 16) & 1) + 0x7fff;
+  return v == v ? nearest_even : Bits32{} + 0x7fc00000;
 }
 
-// One Element a dtype: how kFloats consecutive elements reach the sums, and as kParts vectors of the compute type the
-// functions of a pass.
+// One Element a dtype: how kCount consecutive elements reach the sums, in float64, and the functions of a pass, in the
+// compute type; and how they are written, of the first and the last of kParts vectors. Element i is in part i % kParts;
+// the vectors of float64 are those of the parts in turn.
 template <Dtype>
 struct Element;
 
@@ -137,42 +137,66 @@ template <>
 struct Element<Dtype::kFloat32> {
   using Storage = float;
   using Scalar = float;
-  static constexpr int kParts = 1;
+  static constexpr int kCount = kFloats, kParts = 1;
   static FUSED_REG_INLINE DoublePair widened(const float* p) { return widen(p); }
   static FUSED_REG_INLINE Float read(const float* p, int) { return load<Float>(p); }
-  static FUSED_REG_INLINE void write(float* p, int, Float v) { store(p, v); }
+  static FUSED_REG_INLINE Float written(Float v, Float) { return v; }
 };
 
 template <>
 struct Element<Dtype::kFloat64> {
   using Storage = double;
   using Scalar = double;
-  static constexpr int kParts = 2;
-  static FUSED_REG_INLINE DoublePair widened(const double* p) {
-    return {{load<Double>(p), load<Double>(p + kFloats / 2)}};
-  }
-  static FUSED_REG_INLINE Double read(const double* p, int part) { return load<Double>(p + part * (kFloats / 2)); }
-  static FUSED_REG_INLINE void write(double* p, int part, Double v) { store(p + part * (kFloats / 2), v); }
+  static constexpr int kCount = kDoubles, kParts = 1;
+  static FUSED_REG_INLINE Doubles<1> widened(const double* p) { return {{load<Double>(p)}}; }
+  static FUSED_REG_INLINE Double read(const double* p, int) { return load<Double>(p); }
+  static FUSED_REG_INLINE Double written(Double v, Double) { return v; }
 };
 
+struct OrderedBFloat16 {
+  using Storage = uint16_t;
+  using Scalar = float;
+  static constexpr int kCount = kFloats, kParts = 1;
+  static FUSED_REG_INLINE DoublePair widened(const uint16_t* p) { return widen(read(p, 0)); }
+  static FUSED_REG_INLINE Float read(const uint16_t* p, int) {
+    return (Float)(__builtin_convertvector(load<HalfBits16>(p), Bits32) << 16);
+  }
+  static FUSED_REG_INLINE HalfBits16 written(Float v, Float) {
+    return __builtin_convertvector(to_bfloat16(v) >> 16, HalfBits16);
+  }
+};
+
+// As pairs of 32 bits: to take them apart, and put together, takes half of what it takes in their order.
 template <>
 struct Element<Dtype::kBFloat16> {
   using Storage = uint16_t;
   using Scalar = float;
-  static constexpr int kParts = 1;
-  static FUSED_REG_INLINE DoublePair widened(const uint16_t* p) { return widen(load_bfloat16(p)); }
-  static FUSED_REG_INLINE Float read(const uint16_t* p, int) { return load_bfloat16(p); }
-  static FUSED_REG_INLINE void write(uint16_t* p, int, Float v) { store_bfloat16(p, v); }
+  static constexpr int kCount = 2 * kFloats, kParts = 2;
+  static FUSED_REG_INLINE Doubles<4> widened(const uint16_t* p) {
+    const DoublePair even = widen(read(p, 0)), odd = widen(read(p, 1));
+    return {{even.of[0], odd.of[0], even.of[1], odd.of[1]}};
+  }
+  static FUSED_REG_INLINE Float read(const uint16_t* p, int part) {
+    const Bits32 pairs = load<Bits32>(p);
+    return (Float)(part == 0 ? pairs << 16 : pairs & 0xffff0000);
+  }
+  static FUSED_REG_INLINE Bits16 written(Float even, Float odd) {
+    return (Bits16)(to_bfloat16(even) >> 16 | (to_bfloat16(odd) & 0xffff0000));
+  }
 };
 
 template <>
 struct Element<Dtype::kFloat16> {
   using Storage = uint16_t;
   using Scalar = float;
-  static constexpr int kParts = 1;
+  static constexpr int kCount = kFloats, kParts = 1;
   static FUSED_REG_INLINE DoublePair widened(const uint16_t* p) { return widen(load_float16(p)); }
   static FUSED_REG_INLINE Float read(const uint16_t* p, int) { return load_float16(p); }
-  static FUSED_REG_INLINE void write(uint16_t* p, int, Float v) { store_float16(p, v); }
+  static FUSED_REG_INLINE HalfBits16 written(Float v, Float) { return to_float16(v); }
 };
+
+// Those whose elements are in their order.
+template <Dtype dtype>
+using OrderedElement = std::conditional_t<dtype == Dtype::kBFloat16, OrderedBFloat16, Element<dtype>>;
 
 }  // namespace fused_reg::FUSED_REG_ISA
