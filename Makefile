@@ -2,7 +2,8 @@
 #
 #   make bench       the environment, the build, and the microbenchmarks (quick form)
 #   make test        the environment, the build, and tests that prove every promise once: minutes
-#   make test-rest   what they leave out: more combinations, sanitizers, CUDA for every architecture, examples, trainers
+#   make test-rest   what they leave out: more combinations, sanitizers, aarch64, CUDA for every architecture, examples,
+#                    trainers
 #   make test-all    both, as CI runs them
 #
 # PYTHON chooses the interpreter, TORCH what pip installs as torch (TORCH=torch for the newest), CONSTRAINTS the versions of
@@ -21,8 +22,8 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*
 SETUP := pyproject.toml setup.py build_backend.py build_config.py cuda_toolkit.py
 PY := fused_reg tests benchmarks examples docs/conf.py $(filter %.py,$(SETUP)) scripts
 
-.PHONY: build lint format types docs docs-links pytest pytest-long configure ctest ctest-long cuda-compile cuda-on-host cuda-build \
-	test test-rest test-all bench bench-full constraints clean
+.PHONY: build lint format types docs docs-links pytest pytest-long configure ctest ctest-long aarch64 cuda-compile \
+	cuda-on-host cuda-build test test-rest test-all bench bench-full constraints clean
 
 $(VENV)/.environment:
 	$(PYTHON) -m venv $(VENV)
@@ -81,6 +82,11 @@ ctest-long: configure
 	$(RUN) cmake --build build/cmake
 	$(RUN) ctest --test-dir build/cmake -j 2 --output-on-failure -LE quick
 
+# The CPU backend on aarch64, in an emulator. root gets the tools by apt-get; skipped where they cannot be had, unless
+# FUSED_REG_REQUIRE_AARCH64=1.
+aarch64: build
+	$(RUN) python -m scripts.check_aarch64
+
 # The CUDA backend, for every architecture and without a GPU; skipped without nvcc, unless FUSED_REG_REQUIRE_NVCC=1.
 cuda-compile: build
 	$(RUN) python -m scripts.check_cuda_compile
@@ -105,7 +111,7 @@ test:
 	$(MAKE) pytest
 
 test-rest: $(VENV)/.all
-	$(MAKE) --jobs 2 --output-sync ctest-long cuda-compile cuda-on-host cuda-build pytest-long
+	$(MAKE) --jobs 2 --output-sync ctest-long aarch64 cuda-compile cuda-on-host cuda-build pytest-long
 
 test-all: test test-rest
 

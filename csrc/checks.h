@@ -112,10 +112,6 @@ inline void check_group(int64_t group) {
   TORCH_CHECK_VALUE(group >= 0 && group <= kLast, "group must be 0 to ", kLast, ", got ", group);
 }
 
-inline void check_ungrouped(Grouping group) {
-  TORCH_CHECK_VALUE(group == Grouping::kNone, "l2_norm must not be given");
-}
-
 inline void check_grouped(Grouping group) { TORCH_CHECK_VALUE(group != Grouping::kNone, "l2_norm must be given"); }
 
 inline void check_norms(const OptionalTensor& norms, at::IntArrayRef first_groups, at::TensorList params,

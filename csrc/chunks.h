@@ -5,6 +5,9 @@
 //
 // A tensor may be cut into groups of equal size first, as its rows; then a chunk never crosses two groups either.
 //
+// A thread goes from VISIT to visit: a chunk; a whole group of several chunks that fits its cache, so that what depends
+// on the group's norm finds the group there; or some short groups, as each alone would cost more than its elements.
+//
 // Chunks depend on the sizes only, never on the number of threads or blocks, so neither do sums taken
 // chunk by chunk. Pure host C++.
 #pragma once
@@ -24,12 +27,28 @@ struct Chunk {
   int64_t group;  // of the list
 };
 
+// Consecutive chunks of a tensor, of one size, but the last, which may be shorter.
+struct Visit {
+  Chunk first;
+  int64_t chunks;
+  int64_t size;  // elements in all
+};
+
+// A group of at most so many elements is one visit: with its gradient it fits a second-level cache.
+constexpr int64_t kVisitedGroup = 4 * kChunkSize;
+
+// Short groups are visited together, up to so many elements: with their gradients they fit a first-level cache.
+constexpr int64_t kVisitedTogether = 2048;
+constexpr int kMaxVisit = 64;  // chunks
+
 class ChunkPlan {
  public:
   ChunkPlan() : ChunkPlan(std::vector<int64_t>{}) {}
 
-  // Tensors of these sizes, each of them one group.
-  explicit ChunkPlan(const std::vector<int64_t>& sizes) : ChunkPlan(sizes, std::vector<int64_t>(sizes.size(), 1)) {}
+  // Tensors of these sizes, not cut.
+  explicit ChunkPlan(const std::vector<int64_t>& sizes) : ChunkPlan(sizes, std::vector<int64_t>(sizes.size(), 1)) {
+    visited_group_ = 0;
+  }
 
   // Tensors of these sizes, each cut into a number of groups. One that is cut into none must be empty.
   ChunkPlan(const std::vector<int64_t>& sizes, const std::vector<int64_t>& groups)
@@ -74,16 +93,38 @@ class ChunkPlan {
             first_group_[t] + group};
   }
 
-  // The first chunk whose middle is at or after an element of the flattened list. It turns equal shares of the
-  // elements into disjoint ranges of chunks that are as equal as chunks can be.
+  // Whether the groups of tensor t are visited whole.
+  bool visits_groups(int64_t t) const { return group_size_[t] <= visited_group_; }
+
+  // The visit that begins with chunk c and ends before another; from the tensor of an earlier chunk on.
+  Visit visit(int64_t c, int64_t end, int64_t* of_earlier) const {
+    const Chunk first = chunk(c, of_earlier);
+    const int64_t t = first.tensor;
+    if (!visits_groups(t)) {
+      return {first, 1, first.size};
+    }
+    if (chunks_per_group(t) > 1) {
+      return {first, chunks_per_group(t), group_size_[t]};
+    }
+    const int64_t together = std::clamp<int64_t>(kVisitedTogether / first.size, 1, kMaxVisit);
+    const int64_t chunks = std::min({together, first_chunk_[t + 1] - c, end - c});
+    return {first, chunks, chunks * first.size};
+  }
+
+  // The first chunk, or group that is visited whole, whose middle is at or after an element of the flattened list. It
+  // turns equal shares of the elements into disjoint ranges of chunks that are as equal as these can be.
   int64_t chunk_from(int64_t element) const {
     if (element >= elements()) {
       return chunks();
     }
     const int64_t t = owner(first_element_, element);
     const int64_t within = element - first_element_[t];
-    const int64_t c =
-        first_chunk_[t] + within / group_size_[t] * chunks_per_group(t) + within % group_size_[t] / kChunkSize;
+    const int64_t of_group = chunks_per_group(t), in_group = within % group_size_[t];
+    const int64_t first = first_chunk_[t] + within / group_size_[t] * of_group;
+    if (visits_groups(t)) {
+      return in_group <= group_size_[t] / 2 ? first : first + of_group;
+    }
+    const int64_t c = first + in_group / kChunkSize;
     const Chunk holder = chunk(c);
     return within - holder.begin <= holder.size / 2 ? c : c + 1;
   }
@@ -98,6 +139,7 @@ class ChunkPlan {
   std::vector<int64_t> first_chunk_;    // [tensors + 1]
   std::vector<int64_t> first_group_;    // [tensors + 1]
   std::vector<int64_t> group_size_;     // [tensors], elements
+  int64_t visited_group_ = kVisitedGroup;
 };
 
 }  // namespace fused_reg

@@ -39,7 +39,7 @@ struct Operators {
         }
       }
     }
-    at::Tensor value = run_penalty(pass, params, {1, {}}, !places.empty(), &norms);
+    at::Tensor value = run_penalty(pass, {1, {}}, &norms);
     for (const auto i : c10::irange(places.size())) {
       grads[i] = laid_out_as(params[places[i]], std::move(grads[i]));
     }
@@ -49,17 +49,12 @@ struct Operators {
   static Tensors penalty_grad(const at::Tensor& upstream, at::TensorList params, const c10::List<bool>& needs_grad,
                               const OptionalTensor& norms, at::IntArrayRef first_groups, FUSED_REG_NUMBERS) {
     ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_NUMBERS_GIVEN);
-    check_number("upstream", {0, upstream}, params[0].device());
     Tensors grads;
     grads.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
       grads.push_back(ListPass::empty_grad(pass.dense(t)));
-      pass.write_grad(t, grads.back());
     }
-    if (pass.group() != Grouping::kNone) {
-      check_norms(norms, first_groups, params, pass.group());
-    }
-    pass.run_gradient({0, upstream}, norms, first_groups, /*keep_if_one=*/false);
+    run_gradient(pass, upstream, params, grads, norms, first_groups, /*keep_if_one=*/false);
     for (const auto t : c10::irange(params.size())) {
       grads[t] = laid_out_as(params[t], std::move(grads[t]));
     }
@@ -67,15 +62,20 @@ struct Operators {
   }
 
   static void rescale_grad_(const at::Tensor& upstream, at::TensorList params, at::TensorList grads,
-                            const c10::List<bool>& needs_grad, FUSED_REG_NUMBERS) {
+                            const c10::List<bool>& needs_grad, const OptionalTensor& norms,
+                            at::IntArrayRef first_groups, FUSED_REG_NUMBERS) {
     ListPass pass(params, selection_of(needs_grad, params.size()), FUSED_REG_NUMBERS_GIVEN);
-    check_number("upstream", {0, upstream}, params[0].device());
     check_grads(grads.size(), params.size());
-    check_ungrouped(pass.group());
+    Tensors written(grads.begin(), grads.end());
     for (const auto t : c10::irange(params.size())) {
-      pass.write_grad(t, grads[t]);
+      if (!has_layout_of(grads[t], pass.dense(t))) {
+        written[t] = ListPass::empty_grad(pass.dense(t)).copy_(grads[t]);
+      }
     }
-    pass.run_gradient({0, upstream}, std::nullopt, {}, /*keep_if_one=*/true);
+    run_gradient(pass, upstream, params, written, norms, first_groups, /*keep_if_one=*/true);
+    for (const auto t : c10::irange(params.size())) {
+      copy_back(written[t], grads[t]);
+    }
   }
 
   static at::Tensor accumulate_grad_(at::TensorList params, at::TensorList grads, at::IntArrayRef modes, double scale,
@@ -108,7 +108,7 @@ struct Operators {
         pass.write_grad(places[i], written[i]);
       }
     }
-    at::Tensor value = run_penalty(pass, params, {scale, scale_tensor}, true, nullptr);
+    at::Tensor value = run_penalty(pass, {scale, scale_tensor}, nullptr);
     for (const auto i : c10::irange(places.size())) {
       copy_back(written[i], grads[i]);
     }
@@ -135,14 +135,10 @@ struct Operators {
     check_list(params, numbers);
     check_writable(params);
     ListPass pass(params, all_of(params.size()), numbers);
-    if (pass.group() == Grouping::kNone) {
-      pass.run_prox(std::nullopt, {});
-    } else if (norms.has_value()) {
+    if (pass.group() != Grouping::kNone && norms.has_value()) {
       check_norms(norms, first_groups, params, pass.group());
-      pass.run_prox(norms, first_groups);
-    } else {
-      pass.run_prox(pass.run_soft_norms(), own_first_groups(params, pass.group()));
     }
+    pass.run_prox(norms, first_groups);
     for (const auto t : c10::irange(params.size())) {
       copy_back(pass.dense(t), params[t]);
     }
@@ -209,19 +205,7 @@ struct Operators {
       row.streams[kUnscaled] = options & kUnscale ? own[t] : nullptr;
     }
     pass.want_exact();
-    at::Tensor value;
-    if (pass.group() == Grouping::kNone) {
-      value = pass.run_step(step, rows, {1, grad_scale}, {0, found_inf}, std::nullopt, {});
-    } else {
-      const std::vector<int64_t> first_groups = own_first_groups(params, pass.group());
-      OptionalTensor found;
-      std::tie(value, found) = pass.run_group_penalty();
-      pass.run_step(step, rows, {1, grad_scale}, {0, found_inf}, found, first_groups);
-      // What follows on the step is not asked for either, which needs a look at that.
-      if (options & kProximal && !(found_inf.has_value() && found_inf->item<double>() != 0)) {
-        pass.run_prox(pass.run_soft_norms(), first_groups);
-      }
-    }
+    at::Tensor value = pass.run_step(step, rows, {1, grad_scale}, {0, found_inf});
     for (const auto t : c10::irange(n)) {
       copy_back(pass.dense(t), params[t]);
     }
@@ -260,32 +244,28 @@ struct Operators {
     }
   }
 
-  // The value, and the gradients that were asked for: one pass, or with norms two. These go to `norms`, unless it is
-  // null.
-  static at::Tensor run_penalty(ListPass& pass, at::TensorList params, const NumberArg& scale, bool with_grads,
-                                Tensors* norms) {
+  static void run_gradient(ListPass& pass, const at::Tensor& upstream, at::TensorList params, const Tensors& grads,
+                           const OptionalTensor& norms, at::IntArrayRef first_groups, bool keep_if_one) {
+    check_number("upstream", {0, upstream}, params[0].device());
+    for (const auto t : c10::irange(params.size())) {
+      pass.write_grad(t, grads[t]);
+    }
+    if (pass.group() != Grouping::kNone) {
+      check_norms(norms, first_groups, params, pass.group());
+    }
+    pass.run_gradient({0, upstream}, norms, first_groups, keep_if_one);
+  }
+
+  // The value, and the gradients that were asked for. The norms go to `norms`, unless it is null.
+  static at::Tensor run_penalty(ListPass& pass, const NumberArg& scale, Tensors* norms) {
     if (pass.group() == Grouping::kNone) {
       return pass.run_penalty(scale);
     }
-    auto [value, found] = pass.run_group_penalty();
-    if (with_grads) {
-      pass.run_gradient(scale, found, own_first_groups(params, pass.group()), /*keep_if_one=*/false);
-    }
+    auto [value, found] = pass.run_group_penalty(scale);
     if (norms != nullptr) {
       norms->push_back(std::move(found));
     }
     return value;
-  }
-
-  // Where the norms of each parameter begin in those that a pass over the same list gives.
-  static std::vector<int64_t> own_first_groups(at::TensorList params, Grouping group) {
-    std::vector<int64_t> first_groups;
-    int64_t groups = 0;
-    for (const at::Tensor& p : params) {
-      first_groups.push_back(groups);
-      groups += groups_of(p, group);
-    }
-    return first_groups;
   }
 };
 

@@ -9,9 +9,10 @@
 TORCH_LIBRARY(fused_reg, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
 
-  // In one pass (with l2_norm, two): the penalty of the whole list, 0-dim, float64 if any parameter is, else float32;
-  // the gradient of every parameter whose needs_grad is true (none if that is empty); and with l2_norm, one tensor: the
-  // norm of every group, [groups] float64, those of the first parameter, of the second, ...; an empty one has none.
+  // In one pass (on a GPU with l2_norm two): the penalty of the whole list, 0-dim, float64 if any parameter is, else
+  // float32; the gradient of every parameter whose needs_grad is true (none if that is empty); and with l2_norm, one
+  // tensor: the norm of every group, [groups] float64, those of the first parameter, of the second, ...; an empty one
+  // has none.
   m.def("penalty(Tensor[] params, bool[] needs_grad, " NUMBERS ") -> (Tensor, Tensor[], Tensor[])", tags);
 
   // upstream * d(penalty)/d(param). The parameters are those of a list that need a gradient; needs_grad and the numbers
@@ -22,10 +23,12 @@ TORCH_LIBRARY(fused_reg, m) {
       "first_groups, " NUMBERS ") -> Tensor[]",
       tags);
 
-  // The same without l2_norm, written over gradients that penalty has computed for an upstream gradient of 1. Where
-  // upstream is 1, nothing is read or written.
-  m.def("rescale_grad_(Tensor upstream, Tensor[] params, Tensor(a!)[] grads, bool[] needs_grad, " NUMBERS ") -> ()",
-        tags);
+  // The same, written over gradients that penalty has computed for an upstream gradient of 1. Where upstream is 1,
+  // nothing is read or written.
+  m.def(
+      "rescale_grad_(Tensor upstream, Tensor[] params, Tensor(a!)[] grads, bool[] needs_grad, Tensor? norms, SymInt[] "
+      "first_groups, " NUMBERS ") -> ()",
+      tags);
 
   // The penalty; and scale * its gradient in grads, which has one for each parameter whose mode is not 0 (not wanted):
   // 1 written over what is there, 2 added to it.

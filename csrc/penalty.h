@@ -311,18 +311,20 @@ FUSED_REG_INLINE int rescue_exponent(double l1, double l2, bool has_l2) {
 
 // The norm of a group, of its sum of squares. NaN has one form.
 FUSED_REG_INLINE double norm_of(const ScaledSum& squares) {
-  return squares.sum == squares.sum ? std::ldexp(std::sqrt(squares.sum), squares.exponent) : static_cast<double>(NAN);
+  const double norm = std::sqrt(squares.sum);
+  return norm == norm ? (squares.exponent == 0 ? norm : std::ldexp(norm, squares.exponent)) : static_cast<double>(NAN);
 }
 
 FUSED_REG_INLINE double norm_penalty(double l2_norm, const ScaledSum& squares) {
   return l2_norm == 0 ? 0 : scaled_product(l2_norm, std::sqrt(squares.sum), squares.exponent);
 }
 
-// sgn(w) * max(0, |w| - threshold). NaN stays NaN, and so it is by a threshold that is; a zero is +0.
+// sgn(w) * max(0, |w| - threshold): w without its part between -threshold and threshold. NaN stays NaN, and so it is by
+// a threshold that is; a zero is +0.
 template <class V>
 FUSED_REG_INLINE V soft(V w, V threshold) {
-  const V zero = threshold == threshold ? V{} : threshold;
-  return w > threshold ? w - threshold : (w < -threshold ? w + threshold : (w == w ? zero : w));
+  const V below = w < threshold ? w : threshold, part = below > -threshold ? below : -threshold;
+  return w == part ? V{} : w - part;
 }
 
 // What the elements of a group whose norm after soft() is this are multiplied by. A NaN norm makes the group NaN.

@@ -437,11 +437,11 @@ def calls(params, given, device):
         sizes = [group_count(p, given.group) for p in params]
         firsts = [sum(sizes[:i]) for i in range(count) if needs_grad[i]]
         yield "norms", (params, *given)
-        yield "penalty_grad", (upstream, selected, needs_grad, norms, firsts, *given)
     else:
-        yield "penalty_grad", (upstream, selected, needs_grad, None, (), *given)
-        ones = [torch.empty_like(p).fill_(1) for p in selected]
-        yield "rescale_grad_", (upstream, selected, ones, needs_grad, *given)
+        norms, firsts = None, ()
+    ones = [torch.empty_like(p).fill_(1) for p in selected]
+    yield "penalty_grad", (upstream, selected, needs_grad, norms, firsts, *given)
+    yield "rescale_grad_", (upstream, selected, ones, needs_grad, norms, firsts, *given)
     for with_zeros in (False, True):
         yield "sums", (params, with_zeros, *given)
 

@@ -285,7 +285,7 @@ def test_every_kernel(table, cuda):
         both, grads, _ = _ops.penalty(params, [True] * len(params), *given)
         fresh = _ops.penalty_grad(upstream, params, [True] * len(params), None, (), *given)
         kept = [g.cpu() for g in grads]
-        _ops.rescale_grad_(upstream, params, grads, [True] * len(params), *given)
+        _ops.rescale_grad_(upstream, params, grads, [True] * len(params), None, (), *given)
         results[device.type] = [value, both, *kept, *fresh, *grads, _ops.sums(params, True, *given)]
         results[device.type] += _norms_and_in_place(params, given, upstream)
     assert_same_bits(results["cuda"], results["cpu"])

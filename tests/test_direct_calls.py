@@ -78,7 +78,7 @@ def test_results():
         ("penalty", ([torch.ones(2)], [], [0.5], [], [-2, 0, 0, 0, 0, 0], 0)),
         ("penalty", ([torch.ones(2)], [], [0.5], [], [1, 0], 0)),  # fewer counts
         ("prox_", ([torch.ones(2)], None, [1 << 70], *HALF)),
-        ("rescale_grad_", (torch.tensor(2.0), [torch.ones(2)], [torch.ones(2)], [True], *NORMS)),
+        ("rescale_grad_", (torch.tensor(2.0), [torch.ones(2)], [torch.ones(2)], [True], None, (), *NORMS)),
     ],
 )
 def test_errors_are_those_of_torch_ops(name, arguments):

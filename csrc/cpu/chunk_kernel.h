@@ -1,12 +1,12 @@
-// The kernel of one chunk, as the launcher sees it: one entry for each instruction set, the same bits from
+// The kernel of some chunks, as the launcher sees it: one entry for each instruction set, the same bits from
 // all of them. Free of torch, so that no inline function of a header is compiled for a CPU that this one is not.
 #pragma once
 
 #include <cstdint>
 
+#include "../chunks.h"
 #include "../dtypes.h"
 #include "../passes/passes.h"
-#include "../summation.h"
 
 namespace fused_reg {
 
@@ -16,14 +16,17 @@ struct ChunkTask {
   void* streams[kStreams];  // those of the pass: [size] elements, any alignment
   int64_t size;
   StepNumbers numbers;
+  int64_t chunk_size = kChunkSize;  // at most kMaxVisit chunks, of which the last may be shorter
+  const double* norms = nullptr;    // of the group of each chunk; null: that of the numbers
 };
 
-using ChunkKernel = ChunkSums (*)(const ChunkTask&);
+// The sums of each chunk; null: they are not asked for.
+using ChunkKernel = void (*)(const ChunkTask&, ChunkSums*);
 
 #if defined(__x86_64__)
-ChunkSums chunk_kernel_avx512(const ChunkTask&);
-ChunkSums chunk_kernel_avx2(const ChunkTask&);
+void chunk_kernel_avx512(const ChunkTask&, ChunkSums*);
+void chunk_kernel_avx2(const ChunkTask&, ChunkSums*);
 #endif
-ChunkSums chunk_kernel_baseline(const ChunkTask&);
+void chunk_kernel_baseline(const ChunkTask&, ChunkSums*);
 
 }  // namespace fused_reg

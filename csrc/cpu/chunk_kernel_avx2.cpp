@@ -12,7 +12,7 @@
 
 namespace fused_reg {
 
-ChunkSums chunk_kernel_avx2(const ChunkTask& task) { return avx2::run_chunk(task); }
+void chunk_kernel_avx2(const ChunkTask& task, ChunkSums* sums) { avx2::run_pass(task, sums); }
 
 }  // namespace fused_reg
 

@@ -13,7 +13,7 @@
 
 namespace fused_reg {
 
-ChunkSums chunk_kernel_avx512(const ChunkTask& task) { return avx512::run_chunk(task); }
+void chunk_kernel_avx512(const ChunkTask& task, ChunkSums* sums) { avx512::run_pass(task, sums); }
 
 }  // namespace fused_reg
 

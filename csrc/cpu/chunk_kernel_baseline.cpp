@@ -5,6 +5,6 @@
 
 namespace fused_reg {
 
-ChunkSums chunk_kernel_baseline(const ChunkTask& task) { return baseline::run_chunk(task); }
+void chunk_kernel_baseline(const ChunkTask& task, ChunkSums* sums) { baseline::run_pass(task, sums); }
 
 }  // namespace fused_reg

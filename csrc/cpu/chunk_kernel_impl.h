@@ -1,11 +1,10 @@
-// The kernel of one chunk, its sums in the order of summation.h. chunk_kernel_<isa>.cpp includes it with
+// The kernel of some chunks, their sums in the order of summation.h. chunk_kernel_<isa>.cpp includes it with
 // FUSED_REG_ISA and FUSED_REG_VECTOR_BYTES set. Whatever the width of the vectors, every instruction set gives the same
 // bits.
 #pragma once
 
 #include <algorithm>
 
-#include "../chunks.h"
 #include "../summation.h"
 #include "simd.h"
 
@@ -62,6 +61,26 @@ struct Kernel {
   Double scale;  // of the elements in the sums
   BlockSums sums[kPassSums][kBlocks];
   unsigned options;
+  int exponent;
+
+  // Float64 sums are those of w / 2^exponent.
+  Kernel(const StepNumbers& numbers, int exponent) : options(options_of(numbers)), exponent(exponent) {
+    set_factors(numbers);
+    double doubles[P::kSumFactors + 1];
+    P::template sum_factors<Scalar>(numbers, exponent, doubles);
+    for (int f = 0; f < P::kSumFactors; ++f) {
+      sum_factors[f] = broadcast<double>(doubles[f]);
+    }
+    scale = broadcast<double>(exponent == 0 ? 1 : std::ldexp(1.0, -exponent));
+  }
+
+  FUSED_REG_INLINE void set_factors(const StepNumbers& numbers) {
+    Scalar scalars[P::kFactors + 1];
+    P::factors(numbers, scalars);
+    for (int f = 0; f < P::kFactors; ++f) {
+      factors[f] = broadcast<Scalar>(scalars[f]);
+    }
+  }
 
   // What a strip of a row will be, some rows later.
   static FUSED_REG_INLINE void prefetch(const Storage* strip) {
@@ -192,35 +211,18 @@ struct Kernel {
     }
   }
 
-  // The sums, float64 ones those of w / 2^exponent.
-  static ChunkSums run(const ChunkTask& task, int exponent) {
-    Kernel kernel;
-    Scalar scalars[P::kFactors + 1];
-    P::factors(task.numbers, scalars);
-    for (int f = 0; f < P::kFactors; ++f) {
-      kernel.factors[f] = broadcast<Scalar>(scalars[f]);
-    }
-    double doubles[P::kSumFactors + 1];
-    P::template sum_factors<Scalar>(task.numbers, exponent, doubles);
-    for (int f = 0; f < P::kSumFactors; ++f) {
-      kernel.sum_factors[f] = broadcast<double>(doubles[f]);
-    }
-    kernel.scale = broadcast<double>(exponent == 0 ? 1 : std::ldexp(1.0, -exponent));
-    kernel.options = options_of(task.numbers);
-    Storage* streams[kStreams];
-    for (int s = 0; s < kStreams; ++s) {
-      streams[s] = static_cast<Storage*>(task.streams[s]);
-    }
+  // The chunk at these streams.
+  ChunkSums run(Storage* const* streams, int64_t size) {
     int64_t i = 0;
     int b = 0;
-    for (; i + kBlock <= task.size; i += kBlock) {
-      kernel.block(b++, streams, i, kRows);
+    for (; i + kBlock <= size; i += kBlock) {
+      block(b++, streams, i, kRows);
     }
-    const int count = static_cast<int>(task.size - i);
+    const int count = static_cast<int>(size - i);
     const int rows = (count + kLanes - 1) / kLanes;
     if (count % kLanes == 0) {
       if (rows > 0) {
-        kernel.block(b++, streams, i, rows);
+        block(b++, streams, i, rows);
       }
     } else {  // the last row padded with what changes no sum
       constexpr int kUsed = streams_in(kRead | P::kWrites);
@@ -236,7 +238,7 @@ struct Kernel {
           std::memset(padded[s] + count, P::kPadding, (rows * kLanes - count) * sizeof(Storage));
         }
       }
-      kernel.block(b++, ends, 0, rows);
+      block(b++, ends, 0, rows);
       for (int s = 0; s < kUsed; ++s) {
         if (P::kWrites & bit(s) && is_there(streams, s)) {
           std::memcpy(streams[s] + i, padded[s], count * sizeof(Storage));
@@ -245,28 +247,129 @@ struct Kernel {
     }
     ChunkSums found{};
     for (int k = 0; k < kPassSums; ++k) {
-      found.of[k] = {P::kSums & bit(k) ? total(kernel.sums[k], b) : 0, exponent};
+      found.of[k] = {P::kSums & bit(k) ? total(sums[k], b) : 0, exponent};
     }
     return found;
+  }
+
+  // Chunks of less than a row, as many as begin within so many elements at once: what an element adds to its lane, then
+  // the trees; and for each element the factors of its chunk.
+  static constexpr int kShort = 512;
+
+  void run_short(Storage* const* streams, int64_t size, int64_t chunk, const double* norms, StepNumbers* numbers,
+                 ChunkSums* found) {
+    alignas(64) double shares[kPassSums][kShort];
+    alignas(64) Scalar spread[P::kFactors + 1][kShort];
+    for (int64_t c = 0; P::kWrites != 0 && norms != nullptr && c * chunk < size; ++c) {
+      Scalar scalars[P::kFactors + 1];
+      numbers->norm = norms[c];
+      P::factors(*numbers, scalars);
+      for (int f = 0; f < P::kFactors; ++f) {
+        std::fill_n(&spread[f][c * chunk], std::min(chunk, size - c * chunk), scalars[f]);
+      }
+    }
+    for (int64_t i = 0; i < size; i += kFloats) {
+      constexpr int kUsed = streams_in(kRead | P::kWrites);
+      Storage padded[kUsed][kFloats];
+      Storage* at[kStreams] = {};
+      const bool is_whole = i + kFloats <= size;
+      for (int s = 0; s < kUsed; ++s) {
+        at[s] = is_whole ? streams[s] + i : padded[s];
+        if (!is_whole && kRead & bit(s)) {
+          std::memset(padded[s], 0, sizeof padded[s]);
+          std::memcpy(padded[s], streams[s] + i, (size - i) * sizeof(Storage));
+        }
+      }
+      if constexpr (P::kSums != 0) {
+        Double lanes[2 * kPassSums] = {};
+        add<2>(lanes, at[0]);
+        for (int k = 0; k < kPassSums; ++k) {
+          store(&shares[k][i], lanes[2 * k]);
+          store(&shares[k][i + kDoubles], lanes[2 * k + 1]);
+        }
+      }
+      if constexpr (P::kWrites != 0) {
+        for (int f = 0; norms != nullptr && f < P::kFactors; ++f) {
+          factors[f] = load<Factor>(&spread[f][i]);
+        }
+        elements(at, 0);
+        for (int s = 0; s < kUsed; ++s) {
+          if (!is_whole && P::kWrites & bit(s)) {
+            std::memcpy(streams[s] + i, padded[s], (size - i) * sizeof(Storage));
+          }
+        }
+      }
+    }
+    for (int64_t c = 0; found != nullptr && c * chunk < size; ++c) {
+      found[c] = ChunkSums{};
+      for (int k = 0; k < kPassSums; ++k) {
+        if (P::kSums & bit(k)) {
+          double* const lanes = &shares[k][c * chunk];
+          int64_t count = std::min(chunk, size - c * chunk);
+          for (int half = kLanes / 2; half > 0; half /= 2) {
+            for (int64_t lane = 0; lane + half < count; ++lane) {
+              lanes[lane] += lanes[lane + half];
+            }
+            count = std::min<int64_t>(count, half);
+          }
+          found[c].of[k].sum = lanes[0];
+        }
+      }
+    }
   }
 };
 
 // Where sums have left the range of float64, they are taken again.
 template <Dtype dtype, class P>
-ChunkSums run_kernel(const ChunkTask& task) {
-  if constexpr (dtype == Dtype::kFloat64 && !std::is_void_v<typename P::Sums> && (P::kWrites & bit(0))) {
-    const ChunkSums sums = run_kernel<dtype, typename P::Sums>(task);  // of what is written over
-    Kernel<dtype, P>::run(task, 0);
-    return sums;
-  }
-  const ChunkSums sums = Kernel<dtype, P>::run(task, 0);
-  if constexpr (!std::is_void_v<typename P::Sums> && (dtype == Dtype::kFloat64 || P::kOfAnyDtype)) {
-    const int exponent = rescue_exponent(sums.of[0].sum, sums.of[1].sum, P::kSums & kL2);
-    if (exponent != 0) {
-      return Kernel<dtype, typename P::Sums>::run(task, exponent);
+void run_kernel(const ChunkTask& task, ChunkSums* sums) {
+  using Storage = typename Element<dtype>::Storage;
+  constexpr bool kIsRescued = !std::is_void_v<typename P::Sums> && (dtype == Dtype::kFloat64 || P::kOfAnyDtype);
+  if constexpr (kIsRescued && (P::kWrites & bit(0))) {
+    if (sums != nullptr) {
+      run_kernel<dtype, typename P::Sums>(task, sums);  // of what is written over
+      sums = nullptr;
     }
   }
-  return sums;
+  Kernel<dtype, P> kernel(task.numbers, 0);
+  StepNumbers numbers = task.numbers;
+  Storage* streams[kStreams];
+  for (int s = 0; s < kStreams; ++s) {
+    streams[s] = static_cast<Storage*>(task.streams[s]);
+  }
+  const double* norms = P::kFactors == 0 ? nullptr : task.norms;
+  if constexpr (Element<dtype>::kParts == 1 && !P::kHasOptions && !kIsRescued) {
+    const int64_t chunk = std::min(task.size, task.chunk_size);
+    if (chunk < kLanes) {
+      const int64_t step = kernel.kShort / chunk * chunk;
+      for (int64_t i = 0; i < task.size; i += step) {
+        Storage* at[kStreams];
+        std::transform(streams, streams + kStreams, at, [&](Storage* s) { return s == nullptr ? s : s + i; });
+        kernel.run_short(at, std::min(step, task.size - i), chunk, norms == nullptr ? norms : norms + i / chunk,
+                         &numbers, sums == nullptr ? sums : sums + i / chunk);
+      }
+      return;
+    }
+  }
+  for (int64_t left = task.size; left > 0; left -= task.chunk_size) {
+    if (norms != nullptr) {
+      numbers.norm = *norms++;
+      kernel.set_factors(numbers);
+    }
+    const int64_t size = std::min(left, task.chunk_size);
+    ChunkSums found = kernel.run(streams, size);
+    if constexpr (kIsRescued) {
+      const int exponent = sums == nullptr ? 0 : rescue_exponent(found.of[0].sum, found.of[1].sum, P::kSums & kL2);
+      if (exponent != 0) {
+        found = Kernel<dtype, typename P::Sums>(numbers, exponent).run(streams, size);
+      }
+    }
+    if (sums != nullptr) {
+      *sums++ = found;
+    }
+    for (int s = 0; s < kStreams; ++s) {
+      streams[s] += streams[s] == nullptr ? 0 : size;
+    }
+  }
 }
 
 // What a pass that knows some terms is compiled for (passes/terms.h), where a chunk has these of them.
@@ -275,77 +378,79 @@ constexpr int compiled(int terms, int known) {
 }
 
 template <Dtype dtype, template <int> class P, int known, int terms = 0>
-ChunkSums run_compiled(const ChunkTask& task) {
+void run_compiled(const ChunkTask& task, ChunkSums* sums) {
   if constexpr ((terms & ~known) == 0 && compiled(terms, known) == terms) {
     if (compiled(task.numbers.terms & known, known) == terms) {
-      return run_kernel<dtype, P<terms>>(task);
+      return run_kernel<dtype, P<terms>>(task, sums);
     }
   }
   if constexpr (terms < known) {
-    return run_compiled<dtype, P, known, terms + 1>(task);
+    run_compiled<dtype, P, known, terms + 1>(task, sums);
   }
-  return {};
 }
 
-// A pass; with further terms in parts, for which the chunk is still in the cache.
+// A pass; with further terms in parts, for which the chunks are still in the cache.
 template <Dtype dtype, template <int> class P, int known>
-ChunkSums run_terms(const ChunkTask& task) {
+void run_terms(const ChunkTask& task, ChunkSums* sums) {
   if constexpr (P<known>::kHasOptions) {
     if (task.numbers.terms == kNone) {
-      return run_kernel<dtype, P<kNone>>(task);
+      return run_kernel<dtype, P<kNone>>(task, sums);
     }
     if ((task.numbers.terms & ~known) == 0) {
-      return run_kernel<dtype, P<known>>(task);
+      return run_kernel<dtype, P<known>>(task, sums);
     }
-    const ChunkSums sums = run_terms<dtype, PenaltyPass, known>(task);
-    run_kernel<dtype, P<kAllTerms>>(task);
-    return sums;
+    if (sums != nullptr) {
+      run_terms<dtype, PenaltyPass, known>(task, sums);
+    }
+    return run_kernel<dtype, P<kAllTerms>>(task, nullptr);
   } else if constexpr (P<known>::kSums != 0 && known != kNone) {
     if (task.numbers.terms & kFurther) {
-      ChunkSums sums = run_compiled<dtype, PenaltyPass, kL1L2>(task);
+      run_compiled<dtype, PenaltyPass, kL1L2>(task, sums);
       FurtherTerms::each([&](auto term) {
         using T = decltype(term);
         if (task.numbers.terms & T::kBit) {
-          const ScaledSum sum = run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task).of[1];
-          sums.of[T::kSum] = {sum.sum, T::result_exponent(task.numbers, sum.exponent)};
+          ChunkSums found[kMaxVisit];
+          run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task, found);
+          for (int64_t c = 0; c * task.chunk_size < task.size; ++c) {
+            const ScaledSum& sum = found[c].of[1];
+            sums[c].of[T::kSum] = {sum.sum, T::result_exponent(task.numbers, sum.exponent)};
+          }
         }
       });
       if constexpr (P<known>::kWrites != 0) {
-        run_compiled<dtype, P<known>::template Alone, kAllTerms>(task);
+        run_compiled<dtype, P<known>::template Alone, kAllTerms>(task, nullptr);
       }
-      return sums;
+      return;
     }
   }
-  return run_compiled<dtype, P, known>(task);
+  run_compiled<dtype, P, known>(task, sums);
 }
 
 template <Dtype dtype>
-ChunkSums run_pass(const ChunkTask& task) {
+void run_pass_of(const ChunkTask& task, ChunkSums* sums) {
   switch (task.pass) {
 #define FUSED_REG_RUN(name, terms, numbers) \
   case Pass::k##name:                       \
-    return run_terms<dtype, name##Pass, terms>(task);
+    return run_terms<dtype, name##Pass, terms>(task, sums);
     FUSED_REG_PASSES(FUSED_REG_RUN)
     FUSED_REG_STEPS(FUSED_REG_RUN)
 #undef FUSED_REG_RUN
     case Pass::kCount:
       break;
   }
-  return {};
 }
 
-inline ChunkSums run_chunk(const ChunkTask& task) {
+inline void run_pass(const ChunkTask& task, ChunkSums* sums) {
   switch (task.dtype) {
     case Dtype::kFloat32:
-      return run_pass<Dtype::kFloat32>(task);
+      return run_pass_of<Dtype::kFloat32>(task, sums);
     case Dtype::kFloat64:
-      return run_pass<Dtype::kFloat64>(task);
+      return run_pass_of<Dtype::kFloat64>(task, sums);
     case Dtype::kBFloat16:
-      return run_pass<Dtype::kBFloat16>(task);
+      return run_pass_of<Dtype::kBFloat16>(task, sums);
     case Dtype::kFloat16:
-      return run_pass<Dtype::kFloat16>(task);
+      return run_pass_of<Dtype::kFloat16>(task, sums);
   }
-  return {};
 }
 
 }  // namespace fused_reg::FUSED_REG_ISA

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <list>
+#include <memory>
 #include <vector>
 
 #include "../checks.h"
@@ -47,7 +48,11 @@ class ListPass {
       sizes.push_back(task.size);
       groups.push_back(group_ == Grouping::kNone ? 1 : groups_of(params[t], group_));
     }
-    plan_ = ChunkPlan(sizes, groups);
+    plan_ = group_ == Grouping::kNone ? ChunkPlan(sizes) : ChunkPlan(sizes, groups);
+    for (int64_t t = 0; t < plan_.tensors() && group_ != Grouping::kNone; ++t) {
+      first_long_.push_back(long_groups_);
+      long_groups_ += plan_.chunks_per_group(t) > 1 ? plan_.first_group(t + 1) - plan_.first_group(t) : 0;
+    }
     const CpuCapability& capability = cpu_capability();
     kernel_ = plan_.elements() <= kSmallList ? capability.small_kernel : capability.kernel;
   }
@@ -72,37 +77,16 @@ class ListPass {
   // The penalty, 0-dim, float64 if any parameter is, else float32; and every gradient that was asked for, times scale.
   at::Tensor run_penalty(const NumberArg& scale) {
     set_passes(number(scale), Pass::kPenaltyGradient, Pass::kPenaltyAccumulate);
-    return value(penalty_of(run_sums()));
+    return sum_of(run_sums());
   }
 
-  // The penalty with l2_norm, and the norm of every group, [groups] float64.
-  std::tuple<at::Tensor, at::Tensor> run_group_penalty() {
-    for (ChunkTask& task : tasks_) {
-      task.pass = Pass::kPenalty;
-      task.numbers.terms |= kL2;
-    }
-    const std::vector<ChunkSums> sums = run_sums();
-    std::vector<double> penalties(plan_.groups());
-    at::Tensor norms = norms_of(sums, [&](int64_t t, int64_t g, const ScaledSum& squares) {
-      penalties[g] = norm_penalty(tasks_[t].numbers.of[kNormStrength], squares);
-    });
-    const auto chunk_penalty = [&](int64_t c, size_t t) {
-      const bool is_group = plan_.chunks_per_group(t) == 1;
-      return SummedTerms::penalty(tasks_[t].numbers.of, sums[c].of) +
-             (is_group ? penalties[plan_.first_group(t) + c - plan_.first_chunk(t)] : 0);
-    };
-    std::vector<int64_t> large;  // groups of several chunks
-    for (const auto t : c10::irange(plan_.tensors())) {
-      for (int64_t g = plan_.first_group(t); plan_.chunks_per_group(t) > 1 && g < plan_.first_group(t + 1); ++g) {
-        large.push_back(g);
-      }
-    }
-    const int64_t runs = this->runs();
-    size_t t = 0;
-    const double total = column_sum<kColumns>(runs + static_cast<int64_t>(large.size()), [&](int64_t i) {
-      return i < runs ? run_sum(i, &t, chunk_penalty) : penalties[large[i - runs]];
-    });
-    return {value(total), std::move(norms)};
+  // The same with l2_norm, and the norm of every group, [groups] float64.
+  std::tuple<at::Tensor, at::Tensor> run_group_penalty(const NumberArg& scale) {
+    set_passes(number(scale), Pass::kGradient, Pass::kAccumulate);
+    Penalties penalties = some_penalties();
+    at::Tensor norms = at::empty({plan_.groups()}, at::kDouble);
+    run_rounds({{Pass::kPenalty, !adds_.empty(), norms.mutable_data_ptr<double>(), penalties.get()}});
+    return {sum_of(penalties), std::move(norms)};
   }
 
   // The gradients that were asked for, for this upstream gradient; the norms of run_group_penalty() where there are
@@ -120,30 +104,35 @@ class ListPass {
 
   // The norm of every group after the soft threshold, [groups] float64.
   at::Tensor run_soft_norms() {
-    set_pass(Pass::kSoftSquares);
-    return norms_of(run_sums(), [](int64_t, int64_t, auto&) {});
+    at::Tensor norms = at::empty({plan_.groups()}, at::kDouble);
+    run_rounds({{Pass::kSoftSquares, false, norms.mutable_data_ptr<double>(), nullptr}});
+    return norms;
   }
 
-  // The proximal operator, in place, on dense(); the norms of run_soft_norms() where there are any, those of parameter
-  // t from first_groups[t] on.
+  // The proximal operator, in place, on dense(). With groups: the norms of run_soft_norms(), those of parameter t from
+  // first_groups[t] on; or without them, what that would give.
   void run_prox(const OptionalTensor& norms, at::IntArrayRef first_groups) {
-    set_pass(Pass::kProx);
     for (const auto t : c10::irange(tasks_.size())) {
-      tasks_[t].numbers.terms = AllTerms::present(tasks_[t].numbers.of);
+      tasks_[t] = prox_task(tasks_[t]);
       tasks_[t].streams[0] = dense(t).mutable_data_ptr();
     }
-    run_with_norms(norms, first_groups);
+    if (group_ == Grouping::kNone || norms.has_value()) {
+      run_with_norms(norms, first_groups);
+    } else {
+      run_rounds({{Pass::kSoftSquares, true, nullptr, nullptr}});
+    }
   }
 
-  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. With norms, those of
-  // run_group_penalty(), which gave that; a proximal step does not use them, and is without its proximal operator.
-  // Nothing at all where found_inf is not 0: the value has no meaning then.
+  // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. Nothing at all where
+  // found_inf is not 0: the value has no meaning then.
   at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale,
-                      const NumberArg& found_inf, const OptionalTensor& norms, at::IntArrayRef first_groups) {
+                      const NumberArg& found_inf) {
     if (number(found_inf) != 0) {
       return value(0);
     }
     const double scale = number(grad_scale);
+    // With norms the proximal operator follows on the step.
+    const bool is_followed = group_ != Grouping::kNone && !rows.empty() && (rows[0].options & kProximal) != 0;
     for (const auto t : c10::irange(tasks_.size())) {
       ChunkTask& task = tasks_[t];
       const StepRow& row = rows[t];
@@ -153,18 +142,22 @@ class ListPass {
         task.streams[s] = row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr();
       }
       task.numbers.factor = 1;
-      const bool is_alone = norms.has_value() && (row.options & kProximal) != 0;
-      task.numbers.terms = is_alone ? kNone : AllTerms::present(task.numbers.of);
+      task.numbers.terms = is_followed ? kNone : AllTerms::present(task.numbers.of);
       task.numbers.options = row.options;
       std::copy(row.rates, row.rates + kRates, task.numbers.step);
       task.numbers.step[kCount] = row.count == nullptr ? 0 : counted(*row.count);
       task.numbers.step[kGradScale] = scale;
     }
-    if (!norms.has_value()) {
-      return value(penalty_of(run_sums()));
+    if (group_ == Grouping::kNone) {
+      return sum_of(run_sums());
     }
-    run_with_norms(norms, first_groups);
-    return {};
+    Penalties penalties = some_penalties();
+    std::vector<Round> rounds{{Pass::kPenalty, true, nullptr, penalties.get()}};
+    if (is_followed) {
+      rounds.push_back({Pass::kSoftSquares, true, nullptr, nullptr});
+    }
+    run_rounds(rounds);
+    return sum_of(penalties);
   }
 
   // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
@@ -172,7 +165,7 @@ class ListPass {
     for (ChunkTask& task : tasks_) {
       task.numbers.terms = kL1L2 | (has_further_ ? kFurther : kNone);
     }
-    const std::vector<ChunkSums> sums = run_sums();
+    const std::vector<ChunkSums> sums = chunk_sums();
     at::Tensor out = at::empty({plan_.tensors(), kSums}, at::kDouble);
     double* next = out.mutable_data_ptr<double>();
     for (const auto t : c10::irange(plan_.tensors())) {
@@ -185,8 +178,10 @@ class ListPass {
 
   // [tensors] float64: how many elements are 0.
   at::Tensor run_zero_counts() {
-    set_pass(Pass::kZeros);
-    const std::vector<ChunkSums> counts = run_sums();
+    for (ChunkTask& task : tasks_) {
+      task.pass = Pass::kZeros;
+    }
+    const std::vector<ChunkSums> counts = chunk_sums();
     at::Tensor out = at::empty({plan_.tensors()}, at::kDouble);
     for (const auto t : c10::irange(plan_.tensors())) {
       out.mutable_data_ptr<double>()[t] = tensor_sum(t, [&](int64_t c) { return counts[c].of[1].sum; });
@@ -195,87 +190,191 @@ class ListPass {
   }
 
  private:
-  // body(c, chunk, task) for every chunk c, its task cut to it.
-  template <class Body>
-  void run(const Body& body) {
-    for_each_chunk(plan_, [&](int64_t c, const Chunk& chunk) {
-      ChunkTask task = tasks_[chunk.tensor];
-      const int64_t offset = chunk.begin * static_cast<int64_t>(dense(chunk.tensor).element_size());
-      task.streams[0] = static_cast<char*>(task.streams[0]) + offset;
-      for (int s = 1; s < kStreams; ++s) {
-        if (task.streams[s] != nullptr) {
-          task.streams[s] = static_cast<char*>(task.streams[s]) + offset;
-        }
-      }
-      task.size = chunk.size;
-      body(c, chunk, task);
-    });
+  // The penalty of every chunk, and behind them what the norm of each group of several chunks adds.
+  using Penalties = std::unique_ptr<double[]>;
+
+  // Of the passes over a list with norms: sums, from which the norms come, and then what is written with these.
+  struct Round {
+    Pass sums;          // kPenalty or kSoftSquares
+    bool writes;        // the pass of the task, or the proximal operator
+    double* norms;      // of every group; null: not asked for
+    double* penalties;  // as Penalties; null: not asked for
+  };
+
+  ChunkTask task_of(const Visit& visit) const {
+    const int64_t t = visit.first.tensor;
+    ChunkTask task = tasks_[t];
+    const int64_t offset = visit.first.begin * static_cast<int64_t>(dense(t).element_size());
+    for (void*& stream : task.streams) {
+      stream = stream == nullptr ? nullptr : static_cast<char*>(stream) + offset;
+    }
+    task.size = visit.size;
+    task.chunk_size = visit.first.size;
+    return task;
+  }
+
+  static ChunkTask prox_task(ChunkTask task) {
+    task.pass = Pass::kProx;
+    task.numbers.terms = AllTerms::present(task.numbers.of);
+    return task;
+  }
+
+  // Where the threshold is 0, soft(w) is w.
+  static ChunkTask sums_task(ChunkTask task, Pass sums) {
+    task.pass = task.numbers.of[kStep] * task.numbers.of[kL1Strength] == 0 ? Pass::kPenalty : sums;
+    task.numbers.terms = kL2 | (sums == Pass::kPenalty ? AllTerms::present(task.numbers.of) : kNone);
+    return task;
+  }
+
+  void write(ChunkTask task, Pass sums) const {
+    if (sums == Pass::kSoftSquares) {
+      task = prox_task(task);
+    }
+    if (task.pass != Pass::kPenalty) {
+      kernel_(task, nullptr);
+    }
   }
 
   // A pass that writes, where there is something to be written.
   void run_with_norms(const OptionalTensor& norms, at::IntArrayRef first_groups) {
     const double* const all = group_ == Grouping::kNone ? nullptr : norms->const_data_ptr<double>();
-    run([&](int64_t, const Chunk& chunk, ChunkTask& task) {
-      if (task.pass == Pass::kPenalty) {
-        return;
-      }
+    for_each_visit(plan_, [&](int64_t, const Visit& visit) {
+      ChunkTask task = task_of(visit);
       if (all != nullptr) {
-        task.numbers.norm = all[first_groups[chunk.tensor] + chunk.group - plan_.first_group(chunk.tensor)];
+        const int64_t t = visit.first.tensor;
+        set_norms(task, t, all + first_groups[t] + visit.first.group - plan_.first_group(t));
       }
-      kernel_(task);
+      write(task, Pass::kPenalty);
     });
   }
 
+  // The norms of the groups of a visit.
+  void set_norms(ChunkTask& task, int64_t t, const double* norms) const {
+    task.numbers.norm = *norms;
+    task.norms = plan_.chunks_per_group(t) == 1 ? norms : nullptr;
+  }
+
+  // Groups that are visited whole go through all the rounds at once; of others a pass takes the sums, which ends the
+  // pass that writes in the round before.
+  void run_rounds(const std::vector<Round>& rounds) {
+    std::vector<int64_t> sizes, groups;
+    for (const auto t : c10::irange(plan_.tensors())) {
+      sizes.push_back(plan_.visits_groups(t) ? 0 : tasks_[t].size);
+      groups.push_back(plan_.visits_groups(t) ? 0 : plan_.first_group(t + 1) - plan_.first_group(t));
+    }
+    const ChunkPlan large(sizes, groups);
+    std::vector<ChunkSums> sums(large.chunks());
+    std::vector<double> norms(large.groups());
+    const auto visit_large = [&](size_t r, int64_t c, int64_t group, const Visit& visit) {
+      ChunkTask task = task_of(visit);
+      if (r > 0 && rounds[r - 1].writes) {
+        task.numbers.norm = norms[group];
+        write(task, rounds[r - 1].sums);
+      }
+      if (r < rounds.size()) {
+        kernel_(sums_task(task, rounds[r].sums), &sums[c]);
+      }
+    };
+    for_each_visit(plan_, [&](int64_t c, const Visit& visit) {
+      const int64_t t = visit.first.tensor;
+      if (plan_.visits_groups(t)) {
+        visit_groups(rounds, c, visit);
+      } else {
+        visit_large(0, c - plan_.first_chunk(t) + large.first_chunk(t),
+                    visit.first.group - plan_.first_group(t) + large.first_group(t), visit);
+      }
+    });
+    for (size_t r = 1; r <= rounds.size() && large.chunks() > 0; ++r) {
+      for (const auto t : c10::irange(plan_.tensors())) {
+        const int64_t first = large.first_group(t), count = large.chunks_per_group(t);
+        for (int64_t g = first; g < large.first_group(t + 1); ++g) {
+          const int64_t chunk = (g - first) * count;
+          norms[g] = finish(rounds[r - 1], t, plan_.first_group(t) + g - first, plan_.first_chunk(t) + chunk,
+                            &sums[large.first_chunk(t) + chunk]);
+        }
+      }
+      if (rounds[r - 1].writes || r < rounds.size()) {
+        for_each_visit(large, [&](int64_t c, const Visit& visit) { visit_large(r, c, visit.first.group, visit); });
+      }
+    }
+  }
+
+  void visit_groups(const std::vector<Round>& rounds, int64_t c, const Visit& visit) const {
+    const int64_t t = visit.first.tensor, per_group = plan_.chunks_per_group(t);
+    ChunkTask task = task_of(visit);
+    ChunkSums sums[kMaxVisit];
+    double norms[kMaxVisit];
+    for (const Round& round : rounds) {
+      kernel_(sums_task(task, round.sums), sums);
+      for (int64_t i = 0; i * per_group < visit.chunks; ++i) {
+        norms[i] = finish(round, t, visit.first.group + i, c + i * per_group, sums + i * per_group);
+      }
+      if (round.writes) {
+        set_norms(task, t, norms);
+        write(task, round.sums);
+      }
+    }
+  }
+
+  // The norm of group g of tensor t, of the sums of its chunks, the first of which is c.
+  double finish(const Round& round, int64_t t, int64_t g, int64_t c, const ChunkSums* sums) const {
+    const int64_t count = plan_.chunks_per_group(t);
+    const ScaledSum squares = squares_of(sums, count);
+    const double norm = norm_of(squares);
+    if (round.norms != nullptr) {
+      round.norms[g] = norm;
+    }
+    if (round.penalties != nullptr) {
+      const double* const numbers = tasks_[t].numbers.of;
+      for (const auto i : c10::irange(count)) {
+        round.penalties[c + i] = SummedTerms::penalty(numbers, sums[i].of);
+      }
+      const double penalty = norm_penalty(numbers[kNormStrength], squares);
+      if (count == 1) {
+        round.penalties[c] += penalty;
+      } else {
+        round.penalties[plan_.chunks() + first_long_[t] + g - plan_.first_group(t)] = penalty;
+      }
+    }
+    return norm;
+  }
+
+  // A pass that sums: the penalty of every chunk.
+  Penalties run_sums() {
+    Penalties penalties = some_penalties();
+    for_each_visit(plan_, [&](int64_t c, const Visit& visit) {
+      ChunkSums sums;
+      kernel_(task_of(visit), &sums);
+      penalties[c] = SummedTerms::penalty(tasks_[visit.first.tensor].numbers.of, sums.of);
+    });
+    return penalties;
+  }
+
   // A pass that sums: the sums of every chunk.
-  std::vector<ChunkSums> run_sums() {
+  std::vector<ChunkSums> chunk_sums() {
     std::vector<ChunkSums> sums(plan_.chunks());
-    run([&](int64_t c, const Chunk&, const ChunkTask& task) { sums[c] = kernel_(task); });
+    for_each_visit(plan_, [&](int64_t c, const Visit& visit) { kernel_(task_of(visit), &sums[c]); });
     return sums;
   }
 
-  double penalty_of(const std::vector<ChunkSums>& sums) const {
-    const auto chunk_penalty = [&](int64_t c, size_t t) {
-      return SummedTerms::penalty(tasks_[t].numbers.of, sums[c].of);
-    };
-    size_t t = 0;
-    return column_sum<kColumns>(runs(), [&](int64_t r) { return run_sum(r, &t, chunk_penalty); });
-  }
-
-  // The norm of every group, [groups] float64; each(t, g, squares) is told the sum of squares of group g of tensor t.
-  template <class Each>
-  at::Tensor norms_of(const std::vector<ChunkSums>& sums, const Each& each) const {
-    at::Tensor norms = at::empty({plan_.groups()}, at::kDouble);
-    double* const all = norms.mutable_data_ptr<double>();
-    for (const auto t : c10::irange(plan_.tensors())) {
-      const int64_t count = plan_.chunks_per_group(t);
-      const ChunkSums* of_group = sums.data() + plan_.first_chunk(t);
-      for (int64_t g = plan_.first_group(t); g < plan_.first_group(t + 1); ++g, of_group += count) {
-        const ScaledSum squares = squares_of(of_group, count);
-        all[g] = norm_of(squares);
-        each(t, g, squares);
-      }
-    }
-    return norms;
-  }
+  // Not yet written.
+  Penalties some_penalties() const { return Penalties(new double[plan_.chunks() + long_groups_]); }
 
   // run_length(chunks) chunks a run.
-  int64_t runs() const {
-    const int64_t length = run_length(plan_.chunks());
-    return (plan_.chunks() + length - 1) / length;
-  }
-
-  // The sum of run r; t is the tensor of the last chunk of the runs before it.
-  template <class ChunkPenalty>
-  double run_sum(int64_t r, size_t* t, const ChunkPenalty& chunk_penalty) const {
-    const int64_t length = run_length(plan_.chunks());
-    CompensatedSum sum{};
-    for (int64_t c = r * length; c < std::min((r + 1) * length, plan_.chunks()); ++c) {
-      while (c >= plan_.first_chunk(*t + 1)) {
-        ++*t;
+  at::Tensor sum_of(const Penalties& penalties) const {
+    const int64_t chunks = plan_.chunks(), length = run_length(chunks), runs = (chunks + length - 1) / length;
+    std::vector<double> run_sums(runs + long_groups_);
+    in_parallel(runs, kGrainSize / length + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        CompensatedSum sum{};
+        for (int64_t c = r * length; c < std::min((r + 1) * length, chunks); ++c) {
+          sum.add(penalties[c]);
+        }
+        run_sums[r] = result(sum);
       }
-      sum.add(chunk_penalty(c, *t));
-    }
-    return result(sum);
+    });
+    std::copy_n(penalties.get() + chunks, long_groups_, run_sums.begin() + runs);
+    return value(column_sum<kColumns>(static_cast<int64_t>(run_sums.size()), [&](int64_t i) { return run_sums[i]; }));
   }
 
   template <class Value>
@@ -303,12 +402,6 @@ class ListPass {
     adds_[t] = add;
   }
 
-  void set_pass(Pass pass) {
-    for (ChunkTask& task : tasks_) {
-      task.pass = pass;
-    }
-  }
-
   void set_passes(double factor, Pass write, Pass add) {
     for (const auto t : c10::irange(tasks_.size())) {
       ChunkTask& task = tasks_[t];
@@ -329,6 +422,8 @@ class ListPass {
   std::vector<ChunkTask> tasks_;
   std::vector<bool> adds_;  // per tensor, where gradients are asked for
   ChunkPlan plan_;
+  std::vector<int64_t> first_long_;  // [tensors], among the groups of several chunks
+  int64_t long_groups_ = 0;
   ChunkKernel kernel_;
 };
 

@@ -1,4 +1,4 @@
-// Runs the chunks of a plan on torch's threads, each thread over an equal share of the elements.
+// Runs the visits of a plan on torch's threads, each thread over an equal share of the elements.
 #pragma once
 
 #include "../chunks.h"
@@ -12,21 +12,30 @@ constexpr int64_t kGrainSize = 32768;
 // Set in a child of fork(): OpenMP's threads did not come along, and to wait for them is to hang.
 inline bool is_forked_child = false;
 
-// body(c, chunk) once for every chunk. Serial where threads do not pay.
+// body(begin, end) for ranges that make up [0, size), each on a thread if they are of at least so many.
 template <class Body>
-void for_each_chunk(const ChunkPlan& plan, const Body& body) {
+void in_parallel(int64_t size, int64_t grain, const Body& body) {
+  if (is_forked_child) {
+    body(0, size);
+  } else {
+    at::parallel_for(0, size, grain, body);
+  }
+}
+
+// body(c, visit) once for every visit, whose first chunk is c. Serial where threads do not pay.
+template <class Body>
+void for_each_visit(const ChunkPlan& plan, const Body& body) {
   const auto range = [&](int64_t begin, int64_t end) {
-    const int64_t first = plan.chunk_from(begin), last = plan.chunk_from(end);
-    int64_t t = first < last ? plan.chunk(first).tensor : 0;
-    for (int64_t c = first; c < last; ++c) {
-      body(c, plan.chunk(c, &t));
+    const int64_t last = plan.chunk_from(end);
+    int64_t c = plan.chunk_from(begin);
+    int64_t t = c < last ? plan.chunk(c).tensor : 0;
+    while (c < last) {
+      const Visit visit = plan.visit(c, last, &t);
+      body(c, visit);
+      c += visit.chunks;
     }
   };
-  if (is_forked_child) {
-    range(0, plan.elements());
-  } else {
-    at::parallel_for(0, plan.elements(), kGrainSize, range);
-  }
+  in_parallel(plan.elements(), kGrainSize, range);
 }
 
 }  // namespace fused_reg

@@ -13,6 +13,8 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false for _mm512_undefined_pd (GCC bug 105593)
 #endif
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fused_reg::FUSED_REG_ISA {
@@ -81,6 +83,18 @@ FUSED_REG_INLINE Float load_float16(const uint16_t* p) { return (Float)_mm256_cv
 FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) {
   store(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)
+struct OneRounding {
+  static FUSED_REG_INLINE Double of(Double a, Double b, Double c) {
+    return (Double)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+  }
+};
+FUSED_REG_INLINE DoublePair widen(Float v) {
+  return {{(Double)vcvt_f64_f32(vget_low_f32((float32x4_t)v)), (Double)vcvt_high_f64_f32((float32x4_t)v)}};
+}
+FUSED_REG_INLINE DoublePair widen(const float* p) { return widen(load<Float>(p)); }
+FUSED_REG_INLINE Float load_float16(const uint16_t* p) { return (Float)vcvt_f32_f16(load<float16x4_t>(p)); }
+FUSED_REG_INLINE void store_float16(uint16_t* p, Float v) { store(p, vcvt_f16_f32((float32x4_t)v)); }
 #else
 using OneRounding = TwoRoundings;  // no such instruction; used only where both give the same bits
 FUSED_REG_INLINE DoublePair widen(const float* p) { return {{Double{p[0], p[1]}, Double{p[2], p[3]}}}; }

@@ -107,18 +107,12 @@ class ListPass {
     return value;
   }
 
-  // The penalty with l2_norm, and the norm of every group, [groups] float64. One launch.
-  std::tuple<at::Tensor, at::Tensor> run_group_penalty() {
-    at::Tensor norms = fresh({plan_.groups()}, at::kDouble);
-    if (call_.chunks == 0) {
-      return {zero(), std::move(norms)};
+  // The same with l2_norm, and the norm of every group, [groups] float64. One launch, with gradients two.
+  std::tuple<at::Tensor, at::Tensor> run_group_penalty(const NumberArg& scale) {
+    auto [value, norms] = group_penalty();
+    if (has_grads_) {
+      run_gradient(scale, norms, own_first_groups(), /*keep_if_one=*/false);
     }
-    at::Tensor value = fresh({}, value_dtype_);
-    set_groups(norms, own_first_groups());
-    const int64_t sums = int64_t{call_.runs} + call_.large_groups;
-    const at::Tensor scratch = scratch_behind(sums);
-    set_value(value, scratch.mutable_data_ptr<double>());
-    run(Pass::kPenalty);
     return {std::move(value), std::move(norms)};
   }
 
@@ -152,8 +146,8 @@ class ListPass {
     return norms;
   }
 
-  // The proximal operator, in place, on dense(); the norms of run_soft_norms() where there are any, those of parameter
-  // t from first_groups[t] on. One launch.
+  // The proximal operator, in place, on dense(). With groups: the norms of run_soft_norms(), those of parameter t from
+  // first_groups[t] on, in one launch; or without them, what that would give.
   void run_prox(const OptionalTensor& norms, at::IntArrayRef first_groups) {
     for (const auto t : c10::irange(entries_.size())) {
       streams_[t][0] = dense(t).mutable_data_ptr();
@@ -162,17 +156,19 @@ class ListPass {
       return;
     }
     if (group_ != Grouping::kNone) {
+      if (!norms.has_value()) {
+        return run_prox(run_soft_norms(), own_first_groups());
+      }
       set_groups(*norms, first_groups);
     }
     run(Pass::kProx);
   }
 
   // A step of an optimizer on dense() and the streams of the rows, and the penalty before it. One launch; with further
-  // terms two. Nothing at all where found_inf is not 0: the value has no meaning then. Steps are counted where their
-  // counts are. With norms, those of run_group_penalty(), which gave the value; a proximal step does not use them, and
-  // is without its proximal operator.
+  // terms or norms two, and two more for the proximal operator of norms. Nothing at all where found_inf is not 0: the
+  // value has no meaning then. Steps are counted where their counts are.
   at::Tensor run_step(Pass optimizer, const std::vector<StepRow>& rows, const NumberArg& grad_scale,
-                      const NumberArg& found_inf, const OptionalTensor& norms, at::IntArrayRef first_groups) {
+                      const NumberArg& found_inf) {
     const auto is_counted_here = [&](const StepRow& row) { return row.count != nullptr && !is_on_device(*row.count); };
     const bool counts = std::any_of(rows.begin(), rows.end(), is_counted_here);
     TORCH_CHECK(!counts || !launch_.capturing, "fused_reg.optim: the steps must be counted on the parameters' device (",
@@ -185,10 +181,11 @@ class ListPass {
     if (skips.source() == Source::kValue && !skips.is(0)) {
       return zero();
     }
-    const bool has_any = norms.has_value() || call_.has_further;
-    at::Tensor value, run_sums;
-    if (norms.has_value()) {
-      set_groups(*norms, first_groups);
+    const bool has_norms = group_ != Grouping::kNone, has_any = has_norms || call_.has_further;
+    at::Tensor value, norms, run_sums;
+    if (has_norms) {
+      std::tie(value, norms) = group_penalty();
+      set_groups(norms, own_first_groups());
     } else if (call_.has_further) {
       value = run_penalty({1, {}});
     } else {
@@ -205,7 +202,7 @@ class ListPass {
       call_.sources[i] = columns_[i].source();
     }
     StepCall step{};
-    step.is_alone = norms.has_value() && (rows[0].options & kProximal) != 0;
+    step.is_alone = has_norms && (rows[0].options & kProximal) != 0;
     step.found_inf = skips[0];
     step.found_inf_source = skips.source();
     std::vector<StepNumbersRow> numbers;
@@ -238,6 +235,10 @@ class ListPass {
       }
     }
     launch_with(numbers, joined(entries_, streams, others, groups_), optimizer, has_any, step);
+    // What follows on the step is not asked for either, which needs a look at that.
+    if (step.is_alone && !(found_inf.tensor.has_value() && found_inf.tensor->item<double>() != 0)) {
+      run_prox({}, {});
+    }
     return value;
   }
 
@@ -253,6 +254,20 @@ class ListPass {
   }
 
   at::Tensor zero() const { return at::zeros({}, at::TensorOptions(device_).dtype(value_dtype_)); }
+
+  std::tuple<at::Tensor, at::Tensor> group_penalty() {
+    at::Tensor norms = fresh({plan_.groups()}, at::kDouble);
+    if (call_.chunks == 0) {
+      return {zero(), std::move(norms)};
+    }
+    at::Tensor value = fresh({}, value_dtype_);
+    set_groups(norms, own_first_groups());
+    const int64_t sums = int64_t{call_.runs} + call_.large_groups;
+    const at::Tensor scratch = scratch_behind(sums);
+    set_value(value, scratch.mutable_data_ptr<double>());
+    run(Pass::kPenalty);
+    return {std::move(value), std::move(norms)};
+  }
 
   void set_grad(size_t t, const at::Tensor& grad, bool add) {
     check_grad(t, grad, dense(t));

@@ -29,7 +29,7 @@ struct Meta {
   }
 
   static void rescale_grad_(const at::Tensor&, at::TensorList, at::TensorList, const c10::List<bool>&,
-                            FUSED_REG_NUMBERS) {}
+                            const OptionalTensor&, c10::SymIntArrayRef, FUSED_REG_NUMBERS) {}
 
   static at::Tensor accumulate_grad_(at::TensorList params, at::TensorList, at::IntArrayRef, double,
                                      const OptionalTensor&, FUSED_REG_NUMBERS) {

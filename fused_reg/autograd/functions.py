@@ -3,8 +3,9 @@
 Two ways lead to the same numbers:
 
 - `penalty` is the fast one, for constant strengths: one launch in the forward computes value and gradients, and the
-  backward hands them over. With ``l2_norm``, and in compiled code, the forward computes the value (and the norms), and
-  one launch in the backward the gradients. In compiled code many lists are merged with the model (`merged`).
+  backward hands them over. In compiled code, and with ``l2_norm`` on a GPU, the forward computes the value (and the
+  norms), and one launch in the backward the gradients. In compiled code many lists are merged with the model
+  (`merged`).
 - `composed_penalty` is the general one (`composed`), for strengths that require grad and for ``torch.func``. The fast
   one falls back on it for higher derivatives.
 """
@@ -57,7 +58,8 @@ def penalty(
         return composed_penalty(params, strengths)
     if is_traced and can_merge(params, strengths):
         return merged_penalty(params, strengths, are_positive)
-    if is_traced or strengths.has_norms() or is_compiling():  # compiled code comes here with shards only
+    # Compiled code comes here with shards only.
+    if is_traced or is_compiling() or (strengths.has_norms() and params[0].device.type != "cpu"):
         return _in_two_launches(params, strengths, None)
     return _apply_penalty(strengths, *params)
 
@@ -70,16 +72,20 @@ class _Penalty(Function):
         needs_grad = ctx.needs_input_grad[1:]
         if not any(needs_grad):
             return _ops.penalty(params, (), *strengths)[0]
-        value, ctx.grads, _ = _ops.penalty(params, needs_grad, *strengths)
+        value, ctx.grads, norms = _ops.penalty(params, needs_grad, *strengths)
+        ctx.first_groups = _first_groups(params, strengths, needs_grad) if norms else ()
         if not all(needs_grad):
             params = tuple(compress(params, needs_grad))
         ctx.needs_grad = needs_grad
-        _save(ctx, strengths, params)
+        _save(ctx, strengths, (*norms, *params))
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         params = ctx.saved_tensors[ctx.tensors :]  # raises if one was changed in place
+        norms = None
+        if ctx.first_groups:
+            norms, *params = params
         _check_memory(params)
         # The buffers are handed over once; a second backward (retain_graph=True) gets its own.
         grads, ctx.grads = ctx.grads, None
@@ -87,32 +93,32 @@ class _Penalty(Function):
             strengths = _saved_strengths(ctx)
             if torch.is_grad_enabled():  # create_graph=True
                 table = rows_of(table_of(strengths, len(ctx.needs_grad), upstream.device), ctx.needs_grad)
-                grads = gradient(upstream, table, 0, params)
+                grads = gradient(upstream, table, strengths.group, params)
             elif grads is None:
-                grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, None, (), *strengths)
+                grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, norms, ctx.first_groups, *strengths)
             else:  # on a GPU the kernel looks at the upstream gradient, so that nothing waits
-                _ops.rescale_grad_(upstream, params, grads, ctx.needs_grad, *strengths)
+                _ops.rescale_grad_(upstream, params, grads, ctx.needs_grad, norms, ctx.first_groups, *strengths)
         return None, *scattered(grads, ctx.needs_grad)
 
 
 class _TwoLaunchPenalty(Function):
-    """The same with the gradient in a launch of its own, in the backward: with ``l2_norm`` it needs the norms first,
-    and compiled code would keep the gradients from the forward on."""
+    """The same with the gradient in a launch of its own, in the backward: with ``l2_norm`` a GPU needs the norms
+    first, and compiled code would keep the gradients from the forward on."""
 
     @staticmethod
     def forward(ctx: Any, strengths: Strengths, measure: Measure | None, *params: Tensor) -> Tensor:
         ctx.needs_grad = ctx.needs_input_grad[2:]
         ctx.has_own_norms = measure is None
         norms: Tensor | None = None
-        first_groups: Sequence[int] = ()
+        ctx.first_groups = ()
         if measure is not None:
             value, norms, first_groups = measure(params, strengths)
+            ctx.first_groups = tuple(compress(first_groups, ctx.needs_grad))
         elif strengths.has_norms() and any(ctx.needs_grad):
             value, _, (norms,) = _ops.penalty(params, (), *strengths)
-            first_groups = (0, *accumulate(group_count(p, strengths.group) for p in params))
+            ctx.first_groups = _first_groups(params, strengths, ctx.needs_grad)
         else:
             value, *_ = _ops.penalty(params, (), *strengths)
-        ctx.first_groups = tuple(compress(first_groups, ctx.needs_grad))
         _save(ctx, strengths, (norms, *compress(params, ctx.needs_grad)))
         return value
 
@@ -129,6 +135,11 @@ class _TwoLaunchPenalty(Function):
         else:
             grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, norms, ctx.first_groups, *strengths)
         return None, None, *scattered(grads, ctx.needs_grad)
+
+
+def _first_groups(params: Sequence[Tensor], strengths: Strengths, needs_grad: Sequence[bool]) -> tuple[int, ...]:
+    """Where the norms of each parameter that needs a gradient begin."""
+    return tuple(compress((0, *accumulate(group_count(p, strengths.group) for p in params)), needs_grad))
 
 
 def _save(ctx: Any, strengths: Strengths, others: Sequence[Tensor | None]) -> None:

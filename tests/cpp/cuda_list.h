@@ -247,7 +247,11 @@ class List {
  private:
   static constexpr double kZero = 0;
 
-  static ChunkSums kernel(const ChunkTask& task) { return chunk_kernel_baseline(task); }
+  static ChunkSums kernel(const ChunkTask& task) {
+    ChunkSums sums{};
+    chunk_kernel_baseline(task, &sums);
+    return sums;
+  }
 
   ChunkNumbers numbers(size_t t) const {
     ChunkNumbers numbers{{tensors_[t].l1, tensors_[t].l2}, 1, 0, kNone};

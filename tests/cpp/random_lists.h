@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "summation.h"
 
 namespace fused_reg {
 

@@ -20,6 +20,13 @@ namespace {
 struct Variant {
   std::string name;
   ChunkKernel kernel;
+
+  // Of a task that is one chunk.
+  ChunkSums sums(const ChunkTask& task) const {
+    ChunkSums sums{};
+    kernel(task, &sums);
+    return sums;
+  }
 };
 
 std::vector<Variant> variants() {
@@ -98,7 +105,7 @@ bool writes(Pass pass) { return pass != Pass::kPenalty && pass != Pass::kSoftSqu
 bool accumulates(Pass pass) { return pass == Pass::kPenaltyAccumulate || pass == Pass::kAccumulate; }
 
 // `before`: what a pass that accumulates finds.
-Output run(ChunkKernel kernel, ChunkTask task, const std::vector<char>& param, const std::vector<char>& before,
+Output run(const Variant& variant, ChunkTask task, const std::vector<char>& param, const std::vector<char>& before,
            size_t offset) {
   const size_t bytes = task.size * bytes_of(task.dtype);
   std::vector<char> memory(offset + bytes), grad(bytes + 2 * kGuardBytes + offset, kGuard);
@@ -109,7 +116,7 @@ Output run(ChunkKernel kernel, ChunkTask task, const std::vector<char>& param, c
   if (accumulates(task.pass) || task.pass == Pass::kProx) {
     std::memcpy(written, accumulates(task.pass) ? before.data() : param.data(), bytes);
   }
-  Output out{kernel(task), {}};
+  Output out{variant.sums(task), {}};
   const char* begin = written;
   out.grad.assign(begin, begin + bytes);
   for (size_t i = 0; i < kGuardBytes; ++i) {
@@ -167,14 +174,14 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
       }
       task.pass = pass;
       task.numbers.terms = terms;
-      const Output first = run(all[0].kernel, task, param, before, 0);
+      const Output first = run(all[0], task, param, before, 0);
       const bool sums = pass != Pass::kGradient && pass != Pass::kAccumulate && pass != Pass::kProx;
       if (!any_bits && sums) {
         expect_sums(all[0], task, param, first.sums);
       }
       for (const Variant& variant : all) {
         const size_t offset = (random() % 16) * bytes_of(task.dtype);
-        const Output out = run(variant.kernel, task, param, before, offset);
+        const Output out = run(variant, task, param, before, offset);
         for (int k = 0; k < kSums; ++k) {
           EXPECT(same_bits(out.sums.of[k].sum, first.sums.of[k].sum) &&
                      out.sums.of[k].exponent == first.sums.of[k].exponent,
@@ -203,7 +210,7 @@ void expect_rescue(const Variant& variant) {
       for (const Terms terms : {kL1, kL2, kL1L2}) {
         task.pass = pass;
         task.numbers.terms = terms;
-        const ChunkSums sums = variant.kernel(task);
+        const ChunkSums sums = variant.sums(task);
         const bool has_l2 = pass == Pass::kSoftSquares || (terms & kL2);
         const int expected =
             !has_l2 ? (exponent > 990) * kRescueExponent : ((exponent >= 500) - (exponent <= -500)) * kRescueExponent;
@@ -217,7 +224,7 @@ void expect_rescue(const Variant& variant) {
     }
     for (const Pass pass : {Pass::kZeros, Pass::kGradient, Pass::kProx}) {
       task.pass = pass;
-      EXPECT(variant.kernel(task).of[1].exponent == 0, exponent);
+      EXPECT(variant.sums(task).of[1].exponent == 0, exponent);
     }
   }
 }
@@ -233,9 +240,54 @@ void expect_positive_zeros(const Variant& variant) {
     task.streams[0] = out.data();
     task.numbers.of[kL2Strength] = 0.75;  // shrinks to 0.4
     task.numbers.of[kStep] = 1;
-    variant.kernel(task);
+    variant.kernel(task, nullptr);
     EXPECT((out == std::vector<uint16_t>{0, 0, 0, 0, 0x8001, static_cast<uint16_t>(out[5])}), variant.name, out[2]);
     EXPECT(out[5] > 0x8000, variant.name);
+  }
+}
+
+// Some chunks at once, each with its norm, are what they are one by one.
+void expect_together(const Variant& variant, std::mt19937_64& random) {
+  constexpr int64_t kChunks = 7, kLast = 5;
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+    for (const int64_t chunk : {5, 64, 100, 1500}) {
+      for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kGradient, Pass::kAccumulate, Pass::kProx,
+                              Pass::kSoftSquares}) {
+        ChunkTask task{};
+        task.dtype = dtype;
+        task.pass = pass;
+        task.size = (kChunks - 1) * chunk + kLast;
+        task.chunk_size = chunk;
+        task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6}, 0.7, 2, kL1L2 | kSmoothL1};
+        task.numbers.terms |= pass == Pass::kGradient || pass == Pass::kAccumulate ? kNorm : kNone;
+        std::vector<double> norms(kChunks);
+        std::generate(norms.begin(), norms.end(), [&] { return 1 + static_cast<double>(random() % 8); });
+        task.norms = norms.data();
+        std::vector<char> streams[2], expected[2];
+        for (int s = 0; s < 2; ++s) {
+          streams[s] = random_bits(dtype, task.size, false, random);
+          expected[s] = streams[s];
+          task.streams[s] = streams[s].data();
+        }
+        ChunkSums sums[kChunks]{};
+        variant.kernel(task, sums);
+        for (int64_t c = 0; c < kChunks; ++c) {
+          ChunkTask one = task;
+          one.size = c == kChunks - 1 ? kLast : chunk;
+          one.chunk_size = kChunkSize;
+          one.norms = nullptr;
+          one.numbers.norm = norms[c];
+          for (int s = 0; s < 2; ++s) {
+            one.streams[s] = expected[s].data() + c * chunk * bytes_of(dtype);
+          }
+          const ChunkSums of_one = variant.sums(one);
+          for (int k = 0; k < kSums; ++k) {
+            EXPECT(same_bits(of_one.of[k].sum, sums[c].of[k].sum), variant.name, static_cast<int>(pass), c, k);
+          }
+        }
+        EXPECT(streams[0] == expected[0] && streams[1] == expected[1], variant.name, static_cast<int>(pass), chunk);
+      }
+    }
   }
 }
 
@@ -251,7 +303,7 @@ void expect_six_streams() {
       task.streams[s] = streams[s].data();
     }
     const auto [a, b, c, d, e, f] = streams;
-    six_streams::Kernel<Dtype::kFloat32, SixStreamsPass<0>>::run(task, 0);
+    six_streams::run_kernel<Dtype::kFloat32, SixStreamsPass<0>>(task, nullptr);
     for (int i = 0; i < size; ++i) {
       EXPECT(streams[0][i] == a[i] && streams[1][i] == b[i] && streams[2][i] == c[i] + b[i] &&
                  streams[3][i] == d[i] - c[i] && streams[4][i] == e[i] + d[i] && streams[5][i] == a[i] + e[i],
@@ -266,12 +318,13 @@ void expect_six_streams() {
 int main() {
   expect_six_streams();
   const std::vector<Variant> all = variants();
+  std::mt19937_64 random(0);
   for (const Variant& variant : all) {
     std::printf("%s\n", variant.name.c_str());
     expect_rescue(variant);
     expect_positive_zeros(variant);
+    expect_together(variant, random);
   }
-  std::mt19937_64 random(0);
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
     for (const int64_t size : {1,   2,   3,   15,  16,   17,   31,   33,   63,   64,    65,    127,
                                128, 129, 255, 257, 1023, 1024, 1025, 2048, 4099, 16320, 16383, 16384}) {

@@ -29,10 +29,30 @@ void expect_covers(const std::vector<int64_t>& sizes, const std::vector<int64_t>
   EXPECT(plan.chunk_from(0) == 0 && plan.chunk_from(plan.elements()) == plan.chunks());
 }
 
-// Any cut of the elements into shares is a cut of the chunks, each chunk in the share that holds its middle.
-void expect_shares_are_disjoint(const std::vector<int64_t>& sizes, const std::vector<int64_t>& groups,
-                                std::mt19937_64& random) {
-  const ChunkPlan plan(sizes, groups);
+// Visits go over all chunks in their order, and keep short groups whole.
+void expect_visits(const ChunkPlan& plan, int64_t begin, int64_t end) {
+  int64_t t = begin < end ? plan.chunk(begin).tensor : 0;
+  for (int64_t c = begin; c < end;) {
+    const Visit visit = plan.visit(c, end, &t);
+    EXPECT(visit.first.begin == plan.chunk(c).begin && visit.first.tensor == t, c);
+    EXPECT(visit.chunks >= 1 && visit.chunks <= kMaxVisit && c + visit.chunks <= end, c, visit.chunks);
+    EXPECT(visit.chunks == 1 || visit.size <= std::max(kVisitedGroup, kVisitedTogether), c, visit.size);
+    int64_t size = 0;
+    for (int64_t i = c; i < c + visit.chunks; ++i) {
+      const Chunk chunk = plan.chunk(i);
+      size += chunk.size;
+      EXPECT(chunk.tensor == t && (chunk.size == visit.first.size || i + 1 == c + visit.chunks), c, i);
+    }
+    EXPECT(size == visit.size, c);
+    c += visit.chunks;
+    if (plan.visits_groups(t)) {
+      EXPECT((c - plan.first_chunk(t)) % plan.chunks_per_group(t) == 0, c);
+    }
+  }
+}
+
+// Any cut of the elements into shares is a cut of what is visited whole, each in the share that holds its middle.
+void expect_shares_are_disjoint(const std::vector<int64_t>& sizes, const ChunkPlan& plan, std::mt19937_64& random) {
   std::vector<int64_t> start(sizes.size());
   for (size_t t = 1; t < sizes.size(); ++t) {
     start[t] = start[t - 1] + sizes[t - 1];
@@ -43,10 +63,18 @@ void expect_shares_are_disjoint(const std::vector<int64_t>& sizes, const std::ve
     EXPECT(c >= 0 && c <= plan.chunks(), cut);
     const auto middle = [&](int64_t i) {
       const Chunk chunk = plan.chunk(i);
-      return start[chunk.tensor] + chunk.begin + chunk.size / 2;
+      const int64_t t = chunk.tensor, size = plan.group_size(t);
+      const int64_t within =
+          plan.visits_groups(t) ? chunk.begin / size * size + size / 2 : chunk.begin + chunk.size / 2;
+      return start[t] + within;
     };
     EXPECT(c == plan.chunks() || middle(c) >= cut, cut, c);
     EXPECT(c == 0 || middle(c - 1) < cut, cut, c);
+    if (i > 1) {
+      continue;
+    }
+    expect_visits(plan, 0, c);
+    expect_visits(plan, c, plan.chunks());
   }
 }
 
@@ -78,7 +106,8 @@ int main() {
   for (const auto& sizes : lists) {
     const std::vector<int64_t> whole(sizes.size(), 1);
     expect_covers(sizes, whole);
-    expect_shares_are_disjoint(sizes, whole, random);
+    expect_shares_are_disjoint(sizes, ChunkPlan(sizes), random);
+    expect_shares_are_disjoint(sizes, ChunkPlan(sizes, whole), random);
     std::vector<int64_t> rows;  // as many as divide the size, and none where it is 0
     for (const int64_t size : sizes) {
       int64_t count = size == 0 ? 0 : size > 100000 ? 1 : 1 + static_cast<int64_t>(random() % size);
@@ -88,7 +117,7 @@ int main() {
       rows.push_back(count);
     }
     expect_covers(sizes, rows);
-    expect_shares_are_disjoint(sizes, rows, random);
+    expect_shares_are_disjoint(sizes, ChunkPlan(sizes, rows), random);
   }
   const ChunkPlan plan({6, 0, 3 * (k + 1)}, {6, 0, 3});
   EXPECT(plan.groups() == 9 && plan.chunks() == 12 && plan.first_group(2) == 6 && plan.chunks_per_group(2) == 2);

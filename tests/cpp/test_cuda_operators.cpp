@@ -76,12 +76,10 @@ void expect_gradients(const Tensors& list, const Given& s, const std::string& wh
   const auto run = [&](auto op) { return op(upstream, selected, bools(needs), norms, first_groups, GIVEN(s)); };
   const Tensors again = run(OnCuda::penalty_grad);
   expect_same_list(again, run(OnCpu::penalty_grad), what + ": penalty_grad");
-  if (s.group == 0) {
-    Tensors there = copies(again), here = copies(again);
-    OnCuda::rescale_grad_(upstream, selected, there, bools(needs), GIVEN(s));
-    OnCpu::rescale_grad_(upstream, selected, here, bools(needs), GIVEN(s));
-    expect_same_list(there, here, what + ": rescale_grad_");
-  }
+  Tensors there = copies(again), here = copies(again);
+  OnCuda::rescale_grad_(upstream, selected, there, bools(needs), norms, first_groups, GIVEN(s));
+  OnCpu::rescale_grad_(upstream, selected, here, bools(needs), norms, first_groups, GIVEN(s));
+  expect_same_list(there, here, what + ": rescale_grad_");
 }
 
 void expect_accumulation(const Tensors& list, const Given& s, const std::string& what) {
