@@ -47,12 +47,13 @@ class Compiler:
 
     def __init__(self, seconds: float = math.inf) -> None:
         self._seconds, self._spent = seconds, 0.0
-        self.reset()
+        self._functions, self._took = {}, {}  # by name; by name and whether with the gradient
 
     def reset(self) -> None:
-        """Forget what was compiled for the last case."""
-        torch._dynamo.reset()
-        self._functions, self._took = {}, {}  # by name; by name and whether with the gradient
+        """Forget what was compiled for the last case; without that, the compiler is not even imported."""
+        if self._functions:
+            torch._dynamo.reset()
+        self._functions, self._took = {}, {}
 
     def function(self, name: str, function: FunctionType, options: Mapping[str, Any] | None = None) -> Callable:
         """It, compiled, and known by the name."""

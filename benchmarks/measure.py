@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -96,32 +97,29 @@ class Run:
         if options.quick or options.no_children or results.gpu:
             return tasks
         for also in options.also:
-            if "capability" in also and not results.machine["capability"].startswith("AVX512"):
-                continue
-            for case in options.cases:
-                child = {k: [x for x in getattr(options, k) if x in also.get(k, [x])] for k in ("modes", "peers")}
-                if case in also.get("cases", [case]) and child["modes"]:
-                    title = f"{CASES[case].title}: {', '.join(child['modes'])}: {also}"
-                    tasks[title] = partial(self._add_child, case, also | child)
+            child = {k: [x for x in getattr(options, k) if x in also.get(k, [x])] for k in ("cases", "modes", "peers")}
+            is_possible = "capability" not in also or results.machine["capability"].startswith("AVX512")
+            if is_possible and child["cases"] and child["modes"]:
+                tasks[f"with {also}"] = partial(self._add_child, also | child)
         for case in [name for name in _MEMORY_CASES if name in options.cases]:  # what these compile is in the cache now
             for name in [name for name in (c.OURS, c.COMPILED_LOOP, c.LOOP) if name in options.peers]:
                 tasks[f"{CASES[case].title}: peak memory of {name}"] = partial(measure_memory, results, case, name)
         return tasks
 
-    def _add_child(self, case: str, also: Mapping[str, Any]) -> None:
-        """Of a case, with other instructions or threads and nothing that is compiled; in a process of its own, because
-        torch chooses an instruction set once."""
+    def _add_child(self, also: Mapping[str, Any]) -> None:
+        """With other instructions or threads, and without what is compiled; in a process of its own, because torch
+        chooses an instruction set once."""
         options = self._options
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "child.json")
             environment = os.environ | {"TERM": "dumb"}
             if "capability" in also:
                 environment["ATEN_CPU_CAPABILITY"] = also["capability"].lower()
-            words = f"--no-children --cases {case} --rounds={options.rounds} --seconds={options.seconds}"
+            words = f"--no-children --rounds={options.rounds} --seconds={options.seconds}"
             words += f" --threads={also.get('threads', torch.get_num_threads())}"
             peers = [name for name in also["peers"] if not name.startswith(c.COMPILED_LOOP)]
             command = [sys.executable, "-m", "benchmarks", *words.split(), f"--output={output}", "--peers", *peers]
-            command += ["--modes", *also["modes"], "--optimizers", *options.optimizers]
+            command += ["--cases", *also["cases"], "--modes", *also["modes"], "--optimizers", *options.optimizers]
             subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
             self.results.rows += Results.read(output).rows
 
@@ -169,7 +167,8 @@ class Run:
                 row["bytes"] = (contender.passes or MODES[mode].passes) * case.bytes
                 rows.append(row | errors | {"compile_s": work.compile_s})
         # A compilation within the times would look like a slow call.
-        with torch.compiler.set_stance("fail_on_recompile"):
+        is_compiled = any(row["compile_s"] is not None for row in rows)
+        with torch.compiler.set_stance("fail_on_recompile") if is_compiled else nullcontext():
             timings = race([work.call for work in works], self._options.rounds, self._options.seconds, self._device)
             for row, work, timing in zip(rows, works, timings, strict=True):
                 row |= timing

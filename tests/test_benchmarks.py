@@ -2,6 +2,7 @@
 write can be read."""
 
 import dataclasses
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("pandas")
 pytest.importorskip("rich")
 
 import fused_reg
-from benchmarks import __main__, checks, contenders, devices, measure, optimizers, pages, report
+from benchmarks import __main__, checks, contenders, devices, growth, measure, optimizers, pages, report
 from benchmarks.checks import CASES, COMPILED_MODES, MODES, STEP_MODES, Problem, WrongResultError
 from benchmarks.contenders import PEERS, Peer
 from benchmarks.results import Results, targets
@@ -167,7 +168,9 @@ def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):
         measure.Run(__main__.parse([*OPTIONS, "--modes", "value", "--peers", "loop"])).measure()
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu-steps", "cpu-2026-11-20", "cpu-compiled", "cpu-compiled-small"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "cpu-slowest", "cpu-steps", "cpu-2026-11-20", "cpu-compiled", "cpu-compiled-small"]
+)
 def test_the_committed_results(name, tmp_path):
     path, again = RESULTS / f"{name}.json", tmp_path / "again.json"
     results = Results.read(path)
@@ -184,6 +187,29 @@ def test_the_committed_results(name, tmp_path):
     if name == "cpu":
         report.draw(results, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_growth(tmp_path, monkeypatch):
+    """A run measures what its file lacks; the committed one has everything."""
+    output = tmp_path / "growth.json"
+    monkeypatch.setattr("sys.argv", ["growth", str(output), "--most", "10", "--threads", "1"])
+    growth.main()
+    rows = Results.read(output).rows
+    for axis in growth.AXES:
+        assert [r["ms"] > 0 for r in rows if r["axis"] == axis and "ms" in r] == [True] * len(growth.points(axis, 10))
+        peaks = growth.found(Results.read(output), axis, "value and gradient", "", "peak_bytes")
+        assert list(peaks) == [1, 10]
+        assert all(peak >= 0 for peak in peaks.values())
+    monkeypatch.setattr(growth, "_milliseconds", lambda call: pytest.fail("it was measured"))
+    growth.main()
+    assert Results.read(output).rows == rows
+    committed = Results.read(RESULTS / "growth.json")
+    for axis, of in product(growth.AXES, ({"threads": 1}, {})):
+        rows = [r for r in committed.rows if of.items() <= r.items() and r["axis"] == axis]
+        found = [(r["work"], r["terms"], r["size"]) for r in rows if of or "peak_bytes" in r]
+        assert sorted(found) == sorted(growth.points(axis))
+    growth.draw(committed, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_pages_have_the_committed_results():
