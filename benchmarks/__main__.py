@@ -26,7 +26,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure fused_reg and its peers.")
     add, names = parser.add_argument, list(dict.fromkeys(peer.name for peer in PEERS))
     add("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure; default: cpu")
-    add("--quick", action="store_true", help="fewer cases, modes, peers and rounds, in under two minutes")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quick", action="store_true", help="fewer cases, modes, peers and rounds, in under two minutes")
+    form.add_argument("--slowest", action="store_true", help="the places of a CPU where ours may lose to a loop")
     add("--cases", nargs="+", choices=CASES, help="default: those of the device; quick: fewer")
     add("--modes", nargs="+", choices=MODES, help="default: all; quick: fewer")
     add("--optimizers", nargs="+", choices=OPTIMIZERS, help="whose steps; default: all; quick: fewer")
@@ -44,14 +46,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.rounds is not None and options.rounds < 5:
         parser.error(f"--rounds must be at least 5, got {options.rounds}")
     presets = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
-    peers = [p.name for p in PEERS if options.device in p.devices] if options.peers is None else options.peers
     options.optimizers = options.optimizers or (["SGD", "AdamW"] if options.quick else list(OPTIMIZERS))
-    options.peers = list(dict.fromkeys([OURS, ACCUMULATE, *peers]))
-    for name, value in presets[options.device + ", quick" * options.quick].items():
-        if getattr(options, name) is None:
+    form = "quick" if options.quick else "slowest" if options.slowest else ""
+    for name, value in presets[options.device + f", {form}" * bool(form)].items():
+        if getattr(options, name, None) is None:
             setattr(options, name, value)
+    peers = [p.name for p in PEERS if options.device in p.devices] if options.peers is None else options.peers
+    options.peers = list(dict.fromkeys([OURS, ACCUMULATE, *peers]))
     if options.output is None:
-        options.output = _BUILD / ("quick.json" if options.quick else "full.json")
+        options.output = _BUILD / f"{form or 'full'}.json"
         if options.device == "cuda":
             name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
             options.output = _BUILD / f"{name}-quick.json" if options.quick else _RESULTS / f"{name}.json"

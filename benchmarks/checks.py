@@ -40,13 +40,24 @@ TOLERANCES = {
 }
 
 
+# How a parameter may lie in memory: a function of its shape and of what makes one of a shape.
+LAYOUTS: Mapping[str, Callable[..., Tensor]] = {
+    "contiguous": lambda make, shape: make(shape),
+    "transposed": lambda make, shape: make(shape[::-1]).t(),
+    "channels_last": lambda make, shape: make(shape).to(memory_format=torch.channels_last),
+    "with gaps": lambda make, shape: make((*shape[:-1], 2 * shape[-1]))[..., : shape[-1]],
+}
+
+
 class Case(NamedTuple):
-    """A parameter list: its name on the command line, its title in a table, the shape of every tensor, the dtype."""
+    """A parameter list: its name on the command line, its title in a table, the shape of every tensor, the dtype, how
+    they lie in memory."""
 
     name: str
     title: str
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
 
     @property
     def elements(self) -> int:
@@ -59,13 +70,21 @@ class Case(NamedTuple):
     def make_params(self, device: str) -> list[Tensor]:
         """The parameters, leaves that require grad, seeded."""
         like = {"generator": torch.Generator(device).manual_seed(0), "device": device, "dtype": self.dtype}
-        return [torch.randn(shape, **like).mul_(_WEIGHT_SCALE).requires_grad_() for shape in self.shapes]
+
+        def make(shape: Sequence[int]) -> Tensor:
+            return torch.randn(shape, **like).mul_(_WEIGHT_SCALE)
+
+        return [LAYOUTS[self.layout](make, shape).requires_grad_() for shape in self.shapes]
 
 
 CASES = {}
 for _name, _data in json.loads(Path(__file__).with_name("cases.json").read_text(encoding="utf-8")).items():
     _shapes = tuple(tuple(shape) for count, part in _data["shapes"] for shape in part * count)
-    CASES[_name] = Case(_name, _data["title"], _shapes, getattr(torch, _data.get("dtype", "float32")))
+    _dtype, _layout = getattr(torch, _data.get("dtype", "float32")), _data.get("layout", "contiguous")
+    CASES[_name] = Case(_name, _data["title"], _shapes, _dtype, _layout)
+    if _data.get("also") == "bfloat16":
+        _name, _title = f"{_name}_bf16", f"{_data['title']}, bfloat16"
+        CASES[_name] = Case(_name, _title, _shapes, torch.bfloat16, _layout)
 
 
 class WrongResultError(Exception):
@@ -74,10 +93,12 @@ class WrongResultError(Exception):
 
 def pieces(*tensors: Tensor, group: str | None = None) -> Iterator[tuple[Tensor, ...]]:
     """Corresponding pieces of tensors of one shape; where norms are of groups, each holds whole groups."""
-    size = PIECES[tensors[0].device.type]
-    if group == "row":
-        matrices = [t.detach().reshape(len(t), -1) for t in tensors]
-        return zip(*(m.split(max(1, size // m.shape[1])) for m in matrices), strict=True)
+    size, dim = PIECES[tensors[0].device.type], {"row": 0, "column": 1}.get(group, tensors[0].ndim)
+    if dim < tensors[0].ndim:
+        matrices = [t.detach().movedim(dim, 0).reshape(t.shape[dim], -1) for t in tensors]
+        matrices = [m.t() if group == "column" else m for m in matrices]
+        each = max(1, size // (tensors[0].numel() // tensors[0].shape[dim]))
+        return zip(*(m.split(each, dim) for m in matrices), strict=True)
     return zip(*(t.detach().reshape(-1).split(t.numel() if group else size) for t in tensors), strict=True)
 
 

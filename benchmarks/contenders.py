@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 import fused_reg
+from benchmarks import loops
 from benchmarks.checks import COMPILED_MODES, MODES, NORM_MODES, Errors, Problem, Strengths, Tensors
 from benchmarks.devices import Call, capture
 from fused_reg import reference
 
-#: An elastic net, and the norms of each kind of group with the family of the rows in which it is measured.
+#: An elastic net; what else is measured, by the family of its rows: its terms alone, for which loops have fast forms,
+#: and the norms of each kind of group.
 ELASTIC_NET = {"l1": 1e-4, "l2": 1e-3}
-NORMS = {f"norms of {group}s": {"l2_norm": 1e-4, "group": group} for group in ("tensor", "row")}
+ALONE = {f"{name.upper()} alone": {name: strength} for name, strength in ELASTIC_NET.items()}
+NORMS = {f"norms of {group}s": {"l2_norm": 1e-4, "group": group} for group in ("tensor", "row", "column")}
 CUDA_GRAPH = "CUDA graph"  # the family of the calls that one replays
 
 
@@ -44,12 +47,13 @@ class Compiler:
 
     def __init__(self, seconds: float = math.inf) -> None:
         self._seconds, self._spent = seconds, 0.0
-        self.reset()
+        self._functions, self._took = {}, {}  # by name; by name and whether with the gradient
 
     def reset(self) -> None:
-        """Forget what was compiled for the last case."""
-        torch._dynamo.reset()
-        self._functions, self._took = {}, {}  # by name; by name and whether with the gradient
+        """Forget what was compiled for the last case; without that, the compiler is not even imported."""
+        if self._functions:
+            torch._dynamo.reset()
+        self._functions, self._took = {}, {}
 
     def function(self, name: str, function: FunctionType, options: Mapping[str, Any] | None = None) -> Callable:
         """It, compiled, and known by the name."""
@@ -75,23 +79,6 @@ class Compiler:
         return self._took[name, wants_grad]
 
 
-def families_of(params: Tensors) -> list[str]:
-    """The kinds of norms that are measured: rows only where they are more than single elements."""
-    return [name for name in NORMS if name != "norms of rows" or any(p.ndim > 1 for p in params)]
-
-
-def _foreach_norm(params: Tensors, l1: float, l2: float) -> Tensor:
-    """By the multi-tensor norms of PyTorch's gradient clipping: a call per term, a number per tensor."""
-    absolute, euclidean = (torch.stack(torch._foreach_norm(params, power)) for power in (1, 2))
-    return l1 * absolute.sum() + l2 * euclidean.square().sum()
-
-
-def _loop_of_norms(params: Tensors, l2_norm: float, group: str) -> Tensor:
-    if group == "tensor":
-        return l2_norm * sum(torch.norm(p) for p in params)
-    return l2_norm * sum(torch.linalg.vector_norm(p.reshape(len(p), -1), dim=1).sum() for p in params)
-
-
 class Peer(NamedTuple):
     """An implementation of the penalty: parameters, strengths -> a 0-dim tensor, which is differentiable, or whose
     gradient is in `.grad` already; in `value_and_grad` with the gradients."""
@@ -101,17 +88,23 @@ class Peer(NamedTuple):
     modes: Sequence[str] = ("value", "fresh", "present")
     role: str = "peer"
     options: Mapping[str, Any] | None = None  # of torch.compile, if that compiles it, anew for every case
-    strengths: Strengths = ELASTIC_NET
     family: str = ""
     has_backward: bool = True
     devices: Sequence[str] = ("cpu", "cuda")
 
+    @property
+    def strengths(self) -> Strengths:
+        return ({"": ELASTIC_NET} | ALONE | NORMS)[self.family]
+
 
 # The names that targets and the picture ask for.
 OURS, COMPILED_LOOP, LOOP, FOREACH_NORM = "fused_reg", "torch.compile", "loop", "torch._foreach_norm"
+EMPTY = "empty autograd.Function"
 NO_PENALTY = "no penalty"
 ACCUMULATE = MODES["present"].ours
 _COMBO, _COOPERATIVE, _GPU = {"combo_kernels": True}, {"triton.cooperative_reductions": True}, ("cuda",)
+
+_ALONE_MODES = ("value", "fresh")
 
 PEERS = [
     Peer(OURS, fused_reg.fused_penalty, role="ours"),
@@ -121,18 +114,24 @@ PEERS = [
     Peer("torch.compile, combo kernels", reference.loop, options=_COMBO, devices=_GPU),
     Peer("torch.compile, cooperative reductions", reference.loop, options=_COOPERATIVE, devices=_GPU),
     Peer(LOOP, reference.loop, ("value", "fresh", "present", "step")),
-    Peer(FOREACH_NORM, _foreach_norm),
-    *(Peer(OURS, fused_reg.fused_penalty, NORM_MODES, "ours", None, norms, name) for name, norms in NORMS.items()),
-    *(Peer(LOOP, _loop_of_norms, NORM_MODES, "peer", None, norms, name) for name, norms in NORMS.items()),
+    Peer(FOREACH_NORM, loops.foreach_norm),
+    Peer(EMPTY, lambda params, **strengths: loops.Empty.apply(*params), ("fresh",), "limit"),
+    *(Peer(OURS, fused_reg.fused_penalty, _ALONE_MODES, "ours", family=family) for family in ALONE),
+    Peer("loop of vector_norm", loops.loop_of_l1, _ALONE_MODES, family="L1 alone"),
+    Peer("loop of vector_norm", loops.loop_of_l2, _ALONE_MODES, family="L2 alone"),
+    Peer("loop of dot", loops.loop_of_dots, _ALONE_MODES, family="L2 alone"),
+    *(Peer(OURS, fused_reg.fused_penalty, NORM_MODES, "ours", family=family) for family in NORMS),
+    *(Peer("loop of vector_norm", loops.loop_of_norms, NORM_MODES, family=family) for family in NORMS),
+    *(Peer("loop of square, sum, sqrt", loops.loop_of_roots, NORM_MODES, family=family) for family in NORMS),
+    Peer(FOREACH_NORM, loops.foreach_of_norms, NORM_MODES, family="norms of tensors"),
 ]
 
 
 def penalties(problem: Problem, mode: str, peers: Sequence[Peer]) -> Iterator[Contender]:
     """Each of the peers, called and, on a GPU and without norms, in a CUDA graph."""
-    families = families_of(problem.params)
     for is_graph in (False, True) if problem.device == "cuda" else (False,):
         for peer in peers:
-            if not peer.family or (peer.family in families and not is_graph):
+            if not (peer.family and is_graph):
                 family = CUDA_GRAPH if is_graph else peer.family
                 yield Contender(peer.name, peer.role, partial(_work, problem, mode, peer, is_graph), family)
 

@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -20,7 +22,7 @@ from rich.progress import Progress
 
 import fused_reg
 from benchmarks import contenders as c
-from benchmarks.checks import CASES, COMPILED_MODES, MODES, NORM_MODES, STEP_MODES, Case, Problem, WrongResultError
+from benchmarks.checks import CASES, COMPILED_MODES, MODES, STEP_MODES, Case, Problem, WrongResultError
 from benchmarks.devices import CudaDevice, Device, race
 from benchmarks.limits import limits, rooflines
 from benchmarks.memory import measure_memory
@@ -33,8 +35,6 @@ from fused_reg import _ops
 CONTENDERS = {"prox": prox_steps} | dict.fromkeys(STEP_MODES, optimizer_steps)
 CONTENDERS |= dict.fromkeys(COMPILED_MODES, compiled_steps)
 
-# What is measured with AVX2, too.
-_AVX2 = dict.fromkeys(("value", "value_and_grad"), ("resnet50", "one_tensor")) | {"step": tuple(CASES)}
 _MEMORY_CASES = ("resnet50", "gpt2")
 # What --quick compiles, by the device: the rest takes minutes.
 _QUICKLY_COMPILED = {"cpu": ("mlp",), "cuda": ("resnet50", "one_tensor", "tinyllama_bf16")}
@@ -96,24 +96,30 @@ class Run:
                 tasks[f"{CASES[case].title}: {mode}"] = partial(self.add, case, mode)
         if options.quick or options.no_children or results.gpu:
             return tasks
-        for case in options.cases if results.machine["capability"].startswith("AVX512") else ():
-            if modes := [mode for mode in options.modes if case in _AVX2.get(mode, ())]:
-                tasks[f"{CASES[case].title}: AVX2"] = partial(self._add_avx2, case, modes)
+        for also in options.also:
+            child = {k: [x for x in getattr(options, k) if x in also.get(k, [x])] for k in ("cases", "modes", "peers")}
+            is_possible = "capability" not in also or results.machine["capability"].startswith("AVX512")
+            if is_possible and child["cases"] and child["modes"]:
+                tasks[f"with {also}"] = partial(self._add_child, also | child)
         for case in [name for name in _MEMORY_CASES if name in options.cases]:  # what these compile is in the cache now
             for name in [name for name in (c.OURS, c.COMPILED_LOOP, c.LOOP) if name in options.peers]:
                 tasks[f"{CASES[case].title}: peak memory of {name}"] = partial(measure_memory, results, case, name)
         return tasks
 
-    def _add_avx2(self, case: str, modes: list[str]) -> None:
-        """These modes with AVX2 at most, without what is compiled; in a process of its own, because torch chooses an
-        instruction set once."""
+    def _add_child(self, also: Mapping[str, Any]) -> None:
+        """With other instructions or threads, and without what is compiled; in a process of its own, because torch
+        chooses an instruction set once."""
+        options = self._options
         with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder, "avx2.json")
-            words = f"--modes {' '.join(modes)} --peers --no-children --cases {case} --rounds={self._options.rounds}"
-            words += f" --seconds={self._options.seconds} --threads={torch.get_num_threads()}"
-            environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "TERM": "dumb"}
-            command = [sys.executable, "-m", "benchmarks", *words.split(), f"--output={output}"]
-            command += ["--optimizers", *self._options.optimizers]
+            output = Path(folder, "child.json")
+            environment = os.environ | {"TERM": "dumb"}
+            if "capability" in also:
+                environment["ATEN_CPU_CAPABILITY"] = also["capability"].lower()
+            words = f"--no-children --rounds={options.rounds} --seconds={options.seconds}"
+            words += f" --threads={also.get('threads', torch.get_num_threads())}"
+            peers = [name for name in also["peers"] if not name.startswith(c.COMPILED_LOOP)]
+            command = [sys.executable, "-m", "benchmarks", *words.split(), f"--output={output}", "--peers", *peers]
+            command += ["--cases", *also["cases"], "--modes", *also["modes"], "--optimizers", *options.optimizers]
             subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
             self.results.rows += Results.read(output).rows
 
@@ -126,7 +132,7 @@ class Run:
             self._compiler.reset()
             self._case = CASES[case]
             self._problem = Problem(self._case.make_params(self._device.name), self._compiler)
-        peers = [p for p in c.PEERS if mode in p.modes and (p.name in options.peers or mode in NORM_MODES)]
+        peers = [p for p in c.PEERS if mode in p.modes and (p.name in options.peers or p.family or p.role == "limit")]
         skipped = [p for p in peers if takes_minutes(options, p, case, mode)]
         if not (mode in COMPILED_MODES and skipped):
             contenders = contenders_of(self._problem, mode, [p for p in peers if p not in skipped])
@@ -161,7 +167,8 @@ class Run:
                 row["bytes"] = (contender.passes or MODES[mode].passes) * case.bytes
                 rows.append(row | errors | {"compile_s": work.compile_s})
         # A compilation within the times would look like a slow call.
-        with torch.compiler.set_stance("fail_on_recompile"):
+        is_compiled = any(row["compile_s"] is not None for row in rows)
+        with torch.compiler.set_stance("fail_on_recompile") if is_compiled else nullcontext():
             timings = race([work.call for work in works], self._options.rounds, self._options.seconds, self._device)
             for row, work, timing in zip(rows, works, timings, strict=True):
                 row |= timing

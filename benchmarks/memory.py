@@ -17,16 +17,16 @@ from benchmarks.contenders import COMPILED_LOOP, ELASTIC_NET, OURS, PEERS, Compi
 from benchmarks.results import Record, Results
 
 # Freed blocks go back to the system at once, so that none is reused unseen.
-_RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def measure_memory(results: Results, case: str, name: str) -> None:
     """The peak of one forward and backward with `.grad` None, above what was there before, and what of it the process
     keeps when the gradients are freed, for the next step or for the system to take."""
-    if not _CLEAR_REFS.exists():
+    if not CLEAR_REFS.exists():
         return results.add_absent(case, "memory", name, "only Linux tells the peak of a single call")
-    environment = os.environ | _RETURN_FREED_MEMORY | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | RETURN_FREED_MEMORY | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "benchmarks.memory", case, name]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     row = {"case": case, "implementation": name, "role": "ours" if name == OURS else "peer"}
@@ -45,15 +45,15 @@ def _measured(case: str, name: str) -> Record:
     clear(params)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what compiling left behind
-    _CLEAR_REFS.write_text("5")  # the peak restarts at what is there now
-    before = _resident("VmRSS")
+    CLEAR_REFS.write_text("5")  # the peak restarts at what is there now
+    before = resident("VmRSS")
     forward_backward(partial(penalty, params, **ELASTIC_NET))
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     clear(params)
-    return {"peak_bytes": peak, "kept_bytes": max(0, _resident("VmRSS") - before)}
+    return {"peak_bytes": peak, "kept_bytes": max(0, resident("VmRSS") - before)}
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
     """Bytes of this process in memory, now (`VmRSS`) or at most (`VmHWM`)."""
     (kilobytes,) = (line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return 1024 * int(kilobytes)

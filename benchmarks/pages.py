@@ -8,8 +8,9 @@ from pathlib import Path
 
 from benchmarks.checks import CASES
 from benchmarks.contenders import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
+from benchmarks.growth import WORKS, found
 from benchmarks.optimizers import OPTIMIZERS
-from benchmarks.report import caption, joined, notable_errors, number, sized, table
+from benchmarks.report import caption, joined, notable_errors, number, sized, slowest, table
 from benchmarks.results import Record, Results
 
 ROOT = Path(__file__).parent.parent
@@ -31,10 +32,11 @@ _RATIOS = {
 
 
 class Committed:
-    """The results of the penalties, and of the steps."""
+    """The results of the penalties, of the steps, of the slowest places, and of growth."""
 
     def __init__(self, folder: Path = ROOT / "benchmarks" / "results") -> None:
         self.penalties, self.steps = (Results.read(folder / f"{name}.json") for name in ("cpu", "cpu-steps"))
+        self.slowest, self.growth = (Results.read(folder / f"{name}.json") for name in ("cpu-slowest", "growth"))
 
     def find(self, case: str, mode: str, *row: str) -> Record | None:
         return (self.steps if mode in ("step", "attached") else self.penalties).find(case, mode, *row)
@@ -71,6 +73,23 @@ class Committed:
             lines.append(line)
         return table(lines)
 
+    def of_growth(self) -> str:
+        """What each tensor and each element costs, of few and of the most."""
+        lines = []
+        for work in WORKS:
+            line = {"of each, with L1 and L2": work}
+            for axis, few, unit, name in (
+                ("tensors", 1000, 1e3, "us a tensor"),
+                ("elements", 10**6, 1e6, "ns an element"),
+            ):
+                times, twice = (found(self.growth, axis, work, "", "ms", threads) for threads in (1, 2))
+                most, memory = max(times), found(self.growth, axis, work, "", "peak_bytes")
+                line[f"{name}, of {few:,}"], line[f"of {most:,}"] = (number(unit * times[n] / n) for n in (few, most))
+                line[f"2 threads, {axis}"] = f"{times[most] / twice[most]:.2f}x" if most in twice else "-"
+                line[f"bytes {name[3:]}"] = number(memory[max(memory)] / max(memory))
+            lines.append(line)
+        return table(lines)
+
 
 def _time(row: Record | None, ours: Record) -> str:
     if row is None:
@@ -92,6 +111,11 @@ def written(committed: Committed) -> Iterable[tuple[Path, str]]:
         "docs/performance.md": [
             (committed.ratios(), ratios),
             (committed.of_steps(), f"{steps}, with AVX-512, and with AVX2."),
+            (
+                slowest(committed.slowest),
+                f"{caption(committed.slowest)}; a place ends with its instructions and threads.",
+            ),
+            (committed.of_growth(), f'{caption(committed.growth)}; one thread, but for "2 threads": how much faster.'),
         ],
     }
     for name, blocks in pages.items():

@@ -3,6 +3,7 @@
 
 import sys
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -17,6 +18,10 @@ _NOTABLE = {"float32": 1e-4, "bfloat16": 1e-2}  # worse than this, an error is s
 _NOTES = """Medians in ms, and in brackets how many times that of the first column. At the end, of the first column: its
 20th and 80th percentiles, the GB/s of the bytes that the work must move, its time divided by the first limit's."""
 
+_SLOWEST_NOTE = (
+    """Where ours is slowest: of every kind of work the case, instructions and threads of the worst ratio."""
+)
+
 _GPU_NOTES = """Times are the device's, by events, with the call in the queue and none of it in the L2 cache (a call of
 more than about a thousand launches fills the queue: its time holds the host's). host us: until the call returns, with
 an empty queue. peak bytes: above the inputs, of a CUDA graph what its capture allocated."""
@@ -26,7 +31,14 @@ def document(results: Results, name: str) -> str:
     """All tables; `name` is that of the run's JSON."""
     title = f"# Measured on the {results.gpu['name'] if results.gpu else 'CPU'}"
     origin = f"Written by `python -m benchmarks.report benchmarks/results/{name}`."
-    parts = [title, f"{origin} {caption(results)}.", _NOTES, *(_of_mode(results, mode) for mode in MODES.values())]
+    worst = [] if results.gpu else [_SLOWEST_NOTE, slowest(results)]
+    parts = [
+        title,
+        f"{origin} {caption(results)}.",
+        *worst,
+        _NOTES,
+        *(_of_mode(results, mode) for mode in MODES.values()),
+    ]
     if results.gpu:
         found = [f"- {r['name']}: {r['gb_per_s']:.0f} GB/s, {r['bytes'] / 1e9:.2f} GB" for r in results.rooflines]
         costs = []
@@ -49,18 +61,52 @@ def document(results: Results, name: str) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def slowest(results: Results) -> str:
+    """A line for each kind of work: the case, instructions and threads in which ours does worst beside the best peer,
+    and beside the first limit."""
+    groups: dict[tuple, list[Record]] = defaultdict(list)
+    for row in results.rows:
+        groups[row["mode"], row["family"], row["case"], row["capability"], row["threads"]].append(row)
+    found: dict[tuple[str, str], list[list[tuple[float, str]]]] = defaultdict(lambda: [[], []])
+    for (name, family, case, capability, threads), rows in groups.items():
+        mode = MODES[name]
+        ours = next((row for row in rows if row["implementation"] == mode.ours), None)
+        peers = [row for row in rows if row["role"] == "peer"]
+        where = f"{CASES[case].title}, {capability}, {threads}"
+        if ours and peers:
+            best = min(peers, key=lambda row: row["median_ms"])
+            text = joined(best["implementation"], where)
+            found[mode.title, family][0].append((ours["median_ms"] / best["median_ms"], text))
+        if ours and ours["ratio_to_limit"]:
+            found[mode.title, family][1].append((ours["ratio_to_limit"], where))
+    lines = []
+    for kind, worst in found.items():
+        cells = ["{:.2f}: {}".format(*max(each)) if each else "-" for each in worst]
+        heads = ("ours / the fastest peer, at worst", "ours / the limit, at worst")
+        lines.append({"kind of work": joined(*kind)} | dict(zip(heads, cells, strict=True)))
+    return table(lines)
+
+
 def _of_mode(results: Results, mode) -> str:
     """A line for each case, a column for each contender."""
     own, order, lines = results.machine["capability"], list(CASES), {}
     rows = [row for row in results.rows if row["mode"] == mode.mode]
     ours = mode.ours if any(row["implementation"] == mode.ours for row in rows) else OURS
-    rows.sort(key=lambda row: (row["capability"] != own, order.index(row["case"]), row["implementation"] != ours))
+    rows.sort(
+        key=lambda row: (
+            row["capability"] != own,
+            -row["threads"],
+            order.index(row["case"]),
+            row["implementation"] != ours,
+        )
+    )
     columns = dict.fromkeys(row["implementation"] for row in rows)
     for row in rows:
-        label = joined(sized(row["case"]), row["family"], row["capability"] * (row["capability"] != own))
+        threads = f"{row['threads']} threads" * (row["threads"] != results.machine["threads"])
+        label = joined(sized(row["case"]), row["family"], row["capability"] * (row["capability"] != own), threads)
         line = lines.setdefault(label, {mode.title: label} | dict.fromkeys(columns, "-"))
         median = row["median_ms"]
-        first = results.find(row["case"], mode.mode, ours, row["family"], row["capability"])
+        first = results.find(row["case"], mode.mode, ours, row["family"], row["capability"], row["threads"])
         ratio = f" ({median / first['median_ms']:.1f}x)" if first and first is not row else ""
         line[row["implementation"]] = joined(number(median) + ratio, notable_errors(row))
         if first is row:

@@ -1,8 +1,8 @@
 """What a run writes: the machine, its rows, and how these stand to the project's targets; to JSON and back.
 
 A target, a line of `targets.csv`, bounds what is read of the rows of a case and mode: of the contender `of`, and of
-those in `to`. Semicolons are between several of `to`, families, and instruction sets, by default the machine's own; a
-claim names the last two as ``{family}`` and ``{capability}``.
+those in `to`. Semicolons are between several of `to`, families, instruction sets and numbers of threads, by default the
+machine's own; a claim names the last three as ``{family}``, ``{capability}`` and ``{threads}``.
 """
 
 import json
@@ -61,11 +61,13 @@ class Results:
         """Whether ours, or a whole part of the run, failed."""
         return any(not a["implementation"] or a["implementation"].startswith("fused_reg") for a in self.absent)
 
-    def find(self, case: str, mode: str, name: str, family: str = "", capability: str = "") -> Record | None:
-        """The row, by default of the instruction set that the machine chose itself; of mode memory, its record."""
+    def find(self, case: str, mode: str, name: str, family="", capability="", threads=0) -> Record | None:
+        """The row, by default of the instruction set and the threads that the machine chose itself; of mode memory, its
+        record."""
         wanted = {"case": case, "implementation": name}
         if mode != "memory":
             wanted |= {"mode": mode, "family": family, "capability": capability or self.machine["capability"]}
+            wanted |= {"threads": threads or self.machine["threads"]}
         rows = self.memory if mode == "memory" else self.rows
         return next((row for row in rows if wanted.items() <= row.items()), None)
 
@@ -101,18 +103,18 @@ def targets(results: Results) -> list[Record]:
     table = pd.read_csv(Path(__file__).with_name("targets.csv"), keep_default_na=False)
     found = []
     for target in table[table.device == device].itertuples():
-        families, capabilities = target.family.split(";"), target.capability.split(";")
-        for case, family, capability in product(target.cases.split(), families, capabilities):
+        several = (str(x).split(";") for x in (target.family, target.capability, target.threads))
+        for case, family, capability, threads in product(target.cases.split(), *several):
             if target.read.startswith("percent") and CASES[case].bytes <= results.gpu["l2_bytes"]:
                 continue
             names = [target.of, *filter(None, target.to.split(";"))]
-            rows = [results.find(case, target.mode, name, family, capability) for name in names]
+            rows = [results.find(case, target.mode, name, family, capability, int(threads or 0)) for name in names]
             present = [row for row in rows if row]
             is_measured = rows[0] and len(present) >= min(2, len(rows))  # of several others, one is enough
             measured = _READS[target.read](*present) if is_measured else None
             at_least = target.bounded == ">="
             met = None if measured is None else measured >= target.bound if at_least else measured <= target.bound
-            claim = target.claim.format(family=family, capability=capability or own)
+            claim = target.claim.format(family=family, capability=capability or own, threads=threads)
             bound = {"target": target.bound, "at_least": at_least, "met": met}
             found.append({"claim": f"{CASES[case].title}, {claim}", "measured": measured} | bound)
     return found

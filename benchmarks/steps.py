@@ -7,14 +7,15 @@ process, what is compiled first is up to 6 % slower. So each is compiled twice, 
 opposite one, and the two run in turn; the very first is the step without a penalty.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_reg
-from benchmarks import checks
+from benchmarks import checks, loops
 from benchmarks import contenders as c
 from benchmarks.checks import MODES, Errors, Problem, Strengths, Tensors, WrongResultError
 from benchmarks.contenders import OURS, Contender, Peer, Work
@@ -25,21 +26,22 @@ _CHECKED_STEP, _TIMED_STEP = 100.0, 1e-9
 _ZEROS_TOLERANCE = 1e-4  # of the elements that are exactly zero: those whose threshold is a rounding away may differ
 
 
-def _loop(weights: Tensors, l1: float, l2: float, l2_norm: float = 0.0, group: str = "", *, step: float) -> None:
+def _loop(weights: Tensors, l1=0.0, l2=0.0, l2_norm=0.0, group="tensor", *, step: float) -> None:
+    """Each term in its fastest form."""
     for w in weights:
-        w.copy_(w.sign() * (w.abs() - step * l1).clamp_(min=0))
-        if group:
-            groups = w.view(len(w), -1) if group == "row" else w.view(1, -1)
-            groups.mul_((1 - step * l2_norm / groups.norm(dim=1, keepdim=True)).clamp_(min=0))
-        w.div_(1 + 2 * step * l2)
+        if l1:
+            nn.functional.softshrink(w, step * l1, out=w)
+        if l2_norm:
+            w.mul_((1 - step * l2_norm / loops.norms(w, group, keepdim=True)).clamp_(min=0))
+        if l2:
+            w.mul_(1 / (1 + 2 * step * l2))
 
 
 def prox_steps(problem: Problem, mode: str = "prox", peers: Sequence[Peer] = ()) -> Iterator[Contender]:
-    """Ours and the peers, without norms and with those of each kind of group; all step one copy of the parameters."""
-    weights = [p.detach().clone() for p in problem.params]
-    for family in ("", *c.families_of(problem.params)):
-        strengths = c.ELASTIC_NET | c.NORMS.get(family, {})
-        passes = MODES["prox"].passes + bool(family)  # norms are known after a pass
+    """Ours and the loop, of every family; all step one copy of the parameters."""
+    weights = [copy.deepcopy(p.detach()) for p in problem.params]  # which lie as they do
+    for family, strengths in ({"": c.ELASTIC_NET} | c.ALONE | c.NORMS).items():
+        passes = MODES["prox"].passes + (family in c.NORMS)  # norms are known after a pass
         for name, role, prox in (OURS, "ours", fused_reg.prox_), (c.LOOP, "peer", _loop):
             make = partial(_prox_work, problem.params, weights, role, partial(prox, weights, **strengths), strengths)
             yield Contender(name, role, make, family, passes)

@@ -3,7 +3,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <atomic>
 #include <cmath>
+#include <cstdlib>
+#include <new>
 
 #include "build_info.h"
 #include "expect.h"
@@ -11,9 +14,27 @@
 
 namespace {
 
+std::atomic<int64_t> heap_bytes;  // all that was asked for
+
+}  // namespace
+
+void* operator new(std::size_t size) {
+  heap_bytes += static_cast<int64_t>(size);
+  if (void* memory = std::malloc(size)) {
+    return memory;
+  }
+  throw std::bad_alloc();
+}
+
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
+namespace {
+
 using Tensors = std::vector<at::Tensor>;
 
-std::tuple<at::Tensor, Tensors> penalty_and_grad(at::TensorList params, double l1, double l2) {
+std::tuple<at::Tensor, Tensors> penalty_and_grad(at::TensorList params, double l1, double l2, double l2_norm = 0,
+                                                 int64_t group = 0) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fused_reg::penalty", "")
@@ -25,8 +46,13 @@ std::tuple<at::Tensor, Tensors> penalty_and_grad(at::TensorList params, double l
   }
   std::vector<int64_t> counts{1, 1};
   counts.resize(fused_reg::kNumbers);
-  auto [value, grads, norms] = op.call(params, needs_grad, {l1, l2}, {}, counts, /*group=*/0);
-  EXPECT(norms.empty());
+  std::vector<double> numbers{l1, l2};
+  if (group != 0) {
+    counts[2] = 1;
+    numbers.push_back(l2_norm);
+  }
+  auto [value, grads, norms] = op.call(params, needs_grad, numbers, {}, counts, group);
+  EXPECT(norms.empty() == (group == 0));
   return {value, grads};
 }
 
@@ -86,6 +112,21 @@ void expect_an_error_of_the_caller_is_thrown() {
   EXPECT(thrown);
 }
 
+// Of lists of which each is twice as long as the one before: in proportion, what is added is twice as much as before.
+void expect_memory_in_proportion_to_the_list() {
+  for (const int64_t group : {0, 1, 2, 3}) {
+    std::vector<int64_t> bytes;
+    for (const int64_t n : {100, 200, 400}) {
+      const std::vector<at::Tensor> params(n, at::ones({6, 5}));
+      penalty_and_grad(params, 1, 1, 1, group);
+      const int64_t before = heap_bytes;
+      penalty_and_grad(params, 1, 1, 1, group);
+      bytes.push_back(heap_bytes - before);
+    }
+    EXPECT(bytes[0] > 0 && bytes[2] - bytes[1] < 3 * (bytes[1] - bytes[0]), group, bytes[0], bytes[1], bytes[2]);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -94,5 +135,6 @@ int main() {
   expect_same_bits_inside_parallel_for();
   expect_same_bits_for_any_thread_count();
   expect_an_error_of_the_caller_is_thrown();
+  expect_memory_in_proportion_to_the_list();
   return fused_reg::testing::report();
 }
