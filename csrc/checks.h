@@ -131,9 +131,9 @@ inline void check_grads(size_t count, size_t params) {
                     count);
 }
 
-inline void check_grad(size_t i, const at::Tensor& grad, const at::Tensor& like) {
+inline void check_grad(size_t i, const at::Tensor& grad, const at::Tensor& like, bool any_strides) {
   TORCH_CHECK_VALUE(grad.device() == like.device() && grad.scalar_type() == like.scalar_type() &&
-                        grad.sizes() == like.sizes() && has_layout_of(grad, like),
+                        grad.sizes() == like.sizes() && (any_strides || has_layout_of(grad, like)),
                     "grads[", i, "] must have the device, dtype, shape and strides that penalty gave it");
 }
 

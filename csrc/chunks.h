@@ -7,6 +7,8 @@
 //
 // A thread goes from VISIT to visit: a chunk; a whole group of several chunks that fits its cache, so that what depends
 // on the group's norm finds the group there; or some short groups, as each alone would cost more than its elements.
+// Where the elements of neighbouring groups lie between one another, as those of columns, a visit is a STRIP: the same
+// chunk of each of these, in parts that are visits as above.
 //
 // Chunks depend on the sizes only, never on the number of threads or blocks, so neither do sums taken
 // chunk by chunk. Pure host C++.
@@ -27,9 +29,10 @@ struct Chunk {
   int64_t group;  // of the list
 };
 
-// Consecutive chunks of a tensor, of one size, but the last, which may be shorter.
+// Consecutive chunks of a tensor, of one size, but the last, which may be shorter. Of a strip those of groups in turn.
 struct Visit {
   Chunk first;
+  int64_t number;  // of the first chunk
   int64_t chunks;
   int64_t size;  // elements in all
 };
@@ -40,6 +43,9 @@ constexpr int64_t kVisitedGroup = 4 * kChunkSize;
 // Short groups are visited together, up to so many elements: with their gradients they fit a first-level cache.
 constexpr int64_t kVisitedTogether = 2048;
 constexpr int kMaxVisit = 64;  // chunks
+
+// A strip has about so many elements, or a cache line of each row of them.
+constexpr int64_t kStripElements = 4 * kChunkSize;
 
 class ChunkPlan {
  public:
@@ -93,22 +99,42 @@ class ChunkPlan {
             first_group_[t] + group};
   }
 
-  // Whether the groups of tensor t are visited whole.
-  bool visits_groups(int64_t t) const { return group_size_[t] <= visited_group_; }
+  // The groups of tensor t are visited in strips, whose width is a multiple of this.
+  void set_strips(int64_t t, int64_t line) {
+    const int64_t length = std::clamp<int64_t>(group_size_[t], 1, kChunkSize);
+    strips_.resize(tensors());
+    strips_[t] = std::max<int64_t>(kStripElements / length / line, 1) * line;
+  }
+  void set_strips_as(const ChunkPlan& other) { strips_ = other.strips_; }
+  bool has_strips(int64_t t) const { return !strips_.empty() && strips_[t] != 0; }
 
-  // The visit that begins with chunk c and ends before another; from the tensor of an earlier chunk on.
+  // Whether the groups of tensor t are visited whole.
+  bool visits_groups(int64_t t) const {
+    return group_size_[t] <= (has_strips(t) ? std::min<int64_t>(visited_group_, kChunkSize) : visited_group_);
+  }
+
+  // The visit that begins with chunk c and ends before another; from the tensor of an earlier chunk on. Chunks that are
+  // visited in strips are counted in this order.
   Visit visit(int64_t c, int64_t end, int64_t* of_earlier) const {
     const Chunk first = chunk(c, of_earlier);
     const int64_t t = first.tensor;
+    if (has_strips(t)) {
+      return strip(c, end, t);
+    }
     if (!visits_groups(t)) {
-      return {first, 1, first.size};
+      return {first, c, 1, first.size};
     }
     if (chunks_per_group(t) > 1) {
-      return {first, chunks_per_group(t), group_size_[t]};
+      return {first, c, chunks_per_group(t), group_size_[t]};
     }
-    const int64_t together = std::clamp<int64_t>(kVisitedTogether / first.size, 1, kMaxVisit);
-    const int64_t chunks = std::min({together, first_chunk_[t + 1] - c, end - c});
-    return {first, chunks, chunks * first.size};
+    return short_groups(first, c, std::min(first_chunk_[t + 1], end) - c);
+  }
+
+  // The part of a strip that begins with its chunk i.
+  Visit part(const Visit& strip, int64_t i) const {
+    int64_t t = strip.first.tensor;
+    const int64_t c = strip.number + i * chunks_per_group(t);
+    return short_groups(chunk(c, &t), c, visits_groups(t) ? strip.chunks - i : 1);
   }
 
   // The first chunk, or group that is visited whole, whose middle is at or after an element of the flattened list. It
@@ -130,6 +156,23 @@ class ChunkPlan {
   }
 
  private:
+  // As many groups of one chunk as are visited together, at most `count`.
+  static Visit short_groups(const Chunk& first, int64_t c, int64_t count) {
+    const int64_t chunks = std::min(count, std::clamp<int64_t>(kVisitedTogether / first.size, 1, kMaxVisit));
+    return {first, c, chunks, chunks * first.size};
+  }
+
+  Visit strip(int64_t c, int64_t end, int64_t t) const {
+    const int64_t count = chunks_per_group(t), place = c - first_chunk_[t];
+    const int64_t group = place / (strips_[t] * count) * strips_[t];  // the first of the strip
+    const int64_t width = std::min(strips_[t], first_group_[t + 1] - first_group_[t] - group);
+    const int64_t within = place - group * count, before = within % width;
+    const int64_t number = first_chunk_[t] + (group + before) * count + within / width;
+    const Chunk first = chunk(number, &t);
+    const int64_t chunks = std::min(width - before, end - c);
+    return {first, number, chunks, chunks * first.size};
+  }
+
   // The last t with starts[t] <= x: where empty tensors share a start, the one that holds x.
   static int64_t owner(const std::vector<int64_t>& starts, int64_t x) {
     return std::upper_bound(starts.begin(), starts.end(), x) - starts.begin() - 1;
@@ -139,6 +182,7 @@ class ChunkPlan {
   std::vector<int64_t> first_chunk_;    // [tensors + 1]
   std::vector<int64_t> first_group_;    // [tensors + 1]
   std::vector<int64_t> group_size_;     // [tensors], elements
+  std::vector<int64_t> strips_;         // [tensors], groups; 0: none; or empty
   int64_t visited_group_ = kVisitedGroup;
 };
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
+#include <vector>
 
 #include "torch_compat.h"
 
@@ -33,13 +35,30 @@ inline bool is_run(const at::Tensor& t, Grouping group) {
   return t.is_non_overlapping_and_dense() && has_groups_in_runs(t, group);
 }
 
+// One like it that is. Elements keep the order of memory where that allows it.
+inline at::Tensor empty_run(const at::Tensor& t, Grouping group) {
+  const int64_t d = sliced_dim(t, group);
+  return d < 0 || is_run(t, group) ? at::empty_like(t)
+                                   : at::empty_like(t.movedim(d, 0), at::MemoryFormat::Contiguous).movedim(0, d);
+}
+
 // The tensor itself if it is one; else a copy that is.
 inline at::Tensor as_run(const at::Tensor& t, Grouping group) {
-  if (is_run(t, group)) {
-    return t;
-  }
+  return is_run(t, group) ? t : empty_run(t, group).copy_(t);
+}
+
+// The dimensions of empty_run(t), the slowest first.
+inline std::vector<int64_t> run_order(const at::Tensor& t, Grouping group) {
   const int64_t d = sliced_dim(t, group);
-  return d < 0 ? t.clone() : t.movedim(d, 0).clone(at::MemoryFormat::Contiguous).movedim(0, d);
+  std::vector<int64_t> order(t.dim());
+  std::iota(order.begin(), order.end(), 0);
+  if (d < 0 || is_run(t, group)) {
+    const std::vector<int64_t> strides = at::infer_dense_strides(t.sizes(), t.strides());
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  } else {
+    std::rotate(order.begin(), order.begin() + d, order.begin() + d + 1);
+  }
+  return order;
 }
 
 // Tensors of one shape whose elements follow on one another in the same order.
@@ -52,12 +71,13 @@ inline bool has_layout_of(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
-// A gradient with the strides of its parameter, where these are dense.
+// A gradient with the strides of its parameter, or where these are not dense, those of empty_like().
 inline at::Tensor laid_out_as(const at::Tensor& param, at::Tensor grad) {
-  if (has_layout_of(grad, param) || !param.is_non_overlapping_and_dense()) {
+  if (has_layout_of(grad, param)) {
     return grad;
   }
-  return at::empty_like(param).copy_(grad);
+  const at::Tensor like = at::empty_like(param);
+  return has_layout_of(grad, like) ? grad : like.copy_(grad);
 }
 
 }  // namespace fused_reg

@@ -1,6 +1,8 @@
 // What the operators of ops.cpp do, for every backend that has a ListPass:
 //
 //   ListPass(params, selection, numbers)     checks; the list, not yet read
+//   kTakesStrides                            whether dense(t) is the parameter itself, however it lies in memory, and
+//                                            streams may lie otherwise
 //   empty_grad(param)                        memory for its gradient
 //   write_grad(t, grad), add_grad(t, grad)   which gradients the next pass shall give, and where
 //   run_...                                  one pass over the list
@@ -68,7 +70,7 @@ struct Operators {
     check_grads(grads.size(), params.size());
     Tensors written(grads.begin(), grads.end());
     for (const auto t : c10::irange(params.size())) {
-      if (!has_layout_of(grads[t], pass.dense(t))) {
+      if (!ListPass::kTakesStrides && !has_layout_of(grads[t], pass.dense(t))) {
         written[t] = ListPass::empty_grad(pass.dense(t)).copy_(grads[t]);
       }
     }
@@ -86,7 +88,8 @@ struct Operators {
     const std::vector<size_t> places = check_accumulation(params, grads, modes);
     const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
     // What the kernels read and write: pairs of one layout and dtype, copies where a gradient has another than its
-    // parameter. The dtype is one that holds both exactly. (To hold a tensor that Python has, too, takes its lock.)
+    // parameter, or groups that are no runs and the backend needs these. The dtype is one that holds both exactly. (To
+    // hold a tensor that Python has, too, takes its lock.)
     Tensors read;
     std::list<at::Tensor> copies;
     std::vector<const at::Tensor*> written(grads.size());
@@ -94,12 +97,12 @@ struct Operators {
       const at::Tensor& param = params[places[i]];
       const at::ScalarType dtype = c10::promoteTypes(grads[i].scalar_type(), param.scalar_type());
       written[i] = &grads[i];
-      if (!is_run(grads[i], numbers.group) || dtype != grads[i].scalar_type()) {
+      if (dtype != grads[i].scalar_type() || !(ListPass::kTakesStrides || is_run(grads[i], numbers.group))) {
         written[i] = &copies.emplace_back(as_run(grads[i], numbers.group).to(dtype));
       }
       if (dtype != param.scalar_type() || !has_layout_of(*written[i], param)) {
         read = read.empty() ? Tensors(params.begin(), params.end()) : std::move(read);
-        read[places[i]] = at::empty_like(*written[i]).copy_(param);
+        read[places[i]] = empty_run(*written[i], numbers.group).copy_(param);
       }
     }
     ListPass pass(read.empty() ? params : at::TensorList(read), all_of(params.size()), numbers);
@@ -177,14 +180,15 @@ struct Operators {
       widen(i < n ? grads[i] : states[i - n], i % n);
     }
     ListPass pass(wide.empty() ? params : at::TensorList(wide), all_of(n), numbers);
-    // What the kernels read and write: of the layout and dtype of dense(t), copies where a tensor has another.
+    // What the kernels read and write: of the dtype of dense(t), and its layout where the backend needs that; copies
+    // where a tensor has another.
     std::list<at::Tensor> copies;
     std::vector<const at::Tensor*> own(n + states.size());
     for (const auto i : c10::irange(own.size())) {
       const at::Tensor& given = i < n ? grads[i] : states[i - n];
       const at::Tensor& dense = pass.dense(i % n);
       own[i] = &given;
-      if (given.scalar_type() != dense.scalar_type() || !has_layout_of(given, dense)) {
+      if (given.scalar_type() != dense.scalar_type() || !(ListPass::kTakesStrides || has_layout_of(given, dense))) {
         own[i] = &copies.emplace_back(at::empty_like(dense).copy_(given));
       }
     }

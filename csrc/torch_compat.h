@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/List.h>

@@ -6,9 +6,12 @@ import torch
 from oracle import assert_same_bits, gradients
 from samples import DTYPES, draw, leaves
 
-from fused_reg import Regularizer, accumulate_grad_, fused_penalty, prox_, reference, value_and_grad
+from fused_reg import Regularizer, accumulate_grad_, fused_penalty, optim, prox_, reference, value_and_grad
 
-SHAPES = ((5, 7), (33, 65), (300, 211), (6, 5, 3, 3), (2, 1, 4), (1, 9), (0, 4), (4, 0), (3, 20_000))
+SHAPES = (
+    *((5, 7), (33, 65), (300, 211), (6, 5, 3, 3), (2, 1, 4), (1, 9), (0, 4), (4, 0), (3, 20_000)),
+    *((20_000, 3), (16_385, 19), (70, 2_000), (1_850, 9, 3, 3)),  # long columns, several strips
+)
 STRENGTHS = ({"l2_norm": 0.3}, {"l1": 0.1, "l2": 0.2, "l2_norm": [0.1 * i for i in range(len(SHAPES))]})
 LAYOUTS = {
     "contiguous": lambda p: p,
@@ -50,6 +53,26 @@ def test_in_place(strengths, params):
         prox_(trained, **strengths, group="column", step=0.9)
         prox_(rows, **strengths, group="row", step=0.9)
     assert_same_bits([p.detach() for p in trained], exchanged([p.detach() for p in rows]))
+
+
+@pytest.mark.parametrize("group", ["row", "column", None])
+def test_gradients_and_states_that_lie_otherwise(group, device):
+    strength = {"l2": 0.2} if group is None else {"l2_norm": 0.3, "group": group}
+    results = []
+    for layout in LAYOUTS.values():
+        params = leaves([draw(s, DTYPES[i % 4], device, i) for i, s in enumerate(SHAPES)])
+        for i, p in enumerate(params):
+            p.grad = layout(draw(p.shape, p.dtype, device, i + 1))
+        accumulate_grad_(params, **strength)
+        sgd = optim.SGD(params, lr=0.1, momentum=0.9)
+        for p in params:
+            sgd.state[p]["momentum_buffer"] = layout(torch.full_like(p, 0.5))
+        Regularizer(params, **strength).attach(sgd, mode="prox")
+        sgd.step()
+        buffers = [sgd.state[p]["momentum_buffer"] for p in params]
+        results.append([t.detach() for t in (*params, *(p.grad for p in params), *buffers)])
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
 
 
 def test_trained_strengths_and_second_derivatives(device):

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <list>
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -14,12 +14,15 @@
 #include "../torch_compat.h"
 #include "dispatch.h"
 #include "grad_memory.h"
+#include "pack.h"
 #include "parallel.h"
 
 namespace fused_reg {
 
 class ListPass {
  public:
+  static constexpr bool kTakesStrides = true;
+
   // The parameters outlive it: to hold them takes as long as the pass over short ones.
   ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers)
       : params_(params), group_(numbers.group), has_further_(numbers.has_further()) {
@@ -29,14 +32,12 @@ class ListPass {
     for (const auto c : c10::irange(used)) {
       columns[c] = HostColumn(numbers.columns[c], selection);
     }
-    dense_.reserve(params.size());
     tasks_.reserve(params.size());
     std::vector<int64_t> sizes, groups;
     sizes.reserve(params.size());
     groups.reserve(params.size());
     for (const auto t : c10::irange(params.size())) {
       check_memory(t, params[t]);
-      dense_.push_back(is_run(params[t], group_) ? &params[t] : &copies_.emplace_back(as_run(params[t], group_)));
       ChunkTask& task = tasks_.emplace_back();
       task.dtype = dtype_of(dense(t));
       task.streams[0] = const_cast<void*>(dense(t).const_data_ptr());
@@ -49,6 +50,9 @@ class ListPass {
       groups.push_back(group_ == Grouping::kNone ? 1 : groups_of(params[t], group_));
     }
     plan_ = group_ == Grouping::kNone ? ChunkPlan(sizes) : ChunkPlan(sizes, groups);
+    for (const auto t : c10::irange(params.size())) {
+      place(t, 0, params[t]);
+    }
     for (int64_t t = 0; t < plan_.tensors() && group_ != Grouping::kNone; ++t) {
       first_long_.push_back(long_groups_);
       long_groups_ += plan_.chunks_per_group(t) > 1 ? plan_.first_group(t + 1) - plan_.first_group(t) : 0;
@@ -62,15 +66,14 @@ class ListPass {
   // The value shall be float64.
   void want_exact() { is_exact_ = true; }
 
-  // Parameter t as one run of memory: itself, or a copy.
-  const at::Tensor& dense(size_t t) const { return *dense_[t]; }
+  const at::Tensor& dense(size_t t) const { return params_[t]; }
 
   // Memory for the gradient of a parameter, not yet written, with its strides where it is dense.
   static at::Tensor empty_grad(const at::Tensor& param) {
     return param.is_non_overlapping_and_dense() ? empty_grad_like(param) : at::empty_like(param);
   }
 
-  // The next pass with gradients shall write that of parameter t, or add to it. The layout is that of dense(t).
+  // The next pass with gradients shall write that of parameter t, or add to it.
   void write_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/false); }
   void add_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/true); }
 
@@ -140,6 +143,9 @@ class ListPass {
       task.streams[0] = dense(t).mutable_data_ptr();
       for (int s = 1; s < kStreams; ++s) {
         task.streams[s] = row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr();
+        if (row.streams[s] != nullptr) {
+          place(t, s, *row.streams[s]);
+        }
       }
       task.numbers.factor = 1;
       task.numbers.terms = is_followed ? kNone : AllTerms::present(task.numbers.of);
@@ -201,6 +207,36 @@ class ListPass {
     double* penalties;  // as Penalties; null: not asked for
   };
 
+  // Says where the elements of a stream of tensor t lie, unless they are a run, in the order of that of the parameter.
+  void place(size_t t, int s, const at::Tensor& stream) {
+    const at::Tensor& param = params_[t];
+    if ((is_run(param, group_) && has_layout_of(stream, param)) || stream.numel() == 0) {
+      return;
+    }
+    const int64_t d = sliced_dim(param, group_);
+    Strides strides;
+    for (const int64_t i : run_order(param, group_)) {
+      const Strides::Dim dim{stream.size(i), stream.stride(i)};
+      if (i == d || dim.size == 1) {
+        continue;
+      }
+      if (!strides.dims.empty() && strides.dims.back().stride == dim.size * dim.stride) {
+        strides.dims.back() = {strides.dims.back().size * dim.size, dim.stride};
+      } else {
+        strides.dims.push_back(dim);
+      }
+    }
+    if (strides.dims.empty()) {
+      strides.dims.push_back({1, 1});
+    }
+    strides.group = d < 0 || stream.size(d) == 1 ? plan_.group_size(t) : stream.stride(d);
+    if (!strides.is_run()) {
+      plan_.set_strips(t, kLineBytes / static_cast<int64_t>(stream.element_size()));
+      strides_.resize(tasks_.size());
+      strides_[t][s] = std::move(strides);
+    }
+  }
+
   ChunkTask task_of(const Visit& visit) const {
     const int64_t t = visit.first.tensor;
     ChunkTask task = tasks_[t];
@@ -211,6 +247,72 @@ class ListPass {
     task.size = visit.size;
     task.chunk_size = visit.first.size;
     return task;
+  }
+
+  // Memory of this thread, kept for its next strip.
+  static void* scratch(int s, int64_t size) {
+    struct alignas(kLineBytes) Line {
+      char bytes[kLineBytes];
+    };
+    static thread_local struct {
+      std::unique_ptr<Line[]> lines;
+      int64_t count = 0;
+    } kept[kStreams];
+    auto& own = kept[s];
+    const int64_t count = (size + kLineBytes - 1) / kLineBytes;
+    if (own.count < count) {
+      own.lines.reset(new Line[count]);
+      own.count = count;
+    }
+    return own.lines.get();
+  }
+
+  // body(visit, task) once for every visit. writes: whether what the tasks' passes write is written.
+  template <class Body>
+  void for_each_task(const ChunkPlan& plan, bool writes, const Body& body) const {
+    for_each_visit(plan, [&](const Visit& visit) {
+      if (plan.has_strips(visit.first.tensor)) {
+        visit_strip(plan, visit, writes, body);
+      } else {
+        ChunkTask task = task_of(visit);
+        body(visit, task);
+      }
+    });
+  }
+
+  // The same for the parts of a strip, whose streams are packed.
+  template <class Body>
+  void visit_strip(const ChunkPlan& plan, const Visit& strip, bool writes, const Body& body) const {
+    const int64_t t = strip.first.tensor, size = strip.first.size;
+    const int64_t group = strip.first.begin / plan.group_size(t), begin = strip.first.begin % plan.group_size(t);
+    const auto bytes = static_cast<int64_t>(dense(t).element_size());
+    const StreamUse used = writes ? streams_used(tasks_[t].pass) : StreamUse{bit(0), 0};
+    void* packed[kStreams] = {};
+    const auto each = [&](unsigned streams, const auto& copies) {
+      for (int s = 0; s < kStreams; ++s) {
+        if (packed[s] != nullptr && streams & bit(s)) {
+          const Strides& strides = strides_[t][s];
+          copies(strides, bytes, static_cast<char*>(tasks_[t].streams[s]) + group * strides.group * bytes, packed[s],
+                 strip.chunks, begin, size);
+        }
+      }
+    };
+    for (int s = 0; s < kStreams; ++s) {
+      if ((used.reads | used.writes) & bit(s) && tasks_[t].streams[s] != nullptr && !strides_[t][s].dims.empty()) {
+        packed[s] = scratch(s, strip.size * bytes);
+      }
+    }
+    each(used.reads, pack<false>);
+    for (int64_t i = 0; i < strip.chunks;) {
+      const Visit part = plan.part(strip, i);
+      ChunkTask task = task_of(part);
+      for (int s = 0; s < kStreams; ++s) {
+        task.streams[s] = packed[s] == nullptr ? task.streams[s] : static_cast<char*>(packed[s]) + i * size * bytes;
+      }
+      body(part, task);
+      i += part.chunks;
+    }
+    each(used.writes, pack<true>);
   }
 
   static ChunkTask prox_task(ChunkTask task) {
@@ -238,8 +340,7 @@ class ListPass {
   // A pass that writes, where there is something to be written.
   void run_with_norms(const OptionalTensor& norms, at::IntArrayRef first_groups) {
     const double* const all = group_ == Grouping::kNone ? nullptr : norms->const_data_ptr<double>();
-    for_each_visit(plan_, [&](int64_t, const Visit& visit) {
-      ChunkTask task = task_of(visit);
+    for_each_task(plan_, true, [&](const Visit& visit, ChunkTask& task) {
       if (all != nullptr) {
         const int64_t t = visit.first.tensor;
         set_norms(task, t, all + first_groups[t] + visit.first.group - plan_.first_group(t));
@@ -262,12 +363,13 @@ class ListPass {
       sizes.push_back(plan_.visits_groups(t) ? 0 : tasks_[t].size);
       groups.push_back(plan_.visits_groups(t) ? 0 : plan_.first_group(t + 1) - plan_.first_group(t));
     }
-    const ChunkPlan large(sizes, groups);
+    ChunkPlan large(sizes, groups);
+    large.set_strips_as(plan_);
     std::vector<ChunkSums> sums(large.chunks());
     std::vector<double> norms(large.groups());
-    const auto visit_large = [&](size_t r, int64_t c, int64_t group, const Visit& visit) {
-      ChunkTask task = task_of(visit);
-      if (r > 0 && rounds[r - 1].writes) {
+    const auto writes = [&](size_t r) { return r > 0 && rounds[r - 1].writes; };
+    const auto visit_large = [&](size_t r, int64_t c, int64_t group, ChunkTask& task) {
+      if (writes(r)) {
         task.numbers.norm = norms[group];
         write(task, rounds[r - 1].sums);
       }
@@ -275,13 +377,14 @@ class ListPass {
         kernel_(sums_task(task, rounds[r].sums), &sums[c]);
       }
     };
-    for_each_visit(plan_, [&](int64_t c, const Visit& visit) {
+    const bool any_writes = std::any_of(rounds.begin(), rounds.end(), [](const Round& round) { return round.writes; });
+    for_each_task(plan_, any_writes, [&](const Visit& visit, ChunkTask& task) {
       const int64_t t = visit.first.tensor;
       if (plan_.visits_groups(t)) {
-        visit_groups(rounds, c, visit);
+        visit_groups(rounds, visit, task);
       } else {
-        visit_large(0, c - plan_.first_chunk(t) + large.first_chunk(t),
-                    visit.first.group - plan_.first_group(t) + large.first_group(t), visit);
+        visit_large(0, visit.number - plan_.first_chunk(t) + large.first_chunk(t),
+                    visit.first.group - plan_.first_group(t) + large.first_group(t), task);
       }
     });
     for (size_t r = 1; r <= rounds.size() && large.chunks() > 0; ++r) {
@@ -293,21 +396,22 @@ class ListPass {
                             &sums[large.first_chunk(t) + chunk]);
         }
       }
-      if (rounds[r - 1].writes || r < rounds.size()) {
-        for_each_visit(large, [&](int64_t c, const Visit& visit) { visit_large(r, c, visit.first.group, visit); });
+      if (writes(r) || r < rounds.size()) {
+        for_each_task(large, writes(r), [&](const Visit& visit, ChunkTask& task) {
+          visit_large(r, visit.number, visit.first.group, task);
+        });
       }
     }
   }
 
-  void visit_groups(const std::vector<Round>& rounds, int64_t c, const Visit& visit) const {
+  void visit_groups(const std::vector<Round>& rounds, const Visit& visit, ChunkTask& task) const {
     const int64_t t = visit.first.tensor, per_group = plan_.chunks_per_group(t);
-    ChunkTask task = task_of(visit);
     ChunkSums sums[kMaxVisit];
     double norms[kMaxVisit];
     for (const Round& round : rounds) {
       kernel_(sums_task(task, round.sums), sums);
       for (int64_t i = 0; i * per_group < visit.chunks; ++i) {
-        norms[i] = finish(round, t, visit.first.group + i, c + i * per_group, sums + i * per_group);
+        norms[i] = finish(round, t, visit.first.group + i, visit.number + i * per_group, sums + i * per_group);
       }
       if (round.writes) {
         set_norms(task, t, norms);
@@ -343,10 +447,10 @@ class ListPass {
   // A pass that sums: the penalty of every chunk.
   Penalties run_sums() {
     Penalties penalties = some_penalties();
-    for_each_visit(plan_, [&](int64_t c, const Visit& visit) {
+    for_each_task(plan_, true, [&](const Visit& visit, const ChunkTask& task) {
       ChunkSums sums;
-      kernel_(task_of(visit), &sums);
-      penalties[c] = SummedTerms::penalty(tasks_[visit.first.tensor].numbers.of, sums.of);
+      kernel_(task, &sums);
+      penalties[visit.number] = SummedTerms::penalty(task.numbers.of, sums.of);
     });
     return penalties;
   }
@@ -354,7 +458,7 @@ class ListPass {
   // A pass that sums: the sums of every chunk.
   std::vector<ChunkSums> chunk_sums() {
     std::vector<ChunkSums> sums(plan_.chunks());
-    for_each_visit(plan_, [&](int64_t c, const Visit& visit) { kernel_(task_of(visit), &sums[c]); });
+    for_each_task(plan_, false, [&](const Visit& visit, const ChunkTask& task) { kernel_(task, &sums[visit.number]); });
     return sums;
   }
 
@@ -397,8 +501,9 @@ class ListPass {
   }
 
   void set_grad(size_t t, const at::Tensor& grad, bool add) {
-    check_grad(t, grad, dense(t));
+    check_grad(t, grad, dense(t), /*any_strides=*/true);
     tasks_[t].streams[1] = grad.mutable_data_ptr();
+    place(t, 1, grad);
     adds_.resize(tasks_.size());
     adds_[t] = add;
   }
@@ -418,10 +523,9 @@ class ListPass {
   Grouping group_;
   bool has_further_;
   bool is_exact_ = false;
-  std::vector<const at::Tensor*> dense_;
-  std::list<at::Tensor> copies_;
   std::vector<ChunkTask> tasks_;
-  std::vector<bool> adds_;  // per tensor, where gradients are asked for
+  std::vector<std::array<Strides, kStreams>> strides_;  // [tensors], of those with strips; a run has no dimensions here
+  std::vector<bool> adds_;                              // per tensor, where gradients are asked for
   ChunkPlan plan_;
   std::vector<int64_t> first_long_;  // [tensors], among the groups of several chunks
   int64_t long_groups_ = 0;

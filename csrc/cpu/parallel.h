@@ -22,7 +22,7 @@ void in_parallel(int64_t size, int64_t grain, const Body& body) {
   }
 }
 
-// body(c, visit) once for every visit, whose first chunk is c. Serial where threads do not pay.
+// body(visit) once for every visit. Serial where threads do not pay.
 template <class Body>
 void for_each_visit(const ChunkPlan& plan, const Body& body) {
   const auto range = [&](int64_t begin, int64_t end) {
@@ -31,7 +31,7 @@ void for_each_visit(const ChunkPlan& plan, const Body& body) {
     int64_t t = c < last ? plan.chunk(c).tensor : 0;
     while (c < last) {
       const Visit visit = plan.visit(c, last, &t);
-      body(c, visit);
+      body(visit);
       c += visit.chunks;
     }
   };

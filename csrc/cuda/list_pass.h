@@ -22,6 +22,8 @@ namespace fused_reg::cuda {
 // is read by the host.
 class ListPass {
  public:
+  static constexpr bool kTakesStrides = false;
+
   ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers)
       : device_((check_list(params, numbers), params[0].device())),
         guard_(device_),
@@ -270,7 +272,7 @@ class ListPass {
   }
 
   void set_grad(size_t t, const at::Tensor& grad, bool add) {
-    check_grad(t, grad, dense(t));
+    check_grad(t, grad, dense(t), /*any_strides=*/false);
     streams_[t][1] = grad.mutable_data_ptr();
     entries_[t].adds = add;
     adds_ |= add;

@@ -38,6 +38,24 @@ enum class Pass {
 inline Pass step_of(int64_t optimizer) { return static_cast<Pass>(static_cast<int64_t>(Pass::kSgd) + optimizer); }
 constexpr int64_t kOptimizers = static_cast<int64_t>(Pass::kCount) - static_cast<int64_t>(Pass::kSgd);
 
+// The streams that a pass reads and writes, a bit each.
+struct StreamUse {
+  unsigned reads, writes;
+};
+
+inline StreamUse streams_used(Pass pass) {
+  switch (pass) {
+#define FUSED_REG_USED(name, terms, numbers) \
+  case Pass::k##name:                        \
+    return {name##Pass<terms>::kReads | bit(0), name##Pass<terms>::kWrites};
+    FUSED_REG_PASSES(FUSED_REG_USED)
+    FUSED_REG_STEPS(FUSED_REG_USED)
+#undef FUSED_REG_USED
+    default:
+      return {};
+  }
+}
+
 // The streams of an optimizer's states, a bit each.
 inline unsigned state_streams(Pass step, unsigned options) {
   switch (step) {

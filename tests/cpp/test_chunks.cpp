@@ -34,7 +34,7 @@ void expect_visits(const ChunkPlan& plan, int64_t begin, int64_t end) {
   int64_t t = begin < end ? plan.chunk(begin).tensor : 0;
   for (int64_t c = begin; c < end;) {
     const Visit visit = plan.visit(c, end, &t);
-    EXPECT(visit.first.begin == plan.chunk(c).begin && visit.first.tensor == t, c);
+    EXPECT(visit.first.begin == plan.chunk(c).begin && visit.number == c && visit.first.tensor == t, c);
     EXPECT(visit.chunks >= 1 && visit.chunks <= kMaxVisit && c + visit.chunks <= end, c, visit.chunks);
     EXPECT(visit.chunks == 1 || visit.size <= std::max(kVisitedGroup, kVisitedTogether), c, visit.size);
     int64_t size = 0;
@@ -78,6 +78,31 @@ void expect_shares_are_disjoint(const std::vector<int64_t>& sizes, const ChunkPl
   }
 }
 
+// Strips go over all chunks once, however the tensor is shared out, each over neighbouring groups.
+void expect_strips(ChunkPlan plan, std::mt19937_64& random) {
+  for (int64_t t = 0; t < plan.tensors(); ++t) {
+    plan.set_strips(t, 16);
+  }
+  const int64_t cut = plan.chunk_from(static_cast<int64_t>(random() % (plan.elements() + 1)));
+  std::vector<int> covered(plan.chunks());
+  for (int64_t c = 0, t = 0; c < plan.chunks();) {
+    const Visit strip = plan.visit(c, c < cut ? cut : plan.chunks(), &t);
+    EXPECT(strip.first.tensor == t && strip.first.begin == plan.chunk(strip.number).begin, c);
+    EXPECT(strip.size <= std::max<int64_t>(kStripElements, 16 * kChunkSize), c, strip.size);
+    for (int64_t i = 0; i < strip.chunks;) {
+      const Visit part = plan.part(strip, i);
+      EXPECT(part.first.size == strip.first.size && part.first.group == strip.first.group + i, c, i);
+      EXPECT(part.chunks == 1 || (part.chunks <= kMaxVisit && plan.chunks_per_group(t) == 1), c, i);
+      for (int64_t k = 0; k < part.chunks; ++k) {
+        ++covered[part.number + k];
+      }
+      i += part.chunks;
+    }
+    c += strip.chunks;
+  }
+  EXPECT(covered == std::vector<int>(plan.chunks(), 1));
+}
+
 }  // namespace
 
 int main() {
@@ -118,6 +143,9 @@ int main() {
     }
     expect_covers(sizes, rows);
     expect_shares_are_disjoint(sizes, ChunkPlan(sizes, rows), random);
+    if (ChunkPlan(sizes, rows).chunks() < 1000000) {
+      expect_strips(ChunkPlan(sizes, rows), random);
+    }
   }
   const ChunkPlan plan({6, 0, 3 * (k + 1)}, {6, 0, 3});
   EXPECT(plan.groups() == 9 && plan.chunks() == 12 && plan.first_group(2) == 6 && plan.chunks_per_group(2) == 2);

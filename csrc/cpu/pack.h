@@ -1,0 +1,146 @@
+// Groups that are no runs of memory, as columns or the rows of a slice: a visit packs what it reads into a run, and
+// unpacks what it wrote; in between that stays in the cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace fused_reg {
+
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kPrefetchRows = 16;
+
+// Where the elements of groups lie, from the first of them on. Strides are in elements.
+struct Strides {
+  struct Dim {
+    int64_t size, stride;
+  };
+  int64_t group = 0;      // from one to the next
+  std::vector<Dim> dims;  // of a group, in the order of its elements; one or more
+
+  bool is_run() const { return dims.size() == 1 && dims[0].stride == 1 && group == dims[0].size; }
+};
+
+template <class T>
+struct Matrix {
+  T* at;
+  int64_t row, column;  // strides
+
+  Matrix transposed() const { return {at, column, row}; }
+};
+
+// A square of elements that vectors of 16 bytes transpose: every x86-64 and aarch64 has them.
+template <class T>
+struct Tile {
+  static constexpr int kSide = 16 / sizeof(T);
+  typedef T Vector __attribute__((vector_size(16)));
+  using Places = decltype(Vector{} < Vector{});
+
+  // An element of a, one of b, the next of a, and so on.
+  template <int first, int... i>
+  static Vector interleaved(Vector a, Vector b, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * kSide)...);
+#else
+    return __builtin_shuffle(a, b, Places{(first + i / 2 + i % 2 * kSide)...});
+#endif
+  }
+
+  // From rows that are `row` apart to columns that are `column` apart.
+  static void transpose(const T* from, int64_t row, T* to, int64_t column) {
+    constexpr std::make_integer_sequence<int, kSide> all;
+    Vector rows[kSide], next[kSide];
+    for (int i = 0; i < kSide; ++i) {
+      std::memcpy(&rows[i], from + i * row, sizeof(Vector));
+    }
+    for (int apart = 1; apart < kSide; apart *= 2) {
+      for (int i = 0; i < kSide / 2; ++i) {
+        next[2 * i] = interleaved<0>(rows[i], rows[i + kSide / 2], all);
+        next[2 * i + 1] = interleaved<kSide / 2>(rows[i], rows[i + kSide / 2], all);
+      }
+      std::copy(next, next + kSide, rows);
+    }
+    for (int i = 0; i < kSide; ++i) {
+      std::memcpy(to + i * column, &rows[i], sizeof(Vector));
+    }
+  }
+};
+
+template <class T>
+void copy_scalars(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      to.at[r * to.row + c * to.column] = from.at[r * from.row + c * from.column];
+    }
+  }
+}
+
+// Columns that are contiguous to rows that are. A line of each row is filled at a time; where the rows are far apart,
+// no hardware fetches ahead what is written.
+template <class T>
+void copy_transposed(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t columns) {
+  constexpr int64_t kSide = Tile<T>::kSide, kLine = kLineBytes / sizeof(T);
+  for (int64_t line = 0; line < columns; line += kLine) {
+    const int64_t end = std::min(line + kLine, columns);
+    for (int64_t r = 0; r < rows; r += kSide) {
+      for (int64_t ahead = r + kPrefetchRows; ahead < std::min(r + kPrefetchRows + kSide, rows); ++ahead) {
+        __builtin_prefetch(to.at + ahead * to.row + line, 1);
+      }
+      for (int64_t c = line; c < end; c += kSide) {
+        const Matrix<T> tile{from.at + r + c * from.column, 1, from.column};
+        const Matrix<T> copy{to.at + r * to.row + c, to.row, 1};
+        if (r + kSide <= rows && c + kSide <= end) {
+          Tile<T>::transpose(tile.at, tile.column, copy.at, copy.row);
+        } else {
+          copy_scalars(tile, copy, std::min(kSide, rows - r), std::min(kSide, end - c));
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void copy(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t columns) {
+  if (from.column == 1 && to.column == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(to.at + r * to.row, from.at + r * from.row, columns * sizeof(T));
+    }
+  } else if (from.row == 1 && to.column == 1) {
+    copy_transposed(from, to, rows, columns);
+  } else if (from.column == 1 && to.row == 1) {
+    copy_transposed(from.transposed(), to.transposed(), columns, rows);
+  } else {
+    copy_scalars(from, to, rows, columns);
+  }
+}
+
+// Elements [begin, begin + size) of so many groups, the first of which starts at `memory`, and a run of them.
+template <bool unpacks, class T>
+void pack_elements(const Strides& strides, T* memory, T* run, int64_t groups, int64_t begin, int64_t size) {
+  for (int64_t i = 0, count; i < size; i += count) {
+    const Strides::Dim& last = strides.dims.back();
+    int64_t offset = 0, rest = begin + i;
+    for (auto dim = strides.dims.rbegin(); dim != strides.dims.rend(); ++dim) {
+      offset += rest % dim->size * dim->stride;
+      rest /= dim->size;
+    }
+    count = std::min(last.size - (begin + i) % last.size, size - i);
+    const Matrix<T> strided{memory + offset, strides.group, last.stride}, packed{run + i, size, 1};
+    unpacks ? copy(packed, strided, groups, count) : copy(strided, packed, groups, count);
+  }
+}
+
+template <bool unpacks>
+void pack(const Strides& strides, size_t element_size, void* memory, void* run, int64_t groups, int64_t begin,
+          int64_t size) {
+  const auto elements = [&](auto type) {
+    using T = decltype(type);
+    pack_elements<unpacks>(strides, static_cast<T*>(memory), static_cast<T*>(run), groups, begin, size);
+  };
+  element_size == 2 ? elements(uint16_t{}) : element_size == 4 ? elements(float{}) : elements(double{});
+}
+
+}  // namespace fused_reg
