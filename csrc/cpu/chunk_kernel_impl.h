@@ -18,13 +18,6 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
-// A block is compiled for each of its calls, whose numbers of rows differ; in the baseline once, which takes less time.
-#if FUSED_REG_VECTOR_BYTES == 16
-#define FUSED_REG_BLOCK __attribute__((noinline))
-#else
-#define FUSED_REG_BLOCK FUSED_REG_INLINE
-#endif
-
 template <Dtype dtype, class P>
 struct Kernel {
   using E = Element<dtype>;
@@ -37,7 +30,8 @@ struct Kernel {
 
   // Lanes that are summed at a time: as many as the registers hold for two terms. A step of an optimizer, which has
   // many streams and much to do with an element, takes all, and the sums stay in the first-level cache.
-  static constexpr int kStrip = P::kSums == 0 || P::kHasOptions ? kLanes : kRegisters / 4 * kDoubles;
+  static constexpr int kLine = std::max<int>(kCacheLine / sizeof(Storage), E::kCount);
+  static constexpr int kStrip = P::kSums == 0 ? kLine : P::kHasOptions ? kLanes : kRegisters / 4 * kDoubles;
 
   // How far ahead elements are fetched, into the first-level cache: in the order of memory, whatever that of the sums
   // is, so that the prefetchers of the hardware follow. Strips take lines from all over a block, so the next one is
@@ -132,10 +126,10 @@ struct Kernel {
   // the first. `usual`: no option is rare.
   template <bool usual, bool is_first>
   FUSED_REG_INLINE void rows_of(Double* sums, Storage* const* streams, int64_t begin, int rows) const {
-    constexpr int kLine = std::min(std::max<int>(kCacheLine / sizeof(Storage), E::kCount), kStrip);
-    constexpr int kVectors = kStrip / kDoubles;
+    constexpr int kFetched = std::min(kLine, kStrip), kVectors = kStrip / kDoubles;
+    constexpr int kRow = P::kSums == 0 ? kLine : kLanes;  // without sums a line is a row
     int64_t next_ahead = begin + ahead;
-    for (int strip = 0; strip < kLanes; strip += kStrip) {
+    for (int strip = 0; strip < kRow; strip += kStrip) {
       Double* const firsts = sums + strip / kDoubles;
       Double* const seconds = firsts + kLanes / kDoubles;
       Double strip_sums[kPassSums * kVectors];
@@ -143,18 +137,18 @@ struct Kernel {
         strip_sums[v] = is_first ? Double{} : firsts[v];
         strip_sums[kVectors + v] = is_first ? Double{} : seconds[v];
       }
-      for (int row = 0; row < rows; ++row) {
-        int64_t i = begin + row * kLanes + strip;
+      for (int row = 0; row < rows * (kLanes / kRow); ++row) {
+        int64_t i = begin + row * kRow + strip;
         Double* next = strip_sums;
-        for (int line = 0; line < kStrip; line += kLine) {
+        for (int line = 0; line < kStrip; line += kFetched) {
           for (int s = 0; s < kStreams; ++s) {
             if ((kRead | P::kWrites) & bit(s) && is_there<usual>(streams, s)) {
               __builtin_prefetch(streams[s] + next_ahead);
             }
           }
-          next_ahead += kLine;
+          next_ahead += kFetched;
 #pragma GCC unroll 4
-          for (int v = 0; v < kLine; v += E::kCount) {
+          for (int v = 0; v < kFetched; v += E::kCount) {
             add<kVectors>(next, streams[0] + i);
             if constexpr (P::kWrites != 0) {
               elements<usual>(streams, i, factors);
@@ -197,18 +191,34 @@ struct Kernel {
                                                : rows_of<false, is_first>(lanes, streams, begin, rows);
   }
 
-  // tail: a last row, or null.
-  FUSED_REG_BLOCK void block(int b, Storage* const* streams, int64_t begin, int rows, Storage* const* tail) {
-    Double lanes[kPassSums * kLanes / kDoubles];
-    take_rows<true>(lanes, streams, begin, rows);
-    if (tail != nullptr) {
-      take_rows<false>(lanes, tail, 0, 1);
-    }
+  FUSED_REG_INLINE void fold_into(int b, Double* lanes) {
     for (int k = 0; k < kPassSums; ++k) {
       if (P::kSums & bit(k)) {
         fold(lanes + k * kLanes / kDoubles, sums[k][b].lanes);
       }
     }
+  }
+
+  FUSED_REG_INLINE void block(int b, Storage* const* streams, int64_t begin) {
+    if constexpr (FUSED_REG_VECTOR_BYTES == 16) {  // compiled once, which takes less time
+      part_of_block(b, streams, begin, kRows, nullptr);
+    } else {
+      Double lanes[kPassSums * kLanes / kDoubles];
+      take_rows<true>(lanes, streams, begin, kRows);
+      fold_into(b, lanes);
+    }
+  }
+
+  // Some rows of a block, and a last row at `tail`, unless that is null.
+  __attribute__((noinline)) void part_of_block(int b, Storage* const* streams, int64_t begin, int rows,
+                                               Storage* const* tail) {
+    Double lanes[kPassSums * kLanes / kDoubles] = {};
+    for (; streams != nullptr; streams = tail, tail = nullptr) {
+      take_rows<false>(lanes, streams, begin, rows);
+      begin = 0;
+      rows = 1;
+    }
+    fold_into(b, lanes);
   }
 
   // So many elements and then what changes no sum, for passes over whole vectors or rows.
@@ -244,15 +254,15 @@ struct Kernel {
     int64_t i = 0;
     int b = 0;
     for (; i + kBlock <= size; i += kBlock) {
-      block(b++, streams, i, kRows, nullptr);
+      block(b++, streams, i);
     }
     const int rows = static_cast<int>(size - i) / kLanes, rest = static_cast<int>(size - i) % kLanes;
     if (rest != 0) {
       Padded<kLanes> tail(*this, streams, size - rest, rest);
-      block(b++, streams, i, rows, tail.streams);
+      part_of_block(b++, streams, i, rows, tail.streams);
       tail.copy_to(streams, size - rest, rest);
     } else if (rows != 0) {
-      block(b++, streams, i, rows, nullptr);
+      part_of_block(b++, streams, i, rows, nullptr);
     }
     ChunkSums found{};
     for (int k = 0; k < kPassSums; ++k) {
