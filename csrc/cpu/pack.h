@@ -69,11 +69,15 @@ struct Tile {
   }
 };
 
+// In any strides: a line of each row at a time, so that what lies beside an element is still in the cache.
 template <class T>
 void copy_scalars(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) {
-      to.at[r * to.row + c * to.column] = from.at[r * from.row + c * from.column];
+  constexpr int64_t kLine = kLineBytes / sizeof(T);
+  for (int64_t line = 0; line < columns; line += kLine) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = line; c < std::min(line + kLine, columns); ++c) {
+        to.at[r * to.row + c * to.column] = from.at[r * from.row + c * from.column];
+      }
     }
   }
 }
