@@ -18,7 +18,10 @@ std::atomic<int64_t> heap_bytes;  // all that was asked for
 
 }  // namespace
 
-void* operator new(std::size_t size) {
+// Not inlined, or GCC finds in each caller that one of them is malloc() or free() and the other is not.
+#define FUSED_REG_APART __attribute__((noinline))
+
+FUSED_REG_APART void* operator new(std::size_t size) {
   heap_bytes += static_cast<int64_t>(size);
   if (void* memory = std::malloc(size)) {
     return memory;
@@ -26,8 +29,8 @@ void* operator new(std::size_t size) {
   throw std::bad_alloc();
 }
 
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+FUSED_REG_APART void operator delete(void* memory) noexcept { std::free(memory); }
+FUSED_REG_APART void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
