@@ -267,12 +267,15 @@ class ListPass {
     return own.lines.get();
   }
 
-  // body(visit, task) once for every visit. writes: whether what the tasks' passes write is written.
-  template <class Body>
-  void for_each_task(const ChunkPlan& plan, bool writes, const Body& body) const {
+  static constexpr StreamUse kReadsOnly{bit(0), 0};
+
+  // body(visit, task) once for every visit. use(t): the streams of tensor t that it reads and writes; what it does not
+  // write, and did not read, must not be unpacked.
+  template <class Use, class Body>
+  void for_each_task(const ChunkPlan& plan, const Use& use, const Body& body) const {
     for_each_visit(plan, [&](const Visit& visit) {
       if (plan.has_strips(visit.first.tensor)) {
-        visit_strip(plan, visit, writes, body);
+        visit_strip(plan, visit, use(visit.first.tensor), body);
       } else {
         ChunkTask task = task_of(visit);
         body(visit, task);
@@ -282,11 +285,10 @@ class ListPass {
 
   // The same for the parts of a strip, whose streams are packed.
   template <class Body>
-  void visit_strip(const ChunkPlan& plan, const Visit& strip, bool writes, const Body& body) const {
+  void visit_strip(const ChunkPlan& plan, const Visit& strip, const StreamUse& used, const Body& body) const {
     const int64_t t = strip.first.tensor, size = strip.first.size;
     const int64_t group = strip.first.begin / plan.group_size(t), begin = strip.first.begin % plan.group_size(t);
     const auto bytes = static_cast<int64_t>(dense(t).element_size());
-    const StreamUse used = writes ? streams_used(tasks_[t].pass) : StreamUse{bit(0), 0};
     void* packed[kStreams] = {};
     const auto each = [&](unsigned streams, const auto& copies) {
       for (int s = 0; s < kStreams; ++s) {
@@ -340,7 +342,8 @@ class ListPass {
   // A pass that writes, where there is something to be written.
   void run_with_norms(const OptionalTensor& norms, at::IntArrayRef first_groups) {
     const double* const all = group_ == Grouping::kNone ? nullptr : norms->const_data_ptr<double>();
-    for_each_task(plan_, true, [&](const Visit& visit, ChunkTask& task) {
+    const auto own_use = [&](int64_t t) { return streams_used(tasks_[t].pass); };
+    for_each_task(plan_, own_use, [&](const Visit& visit, ChunkTask& task) {
       if (all != nullptr) {
         const int64_t t = visit.first.tensor;
         set_norms(task, t, all + first_groups[t] + visit.first.group - plan_.first_group(t));
@@ -378,7 +381,10 @@ class ListPass {
       }
     };
     const bool any_writes = std::any_of(rounds.begin(), rounds.end(), [](const Round& round) { return round.writes; });
-    for_each_task(plan_, any_writes, [&](const Visit& visit, ChunkTask& task) {
+    const auto first_use = [&](int64_t t) {
+      return any_writes && plan_.visits_groups(t) ? streams_used(tasks_[t].pass) : kReadsOnly;
+    };
+    for_each_task(plan_, first_use, [&](const Visit& visit, ChunkTask& task) {
       const int64_t t = visit.first.tensor;
       if (plan_.visits_groups(t)) {
         visit_groups(rounds, visit, task);
@@ -397,7 +403,11 @@ class ListPass {
         }
       }
       if (writes(r) || r < rounds.size()) {
-        for_each_task(large, writes(r), [&](const Visit& visit, ChunkTask& task) {
+        const bool is_prox = rounds[r - 1].sums == Pass::kSoftSquares;
+        const auto use = [&](int64_t t) {
+          return writes(r) ? streams_used(is_prox ? Pass::kProx : tasks_[t].pass) : kReadsOnly;
+        };
+        for_each_task(large, use, [&](const Visit& visit, ChunkTask& task) {
           visit_large(r, visit.number, visit.first.group, task);
         });
       }
@@ -447,7 +457,8 @@ class ListPass {
   // A pass that sums: the penalty of every chunk.
   Penalties run_sums() {
     Penalties penalties = some_penalties();
-    for_each_task(plan_, true, [&](const Visit& visit, const ChunkTask& task) {
+    const auto use = [&](int64_t t) { return streams_used(tasks_[t].pass); };
+    for_each_task(plan_, use, [&](const Visit& visit, const ChunkTask& task) {
       ChunkSums sums;
       kernel_(task, &sums);
       penalties[visit.number] = SummedTerms::penalty(task.numbers.of, sums.of);
@@ -458,7 +469,8 @@ class ListPass {
   // A pass that sums: the sums of every chunk.
   std::vector<ChunkSums> chunk_sums() {
     std::vector<ChunkSums> sums(plan_.chunks());
-    for_each_task(plan_, false, [&](const Visit& visit, const ChunkTask& task) { kernel_(task, &sums[visit.number]); });
+    const auto use = [](int64_t) { return kReadsOnly; };
+    for_each_task(plan_, use, [&](const Visit& visit, const ChunkTask& task) { kernel_(task, &sums[visit.number]); });
     return sums;
   }
 
