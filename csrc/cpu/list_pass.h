@@ -1,58 +1,27 @@
-// One pass over a list of CPU tensors: a task a tensor, cut into the chunks of the plan, in one parallel region.
+// One pass over a list of CPU tensors: what the operators ask for, by passes over its tasks.
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <vector>
 
 #include "../checks.h"
-#include "../chunks.h"
-#include "../layout.h"
 #include "../numbers.h"
 #include "../summation.h"
 #include "../torch_compat.h"
 #include "dispatch.h"
 #include "grad_memory.h"
-#include "pack.h"
 #include "parallel.h"
+#include "task_list.h"
 
 namespace fused_reg {
 
-class ListPass {
+class ListPass : public TaskList {
  public:
   static constexpr bool kTakesStrides = true;
 
-  // The parameters outlive it: to hold them takes as long as the pass over short ones.
   ListPass(at::TensorList params, const Selection& selection, const NumbersArg& numbers)
-      : params_(params), group_(numbers.group), has_further_(numbers.has_further()) {
-    check_list(params, numbers);
-    std::array<HostColumn, kNumbers> columns;
-    const int used = has_further_ ? int{kNumbers} : kGroupNumbers;
-    for (const auto c : c10::irange(used)) {
-      columns[c] = HostColumn(numbers.columns[c], selection);
-    }
-    tasks_.reserve(params.size());
-    std::vector<int64_t> sizes, groups;
-    sizes.reserve(params.size());
-    groups.reserve(params.size());
-    for (const auto t : c10::irange(params.size())) {
-      check_memory(t, params[t]);
-      ChunkTask& task = tasks_.emplace_back();
-      task.dtype = dtype_of(dense(t));
-      task.streams[0] = const_cast<void*>(dense(t).const_data_ptr());
-      for (const auto c : c10::irange(used)) {
-        task.numbers.of[c] = columns[c][t];
-      }
-      task.numbers.terms = AllTerms::present(task.numbers.of);
-      task.size = dense(t).numel();
-      sizes.push_back(task.size);
-      groups.push_back(group_ == Grouping::kNone ? 1 : groups_of(params[t], group_));
-    }
-    plan_ = group_ == Grouping::kNone ? ChunkPlan(sizes) : ChunkPlan(sizes, groups);
-    for (const auto t : c10::irange(params.size())) {
-      place(t, 0, params[t]);
-    }
+      : TaskList(params, selection, numbers) {
     for (int64_t t = 0; t < plan_.tensors() && group_ != Grouping::kNone; ++t) {
       first_long_.push_back(long_groups_);
       long_groups_ += plan_.chunks_per_group(t) > 1 ? plan_.first_group(t + 1) - plan_.first_group(t) : 0;
@@ -61,12 +30,8 @@ class ListPass {
     kernel_ = plan_.elements() <= kSmallList ? capability.small_kernel : capability.kernel;
   }
 
-  Grouping group() const { return group_; }
-
   // The value shall be float64.
   void want_exact() { is_exact_ = true; }
-
-  const at::Tensor& dense(size_t t) const { return params_[t]; }
 
   // Memory for the gradient of a parameter, not yet written, with its strides where it is dense.
   static at::Tensor empty_grad(const at::Tensor& param) {
@@ -207,116 +172,6 @@ class ListPass {
     double* penalties;  // as Penalties; null: not asked for
   };
 
-  // Says where the elements of a stream of tensor t lie, unless they are a run, in the order of that of the parameter.
-  void place(size_t t, int s, const at::Tensor& stream) {
-    const at::Tensor& param = params_[t];
-    if ((is_run(param, group_) && has_layout_of(stream, param)) || stream.numel() == 0) {
-      return;
-    }
-    const int64_t d = sliced_dim(param, group_);
-    Strides strides;
-    for (const int64_t i : run_order(param, group_)) {
-      const Strides::Dim dim{stream.size(i), stream.stride(i)};
-      if (i == d || dim.size == 1) {
-        continue;
-      }
-      if (!strides.dims.empty() && strides.dims.back().stride == dim.size * dim.stride) {
-        strides.dims.back() = {strides.dims.back().size * dim.size, dim.stride};
-      } else {
-        strides.dims.push_back(dim);
-      }
-    }
-    if (strides.dims.empty()) {
-      strides.dims.push_back({1, 1});
-    }
-    strides.group = d < 0 || stream.size(d) == 1 ? plan_.group_size(t) : stream.stride(d);
-    if (!strides.is_run()) {
-      plan_.set_strips(t, kLineBytes / static_cast<int64_t>(stream.element_size()));
-      strides_.resize(tasks_.size());
-      strides_[t][s] = std::move(strides);
-    }
-  }
-
-  ChunkTask task_of(const Visit& visit) const {
-    const int64_t t = visit.first.tensor;
-    ChunkTask task = tasks_[t];
-    const int64_t offset = visit.first.begin * static_cast<int64_t>(dense(t).element_size());
-    for (void*& stream : task.streams) {
-      stream = stream == nullptr ? nullptr : static_cast<char*>(stream) + offset;
-    }
-    task.size = visit.size;
-    task.chunk_size = visit.first.size;
-    return task;
-  }
-
-  // Memory of this thread, kept for its next strip.
-  static void* scratch(int s, int64_t size) {
-    struct alignas(kLineBytes) Line {
-      char bytes[kLineBytes];
-    };
-    static thread_local struct {
-      std::unique_ptr<Line[]> lines;
-      int64_t count = 0;
-    } kept[kStreams];
-    auto& own = kept[s];
-    const int64_t count = (size + kLineBytes - 1) / kLineBytes;
-    if (own.count < count) {
-      own.lines.reset(new Line[count]);
-      own.count = count;
-    }
-    return own.lines.get();
-  }
-
-  static constexpr StreamUse kReadsOnly{bit(0), 0};
-
-  // body(visit, task) once for every visit. use(t): the streams of tensor t that it reads and writes; what it does not
-  // write, and did not read, must not be unpacked.
-  template <class Use, class Body>
-  void for_each_task(const ChunkPlan& plan, const Use& use, const Body& body) const {
-    for_each_visit(plan, [&](const Visit& visit) {
-      if (plan.has_strips(visit.first.tensor)) {
-        visit_strip(plan, visit, use(visit.first.tensor), body);
-      } else {
-        ChunkTask task = task_of(visit);
-        body(visit, task);
-      }
-    });
-  }
-
-  // The same for the parts of a strip, whose streams are packed.
-  template <class Body>
-  void visit_strip(const ChunkPlan& plan, const Visit& strip, const StreamUse& used, const Body& body) const {
-    const int64_t t = strip.first.tensor, size = strip.first.size;
-    const int64_t group = strip.first.begin / plan.group_size(t), begin = strip.first.begin % plan.group_size(t);
-    const auto bytes = static_cast<int64_t>(dense(t).element_size());
-    void* packed[kStreams] = {};
-    const auto each = [&](unsigned streams, const auto& copies) {
-      for (int s = 0; s < kStreams; ++s) {
-        if (packed[s] != nullptr && streams & bit(s)) {
-          const Strides& strides = strides_[t][s];
-          copies(strides, bytes, static_cast<char*>(tasks_[t].streams[s]) + group * strides.group * bytes, packed[s],
-                 strip.chunks, begin, size);
-        }
-      }
-    };
-    for (int s = 0; s < kStreams; ++s) {
-      if ((used.reads | used.writes) & bit(s) && tasks_[t].streams[s] != nullptr && !strides_[t][s].dims.empty()) {
-        packed[s] = scratch(s, strip.size * bytes);
-      }
-    }
-    each(used.reads, pack<false>);
-    for (int64_t i = 0; i < strip.chunks;) {
-      const Visit part = plan.part(strip, i);
-      ChunkTask task = task_of(part);
-      for (int s = 0; s < kStreams; ++s) {
-        task.streams[s] = packed[s] == nullptr ? task.streams[s] : static_cast<char*>(packed[s]) + i * size * bytes;
-      }
-      body(part, task);
-      i += part.chunks;
-    }
-    each(used.writes, pack<true>);
-  }
-
   static ChunkTask prox_task(ChunkTask task) {
     task.pass = Pass::kProx;
     task.numbers.terms = AllTerms::present(task.numbers.of);
@@ -342,8 +197,7 @@ class ListPass {
   // A pass that writes, where there is something to be written.
   void run_with_norms(const OptionalTensor& norms, at::IntArrayRef first_groups) {
     const double* const all = group_ == Grouping::kNone ? nullptr : norms->const_data_ptr<double>();
-    const auto own_use = [&](int64_t t) { return streams_used(tasks_[t].pass); };
-    for_each_task(plan_, own_use, [&](const Visit& visit, ChunkTask& task) {
+    for_each_task(plan_, own_streams(), [&](const Visit& visit, ChunkTask& task) {
       if (all != nullptr) {
         const int64_t t = visit.first.tensor;
         set_norms(task, t, all + first_groups[t] + visit.first.group - plan_.first_group(t));
@@ -457,8 +311,7 @@ class ListPass {
   // A pass that sums: the penalty of every chunk.
   Penalties run_sums() {
     Penalties penalties = some_penalties();
-    const auto use = [&](int64_t t) { return streams_used(tasks_[t].pass); };
-    for_each_task(plan_, use, [&](const Visit& visit, const ChunkTask& task) {
+    for_each_task(plan_, own_streams(), [&](const Visit& visit, const ChunkTask& task) {
       ChunkSums sums;
       kernel_(task, &sums);
       penalties[visit.number] = SummedTerms::penalty(task.numbers.of, sums.of);
@@ -531,14 +384,8 @@ class ListPass {
 
   static double number(const NumberArg& arg) { return arg.tensor.has_value() ? arg.tensor->item<double>() : arg.value; }
 
-  at::TensorList params_;
-  Grouping group_;
-  bool has_further_;
   bool is_exact_ = false;
-  std::vector<ChunkTask> tasks_;
-  std::vector<std::array<Strides, kStreams>> strides_;  // [tensors], of those with strips; a run has no dimensions here
-  std::vector<bool> adds_;                              // per tensor, where gradients are asked for
-  ChunkPlan plan_;
+  std::vector<bool> adds_;           // per tensor, where gradients are asked for
   std::vector<int64_t> first_long_;  // [tensors], among the groups of several chunks
   int64_t long_groups_ = 0;
   ChunkKernel kernel_;
