@@ -13,6 +13,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -41,6 +43,20 @@ struct ChunkNumbers {
   double norm;          // of its group, if it has one
   int terms;            // Terms; an absent one is neither summed nor differentiated
 };
+
+// ilogb(x) and ldexp(1, exponent), which take long, where these are normal numbers.
+FUSED_REG_INLINE int exponent_of(double x) {
+  int64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const int exponent = static_cast<int>(bits >> 52 & 0x7ff);
+  return exponent == 0 || exponent == 0x7ff ? std::ilogb(x) : exponent - 1023;
+}
+FUSED_REG_INLINE double power_of_two(int exponent) {
+  const int64_t bits = static_cast<int64_t>(exponent + 1023) << 52;
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return exponent < -1022 || exponent > 1023 ? std::ldexp(1.0, exponent) : x;
+}
 
 // What a term's gradient is multiplied by: the upstream gradient times the strength, each rounded to the
 // type S in which the gradient is computed.
@@ -239,15 +255,16 @@ struct Norm : Term<kNorm, kNormStrength> {
     } else if (!(n.norm - n.norm == 0)) {  // infinite or NaN
       f[1] = static_cast<S>(weight / n.norm);
     } else {
-      const int of_norm = std::ilogb(n.norm);
+      const int of_norm = exponent_of(n.norm);
       int exponent = -of_norm > kLargest ? kLargest : -of_norm < -kLargest / 2 ? -kLargest / 2 : -of_norm;
       if (weight != 0 && weight - weight == 0) {
-        constexpr int kSmallest = sizeof(S) == 4 ? -149 : -1074;          // subnormal
-        const int highest = std::ilogb(weight) - of_norm + kLargest - 3;  // so that the factor is normal
+        constexpr int kSmallest = sizeof(S) == 4 ? -149 : -1074;           // subnormal
+        const int highest = exponent_of(weight) - of_norm + kLargest - 3;  // so that the factor is normal
         exponent = exponent < highest ? exponent : highest < kSmallest ? kSmallest : highest;
       }
-      f[0] = static_cast<S>(std::ldexp(1.0, exponent));
-      f[1] = static_cast<S>(weight / std::ldexp(n.norm, exponent));
+      const double power = power_of_two(exponent);
+      f[0] = static_cast<S>(power);
+      f[1] = static_cast<S>(weight / (power < 0x1p-900 ? std::ldexp(n.norm, exponent) : n.norm * power));
     }
   }
 
