@@ -8,7 +8,8 @@
 // A thread goes from VISIT to visit: a chunk; a whole group of several chunks that fits its cache, so that what depends
 // on the group's norm finds the group there; or some short groups, as each alone would cost more than its elements.
 // Where the elements of neighbouring groups lie between one another, as those of columns, a visit is a STRIP: the same
-// chunk of each of these, in parts that are visits as above.
+// chunk of each of these, side by side, or packed, in parts that are visits as above. Groups of less than a row are
+// packed side by side.
 //
 // Chunks depend on the sizes only, never on the number of threads or blocks, so neither do sums taken
 // chunk by chunk. Pure host C++.
@@ -99,11 +100,11 @@ class ChunkPlan {
             first_group_[t] + group};
   }
 
-  // The groups of tensor t are visited in strips, whose width is a multiple of this.
-  void set_strips(int64_t t, int64_t line) {
+  // The groups of tensor t are visited in strips, whose width is a multiple of this, at most so many.
+  void set_strips(int64_t t, int64_t line, int64_t most) {
     const int64_t length = std::clamp<int64_t>(group_size_[t], 1, kChunkSize);
     strips_.resize(tensors());
-    strips_[t] = std::max<int64_t>(kStripElements / length / line, 1) * line;
+    strips_[t] = std::max<int64_t>(std::min(kStripElements / length, most) / line, 1) * line;
   }
   void set_strips_as(const ChunkPlan& other) { strips_ = other.strips_; }
   bool has_strips(int64_t t) const { return !strips_.empty() && strips_[t] != 0; }

@@ -19,6 +19,9 @@ struct ChunkTask {
   int64_t chunk_size = kChunkSize;  // at most kMaxVisit chunks, of which the last may be shorter
   const double* norms = nullptr;    // of the group of each chunk; null: that of the numbers
   int64_t ahead = 0;                // to where, behind an element, all are in the cache
+  // Of chunks side by side, how far apart the elements of each are, in every stream; there is a whole vector of chunks,
+  // as far as memory goes. 0: they follow on one another.
+  int64_t apart[kStreams] = {};
 };
 
 // The sums of each chunk; null: they are not asked for.

@@ -128,40 +128,47 @@ struct Kernel {
   FUSED_REG_INLINE void rows_of(Double* sums, Storage* const* streams, int64_t begin, int rows) const {
     constexpr int kFetched = std::min(kLine, kStrip), kVectors = kStrip / kDoubles;
     constexpr int kRow = P::kSums == 0 ? kLine : kLanes;  // without sums a line is a row
+    Storage* at[kStreams] = {};
+    for (int s = 0; s < kStreams; ++s) {
+      if ((kRead | P::kWrites) & bit(s)) {
+        at[s] = streams[s];
+      }
+    }
     int64_t next_ahead = begin + ahead;
     for (int strip = 0; strip < kRow; strip += kStrip) {
-      Double* const firsts = sums + strip / kDoubles;
-      Double* const seconds = firsts + kLanes / kDoubles;
       Double strip_sums[kPassSums * kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        strip_sums[v] = is_first ? Double{} : firsts[v];
-        strip_sums[kVectors + v] = is_first ? Double{} : seconds[v];
-      }
+      const auto each_sum = [&](const auto& body) __attribute__((always_inline)) {
+        for (int k = 0; k < kPassSums; ++k) {
+          for (int v = 0; v < kVectors; ++v) {
+            if (P::kSums & bit(k)) {
+              body(strip_sums[k * kVectors + v], sums[(k * kLanes + strip) / kDoubles + v]);
+            }
+          }
+        }
+      };
+      each_sum([](Double& own, Double& before) { own = is_first ? Double{} : before; });
       for (int row = 0; row < rows * (kLanes / kRow); ++row) {
         int64_t i = begin + row * kRow + strip;
         Double* next = strip_sums;
         for (int line = 0; line < kStrip; line += kFetched) {
           for (int s = 0; s < kStreams; ++s) {
-            if ((kRead | P::kWrites) & bit(s) && is_there<usual>(streams, s)) {
-              __builtin_prefetch(streams[s] + next_ahead);
+            if ((kRead | P::kWrites) & bit(s) && is_there<usual>(at, s)) {
+              __builtin_prefetch(at[s] + next_ahead);
             }
           }
           next_ahead += kFetched;
 #pragma GCC unroll 4
           for (int v = 0; v < kFetched; v += E::kCount) {
-            add<kVectors>(next, streams[0] + i);
+            add<kVectors>(next, at[0] + i);
             if constexpr (P::kWrites != 0) {
-              elements<usual>(streams, i, factors);
+              elements<usual>(at, i, factors);
             }
             next += E::kCount / kDoubles;
             i += E::kCount;
           }
         }
       }
-      for (int v = 0; v < kVectors; ++v) {
-        firsts[v] = strip_sums[v];
-        seconds[v] = strip_sums[kVectors + v];
-      }
+      each_sum([](Double& own, Double& before) { before = own; });
     }
   }
 
@@ -172,6 +179,12 @@ struct Kernel {
       for (int v = 0; v < half; ++v) {
         sums[v] = sums[v] + sums[v + half];
       }
+    }
+    if constexpr (E::kParts == 1) {
+      for (int v = 0; v < kLeft / kDoubles; ++v) {
+        store(folded + v * kDoubles, sums[v]);
+      }
+      return;
     }
     double lanes[kLeft];
     for (int v = 0; v < kLeft / kDoubles; ++v) {
@@ -212,11 +225,10 @@ struct Kernel {
   // Some rows of a block, and a last row at `tail`, unless that is null.
   __attribute__((noinline)) void part_of_block(int b, Storage* const* streams, int64_t begin, int rows,
                                                Storage* const* tail) {
-    Double lanes[kPassSums * kLanes / kDoubles] = {};
-    for (; streams != nullptr; streams = tail, tail = nullptr) {
-      take_rows<false>(lanes, streams, begin, rows);
-      begin = 0;
-      rows = 1;
+    Double lanes[kPassSums * kLanes / kDoubles];
+    take_rows<true>(lanes, streams, begin, rows);
+    if (tail != nullptr) {
+      take_rows<false>(lanes, tail, 0, 1);
     }
     fold_into(b, lanes);
   }
@@ -271,11 +283,10 @@ struct Kernel {
     return found;
   }
 
-  // Chunks of less than a row, as many as begin within so many elements, at once: what each element adds to its lane,
-  // then the trees; and for each element the factors of its chunk.
-  static constexpr int kShort = 512;
+  // CHUNKS SIDE BY SIDE: a vector has an element of each of E::kCount chunks, and a lane of the sums is some vectors.
+  static constexpr int kAcross = E::kCount / kDoubles;
 
-  // Where the vectors of E have element i, if they are of so many numbers.
+  // Where the vectors of E have chunk i, if they are of so many numbers.
   template <unsigned vector>
   static constexpr unsigned place(unsigned i) {
     constexpr unsigned kCount = E::kCount, kParts = E::kParts;
@@ -283,71 +294,116 @@ struct Kernel {
     return i / kCount * kCount + v * vector + in_part % vector;
   }
 
-  void run_short(Storage* const* streams, int size, int chunk, const double* norms, StepNumbers* numbers,
-                 ChunkSums* found) {
-    alignas(64) double shares[kPassSums][kShort + E::kCount];
-    alignas(64) Scalar spread[P::kFactors + 1][kShort + E::kCount];
-    constexpr int kScalars = sizeof(Factor) / sizeof(Scalar);
-    for (int i = 0; P::kWrites != 0 && norms != nullptr && i < size; i += chunk) {
-      Scalar scalars[P::kFactors + 1];
-      numbers->norm = *norms++;
-      P::factors(*numbers, scalars);
-      for (int f = 0; f < P::kFactors; ++f) {
-        for (int j = i; j < std::min(i + chunk, size); ++j) {
-          spread[f][place<kScalars>(j)] = scalars[f];
-        }
-      }
-    }
-    const auto vectors = [&](Storage* const* at, int64_t from, int i) __attribute__((always_inline)) {
-      if constexpr (P::kSums != 0) {
-        constexpr int kVectors = E::kCount / kDoubles;
-        Double lanes[kPassSums * kVectors] = {};
-        add<kVectors>(lanes, at[0] + from);
-        for (int k = 0; k < kPassSums; ++k) {
-          std::memcpy(&shares[k][i], lanes + k * kVectors, E::kCount * sizeof(double));
-        }
-      }
-      if constexpr (P::kWrites != 0) {
-        if (norms == nullptr) {
-          return elements<false>(at, from, factors);
-        }
-        Factor own[E::kParts * (P::kFactors + 1)];
-        for (int part = 0; part < E::kParts; ++part) {
-          for (int f = 0; f < P::kFactors; ++f) {
-            own[part * (P::kFactors + 1) + f] = load<Factor>(&spread[f][i + part * kScalars]);
-          }
-        }
-        elements<false>(at, from, own, P::kFactors + 1);
-      }
-    };
-    int i = 0;
-    for (; i + E::kCount <= size; i += E::kCount) {
-      vectors(streams, i, i);
-    }
-    if (i < size) {
-      Padded<E::kCount> tail(*this, streams, i, size - i);
-      vectors(tail.streams, 0, i);
-      tail.copy_to(streams, i, size - i);
-    }
-    for (int begin = 0; found != nullptr && begin < size; begin += chunk) {
-      *found = ChunkSums{};
+  struct Lane {
+    Double of[kPassSums * kAcross];
+
+    FUSED_REG_INLINE void operator+=(const Lane& other) {
       for (int k = 0; k < kPassSums; ++k) {
-        if (P::kSums & bit(k)) {
-          double lanes[kLanes];
-          int count = std::min(chunk, size - begin);
-          for (int lane = 0; lane < count; ++lane) {
-            lanes[lane] = shares[k][place<kDoubles>(begin + lane)];
-          }
-          for (int half = kLanes / 2; half > 0; half /= 2) {
-            for (int lane = 0; lane + half < count; ++lane) {
-              lanes[lane] += lanes[lane + half];
-            }
-            count = std::min(count, half);
-          }
-          found->of[k].sum = lanes[0];
+        for (int v = k * kAcross; v < (k + 1) * kAcross; ++v) {
+          of[v] = P::kSums & bit(k) ? of[v] + other.of[v] : Double{};
         }
       }
-      ++found;
+    }
+  };
+
+  // A part of the tree of halves, over lanes that are so many apart: from at most 2 * `half` to `end` of them. The
+  // lanes that there are then.
+  static FUSED_REG_INLINE int halve(Lane* lanes, int apart, int count, int half, int end) {
+    for (; half >= end; half /= 2) {
+      for (int i = 0; i + half < count; ++i) {
+        lanes[i * apart] += lanes[(i + half) * apart];
+      }
+      count = std::min(count, half);
+    }
+    return count;
+  }
+
+  static constexpr int64_t kFetchedRows = 16;
+
+  static FUSED_REG_INLINE void fetch(const Storage* from, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += kCacheLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + line);
+    }
+  }
+
+  // The elements of a chunk are so many apart; so many bytes of the chunks beside it are fetched, too.
+  void sums_across(const Storage* from, int64_t apart, int64_t length, int64_t fetched, Lane* found) const {
+    Lane blocks[kBlocks][kFoldedLanes];
+    int b = 0, left = 0;
+    for (int64_t begin = 0; begin < length; begin += kBlock) {
+      Lane lanes[kLanes];
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, length - begin));
+      for (int l = 0; l < std::min(count, kLanes); ++l) {
+        Lane lane{};
+        for (int i = l; i < count; i += kLanes) {
+          const Storage* const at = from + (begin + i) * apart;
+          fetch(at + std::max(kLanes * 32 / count, 2) * apart, fetched);
+          add<kAcross>(lane.of, at);
+        }
+        lanes[l] = lane;
+      }
+      left = halve(lanes, 1, std::min(count, kLanes), kLanes / 2, kFoldedLanes);
+      std::copy_n(lanes, left, blocks[b]);
+      std::fill(blocks[b] + left, blocks[b] + (length > kBlock ? kFoldedLanes : left), Lane{});
+      ++b;
+    }
+    for (int lane = 0; lane < (b > 1 ? kFoldedLanes : 0); ++lane) {
+      halve(blocks[0] + lane, kFoldedLanes, b, kBlocks / 2, 1);
+    }
+    halve(blocks[0], 1, b > 1 ? kFoldedLanes : left, kFoldedLanes / 2, 1);
+    *found = blocks[0][0];
+  }
+
+  // What is written of them; the factors of each are in vectors.
+  void write_across(Storage* const* from, const int64_t* apart, int64_t length, int64_t fetched,
+                    const Factor* own) const {
+    Storage* at[kStreams];
+    std::copy_n(from, kStreams, at);
+    for (int64_t i = 0; i < length; ++i) {
+      for (int s = 0; s < kStreams; ++s) {
+        if ((kRead | P::kWrites) & bit(s) && is_there<false>(at, s)) {
+          fetch(at[s] + kFetchedRows * apart[s], fetched);
+        }
+      }
+      elements<false>(at, 0, own, P::kFactors + 1);
+      for (int s = 0; s < kStreams; ++s) {
+        at[s] += (kRead | P::kWrites) & bit(s) && is_there<false>(at, s) ? apart[s] : 0;
+      }
+    }
+  }
+
+  void run_across(const ChunkTask& task, Storage* const* streams, ChunkSums* found) {
+    const int64_t chunks = task.size / task.chunk_size;
+    StepNumbers numbers = task.numbers;
+    for (int64_t first = 0; first < chunks; first += E::kCount) {
+      const int count = static_cast<int>(std::min<int64_t>(E::kCount, chunks - first));
+      const int64_t fetched = first == 0 && task.ahead == 0 ? chunks * sizeof(Storage) : 0;
+      Storage* at[kStreams];
+      std::transform(streams, streams + kStreams, at, [&](Storage* s) { return s == nullptr ? s : s + first; });
+      if constexpr (P::kWrites == 0) {
+        Lane sums;
+        sums_across(at[0], task.apart[0], task.chunk_size, fetched, &sums);
+        double lanes[kPassSums * E::kCount];
+        std::memcpy(lanes, &sums, sizeof lanes);
+        for (int i = 0; i < count; ++i) {
+          ChunkSums& own = found[first + i] = {};
+          for (int k = 0; k < kPassSums; ++k) {
+            own.of[k] = {lanes[k * E::kCount + place<kDoubles>(i)], exponent};
+          }
+        }
+      } else {
+        constexpr int kScalars = sizeof(Factor) / sizeof(Scalar);
+        Factor own[E::kParts][P::kFactors + 1];
+        for (int i = 0; i < count; ++i) {
+          Scalar scalars[P::kFactors + 1];
+          numbers.norm = task.norms == nullptr ? numbers.norm : task.norms[first + i];
+          P::factors(numbers, scalars);
+          for (int f = 0; f < P::kFactors; ++f) {
+            own[place<kScalars>(i) / kScalars][f][place<kScalars>(i) % kScalars] = scalars[f];
+          }
+        }
+        write_across(at, task.apart, task.chunk_size, fetched, own[0]);
+      }
     }
   }
 };
@@ -370,19 +426,27 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
     streams[s] = static_cast<Storage*>(task.streams[s]);
   }
   const double* norms = P::kFactors == 0 ? nullptr : task.norms;
-  if constexpr (!P::kHasOptions && !kIsRescued && (P::kSums == 0 || P::kWrites == 0)) {
-    const int64_t chunk = std::min(task.size, task.chunk_size);
-    if (chunk < kLanes) {
-      const int64_t together = kernel.kShort / chunk * chunk;
-      for (int64_t i = 0; i < task.size; i += together) {
-        Storage* at[kStreams];
-        std::transform(streams, streams + kStreams, at, [&](Storage* s) { return s == nullptr ? s : s + i; });
-        kernel.run_short(at, static_cast<int>(std::min(together, task.size - i)), static_cast<int>(chunk),
-                         norms == nullptr ? nullptr : norms + i / chunk, &numbers,
-                         sums == nullptr ? nullptr : sums + i / chunk);
-      }
-      return;
+  if (task.apart[0] != 0) {
+    if constexpr (!P::kHasOptions && (P::kSums == 0 || P::kWrites == 0)) {
+      kernel.run_across(task, streams, sums);
     }
+    if constexpr (kIsRescued && P::kWrites == 0) {
+      for (const int exponent : {-kRescueExponent, kRescueExponent}) {
+        const auto is_lost = [&](const ChunkSums& found) {
+          const auto* of = found.of;
+          return of[0].exponent == 0 && rescue_exponent(of[0].sum, of[1].sum, P::kSums & kL2) == exponent;
+        };
+        ChunkSums* const end = sums + task.size / task.chunk_size;
+        if (std::any_of(sums, end, is_lost)) {
+          ChunkSums again[kMaxVisit];
+          Kernel<dtype, P>(numbers, exponent, 0).run_across(task, streams, again);
+          std::transform(sums, end, again, sums, [&](const ChunkSums& found, const ChunkSums& other) {
+            return is_lost(found) ? other : found;
+          });
+        }
+      }
+    }
+    return;
   }
   for (int64_t left = task.size; left > 0; left -= task.chunk_size) {
     if (norms != nullptr) {
@@ -401,7 +465,9 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
       *sums++ = found;
     }
     for (int s = 0; s < kStreams; ++s) {
-      streams[s] += streams[s] == nullptr ? 0 : size;
+      if ((kernel.kRead | P::kWrites) & bit(s)) {
+        streams[s] += streams[s] == nullptr ? 0 : size;
+      }
     }
   }
 }

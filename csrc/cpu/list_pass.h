@@ -99,6 +99,7 @@ class ListPass : public TaskList {
       return value(0);
     }
     const double scale = number(grad_scale);
+    takes_across_ = false;
     // With norms the proximal operator follows on the step.
     const bool is_followed = group_ != Grouping::kNone && !rows.empty() && (rows[0].options & kProximal) != 0;
     for (const auto t : c10::irange(tasks_.size())) {
@@ -209,7 +210,17 @@ class ListPass : public TaskList {
   // The norms of the groups of a visit.
   void set_norms(ChunkTask& task, int64_t t, const double* norms) const {
     task.numbers.norm = *norms;
-    task.norms = plan_.chunks_per_group(t) == 1 ? norms : nullptr;
+    task.norms = plan_.chunks_per_group(t) == 1 || task.apart[0] != 0 ? norms : nullptr;
+  }
+
+  // The sums of the chunks of a visit of tensor t, the first of which is of_first.
+  void take_sums(const ChunkTask& task, int64_t t, ChunkSums* of_first) const {
+    const int64_t next = task.apart[0] != 0 ? plan_.chunks_per_group(t) : 1;
+    ChunkSums found[kMaxVisit];
+    kernel_(task, found);
+    for (int64_t i = 0; i * task.chunk_size < task.size; ++i) {
+      of_first[i * next] = found[i];
+    }
   }
 
   // Groups that are visited whole go through all the rounds at once; of others a pass takes the sums, which ends the
@@ -225,13 +236,13 @@ class ListPass : public TaskList {
     std::vector<ChunkSums> sums(large.chunks());
     std::vector<double> norms(large.groups());
     const auto writes = [&](size_t r) { return r > 0 && rounds[r - 1].writes; };
-    const auto visit_large = [&](size_t r, int64_t c, int64_t group, ChunkTask& task) {
+    const auto visit_large = [&](size_t r, int64_t t, int64_t c, int64_t group, ChunkTask& task) {
       if (writes(r)) {
-        task.numbers.norm = norms[group];
+        set_norms(task, t, &norms[group]);
         write(task, rounds[r - 1].sums);
       }
       if (r < rounds.size()) {
-        kernel_(sums_task(task, rounds[r].sums), &sums[c]);
+        take_sums(sums_task(task, rounds[r].sums), t, &sums[c]);
       }
     };
     const bool any_writes = std::any_of(rounds.begin(), rounds.end(), [](const Round& round) { return round.writes; });
@@ -243,7 +254,7 @@ class ListPass : public TaskList {
       if (plan_.visits_groups(t)) {
         visit_groups(rounds, visit, task);
       } else {
-        visit_large(0, visit.number - plan_.first_chunk(t) + large.first_chunk(t),
+        visit_large(0, t, visit.number - plan_.first_chunk(t) + large.first_chunk(t),
                     visit.first.group - plan_.first_group(t) + large.first_group(t), task);
       }
     });
@@ -262,7 +273,7 @@ class ListPass : public TaskList {
           return writes(r) ? streams_used(is_prox ? Pass::kProx : tasks_[t].pass) : kReadsOnly;
         };
         for_each_task(large, use, [&](const Visit& visit, ChunkTask& task) {
-          visit_large(r, visit.number, visit.first.group, task);
+          visit_large(r, visit.first.tensor, visit.number, visit.first.group, task);
         });
       }
     }
@@ -274,8 +285,10 @@ class ListPass : public TaskList {
     double norms[kMaxVisit];
     for (const Round& round : rounds) {
       kernel_(sums_task(task, round.sums), sums);
-      for (int64_t i = 0; i * per_group < visit.chunks; ++i) {
-        norms[i] = finish(round, t, visit.first.group + i, visit.number + i * per_group, sums + i * per_group);
+      if (per_group == 1) {
+        finish_chunks(round, visit, sums, norms);
+      } else {
+        norms[0] = finish(round, t, visit.first.group, visit.number, sums);
       }
       if (round.writes) {
         set_norms(task, t, norms);
@@ -285,7 +298,42 @@ class ListPass : public TaskList {
     }
   }
 
-  // The norm of group g of tensor t, of the sums of its chunks, the first of which is c.
+  // The norms of groups of one chunk each.
+  void finish_chunks(const Round& round, const Visit& visit, const ChunkSums* sums, double* norms) const {
+    int exponents = 0;
+    for (int64_t i = 0; i < visit.chunks; ++i) {
+      for (const ScaledSum& sum : sums[i].of) {
+        exponents |= sum.exponent;
+      }
+    }
+    double* const penalties = round.penalties == nullptr ? nullptr : round.penalties + visit.number;
+    const double* const numbers = tasks_[visit.first.tensor].numbers.of;
+    exponents == 0 ? finish_chunks<true>(numbers, visit.chunks, sums, norms, penalties)
+                   : finish_chunks<false>(numbers, visit.chunks, sums, norms, penalties);
+    if (round.norms != nullptr) {
+      std::copy_n(norms, visit.chunks, round.norms + visit.first.group);
+    }
+  }
+
+  // is_plain: all exponents are 0.
+  template <bool is_plain>
+  static void finish_chunks(const double* numbers, int64_t count, const ChunkSums* sums, double* norms,
+                            double* penalties) {
+    double own[kNumbers];
+    std::copy_n(numbers, int{kNumbers}, own);
+    for (int64_t i = 0; i < count; ++i) {
+      ScaledSum of[kSums];
+      for (int k = 0; k < kSums; ++k) {
+        of[k] = {sums[i].of[k].sum, is_plain ? 0 : sums[i].of[k].exponent};
+      }
+      norms[i] = norm_of(of[L2::kSum]);
+      if (penalties != nullptr) {
+        penalties[i] = SummedTerms::penalty(own, of) + norm_penalty(own[kNormStrength], of[L2::kSum]);
+      }
+    }
+  }
+
+  // The norm of group g of tensor t, of the sums of its chunks, several, the first of which is c.
   double finish(const Round& round, int64_t t, int64_t g, int64_t c, const ChunkSums* sums) const {
     const int64_t count = plan_.chunks_per_group(t);
     const ScaledSum squares = squares_of(sums, count);
@@ -298,12 +346,8 @@ class ListPass : public TaskList {
       for (const auto i : c10::irange(count)) {
         round.penalties[c + i] = SummedTerms::penalty(numbers, sums[i].of);
       }
-      const double penalty = norm_penalty(numbers[kNormStrength], squares);
-      if (count == 1) {
-        round.penalties[c] += penalty;
-      } else {
-        round.penalties[plan_.chunks() + first_long_[t] + g - plan_.first_group(t)] = penalty;
-      }
+      round.penalties[plan_.chunks() + first_long_[t] + g - plan_.first_group(t)] =
+          norm_penalty(numbers[kNormStrength], squares);
     }
     return norm;
   }
@@ -323,7 +367,9 @@ class ListPass : public TaskList {
   std::vector<ChunkSums> chunk_sums() {
     std::vector<ChunkSums> sums(plan_.chunks());
     const auto use = [](int64_t) { return kReadsOnly; };
-    for_each_task(plan_, use, [&](const Visit& visit, const ChunkTask& task) { kernel_(task, &sums[visit.number]); });
+    for_each_task(plan_, use, [&](const Visit& visit, const ChunkTask& task) {
+      take_sums(task, visit.first.tensor, &sums[visit.number]);
+    });
     return sums;
   }
 

@@ -12,6 +12,7 @@ namespace fused_reg {
 
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPrefetchRows = 16;
+constexpr int64_t kSpreadBytes = 1 << 19;
 
 // Where the elements of groups lie, from the first of them on. Strides are in elements.
 struct Strides {
@@ -21,7 +22,18 @@ struct Strides {
   int64_t group = 0;      // from one to the next
   std::vector<Dim> dims;  // of a group, in the order of its elements; one or more
 
+  static Strides of_runs(int64_t size) { return {size, {{size, 1}}}; }
+
   bool is_run() const { return dims.size() == 1 && dims[0].stride == 1 && group == dims[0].size; }
+
+  // Each element is beside that of the next group.
+  bool is_across() const { return dims.size() == 1 && group == 1; }
+
+  // Whether so many elements of a group, and of those beside it, stay in a second-level cache: those that are a power
+  // of two apart compete for few places.
+  bool stays_in_cache(int64_t elements, int64_t element_size) const {
+    return elements * (dims[0].stride & -dims[0].stride) * element_size <= kSpreadBytes;
+  }
 };
 
 template <class T>
@@ -112,6 +124,10 @@ void copy(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t columns) {
     for (int64_t r = 0; r < rows; ++r) {
       std::memcpy(to.at + r * to.row, from.at + r * from.row, columns * sizeof(T));
     }
+  } else if (from.row == 1 && to.row == 1) {
+    for (int64_t c = 0; c < columns; ++c) {
+      std::memcpy(to.at + c * to.column, from.at + c * from.column, rows * sizeof(T));
+    }
   } else if (from.row == 1 && to.column == 1) {
     copy_transposed(from, to, rows, columns);
   } else if (from.column == 1 && to.row == 1) {
@@ -121,9 +137,9 @@ void copy(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t columns) {
   }
 }
 
-// Elements [begin, begin + size) of so many groups, the first of which starts at `memory`, and a run of them.
+// Elements [begin, begin + size) of so many groups, the first of which starts at `memory`, and a copy of them.
 template <bool unpacks, class T>
-void pack_elements(const Strides& strides, T* memory, T* run, int64_t groups, int64_t begin, int64_t size) {
+void pack_elements(const Strides& strides, T* memory, Matrix<T> packed, int64_t groups, int64_t begin, int64_t size) {
   for (int64_t i = 0, count; i < size; i += count) {
     const Strides::Dim& last = strides.dims.back();
     int64_t offset = 0, rest = begin + i;
@@ -132,17 +148,20 @@ void pack_elements(const Strides& strides, T* memory, T* run, int64_t groups, in
       rest /= dim->size;
     }
     count = std::min(last.size - (begin + i) % last.size, size - i);
-    const Matrix<T> strided{memory + offset, strides.group, last.stride}, packed{run + i, size, 1};
-    unpacks ? copy(packed, strided, groups, count) : copy(strided, packed, groups, count);
+    const Matrix<T> strided{memory + offset, strides.group, last.stride};
+    const Matrix<T> run{packed.at + i * packed.column, packed.row, packed.column};
+    unpacks ? copy(run, strided, groups, count) : copy(strided, run, groups, count);
   }
 }
 
+// In the copy groups are `group` apart, and their elements `element`.
 template <bool unpacks>
-void pack(const Strides& strides, size_t element_size, void* memory, void* run, int64_t groups, int64_t begin,
-          int64_t size) {
+void pack(const Strides& strides, size_t element_size, void* memory, void* packed, int64_t group, int64_t element,
+          int64_t groups, int64_t begin, int64_t size) {
   const auto elements = [&](auto type) {
     using T = decltype(type);
-    pack_elements<unpacks>(strides, static_cast<T*>(memory), static_cast<T*>(run), groups, begin, size);
+    pack_elements<unpacks>(strides, static_cast<T*>(memory), Matrix<T>{static_cast<T*>(packed), group, element}, groups,
+                           begin, size);
   };
   element_size == 2 ? elements(uint16_t{}) : element_size == 4 ? elements(float{}) : elements(double{});
 }

@@ -47,6 +47,9 @@ class TaskList {
     plan_ = group_ == Grouping::kNone ? ChunkPlan(sizes) : ChunkPlan(sizes, groups);
     for (const auto t : c10::irange(params.size())) {
       place(t, 0, params[t]);
+      if (is_short(t)) {
+        set_strips(t);
+      }
     }
   }
 
@@ -79,9 +82,9 @@ class TaskList {
     }
     strides.group = d < 0 || stream.size(d) == 1 ? plan_.group_size(t) : stream.stride(d);
     if (!strides.is_run()) {
-      plan_.set_strips(t, kLineBytes / static_cast<int64_t>(stream.element_size()));
       strides_.resize(tasks_.size());
       strides_[t][s] = std::move(strides);
+      set_strips(t);
     }
   }
 
@@ -109,6 +112,7 @@ class TaskList {
   at::TensorList params_;
   Grouping group_;
   bool has_further_;
+  bool takes_across_ = true;  // no step of an optimizer does
   std::vector<ChunkTask> tasks_;
   ChunkPlan plan_;
 
@@ -143,35 +147,77 @@ class TaskList {
     return own.lines.get();
   }
 
-  // The same for the parts of a strip, whose streams are packed.
+  bool is_short(int64_t t) const {
+    return plan_.group_size(t) < kLanes && plan_.first_group(t + 1) - plan_.first_group(t) > 1;
+  }
+
+  int64_t line(int64_t t) const { return kLineBytes / static_cast<int64_t>(dense(t).element_size()); }
+
+  // Whether the chunks of a strip of tensor t are visited side by side: where they are so, and short ones, which are
+  // packed so.
+  bool is_across(int64_t t) const {
+    return takes_across_ && (is_short(t) || (!strides_.empty() && strides_[t][0].is_across()));
+  }
+
+  void set_strips(int64_t t) { plan_.set_strips(t, line(t), is_across(t) ? kMaxVisit : plan_.elements()); }
+
+  // A strip, whose streams are packed, unless they are side by side, or runs that are wanted.
   template <class Body>
   void visit_strip(const ChunkPlan& plan, const Visit& strip, const StreamUse& used, const Body& body) const {
     const int64_t t = strip.first.tensor, size = strip.first.size;
     const int64_t group = strip.first.begin / plan.group_size(t), begin = strip.first.begin % plan.group_size(t);
     const auto bytes = static_cast<int64_t>(dense(t).element_size());
-    void* packed[kStreams] = {};
+    const bool across = is_across(t);
+    const int64_t row = across ? 1 : size, width = (strip.chunks + line(t) - 1) / line(t) * line(t);
+    const Strides runs = Strides::of_runs(plan.group_size(t));
+    ChunkTask task = task_of(strip);
+    const Strides* from[kStreams];
+    void* memory[kStreams];
+    unsigned packed = 0;
+    for (int s = 0; s < kStreams; ++s) {
+      if (!((used.reads | used.writes) & bit(s)) || tasks_[t].streams[s] == nullptr) {
+        task.streams[s] = nullptr;
+        continue;
+      }
+      from[s] = strides_.empty() || strides_[t][s].dims.empty() ? &runs : &strides_[t][s];
+      memory[s] = static_cast<char*>(tasks_[t].streams[s]) + group * from[s]->group * bytes;
+      const bool is_direct = across
+                                 ? from[s]->is_across() && from[s]->stays_in_cache(size, bytes) && strip.chunks == width
+                                 : from[s]->is_run();
+      if (is_direct) {
+        task.streams[s] = static_cast<char*>(memory[s]) + begin * from[s]->dims[0].stride * bytes;
+        task.apart[s] = across ? from[s]->dims[0].stride : 0;
+      } else {
+        packed |= bit(s);
+        task.streams[s] = scratch(s, width * size * bytes);
+        task.apart[s] = across ? width : 0;
+        if (across && strip.chunks < width) {
+          std::memset(task.streams[s], 0, width * size * bytes);
+        }
+      }
+    }
     const auto each = [&](unsigned streams, const auto& copies) {
       for (int s = 0; s < kStreams; ++s) {
-        if (packed[s] != nullptr && streams & bit(s)) {
-          const Strides& strides = strides_[t][s];
-          copies(strides, bytes, static_cast<char*>(tasks_[t].streams[s]) + group * strides.group * bytes, packed[s],
-                 strip.chunks, begin, size);
+        if (packed & streams & bit(s)) {
+          copies(*from[s], bytes, memory[s], task.streams[s], row, across ? width : 1, strip.chunks, begin, size);
         }
       }
     };
-    for (int s = 0; s < kStreams; ++s) {
-      if ((used.reads | used.writes) & bit(s) && tasks_[t].streams[s] != nullptr && !strides_[t][s].dims.empty()) {
-        packed[s] = scratch(s, strip.size * bytes);
-      }
-    }
     each(used.reads, pack<false>);
-    for (int64_t i = 0; i < strip.chunks;) {
+    if (across) {
+      task.ahead = packed & bit(0) ? strip.size : 0;
+      body(strip, task);
+    }
+    for (int64_t i = 0; i < (across ? 0 : strip.chunks);) {
       const Visit part = plan.part(strip, i);
-      ChunkTask task = task_of(part);
+      ChunkTask own = task;
+      own.size = part.size;
       for (int s = 0; s < kStreams; ++s) {
-        task.streams[s] = packed[s] == nullptr ? task.streams[s] : static_cast<char*>(packed[s]) + i * size * bytes;
+        if (own.streams[s] != nullptr) {
+          own.streams[s] = static_cast<char*>(own.streams[s]) + i * (packed & bit(s) ? size : from[s]->group) * bytes;
+        }
       }
-      body(part, task);
+      body(part, own);
       i += part.chunks;
     }
     each(used.writes, pack<true>);

@@ -291,6 +291,73 @@ void expect_together(const Variant& variant, std::mt19937_64& random) {
   }
 }
 
+// Chunks side by side are what they are one by one.
+void expect_across(const Variant& variant, std::mt19937_64& random) {
+  constexpr int64_t kChunks = 37, kApart = 64;  // whole vectors of chunks, as far as memory goes
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+    const size_t bytes = bytes_of(dtype);
+    for (const int64_t chunk : {1, 5, 63, 64, 200, 1024, 2500}) {
+      for (const Pass pass : {Pass::kPenalty, Pass::kGradient, Pass::kAccumulate, Pass::kProx, Pass::kSoftSquares}) {
+        ChunkTask task{};
+        task.dtype = dtype;
+        task.pass = pass;
+        task.size = kChunks * chunk;
+        task.chunk_size = chunk;
+        task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6}, 0.7, 2, kL1L2 | kSmoothL1};
+        task.numbers.terms |= pass == Pass::kGradient || pass == Pass::kAccumulate ? kNorm : kNone;
+        std::vector<double> norms(kChunks);
+        std::generate(norms.begin(), norms.end(), [&] { return 1 + static_cast<double>(random() % 8); });
+        task.norms = norms.data();
+        std::vector<char> streams[2];
+        for (int s = 0; s < 2; ++s) {
+          streams[s] = random_bits(dtype, kApart * chunk, false, random);
+          task.streams[s] = streams[s].data();
+          task.apart[s] = kApart;
+        }
+        if (dtype == Dtype::kFloat64) {  // sums that leave the range of float64, to either side
+          const double extremes[] = {1e200, 1e-200};
+          for (int64_t i = 0; i < chunk; ++i) {
+            std::memcpy(streams[0].data() + (i * kApart + 3) * bytes, &extremes[0], bytes);
+            std::memcpy(streams[0].data() + (i * kApart + 30) * bytes, &extremes[1], bytes);
+          }
+        }
+        const std::vector<char> before[] = {streams[0], streams[1]};
+        ChunkSums sums[kMaxVisit]{};
+        const bool has_sums = pass == Pass::kPenalty || pass == Pass::kSoftSquares;
+        variant.kernel(task, has_sums ? sums : nullptr);
+        for (int64_t c = 0; c < kChunks; ++c) {
+          ChunkTask one = task;
+          one.size = chunk;
+          one.chunk_size = kChunkSize;
+          one.norms = nullptr;
+          one.numbers.norm = norms[c];
+          std::vector<char> run[2];
+          for (int s = 0; s < 2; ++s) {
+            run[s].resize(chunk * bytes);
+            one.apart[s] = 0;
+            for (int64_t i = 0; i < chunk; ++i) {
+              std::memcpy(run[s].data() + i * bytes, before[s].data() + (i * kApart + c) * bytes, bytes);
+            }
+            one.streams[s] = run[s].data();
+          }
+          ChunkSums of_one{};
+          variant.kernel(one, has_sums ? &of_one : nullptr);
+          for (int k = 0; k < kSums; ++k) {
+            EXPECT(same_bits(of_one.of[k].sum, sums[c].of[k].sum) && of_one.of[k].exponent == sums[c].of[k].exponent,
+                   variant.name, static_cast<int>(pass), chunk, c, k);
+          }
+          for (int s = 0; s < 2; ++s) {
+            for (int64_t i = 0; i < chunk; ++i) {
+              EXPECT(std::memcmp(run[s].data() + i * bytes, streams[s].data() + (i * kApart + c) * bytes, bytes) == 0,
+                     variant.name, static_cast<int>(pass), chunk, c, i);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 void expect_six_streams() {
   for (const int size : {1, 16, 63, 64, 100, 1024, 1025, 16384}) {
     std::vector<float> streams[kStreams];
@@ -323,6 +390,7 @@ int main() {
     std::printf("%s\n", variant.name.c_str());
     expect_rescue(variant);
     expect_positive_zeros(variant);
+    expect_across(variant, random);
     expect_together(variant, random);
   }
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
