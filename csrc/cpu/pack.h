@@ -1,5 +1,5 @@
-// Groups that are no runs of memory, as columns or the rows of a slice: a visit packs what it reads into a run, and
-// unpacks what it wrote; in between that stays in the cache.
+// Groups that are neither runs of memory nor side by side, as the rows of a slice or short ones: a visit packs what it
+// reads, and unpacks what it wrote; in between that stays in the cache.
 #pragma once
 
 #include <algorithm>
