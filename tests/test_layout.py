@@ -52,6 +52,15 @@ def test_gradient_of_the_memory_behind(dtype, layout, device):
     assert_same_bits([actual], [expected])
 
 
+@pytest.mark.parametrize(("group", "shape", "expanded"), [("column", (1, 64), (10, 64)), ("row", (64, 1), (64, 100))])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_groups_that_are_one_element(dtype, group, shape, expanded, device):
+    """Hard cases 10, 11: groups that lie side by side, of elements that are no distance apart."""
+    w = draw(shape, dtype, device).expand(expanded)
+    values = [value_and_grad([p], l1=0.1, l2=0.3, l2_norm=0.2, group=group) for p in (w, w.contiguous())]
+    assert_same_bits([values[0][0], *values[0][1]], [values[1][0], *values[1][1]])
+
+
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_gradient_has_the_parameters_strides(dtype, layout, device):

@@ -26,8 +26,8 @@ struct Strides {
 
   bool is_run() const { return dims.size() == 1 && dims[0].stride == 1 && group == dims[0].size; }
 
-  // Each element is beside that of the next group.
-  bool is_across() const { return dims.size() == 1 && group == 1; }
+  // Each element is beside that of the next group. Those of an expanded tensor are no distance apart.
+  bool is_across() const { return dims.size() == 1 && dims[0].stride != 0 && group == 1; }
 
   // Whether so many elements of a group, and of those beside it, stay in a second-level cache: those that are a power
   // of two apart compete for few places.
