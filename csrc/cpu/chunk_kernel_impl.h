@@ -233,11 +233,10 @@ struct Kernel {
     fold_into(b, lanes);
   }
 
-  // So many elements and then what changes no sum, for passes over whole vectors or rows.
-  template <int size>
+  // A row of so many elements, and then of what changes no sum.
   struct Padded {
     static constexpr int kUsed = streams_in(kRead | P::kWrites);
-    Storage elements[kUsed][size];
+    Storage elements[kUsed][kLanes];
     Storage* streams[kStreams];
 
     FUSED_REG_INLINE Padded(const Kernel& kernel, Storage* const* from, int64_t i, int64_t count) : streams{} {
@@ -270,7 +269,7 @@ struct Kernel {
     }
     const int rows = static_cast<int>(size - i) / kLanes, rest = static_cast<int>(size - i) % kLanes;
     if (rest != 0) {
-      Padded<kLanes> tail(*this, streams, size - rest, rest);
+      Padded tail(*this, streams, size - rest, rest);
       part_of_block(b++, streams, i, rows, tail.streams);
       tail.copy_to(streams, size - rest, rest);
     } else if (rows != 0) {
@@ -289,9 +288,8 @@ struct Kernel {
   // Where the vectors of E have chunk i, if they are of so many numbers.
   template <unsigned vector>
   static constexpr unsigned place(unsigned i) {
-    constexpr unsigned kCount = E::kCount, kParts = E::kParts;
-    const unsigned in_part = i % kCount / kParts, v = in_part / vector * kParts + i % kParts;
-    return i / kCount * kCount + v * vector + in_part % vector;
+    constexpr unsigned kParts = E::kParts;
+    return (i / kParts / vector * kParts + i % kParts) * vector + i / kParts % vector;
   }
 
   struct Lane {
@@ -318,7 +316,9 @@ struct Kernel {
     return count;
   }
 
+  // How many elements of a chunk ahead are fetched. Sums go from lane to lane, each with all its rows.
   static constexpr int64_t kFetchedRows = 16;
+  static constexpr int fetched_lanes(int count) { return std::max(2 * kFetchedRows * kLanes / count, int64_t{2}); }
 
   static FUSED_REG_INLINE void fetch(const Storage* from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += kCacheLine) {
@@ -337,7 +337,7 @@ struct Kernel {
         Lane lane{};
         for (int i = l; i < count; i += kLanes) {
           const Storage* const at = from + (begin + i) * apart;
-          fetch(at + std::max(kLanes * 32 / count, 2) * apart, fetched);
+          fetch(at + fetched_lanes(count) * apart, fetched);
           add<kAcross>(lane.of, at);
         }
         lanes[l] = lane;

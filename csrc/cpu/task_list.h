@@ -1,5 +1,5 @@
-// A list of CPU tensors as tasks, one each, which a parallel region cuts into the visits of the plan. What is no run of
-// memory is visited in strips, packed (pack.h).
+// A list of CPU tensors as tasks, one each, which a parallel region cuts into the visits of the plan. Short groups and
+// what is no run of memory are visited in strips: where groups lie side by side, as they lie, else packed (pack.h).
 #pragma once
 
 #include <array>
