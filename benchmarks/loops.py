@@ -26,9 +26,9 @@ def norms(p: Tensor, group: str, keepdim: bool = False) -> Tensor:
 
 
 def _roots(p: Tensor, group: str) -> Tensor:
-    """The same, faster where a norm goes over what is far apart."""
+    """The same, faster where a norm goes over what is far apart. The root of a single square has no gradient at 0."""
     dims = _summed_dims(p, group)
-    return (p.square().sum(dims) if dims else p.square()).sqrt()
+    return p.square().sum(dims).sqrt() if dims else p.abs()
 
 
 def _total(norms: Tensor) -> Tensor:

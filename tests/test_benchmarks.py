@@ -162,9 +162,9 @@ def test_a_run_is_complete(run):
 
 
 def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):
-    monkeypatch.setattr(contenders, "PEERS", [Peer("loop", _off(LOOP, 1.3), ("value",))])
+    monkeypatch.setattr(contenders, "PEERS", [Peer("loop", _off(LOOP, 1.5), ("value",))])
     monkeypatch.setattr(measure, "race", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(WrongResultError, match=r"10-20-1 net, value: loop: value error 0.3 is above 0.2"):
+    with pytest.raises(WrongResultError, match=r"10-20-1 net, value: loop: value error 0.5 is above 0.4"):
         measure.Run(__main__.parse([*OPTIONS, "--modes", "value", "--peers", "loop"])).measure()
 
 
