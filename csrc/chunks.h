@@ -41,8 +41,8 @@ struct Visit {
 // A group of at most so many elements is one visit: with its gradient it fits a second-level cache.
 constexpr int64_t kVisitedGroup = 4 * kChunkSize;
 
-// Short groups are visited together, up to so many elements: with their gradients they fit a first-level cache.
-constexpr int64_t kVisitedTogether = 2048;
+// Short groups are visited together, up to so many elements: with their gradients they fit a second-level cache.
+constexpr int64_t kVisitedTogether = kChunkSize;
 constexpr int kMaxVisit = 64;  // chunks
 
 // A strip has about so many elements, or a cache line of each row of them.

@@ -28,10 +28,11 @@ struct Kernel {
   using MultiplyAdd = std::conditional_t<kWide, TwoRoundings, OneRounding>;
   static constexpr unsigned kRead = P::kReads | (P::kSums ? bit(0) : 0);
 
-  // Lanes that are summed at a time: as many as the registers hold for two terms. A step of an optimizer, which has
-  // many streams and much to do with an element, takes all, and the sums stay in the first-level cache.
+  // Lanes that are summed at a time: as many as half of the registers hold. A step of an optimizer, which has many
+  // streams and much to do with an element, takes all, and the sums stay in the first-level cache.
   static constexpr int kLine = std::max<int>(kCacheLine / sizeof(Storage), E::kCount);
-  static constexpr int kStrip = P::kSums == 0 ? kLine : P::kHasOptions ? kLanes : kRegisters / 4 * kDoubles;
+  static constexpr int kSummed = kRegisters / (P::kSums == kL1L2 || P::kSumFactors != 0 ? 4 : 2) * kDoubles;
+  static constexpr int kStrip = P::kSums == 0 ? kLine : P::kHasOptions ? kLanes : std::min(kSummed, kLanes);
 
   // How far ahead elements are fetched, into the first-level cache: in the order of memory, whatever that of the sums
   // is, so that the prefetchers of the hardware follow. Strips take lines from all over a block, so the next one is
@@ -260,8 +261,44 @@ struct Kernel {
     }
   };
 
-  // The chunk at these streams.
-  ChunkSums run(Storage* const* streams, int64_t size) {
+  // The sum of a chunk of one block, of its lanes.
+  static FUSED_REG_INLINE double total_of(Double* lanes) {
+    typedef double Pair __attribute__((vector_size(16)));
+    double folded[kFoldedLanes];
+    fold(lanes, folded);
+    const auto pair = [&](int lane) { return load<Pair>(folded + lane); };
+    const Pair sums = (pair(0) + pair(4)) + (pair(2) + pair(6));
+    return sums[0] + sums[1];
+  }
+
+  struct Sums {
+    double of[kPassSums];
+
+    // Number by number: a copy would wait for the numbers to reach the cache.
+    FUSED_REG_INLINE void write_to(ChunkSums* found, int exponent) const {
+      for (int k = 0; k < kSums; ++k) {
+        found->of[k].sum = k < kPassSums ? of[k] : 0;
+        found->of[k].exponent = k < kPassSums ? exponent : 0;
+      }
+    }
+  };
+
+  // The chunk at these streams. Short rows, of which there are many, stay in registers.
+  FUSED_REG_INLINE Sums run(Storage* const* streams, int64_t size) {
+    constexpr bool kCanBeShort = !P::kHasOptions && FUSED_REG_VECTOR_BYTES > 16;
+    if (!kCanBeShort || size > kBlock || size % kLanes != 0) {
+      return run_blocks(streams, size);
+    }
+    Double lanes[kPassSums * kLanes / kDoubles];
+    take_rows<true>(lanes, streams, 0, static_cast<int>(size / kLanes));
+    Sums found;
+    for (int k = 0; k < kPassSums; ++k) {
+      found.of[k] = P::kSums & bit(k) ? total_of(lanes + k * kLanes / kDoubles) : 0;
+    }
+    return found;
+  }
+
+  __attribute__((noinline)) Sums run_blocks(Storage* const* streams, int64_t size) {
     int64_t i = 0;
     int b = 0;
     for (; i + kBlock <= size; i += kBlock) {
@@ -275,9 +312,9 @@ struct Kernel {
     } else if (rows != 0) {
       part_of_block(b++, streams, i, rows, nullptr);
     }
-    ChunkSums found{};
+    Sums found;
     for (int k = 0; k < kPassSums; ++k) {
-      found.of[k] = {P::kSums & bit(k) ? total(sums[k], b) : 0, exponent};
+      found.of[k] = P::kSums & bit(k) ? total(sums[k], b) : 0;
     }
     return found;
   }
@@ -454,15 +491,16 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
       kernel.set_factors(numbers);
     }
     const int64_t size = std::min(left, task.chunk_size);
-    ChunkSums found = kernel.run(streams, size);
-    if constexpr (kIsRescued) {
-      const int exponent = sums == nullptr ? 0 : rescue_exponent(found.of[0].sum, found.of[1].sum, P::kSums & kL2);
-      if (exponent != 0) {
-        found = Kernel<dtype, typename P::Sums>(numbers, exponent, 0).run(streams, size);
-      }
-    }
+    const auto found = kernel.run(streams, size);
     if (sums != nullptr) {
-      *sums++ = found;
+      const int exponent = kIsRescued ? rescue_exponent(found.of[0], found.of[1], P::kSums & kL2) : 0;
+      found.write_to(sums, 0);
+      if constexpr (kIsRescued) {
+        if (exponent != 0) {
+          Kernel<dtype, typename P::Sums>(numbers, exponent, 0).run(streams, size).write_to(sums, exponent);
+        }
+      }
+      ++sums;
     }
     for (int s = 0; s < kStreams; ++s) {
       if ((kernel.kRead | P::kWrites) & bit(s)) {
