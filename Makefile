@@ -87,7 +87,8 @@ ctest-long: configure
 aarch64: build
 	$(RUN) python -m scripts.check_aarch64
 
-# The CUDA backend, for every architecture and without a GPU; skipped without nvcc, unless FUSED_REG_REQUIRE_NVCC=1.
+# The CUDA backend and its machine code, for every architecture and without a GPU; skipped without nvcc, unless
+# FUSED_REG_REQUIRE_NVCC=1.
 cuda-compile: build
 	$(RUN) python -m scripts.check_cuda_compile
 
@@ -126,7 +127,7 @@ constraints: $(VENV)/.environment
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	{ head -1 constraints.txt; $(VENV)/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
 		--system-certs --no-annotate --no-header --quiet \
-		| grep -v -E '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)=='; } >$(VENV)/constraints.txt
+		| grep -v -P '^(torch|triton|nvidia-(?!cuda-nvdisasm)[a-z0-9-]+|cuda-[a-z]+)=='; } >$(VENV)/constraints.txt
 	mv $(VENV)/constraints.txt constraints.txt
 
 clean:

@@ -65,8 +65,8 @@ class Run:
         self.results = Results(describe(self._device), **c.ELASTIC_NET)
 
     def measure(self) -> Results:
-        """Measure what the options say, and write it. On a GPU what is done is written after every task, and what fails
-        is absent with its reason; on a CPU a wrong result is raised."""
+        """Measure what the options say. What is done is written after every task, so that a run which is cut keeps it.
+        On a GPU what fails is absent with its reason; on a CPU a wrong result is raised."""
         progress = Progress(console=Console(stderr=True, log_path=False), transient=True)
         # What an earlier run compiled would hide how long it takes.
         with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache), progress:
@@ -78,9 +78,7 @@ class Run:
                     if not self.results.gpu:
                         raise
                     self.results.add_absent(title, "all of it", "", reason_of(error))
-                if self.results.gpu:
-                    self._write()
-        self._write()
+                self._write()
         return self.results
 
     def _write(self) -> None:

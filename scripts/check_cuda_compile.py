@@ -1,10 +1,10 @@
 """Compiles the CUDA backend without a GPU: ``python -m scripts.check_cuda_compile [--quick | --update]``.
 
-nvcc compiles the kernels for every architecture below, warnings being errors. No kernel may use local memory (a stack
-frame or spilled registers), nor more than MAX_REGISTERS, which is what keeps enough blocks resident. The registers are
-compared with csrc/cuda/registers.md; a difference is printed and no failure, since versions of nvcc differ. The C++
-compiler compiles the torch side, which a torch without CUDA has the headers for. The quick form compiles the kernels
-alone, for one architecture.
+nvcc compiles all kernels for one architecture, and for every other that ships those of csrc/cuda/machine_code.cu,
+warnings being errors; nvdisasm prints their machine code. No kernel may use local memory, or more than MAX_REGISTERS;
+no figure may be worse than the record, which is of one version of nvcc: with another one differences are printed and no
+failure (scripts/machine_code.py). The C++ compiler compiles the torch side, which a torch without CUDA has the headers
+for. The quick form compiles the kernels alone, for one architecture.
 """
 
 from __future__ import annotations
@@ -12,77 +12,26 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
 import build_config
+import cuda_toolkit
 from cuda_toolkit import Toolkit, candidates, find_toolkit
+from scripts import predicted_share
+from scripts.machine_code import Kernel, failures, parse_code, parse_report, read_record, readable, record, regressions
 
-ARCHITECTURES = (75, 80, 90, 100, 120)
+ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)  # which GPUs have
 QUICK = 90
-MAX_REGISTERS = 128  # a thread, of 65,536 a multiprocessor: 512 threads are resident
-RECORD = build_config.CSRC / "cuda" / "registers.md"
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What ptxas reports of one kernel for one architecture."""
-
-    name: str
-    architecture: int
-    registers: int
-    local_bytes: int  # stack frame, spill stores and loads, and local memory together
-
-
-def short_name(signature: str) -> str:
-    """``twice<float,true>`` of ``void fused_reg::(anonymous namespace)::twice<float, true>(float*, int)``."""
-    for noise in ("(anonymous namespace)::", "fused_reg::", "(bool)", "(int)", "void "):
-        signature = signature.replace(noise, "")
-    return re.sub(r"\(.*\)$", "", signature).replace(" ", "")
-
-
-def parse_report(text: str) -> list[Kernel]:
-    """The kernels in the output of ``nvcc -Xptxas -v``."""
-    kernels = []
-    for part in text.split("Compiling entry function ")[1:]:
-        head = re.match(r"'(.+)' for 'sm_(\d+)'", part)
-        registers = re.search(r"Used (\d+) registers", part)
-        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        if not (head and registers and frames):
-            raise ValueError(f"ptxas wrote what this script cannot read: {part}")
-        local = [*sum(frames, ()), *re.findall(r"(\d+) bytes lmem", part)]
-        kernels.append(Kernel(short_name(head[1]), int(head[2]), int(registers[1]), sum(map(int, local))))
-    return kernels
-
-
-def failures(kernels: list[Kernel]) -> list[str]:
-    out = [] if kernels else ["no kernel is in the report"]
-    for k in kernels:
-        where = f"{k.name} for sm_{k.architecture}"
-        if k.local_bytes:
-            out.append(f"{where} uses local memory: {k.local_bytes} bytes of stack frame, spills and lmem")
-        if k.registers > MAX_REGISTERS:
-            out.append(f"{where} uses {k.registers} registers, more than {MAX_REGISTERS}")
-    return out
-
-
-def table(kernels: list[Kernel]) -> str:
-    """Registers, a line per kernel and a column per architecture."""
-    used = {(k.name, k.architecture): k.registers for k in kernels}
-    architectures = sorted({k.architecture for k in kernels})
-    rows = [["kernel", *(f"sm_{a}" for a in architectures)], ["---", *("---:" for _ in architectures)]]
-    for name in sorted({k.name for k in kernels}):
-        rows.append([f"`{name}`", *(str(used.get((name, a), "")) for a in architectures)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+SOURCE, RECORD = (build_config.CSRC / "cuda" / f"machine_code.{suffix}" for suffix in ("cu", "md"))
 
 
 def run(command: list[str | Path]) -> str:
@@ -93,43 +42,71 @@ def run(command: list[str | Path]) -> str:
     return done.stdout
 
 
-def compile_kernels(nvcc: Path, source: Path, architecture: int, folder: Path) -> str:
-    # The host's code, the launches, is the same for all: once is enough.
-    kind, suffix = ("-c", "o") if architecture == QUICK else ("-cubin", "cubin")
+def disassembler(toolkit: Toolkit) -> Path | None:
+    """nvdisasm: the toolkit's, else that of the PATH, else that of pip's wheel."""
+    on_path = shutil.which("nvdisasm")
+    of_wheels = [home / "bin" / "nvdisasm" for folder in cuda_toolkit.wheels() for home in sorted(folder.glob("cu*"))]
+    places = [toolkit.home / "bin" / "nvdisasm", *([Path(on_path)] if on_path else []), *of_wheels]
+    return next((place for place in places if place.is_file()), None)
+
+
+def compile_kernels(
+    toolkit: Toolkit, nvdisasm: Path | None, source: Path, architecture: int, top: Path
+) -> list[Kernel]:
+    """The kernels of a source, with what their machine code tells where nvdisasm is at hand."""
+    folder = top / f"{source.stem}_{architecture}"
+    folder.mkdir()
+    # The host's code, the launches, is the same for all architectures: once is enough.
+    kind = ["-c", "--keep", f"--keep-dir={folder}"] if architecture == QUICK else ["-cubin"]
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     report = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
-    output = folder / f"{source.stem}_{architecture}.{suffix}"
     flags = [*COMMON_NVCC_FLAGS, *build_config.nvcc_flags(werror=True), "-std=c++17"]
-    return run([nvcc, *flags, target, *report, kind, source, "-o", output])
+    output = folder / ("host.o" if architecture == QUICK else "kernels.cubin")
+    kernels = parse_report(run([toolkit.nvcc, *flags, target, *report, *kind, source, "-o", output]))
+    if nvdisasm is None:
+        return kernels
+    (cubin,) = folder.glob("*.cubin")
+    figures = parse_code(run([nvdisasm, cubin]))
+    shutil.rmtree(folder)
+    return [replace(kernel, **figures[kernel.name]) for kernel in kernels]
 
 
-def compile_torch_side(toolkit: Toolkit, source: Path, folder: Path) -> str:
+def compile_torch_side(toolkit: Toolkit, source: Path, folder: Path) -> list[Kernel]:
     # A torch without CUDA has the headers, and not the one that the first macro leaves out.
     macros = [] if torch.version.cuda else ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
     includes = [f"-I{path}" for path in (*include_paths(), *toolkit.include_dirs())]
     includes += ["-isystem", str(toolkit.home / "include")]
     flags = [*build_config.cxx_flags(werror=True), "-std=c++20", "-fPIC", *macros, *includes]
-    return run([os.environ.get("CXX", "g++"), *flags, "-c", source, "-o", folder / f"{source.stem}.o"])
+    run([os.environ.get("CXX", "g++"), *flags, "-c", source, "-o", folder / f"{source.stem}.o"])
+    return []
 
 
-def compile_all(toolkit: Toolkit, quick: bool) -> list[Kernel]:
-    nvcc = toolkit.nvcc
+def compile_all(toolkit: Toolkit, nvdisasm: Path | None, quick: bool) -> list[Kernel]:
     sources = [build_config.CSRC / name for name in build_config.sources("cuda")]
-    known = run([nvcc, "--list-gpu-arch"]).split()
+    known = run([toolkit.nvcc, "--list-gpu-arch"]).split()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        torch_side = [] if quick else [s for s in sources if s.suffix == ".cpp"]
-        jobs = [pool.submit(compile_torch_side, toolkit, s, Path(name)) for s in torch_side]
-        jobs += [
-            pool.submit(compile_kernels, nvcc, s, architecture, Path(name))
-            for s in sources
-            if s.suffix == ".cu"
-            for architecture in ((QUICK,) if quick else ARCHITECTURES)
-            if f"compute_{architecture}" in known
-        ]
-        report = "".join(job.result() for job in jobs)
-    if shutil.which("c++filt"):
-        report = subprocess.run(["c++filt"], input=report, capture_output=True, text=True, check=True).stdout
-    return parse_report(report)
+        wanted = [(source, QUICK) for source in sources if source.suffix == ".cu"]
+        wanted += [(SOURCE, a) for a in ARCHITECTURES if a != QUICK and f"compute_{a}" in known and not quick]
+        jobs = [pool.submit(compile_kernels, toolkit, nvdisasm, source, a, Path(name)) for source, a in wanted]
+        torch_side = [] if quick else [source for source in sources if source.suffix == ".cpp"]
+        jobs += [pool.submit(compile_torch_side, toolkit, source, Path(name)) for source in torch_side]
+        return readable([kernel for job in jobs for kernel in job.result()])
+
+
+def page(kernels: list[Kernel], version: str) -> str:
+    return record(kernels, version) + predicted_share.table(kernels)
+
+
+def compare(kernels: list[Kernel], version: str) -> list[str]:
+    """Prints what differs from the record, and returns what is worse where it is of this version of nvcc."""
+    old = RECORD.read_text()
+    lines = [text.splitlines(keepends=True) for text in (old, page(kernels, version))]
+    print("".join(difflib.unified_diff(*lines, str(RECORD), "now", n=0)), end="")
+    recorded_version, recorded = read_record(old)
+    if recorded_version != version:
+        print(f"the record is of nvcc {recorded_version}, this is {version}: a difference is no failure")
+        return []
+    return regressions(kernels, recorded)
 
 
 def main() -> int:
@@ -140,22 +117,25 @@ def main() -> int:
     options = parser.parse_args()
 
     toolkit = find_toolkit(None, os.environ)
+    required = os.environ.get("FUSED_REG_REQUIRE_NVCC") == "1"
     if isinstance(toolkit, str):
         lacks = toolkit if any(nvcc.is_file() for nvcc in candidates(os.environ)) else "no nvcc"
-        required = os.environ.get("FUSED_REG_REQUIRE_NVCC") == "1"
         print(
             "CUDA compile check:", f"failed, FUSED_REG_REQUIRE_NVCC=1 and {lacks}" if required else f"skipped, {lacks}"
         )
         return int(required)
-    kernels = compile_all(toolkit, options.quick)
-    head = f"Registers per thread, by nvcc {toolkit.version} (`python -m scripts.check_cuda_compile --update`).\n\n"
-    new = (head + table(kernels)).splitlines(keepends=True)
-    if options.update:
-        RECORD.write_text("".join(new))
-    elif not options.quick:
-        old = RECORD.read_text().splitlines(keepends=True) if RECORD.exists() else []
-        print("".join(difflib.unified_diff(old, new, str(RECORD), "now", n=0)), end="")
+    nvdisasm = disassembler(toolkit)
+    if nvdisasm is None and (required or options.update):
+        print("CUDA compile check: failed, no nvdisasm; `pip install nvidia-cuda-nvdisasm`")
+        return 1
+    kernels = compile_all(toolkit, nvdisasm, options.quick)
     found = failures(kernels)
+    if options.update:
+        RECORD.write_text(page(kernels, toolkit.version))
+    elif nvdisasm is None:
+        print("no nvdisasm is found: the machine code is not compared with the record")
+    elif not options.quick:
+        found += compare(kernels, toolkit.version)
     print(*found, f"CUDA compile check: {'failed' if found else 'passed'}, {len(kernels)} kernels compiled", sep="\n")
     return int(bool(found))
 

@@ -1,18 +1,28 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, with the python3 of the PATH, without pip and without a network:
+# Everything that needs a GPU, in two calls of at most 7 minutes each, with the python3 of the PATH, without pip and
+# without a network:
 #
-#   scripts/gpu_check.sh [folder]    where <gpu>.log, .json, .md and .png go; default: $OUT, else benchmarks/results
+#   scripts/gpu_check.sh first [folder]    builds, tests what is marked cuda, and measures every target in a quick form
+#   scripts/gpu_check.sh rest [folder]     compute-sanitizer, launch counts, slow tests, whole benchmarks, all other tests
 #
-# Builds in place, then runs each part below under a time limit; the whole ends within 8 minutes. A part that fails stops
-# no later one. The log ends with a line per part; the exit status is 1 if any failed.
+# The folder (default: $OUT, else benchmarks/results) gets everything as it comes, so that a call which is cut keeps what
+# it has: <gpu>-<call>.log; <gpu>-<call>.txt, a verdict for each part that has ended; the JSON, tables and picture of the
+# benchmarks. Every part has a time limit, and one that fails stops no later one. The exit status is 1 if any failed.
 set -uo pipefail
+
+call=${1:-}
+if [[ $call != first && $call != rest ]]; then
+  echo "scripts/gpu_check.sh: the first argument must be first or rest, got '$call'" >&2
+  exit 2
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-deadline=$((SECONDS + 470))
-results=$(realpath -m "${1:-${OUT:-benchmarks/results}}")
+deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-410}))
+results=$(realpath -m "${2:-${OUT:-benchmarks/results}}")
 mkdir -p "$results" || exit 1
 gpu=$(python3 -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))' 2>/dev/null)
-base=$results/${gpu:-no-gpu}
+gpu=${gpu:-no-gpu}
+log=$results/$gpu-$call.log verdicts=$results/$gpu-$call.txt
 cores=$(nproc)
 toolkit=${CUDA_HOME:-/usr/local/cuda}
 if commit=$(git rev-parse HEAD 2>/dev/null); then
@@ -24,8 +34,8 @@ fi
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 FUSED_REG_REQUIRE_CUDA=1
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # what else is installed there is not ours to test
 
-# part NAME SECONDS COMMAND: runs the command and keeps a line about it, with the last line of its output.
-summary=() failed=0
+# part NAME SECONDS COMMAND: runs the command and writes its verdict, with the last line of its output.
+failed=0
 part() {
   local name=$1 limit=$2 command=$3 began=$SECONDS output status verdict=passed last
   local left=$((deadline - began))
@@ -41,39 +51,72 @@ part() {
   fi
   last=$(grep -v '^[[:space:]]*$' "$output" | tail -n 1)
   rm -f "$output"
-  ((status == 124 || status == 137)) && last="stopped after $limit s; $last"
+  ((status == 124 || status == 137)) && last="stopped after $limit s${last:+; $last}"
+  last=${last:-exit status $status}
   ((status == 0)) || { verdict=failed failed=1; }
-  summary+=("$(printf '%s %4d s  %-12s %s' "$verdict" $((SECONDS - began)) "$name" "${last:0:160}")")
+  printf '%s %4d s  %-12s %s\n' "$verdict" $((SECONDS - began)) "$name" "${last:0:160}" >>"$verdicts"
 }
 
-# shellcheck disable=SC2016 # the part's own bash expands it
+# shellcheck disable=SC2016 # the parts' own bash expands these
+environment='status=0
+  for tool in nvidia-smi nvcc compute-sanitizer g++; do
+    echo "--- $tool"
+    [[ $tool == nvidia-smi ]] && options= || options=--version
+    $tool $options 2>&1 | head -n 20
+    ((PIPESTATUS[0] == 0)) || { lacking+=" $tool" status=1; }
+  done
+  for module in torch numpy pytest hypothesis ninja matplotlib pandas rich; do
+    python3 -c "import $module as m; print(m.__name__, getattr(m, \"__version__\", \"\"))" || { lacking+=" $module" status=1; }
+  done
+  echo "${lacking:+not here, or broken:$lacking}"
+  exit $status'
+# shellcheck disable=SC2016
 self_check='out=$(python3 -m fused_reg 2>&1); status=$?; echo "$out"
   [[ $out == *"self-check cuda:0"* ]] || { echo "no CUDA device was checked"; exit 1; }; exit $status'
 pytest='python3 -m pytest -q -p no:cacheprovider'
-parallel=
-if python3 -c 'import xdist' 2>/dev/null; then
-  parallel="-p xdist.plugin -n $(((cores + 1) / 2))"
-fi
+by_file="OMP_NUM_THREADS=2 python3 -m scripts.pytest_by_file $(((cores + 1) / 2))"
+on_gpu=$(grep -lwE 'cuda|device' tests/test_*.py | xargs)
+sanitized=$(grep -lE 'mark\.sanitizer' tests/test_*.py | xargs)
+
+build() {
+  part build 170 "FORCE_CUDA=1 MAX_JOBS=$cores python3 setup.py -q egg_info build_ext --inplace && echo built"
+}
+
 sanitize() { # part of compute-sanitizer; every allocation is its own, so that the tool sees its bounds
-  part "$1" 45 "$2 compute-sanitizer --tool $1 --error-exitcode 1 $pytest -m 'cuda and sanitizer'"
+  part "$1" 40 "$2 compute-sanitizer --tool $1 --error-exitcode 1 $pytest -m 'cuda and sanitizer' $sanitized"
+}
+
+# measure SECONDS NAME OPTIONS: the benchmarks, and the tables and the picture of what was measured, be it cut.
+measure() {
+  local json=$results/$2.json
+  part benchmarks "$1" "python3 -m benchmarks --device cuda --output '$json' $3"
+  part tables 20 "python3 -m benchmarks.report '$json' >'${json%.json}.md' &&
+    python3 -m benchmarks.report '$json' '${json%.json}.png' && grep -c . '${json%.json}.md'"
 }
 
 main() {
-  nvidia-smi 2>&1 | head -n 15
-  part build 150 "FORCE_CUDA=1 MAX_JOBS=$cores python3 setup.py -q egg_info build_ext --inplace && echo built"
-  part self-check 40 "$self_check"
-  part tests 150 "OMP_NUM_THREADS=2 $pytest $parallel"
-  part launches 40 "$pytest -m cuda -k launches"
-  sanitize memcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  sanitize racecheck ''
-  sanitize initcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  sanitize synccheck ''
-  part benchmarks 180 "python3 -m benchmarks --device cuda --quick --output '$base.json'"
-  part slow 90 "$pytest --slow -m 'cuda and slow'"
-  printf '\n=== %s\n' "${gpu:-no GPU}, commit ${FUSED_REG_COMMIT:-unknown}"
-  printf '%s\n' "${summary[@]}"
+  : >"$verdicts"
+  if [[ $call == first ]]; then
+    part environment 30 "$environment"
+    build
+    part self-check 30 "$self_check"
+    part tests 120 "$by_file -m cuda $on_gpu"
+    measure $((deadline - SECONDS - 20)) "$gpu-quick" --quick
+  else
+    build
+    sanitize memcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    sanitize racecheck ''
+    sanitize initcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    sanitize synccheck ''
+    part launches 30 "$pytest -m cuda -k launches tests/test_cuda_calls.py tests/test_optim_devices.py"
+    part slow 60 "$by_file --slow -m 'cuda and slow' $on_gpu"
+    measure 140 "$gpu" '--compile-seconds 60'
+    part others $((deadline - SECONDS)) "$by_file -m 'not cuda' tests/test_*.py"
+  fi
+  printf '\n=== %s\n' "$gpu, commit ${FUSED_REG_COMMIT:-unknown}"
+  cat "$verdicts"
   return "$failed"
 }
 
-main 2>&1 | tee "$base.log"
+main 2>&1 | tee "$log"
 exit "${PIPESTATUS[0]}"

@@ -2,6 +2,9 @@
 write can be read."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -159,6 +162,27 @@ def test_a_run_is_complete(run):
     assert list(per_element.values()) == [4, 8, 8, 12, 4, 12, 8]
     per_step = {row["family"]: row["bytes"] / row["elements"] for row in results.rows if row["mode"] == "step"}
     assert list(per_step.values()) == [12, 20, 28, 28, 20, 20]
+
+
+CUT = """
+import os, signal, sys
+from benchmarks import __main__, measure
+add, die = measure.Run.add, lambda: os.kill(os.getpid(), signal.SIGKILL)
+measure.Run.add = lambda run, case, mode: add(run, case, mode) if mode == "value" else die()
+__main__.main()
+"""
+
+
+def test_a_run_that_is_killed_keeps_what_it_has(tmp_path):
+    """In its second mode; the tables can be made of the first."""
+    output = tmp_path / "cut.json"
+    options = [*OPTIONS, "--modes", "value", "prox", "--peers", "--output", str(output)]
+    cut = subprocess.run([sys.executable, "-c", CUT, *options], cwd=RESULTS.parents[1], capture_output=True)
+    assert cut.returncode == -signal.SIGKILL
+    results = Results.read(output)
+    assert {row["mode"] for row in results.rows} == {"value"}
+    assert [target["claim"] for target in results.targets if target["measured"] is not None] != []
+    assert "| value | fused_reg |" in report.document(results, output.name)
 
 
 def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):

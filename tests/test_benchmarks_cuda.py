@@ -3,12 +3,14 @@
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+import torch
 from test_benchmarks import OPTIONS, PLAIN_MODES, RESULTS, WrongResultError
 
 from benchmarks import __main__, contenders, devices, limits, measure, report, steps
 from benchmarks.checks import CASES, COMPILED_MODES, Problem
-from benchmarks.contenders import LOOP, OURS, PEERS, Compiler, Peer
+from benchmarks.contenders import CUDA_GRAPH, LOOP, OURS, PEERS, Compiler, Peer
 from benchmarks.results import Results, targets
 from fused_reg import fused_penalty, reference
 
@@ -117,6 +119,26 @@ def test_targets():
     }
     assert {claim: found[claim] for claim in expected} == expected
     assert not [claim for claim in found if claim.startswith("1,000 tensors") and "percent" in claim]  # in the L2 cache
+
+
+def test_the_quick_form_measures_every_target(monkeypatch):
+    """For each line of targets.csv a case, an optimizer where it names some, ours, and one of those beside it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(Problem, "device", "cuda")
+    options, problem = __main__.parse(["--device", "cuda", "--quick"]), Problem(CASES["net"].make_params("cpu"))
+    table = pd.read_csv(RESULTS.parent / "targets.csv", keep_default_na=False)
+    for target in table[table.device == "cuda"].itertuples():
+        families = set(target.family.split(";"))
+        for case in [case for case in target.cases.split() if case in options.cases]:
+            peers = [p for p in PEERS if target.mode in p.modes and p.name in options.peers]
+            peers = [p for p in peers if not measure.takes_minutes(options, p, case, target.mode)]
+            of_mode = measure.contenders_of(problem, target.mode, peers) if target.mode in options.modes else []
+            measured = [x.name for x in of_mode if x.family in families & {"", CUDA_GRAPH, *options.optimizers}]
+            if target.of in measured and (not target.to or {*target.to.split(";")} & {*measured}):
+                break
+        else:
+            pytest.fail(f"{target.claim}: nothing measures it")
 
 
 def test_nothing_is_compiled_once_the_seconds_are_spent():

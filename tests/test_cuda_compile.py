@@ -1,46 +1,64 @@
-"""What scripts/check_cuda_compile.py reads in ptxas's report, and what it makes a failure."""
+"""What scripts/machine_code.py reads in what ptxas and nvdisasm print, and what scripts/check_cuda_compile.py makes a
+failure."""
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from scripts.check_cuda_compile import MAX_REGISTERS, Kernel, failures, parse_report, table
+import build_config
+import cuda_toolkit
+from scripts import check_cuda_compile
+from scripts.machine_code import (
+    FIGURES,
+    MAX_REGISTERS,
+    Kernel,
+    Loop,
+    failures,
+    parse_code,
+    parse_report,
+    read_record,
+    readable,
+    regressions,
+    short_name,
+)
+from scripts.predicted_share import CARDS, FLOAT64, predicted_share, table
 
 ROOT = Path(__file__).parent.parent
-# Of nvcc 13.0, through c++filt.
+# Of nvcc 13.0.
 CLEAN = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function 'void fused_reg::(anonymous namespace)::f<double, false>(double*)' for 'sm_75'
-ptxas info    : Function properties for void fused_reg::(anonymous namespace)::f<double, false>(double*)
+ptxas info    : Compiling entry function '_ZN3fooILb0EEEvPd' for 'sm_75'
+ptxas info    : Function properties for _ZN3fooILb0EEEvPd
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 8 registers, used 0 barriers, 364 bytes cmem[0]
 ptxas info    : Compile time = 2.581 ms
-ptxas info    : Compiling entry function 'void fused_reg::(anonymous namespace)::f<float, true>(float*)' for 'sm_75'
-ptxas info    : Function properties for void fused_reg::(anonymous namespace)::f<float, true>(float*)
+ptxas info    : Compiling entry function '_ZN3fooILb1EEEvPf' for 'sm_75'
+ptxas info    : Function properties for _ZN3fooILb1EEEvPf
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 32 registers, used 1 barriers, 364 bytes cmem[0]
 ptxas info    : Compile time = 1.874 ms
 """
 SPILLS = """\
-ptxas warning : Local memory used for function 'spill(float*, int)', size of stack frame: 1184 bytes
-ptxas warning : Registers are spilled to local memory in function 'f(float*, int)', 16 bytes spill stores
+ptxas warning : Local memory used for function 'spill', size of stack frame: 1184 bytes
+ptxas warning : Registers are spilled to local memory in function 'f', 16 bytes spill stores
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function 'spill(float*, int)' for 'sm_90'
-ptxas info    : Function properties for spill(float*, int)
+ptxas info    : Compiling entry function 'spill' for 'sm_90'
+ptxas info    : Function properties for spill
     1184 bytes stack frame, 1232 bytes spill stores, 1200 bytes spill loads
 ptxas info    : Used 32 registers, used 1 barriers, 1184 bytes cumulative stack size
 ptxas info    : Compile time = 67.779 ms
-ptxas info    : Function properties for f(float*, int)
+ptxas info    : Function properties for f
     0 bytes stack frame, 16 bytes spill stores, 8 bytes spill loads
 """
 
 
 def test_clean_report():
     kernels = parse_report(CLEAN)
-    assert kernels == [Kernel("f<double,false>", 75, 8, 0), Kernel("f<float,true>", 75, 32, 0)]
+    assert kernels == [Kernel("_ZN3fooILb0EEEvPd", 75, 8, 0), Kernel("_ZN3fooILb1EEEvPf", 75, 32, 0)]
     assert failures(kernels) == []
 
 
@@ -73,10 +91,227 @@ def test_report_of_another_form(missing):
         parse_report(CLEAN.replace(missing, ""))
 
 
-def test_table():
-    kernels = [Kernel("b", 120, 30, 0), Kernel("b", 75, 32, 0), Kernel("a", 75, 8, 0)]
-    expected = "| kernel | sm_75 | sm_120 |\n| --- | ---: | ---: |\n| `a` | 8 |  |\n| `b` | 32 | 30 |\n"
-    assert table(kernels) == expected
+# Machine code
+
+CODE = """\
+	.headerflags	@"EF_CUDA_TEXMODE_UNIFIED EF_CUDA_64BIT_ADDRESS EF_CUDA_SM90"
+	.section	.nv.constant0.first,"a",@progbits
+//--------------------- .text.first                      --------------------------
+	.section	.text.first,"ax",@progbits
+	.sectioninfo	@"SHI_REGISTERS=32"
+first:
+.text.first:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   S2R R0, SR_TID.X ;
+{}
+.L_x_9:
+        /*00f0*/                   BRA `(.L_x_9);
+	.section	.text.second,"ax",@progbits
+        /*0000*/                   EXIT ;
+"""
+BATCH = """\
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 LDG.E.128.CONSTANT R8, desc[UR4][R2.64+0x200] ;
+        /*0040*/                   LDG.E R3, desc[UR4][R2.64+0x400] ;
+        /*0050*/                   LDG.E.128 R12, desc[UR4][R2.64+0x600] ;
+"""
+
+
+LOOP = """\
+.L_x_1:
+        /*0020*/                   MOV R3, R2 ;
+.L_x_2:
+        /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0040*/                   LD.E.128 R8, desc[UR4][R2.64] ;
+        /*0050*/                   F2F.F64.F32 R12, R4 ;
+        /*0060*/                   DADD R12, R12, R8 ;
+        /*0068*/                   ST.E.128 desc[UR4][R2.64], R8 ;
+        /*006c*/                   STS.128 [R2], R8 ;
+        /*0070*/                   DSETP.GEU.AND P1, PT, R12, R8, PT ;
+        /*0080*/               @P1 BRA `(.L_x_2) ;
+        /*0090*/               @P0 BRA `(.L_x_1) ;
+"""
+
+
+def figures(middle):
+    found = parse_code(CODE.format(middle))["first"]
+    return found["code_bytes"], found["loads"], found["conversions"]
+
+
+@pytest.mark.parametrize(
+    ("middle", "loops"),
+    [
+        ("", ()),
+        (LOOP, (Loop(2, 1, 1, 2),)),
+        (LOOP + LOOP.replace("L_x_2", "L_x_4").replace("L_x_1", "L_x_5"), (Loop(2, 1, 1, 2), Loop(2, 1, 1, 2))),
+        (
+            LOOP.replace("@P1 BRA `(.L_x_2)", "@P1 BRA `(.L_x_9)"),
+            (Loop(2, 1, 1, 2),),
+        ),  # the outer one, where it is innermost
+        (LOOP.replace("E.128", "E.64"), ()),
+    ],
+)
+def test_loops(middle, loops):
+    """Branches back, around no other; that at the end of the kernel loads nothing."""
+    assert parse_code(CODE.format(middle))["first"]["loops"] == loops
+
+
+@pytest.mark.parametrize(
+    ("middle", "loads", "conversions"),
+    [
+        ("", 0, 0),
+        (BATCH, 3, 0),
+        # Each is used before the next.
+        (BATCH.replace("        /*0030", "        /*0028*/ FADD R30, R7, R30 ;\n        /*0030"), 2, 0),
+        # Other registers, and numbers that begin alike.
+        (BATCH.replace("        /*0030", "        /*0028*/ FADD R30, R41, UR4 ;\n        /*0030"), 3, 0),
+        # An address that is loaded itself.
+        (BATCH.replace("[R2.64+0x600]", "[R8.64]"), 2, 0),
+        # In another block.
+        (BATCH.replace("        /*0050", ".L_x_3:\n        /*0050"), 2, 0),
+        (BATCH.replace("        /*0050", "        /*0048*/ @P0 BRA `(.L_x_9) ;\n        /*0050"), 2, 0),
+        # 32 bytes at once; no more than there are registers.
+        ("        /*0020*/ LDG.E.ENL2.256 R4, desc[UR4][R2.64] ;\n", 2, 0),
+        (BATCH + BATCH, 3, 0),
+        # Less than 16 bytes, and another memory.
+        (BATCH.replace("E.128", "E.64"), 0, 0),
+        (BATCH.replace("LDG", "LDS"), 0, 0),
+        # To and from float64, and other conversions.
+        ("        /*0020*/ F2F.F64.F32 R4, R3 ;\n        /*0030*/ @P1 F2F.F32.F64 R4, R4 ;\n", 0, 2),
+        ("        /*0020*/ I2F.F64 R4, R3 ;\n        /*0030*/ F2I.F64.TRUNC R4, R4 ;\n", 0, 2),
+        ("        /*0020*/ F2F.BF16.F32 R4, R3 ;\n        /*0030*/ DADD.F64 R4, R4, R6 ;\n", 0, 0),
+    ],
+)
+def test_figures_of_machine_code(middle, loads, conversions):
+    assert figures(middle) == (0x100, loads, conversions)
+    assert parse_code(CODE.format(middle))["second"] == {
+        "code_bytes": 16,
+        "loads": 0,
+        "conversions": 0,
+        "loops": (),
+    }
+
+
+def test_code_of_another_form():
+    with pytest.raises(ValueError, match="nvdisasm wrote what this script cannot read: second has no instruction"):
+        parse_code(CODE.format("").replace("EXIT", "0x1234"))
+
+
+def test_names_of_the_source():
+    names = [k.name for k in readable(parse_report(CLEAN.replace("_ZN3fooILb0EEEvPd", "_ZN9fused_reg1fIdLb0EEEvPd")))]
+    assert names == ["f<double,false>", "foo<true>"]
+    assert short_name("void fused_reg::(anonymous namespace)::g<(int)3, float>(float*)") == "g<3,float>"
+
+
+# The record
+
+LOOPS = (Loop(2, 0, 10, 30), Loop(2, 2, 30, 10))
+KERNELS = [
+    Kernel("b<int>", 120, 30, 0, 4096, 4, 20, (Loop(4, 0, 0, 0),)),
+    Kernel("a", 75, 100, 0, 1000, 8, 0, LOOPS),
+    Kernel("b<int>", 75, 8, 0),
+]
+
+
+def test_the_record_is_read_as_it_was_written():
+    kernels = [replace(k, architecture=a) for a in sorted(FLOAT64) for k in KERNELS[:2]]  # as many columns of cards
+    text = check_cuda_compile.page(kernels, "13.0")
+    assert read_record(text) == ("13.0", sorted(kernels, key=lambda k: (k.architecture, k.name)))
+    assert regressions(*[read_record(text)[1]] * 2) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"registers": 110, "code_bytes": 1100}, []),
+        ({"registers": 111}, ["a for sm_75: registers 111, recorded 100"]),
+        ({"code_bytes": 1101}, ["a for sm_75: bytes of code 1101, recorded 1000"]),
+        ({"loads": 7}, ["a for sm_75: loads under way 7, recorded 8"]),
+        ({"conversions": 1}, ["a for sm_75: conversions 1, recorded 0"]),
+        ({"loops": (Loop(2, 2, 44, 0),)}, ["a for sm_75: conversions per load in loops 22.0, recorded 10.0"]),
+        ({"loops": (Loop(4, 2, 44, 45),)}, ["a for sm_75: float64 per load in loops 11.2, recorded 10.0"]),
+        ({"loops": ()}, []),
+        ({"registers": 1, "code_bytes": 1, "loads": 99}, []),
+        ({"name": "c"}, ["a for sm_75 is recorded, and was not compiled", "c for sm_75 is not recorded"]),
+    ],
+)
+def test_what_is_worse_than_recorded(change, said):
+    assert regressions([KERNELS[0], replace(KERNELS[1], **change), KERNELS[2]], KERNELS) == said
+
+
+def test_another_version_of_nvcc(tmp_path, monkeypatch, capsys):
+    """What differs is printed, and only for the recorded version a failure."""
+    monkeypatch.setattr(check_cuda_compile, "RECORD", tmp_path / "record.md")
+    check_cuda_compile.RECORD.write_text(check_cuda_compile.page(KERNELS, "13.0"))
+    worse = [replace(KERNELS[0], loads=1), *KERNELS[1:]]
+    assert check_cuda_compile.compare(worse, "13.0") == ["b<int> for sm_120: loads under way 1, recorded 4"]
+    assert check_cuda_compile.compare(worse, "13.1") == []
+    said = capsys.readouterr().out
+    assert said.count("+| `b<int>` | 30 | 4096 | 1 | 20 | 4/0/0/0 |") == 2
+    assert said.endswith("is of nvcc 13.0, this is 13.1: a difference is no failure\n")
+
+
+def test_what_is_compiled(monkeypatch):
+    """Every source for one architecture; for each other that nvcc knows one kernel of each pass."""
+    known = "\n".join(f"compute_{a}" for a in (70, *check_cuda_compile.ARCHITECTURES[:-1], 121))
+    kernel = lambda toolkit, nvdisasm, source, architecture, top: [Kernel(source.name, architecture, 1, 0)]  # noqa: E731
+    monkeypatch.setattr(check_cuda_compile, "run", lambda command: known)
+    monkeypatch.setattr(check_cuda_compile, "compile_kernels", kernel)
+    monkeypatch.setattr(check_cuda_compile, "compile_torch_side", lambda *_: [Kernel("torch", 0, 1, 0)])
+    monkeypatch.setattr(check_cuda_compile, "readable", lambda kernels: {(k.name, k.architecture) for k in kernels})
+    toolkit, sources = cuda_toolkit.Toolkit(Path("nvcc"), "13.0", Path(), Path()), build_config.sources("cuda")
+    ours = {(Path(source).name, check_cuda_compile.QUICK) for source in sources if source.endswith(".cu")}
+    others = {*check_cuda_compile.ARCHITECTURES[:-1]} - {check_cuda_compile.QUICK}
+    assert check_cuda_compile.compile_all(toolkit, None, quick=True) == ours
+    rest = {("torch", 0), *(("machine_code.cu", architecture) for architecture in others)}
+    assert check_cuda_compile.compile_all(toolkit, None, quick=False) == ours | rest
+
+
+def test_where_nvdisasm_is(tmp_path, monkeypatch):
+    """In the toolkit, else on the PATH, else in pip's wheel."""
+    places = [tmp_path / "toolkit" / "bin", tmp_path / "path", tmp_path / "nvidia" / "cu13" / "bin"]
+    monkeypatch.setenv("PATH", str(places[1]))
+    monkeypatch.setattr(cuda_toolkit, "wheels", lambda: [tmp_path / "nvidia"])
+    toolkit = cuda_toolkit.Toolkit(places[0] / "nvcc", "13.0", tmp_path / "toolkit", tmp_path)
+    assert check_cuda_compile.disassembler(toolkit) is None
+    for place in reversed(places):
+        place.mkdir(parents=True)
+        (place / "nvdisasm").touch(mode=0o755)
+        assert check_cuda_compile.disassembler(toolkit) == place / "nvdisasm"
+
+
+def test_predicted_shares():
+    """Of an H200: 18.4 bytes a clock and multiprocessor, of which 16 conversions a clock, 64 operations of float64;
+    47,273 bytes under way."""
+    (h200,) = [card for card in CARDS if card.name == "H200"]
+    share = lambda *loop, loads=8: round(predicted_share(Loop(*loop), loads, h200), 3)  # noqa: E731
+    assert share(4, 0, 64, 64) == 0.871  # 64 bytes in 3.48 clocks, conversions in 4
+    assert share(2, 2, 64, 64) == 0.871
+    assert share(4, 0, 32, 512) == 0.436
+    assert share(4, 0, 0, 0) == share(4, 0, 32, 64) == 1
+    assert share(4, 0, 0, 0, loads=4) == 0.693
+    kernels = [
+        Kernel("cuda::f<cuda::DeviceTable,3>", 90, 1, 0, 0, 4, 0, (Loop(4, 0, 0, 0), Loop(4, 0, 0, 512))),
+        Kernel("cuda::f<cuda::InlineTable<16ul>,3>", 90, 1, 0, 0, 4, 0, (Loop(4, 0, 0, 0),)),
+        Kernel("cuda::g", 90, 1, 0),
+    ]
+    assert table(kernels).splitlines()[-3:] == [
+        "| kernel | H100 | H200 |",
+        "| --- | ---: | ---: |",
+        "| `cuda::f<3>` | 62 | 44 |",
+    ]
+
+
+def test_the_committed_record():
+    """It is of every architecture that is compiled, as all are that ship, with every figure, within the limits."""
+    version, kernels = read_record(check_cuda_compile.RECORD.read_text())
+    recorded, compiled = {k.architecture for k in kernels}, set(check_cuda_compile.ARCHITECTURES)
+    assert version
+    assert recorded == compiled
+    assert {int(name.replace(".", "")) for name in cuda_toolkit.ARCHITECTURES} <= compiled
+    assert failures(kernels) == []
+    for figure in (*FIGURES, "loops"):
+        assert {k.architecture for k in kernels if getattr(k, figure)} == recorded
 
 
 @pytest.mark.parametrize(

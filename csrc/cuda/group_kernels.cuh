@@ -173,28 +173,4 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) group_element_kernel(con
   }
 }
 
-// The sums of every tensor, [tensors], from those of its chunks: a warp a tensor.
-static __global__ void __launch_bounds__(kThreads) tensor_sums_kernel(const DeviceTable table, TermSums* out) {
-  const int thread = threadIdx.x % kWarp;
-  const TableView<DeviceTable, 1, kGroupNumbers> view(table);
-  const Call& call = table.call;
-  for (uint32_t t = blockIdx.x * kWarps + threadIdx.x / kWarp; t < call.tensors; t += gridDim.x * kWarps) {
-    const uint32_t end = t + 1 < call.tensors ? view.entry(t + 1).first_chunk : call.chunks;
-    CompensatedSum sums[kSums]{};
-    for (uint32_t c = view.entry(t).first_chunk + thread; c < end; c += kWarp) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        sums[i].add(call.chunk_sums[c].of[i]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const double sum = result(warp_sum(sums[i]));
-      if (thread == 0) {
-        out[t].of[i] = sum;
-      }
-    }
-  }
-}
-
 }  // namespace fused_reg::cuda

@@ -40,6 +40,12 @@ constexpr Rows rows_of(Pass pass, bool has_further = false) {
 // lies on the host, and is free once this returns.
 cudaError_t launch(Pass pass, const Call& call, const void* table, size_t table_bytes, cudaStream_t stream);
 
+// The same, of one pass: instantiated in the .cu that compiles its kernels.
+template <Pass pass>
+cudaError_t launch(const Call& call, const void* table, size_t table_bytes, cudaStream_t stream);
+
+constexpr size_t kOnDevice = SIZE_MAX;  // the bytes of a table that lies in device memory, however many
+
 // The sums of a pass over every tensor into out [call.tensors], on the device, by way of call.chunk_sums.
 cudaError_t launch_tensor_sums(Pass pass, const Call& call, const void* device_table, TermSums* out,
                                cudaStream_t stream);
@@ -48,6 +54,10 @@ cudaError_t launch_tensor_sums(Pass pass, const Call& call, const void* device_t
 // kLargeStep. Or with any terms and groups and without the value, at most kSmallStep.
 cudaError_t launch_step(Pass optimizer, bool has_any, const Call& call, const StepCall& step, const void* bytes,
                         size_t count, cudaStream_t stream);
+
+template <Pass optimizer>
+cudaError_t launch_step(bool has_any, const Call& call, const StepCall& step, const void* bytes, size_t count,
+                        cudaStream_t stream);
 
 // Copies a table to device memory by launches alone, so that a graph can capture it.
 cudaError_t upload(void* to, const void* table, size_t table_bytes, cudaStream_t stream);

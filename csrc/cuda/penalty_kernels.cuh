@@ -71,17 +71,4 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) element_kernel(const __g
   }
 }
 
-// A piece of a table, from the arguments into device memory: unlike a copy from the host, it can be captured in a
-// graph.
-struct Piece {
-  unsigned char bytes[kLargeTable];
-};
-
-static __global__ void __launch_bounds__(kThreads)
-    upload_kernel(unsigned char* to, unsigned size, const __grid_constant__ Piece piece) {
-  for (unsigned i = blockIdx.x * kThreads + threadIdx.x; i < size; i += gridDim.x * kThreads) {
-    to[i] = piece.bytes[i];
-  }
-}
-
 }  // namespace fused_reg::cuda

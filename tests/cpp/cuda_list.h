@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/chunk_kernel.h"
-#include "cuda/penalty_kernels.cu"
+#include "cuda_kernels.h"
 #include "expect.h"
 
 namespace fused_reg::cuda {

@@ -8,8 +8,7 @@
 
 #include "cpu/list_pass.h"
 #include "cuda/list_pass.h"
-#include "cuda/penalty_kernels.cu"
-#include "cuda/step_kernels.cu"
+#include "cuda_kernels.h"
 #include "expect.h"
 #include "operators.h"
 #include "random_lists.h"

@@ -7,6 +7,5 @@
 #include "ops.cpp"
 
 #define CUDA CPU  // the dispatch key
+#include "../cuda_kernels.h"
 #include "cuda/penalty_cuda.cpp"
-#include "cuda/penalty_kernels.cu"
-#include "cuda/step_kernels.cu"

@@ -1,0 +1,75 @@
+"""What share of a card's bandwidth the loops of the kernels can reach, by their instructions and loads: a model, which
+tells where machine code is the limit before anything is measured.
+
+A multiprocessor has so many conversions and operations of float64 a clock, and as many bytes under way as its resident
+threads have loaded and not used; what its part of the bandwidth wants of either is what bounds the share.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from scripts.machine_code import Kernel, Loop
+
+RESIDENT_THREADS = 512  # of a multiprocessor: kCtasPerSm CTAs of kThreads
+# Of a clock and multiprocessor, by architecture (CUDA C++ programming guide, "Arithmetic Instructions").
+FLOAT64 = {75: 2, 80: 32, 86: 2, 89: 2, 90: 64, 100: 64, 120: 2}
+CONVERSIONS = {75: 2, 80: 16, 86: 2, 89: 2, 90: 16, 100: 16, 120: 2}
+
+
+class Card(NamedTuple):
+    """By NVIDIA's data sheets, but for the latency under load, which is assumed."""
+
+    name: str
+    architecture: int
+    bandwidth: float  # bytes a second
+    multiprocessors: int
+    clock: float  # boost, Hz
+    latency: float = 900e-9
+
+
+CARDS = (
+    Card("T4", 75, 320e9, 40, 1.59e9),
+    Card("A100", 80, 2039e9, 108, 1.41e9),
+    Card("A10", 86, 600e9, 72, 1.695e9),
+    Card("L4", 89, 300e9, 58, 2.04e9),
+    Card("RTX 4090", 89, 1008e9, 128, 2.52e9),
+    Card("H100", 90, 3352e9, 132, 1.98e9, 1300e-9),
+    Card("H200", 90, 4800e9, 132, 1.98e9, 1300e-9),
+    Card("B200", 100, 8000e9, 148, 1.965e9, 1200e-9),
+    Card("RTX 5090", 120, 1792e9, 170, 2.407e9),
+)
+
+
+def predicted_share(loop: Loop, loads_under_way: int, card: Card) -> float:
+    """At most 1."""
+    per_clock = card.bandwidth / card.multiprocessors / card.clock  # bytes
+    clocks = 16 * (loop.loads + loop.stores) / per_clock  # that the bandwidth takes for a thread
+    busy = max(loop.conversions / CONVERSIONS[card.architecture], loop.float64 / FLOAT64[card.architecture])
+    wanted = card.bandwidth / card.multiprocessors * card.latency
+    return min(1.0, clocks / busy if busy else 1.0, 16 * loads_under_way * RESIDENT_THREADS / wanted)
+
+
+def table(kernels: list[Kernel]) -> str:
+    """In percent, of each kernel's slowest loop, with the table of arguments with which it is slowest."""
+    shares: dict[str, dict[str, float]] = {}
+    for kernel in kernels:
+        name = re.sub(r"cuda::\w+Table(<\d+ul>)?,", "", kernel.name)
+        for card in [card for card in CARDS if card.architecture == kernel.architecture and kernel.loops]:
+            share = min(predicted_share(loop, kernel.loads, card) for loop in kernel.loops)
+            of_kernel = shares.setdefault(name, {})
+            of_kernel[card.name] = min(share, of_kernel.get(card.name, 1.0))
+    cards = [card.name for card in CARDS if any(card.name in of_kernel for of_kernel in shares.values())]
+    rows = [["kernel", *cards], ["---", *["---:"] * len(cards)]]
+    for name, of_kernel in sorted(shares.items()):
+        rows.append([f"`{name}`", *(f"{100 * of_kernel[card]:.0f}" if card in of_kernel else "-" for card in cards)])
+    return f"\n{HEAD}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+HEAD = """\
+## Predicted share of bandwidth
+
+Percent, of each kernel's slowest loop: what its instructions and its loads under way allow
+(`scripts/predicted_share.py`, a model; nothing of it is measured, and the fixed costs of a launch are not in it).
+"""

@@ -1,0 +1,71 @@
+"""Runs pytest on every file in a process of its own, some at a time, and prints the output of each when it ends:
+``python -m scripts.pytest_by_file PROCESSES [options of pytest] files``.
+
+An error that a GPU does not recover from ends with its file. What was running when the run is stopped is printed too.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+
+# A test that hangs says where, before the run is stopped.
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60")
+PASSED, NONE_CHOSEN = 0, 5  # pytest's exit statuses
+
+
+def counted(output: str) -> Counter[str]:
+    """The numbers of pytest's last line: ``2 failed, 31 passed, 4 deselected in 3.21s``."""
+    last = output.rstrip().rpartition("\n")[2]
+    return Counter({what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error|skipped)", last)})
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def run(processes: int, options: list[str], files: list[str], folder: Path) -> tuple[Counter[str], list[str]]:
+    """How many tests passed and failed, and the files that did not pass."""
+    waiting, running, total, failed = list(files), {}, Counter[str](), []
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                file, output = waiting.pop(0), folder / f"{len(waiting)}.log"
+                with output.open("w") as to:
+                    process = subprocess.Popen([*PYTEST, *options, file], stdout=to, stderr=subprocess.STDOUT)
+                running[process] = file, output
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+            for process in [p for p in running if p.poll() is not None]:
+                file, output = running.pop(process)
+                text = output.read_text(errors="replace")
+                total += counted(text)
+                if process.returncode != NONE_CHOSEN:
+                    print(f"--- {file}\n{text}", flush=True)
+                if process.returncode not in (PASSED, NONE_CHOSEN):
+                    failed.append(file)
+    finally:
+        for process, (file, output) in running.items():
+            process.terminate()
+            print(f"--- {file}, stopped\n{output.read_text(errors='replace')}", flush=True)
+    return total, failed
+
+
+def main(arguments: list[str]) -> int:
+    """1 if a test failed, a process died, or no test ran."""
+    files = [word for word in arguments[1:] if word.endswith(".py")]
+    options = [word for word in arguments[1:] if word not in files]
+    signal.signal(signal.SIGTERM, stop)
+    with tempfile.TemporaryDirectory() as folder:
+        total, failed = run(int(arguments[0]), options, files, Path(folder))
+    counts = ", ".join(f"{number} {what}" for what, number in sorted(total.items())) or "no test ran"
+    print(counts, *([f"failed: {' '.join(failed)}"] if failed else []), sep="; ")
+    return int(bool(failed) or not total["passed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
