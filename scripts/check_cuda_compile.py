@@ -27,7 +27,7 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 import build_config
 from cuda_toolkit import Toolkit, candidates, find_toolkit
 
-ARCHITECTURES = (75, 80, 90, 100, 120)
+ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
 QUICK = 90
 MAX_REGISTERS = 128  # a thread, of 65,536 a multiprocessor: 512 threads are resident
 RECORD = build_config.CSRC / "cuda" / "registers.md"
