@@ -109,17 +109,19 @@ def test_forward_and_backward_in_a_graph(upstream, strengths, cuda):
     assert_replays(of_autograd(params, upstream, **strengths), shrink(*tensors))
 
 
-def test_trained_strengths_in_a_graph(cuda):
-    """Their gradients too, beside floats of every parameter."""
+@pytest.mark.parametrize("both", [True, False])
+def test_trained_strengths_in_a_graph(both, cuda):
+    """Their gradients too; beside floats of every parameter, which no replay reads from the host."""
     params = leaves(draw_list(torch.float32, cuda))
     l1 = torch.tensor(0.5, dtype=torch.float64, device=cuda, requires_grad=True)
-    l2 = torch.tensor(one_each(len(params)), device=cuda, requires_grad=True)
+    l2 = torch.tensor(one_each(len(params)), device=cuda, requires_grad=True) if both else one_each(len(params))
+    trained = [l1, l2] if both else [l1]
 
     def function():
         penalty = fused_penalty(params, l1=l1, l2=l2)
-        return [penalty.detach(), *torch.autograd.grad(penalty, [l1, l2, *params])]
+        return [penalty.detach(), *torch.autograd.grad(penalty, [*trained, *params])]
 
-    assert_replays(function, shrink(*device_tensors(params, {"l1": l1.detach(), "l2": l2.detach()})), replays=200)
+    assert_replays(function, shrink(*(t.detach() for t in [*params, *trained])), replays=200)
 
 
 def test_accumulated_gradients_in_a_graph(cuda):

@@ -83,6 +83,17 @@ class ListPass {
     return at::detail::empty_strided_cuda(param.sizes(), param.strides(), param.scalar_type(), param.device());
   }
 
+  // Numbers of the host, in the arguments of launches.
+  static at::Tensor sent(const at::Tensor& host, at::Device device) {
+    const c10::cuda::CUDAGuard guard(device);
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    constexpr int64_t kWord = sizeof(uint4) / sizeof(double);
+    const int64_t whole = (host.numel() + kWord - 1) / kWord * kWord;
+    const at::Tensor memory = at::detail::empty_cuda({whole}, at::kDouble, device, std::nullopt);
+    check_launch(upload(memory.mutable_data_ptr(), host.const_data_ptr(), host.nbytes(), stream), device);
+    return memory.narrow(0, 0, host.numel());
+  }
+
   // The next pass with gradients shall write that of parameter t, or add to it. The layout is that of dense(t).
   void write_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/false); }
   void add_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/true); }
