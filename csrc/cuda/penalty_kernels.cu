@@ -78,6 +78,9 @@ cudaError_t launch(Pass pass, const Call& call, const void* table, size_t table_
   if (table_bytes <= kSmallTable) {
     return launch_inline<kSmallTable>(pass, call, table, table_bytes, stream);
   }
+  if (table_bytes <= kMediumTable) {
+    return launch_inline<kMediumTable>(pass, call, table, table_bytes, stream);
+  }
   if (table_bytes <= kLargeTable) {
     return launch_inline<kLargeTable>(pass, call, table, table_bytes, stream);
   }
@@ -99,10 +102,11 @@ cudaError_t upload(void* to, const void* table, size_t table_bytes, cudaStream_t
   for (size_t done = 0; done < table_bytes; done += sizeof(Piece)) {
     const size_t count = std::min(sizeof(Piece), table_bytes - done);
     Piece piece;
-    std::memcpy(piece.bytes, static_cast<const unsigned char*>(table) + done, count);
+    std::memcpy(piece.words, static_cast<const unsigned char*>(table) + done, count);
     constexpr uint32_t kCtas = 8;
-    const cudaError_t error = launch_on(kCtas, stream, upload_kernel, static_cast<unsigned char*>(to) + done,
-                                        static_cast<unsigned>(count), piece);
+    const auto words = static_cast<unsigned>((count + sizeof(uint4) - 1) / sizeof(uint4));
+    const cudaError_t error =
+        launch_on(kCtas, stream, upload_kernel, static_cast<uint4*>(to) + done / sizeof(uint4), words, piece);
     if (error != cudaSuccess) {
       return error;
     }

@@ -71,16 +71,17 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) element_kernel(const __g
   }
 }
 
-// A piece of a table, from the arguments into device memory: unlike a copy from the host, it can be captured in a
-// graph.
+// A piece of a table, from the arguments into device memory: unlike a copy from the host, it waits for nothing, and a
+// graph can capture it.
+constexpr size_t kPieceWords = kLargeTable / sizeof(uint4);
 struct Piece {
-  unsigned char bytes[kLargeTable];
+  uint4 words[kPieceWords];
 };
 
 static __global__ void __launch_bounds__(kThreads)
-    upload_kernel(unsigned char* to, unsigned size, const __grid_constant__ Piece piece) {
-  for (unsigned i = blockIdx.x * kThreads + threadIdx.x; i < size; i += gridDim.x * kThreads) {
-    to[i] = piece.bytes[i];
+    upload_kernel(uint4* to, unsigned words, const __grid_constant__ Piece piece) {
+  for (unsigned i = blockIdx.x * kThreads + threadIdx.x; i < words; i += gridDim.x * kThreads) {
+    to[i] = piece.words[i];
   }
 }
 

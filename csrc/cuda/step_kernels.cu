@@ -35,9 +35,10 @@ cudaError_t launch_step(Pass optimizer, const Call& call, const StepCall& step, 
 
 cudaError_t launch_step(Pass optimizer, bool has_any, const Call& call, const StepCall& step, const void* bytes,
                         size_t count, cudaStream_t stream) {
-  return has_any               ? launch_step<kSmallStep, true>(optimizer, call, step, bytes, count, stream)
-         : count <= kSmallStep ? launch_step<kSmallStep, false>(optimizer, call, step, bytes, count, stream)
-                               : launch_step<kLargeStep, false>(optimizer, call, step, bytes, count, stream);
+  return has_any                ? launch_step<kSmallStep, true>(optimizer, call, step, bytes, count, stream)
+         : count <= kSmallStep  ? launch_step<kSmallStep, false>(optimizer, call, step, bytes, count, stream)
+         : count <= kMediumStep ? launch_step<kMediumStep, false>(optimizer, call, step, bytes, count, stream)
+                                : launch_step<kLargeStep, false>(optimizer, call, step, bytes, count, stream);
 }
 
 }  // namespace fused_reg::cuda

@@ -77,6 +77,7 @@ static_assert(sizeof(Entry) == 8 && sizeof(NumberRef) == 8 && sizeof(GroupInfo) 
 
 constexpr size_t kArgumentBytes = 32764;  // of a kernel; sm_70 and later
 constexpr size_t kSmallTable = 4096 - sizeof(Call);
+constexpr size_t kMediumTable = 12288 - sizeof(Call);  // what is sent takes time, and few lists need all of it
 constexpr size_t kLargeTable = (kArgumentBytes - sizeof(Call)) / 8 * 8;
 
 constexpr uint32_t kMaxTickets = 1 << 16;
@@ -124,6 +125,7 @@ struct StepCall {
 static_assert(sizeof(StepNumbersRow) == 96 && sizeof(StepOfTensor) == 16 && sizeof(StepCall) == 32);
 
 constexpr size_t kSmallStep = kSmallTable - sizeof(StepCall);
+constexpr size_t kMediumStep = kMediumTable - sizeof(StepCall);
 constexpr size_t kLargeStep = kLargeTable - sizeof(StepCall);
 
 template <size_t size>
