@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -16,6 +17,8 @@ SYSTEM_INCLUDE = Path("/usr/include")  # Debian's headers
 HEADERS = ["cuda_fp16.h", "cuda_bf16.h", "nv/target"]
 # Machine code for X.Y runs on every X.Z with Z >= Y; a newer X takes the PTX of the last one.
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+# Of boards with an Arm processor (Orin, Thor), which run no code of other GPUs.
+OF_BOARDS = ["8.7", "11.0"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Toolkit:
     def architectures(self) -> str:
         """TORCH_CUDA_ARCH_LIST for GPUs that are not here."""
         known = set(re.findall(r"compute_(\d+)\b", answer(self.nvcc, "--list-gpu-arch")))
-        return ";".join(arch for arch in ARCHITECTURES if arch.replace(".", "") in known) + "+PTX"
+        wanted = ARCHITECTURES + (OF_BOARDS if platform.machine() == "aarch64" else [])
+        return ";".join(arch for arch in sorted(wanted, key=float) if arch.replace(".", "") in known) + "+PTX"
 
 
 def answer(nvcc: Path, *options: str) -> str:

@@ -6,6 +6,7 @@
 //   empty_grad(param)                        memory for its gradient
 //   write_grad(t, grad), add_grad(t, grad)   which gradients the next pass shall give, and where
 //   run_...                                  one pass over the list
+//   sent(host, device)                       numbers of the host, there; a graph that captures it has them
 //
 // (cpu/list_pass.h says more.)
 #pragma once
@@ -129,6 +130,12 @@ struct Operators {
       grads.push_back(ListPass::empty_grad(p));
     }
     return grads;
+  }
+
+  static at::Tensor numbers(const at::Tensor& like, Floats values) {
+    const at::Tensor host = at::empty({static_cast<int64_t>(values.size())}, at::kDouble);
+    std::copy(values.begin(), values.end(), host.mutable_data_ptr<double>());
+    return ListPass::sent(host, like.device());
   }
 
   static void prox_(at::TensorList params, const OptionalTensor& norms, at::IntArrayRef first_groups,
@@ -282,9 +289,9 @@ struct Operators {
 };
 
 // The functions of one backend, under the names of ops.cpp.
-#define FUSED_REG_OPERATORS(apply)                                                                                \
-  apply(penalty) apply(penalty_grad) apply(rescale_grad_) apply(accumulate_grad_) apply(empty_grads) apply(prox_) \
-      apply(step_) apply(norms) apply(sums)
+#define FUSED_REG_OPERATORS(apply)                                                                                  \
+  apply(penalty) apply(penalty_grad) apply(rescale_grad_) apply(accumulate_grad_) apply(empty_grads) apply(numbers) \
+      apply(prox_) apply(step_) apply(norms) apply(sums)
 
 template <class Functions>
 void register_operators(torch::Library& m) {

@@ -39,6 +39,10 @@ TORCH_LIBRARY(fused_reg, m) {
   // Memory for the gradient of every parameter, of its shape and dtype, and of its strides where these are dense.
   m.def("empty_grads(Tensor[] params) -> Tensor[]", tags);
 
+  // These numbers as a tensor, float64, where the other is. On a GPU nothing waits for them, and a graph that captures
+  // the call has them in it.
+  m.def("numbers(Tensor like, float[] values) -> Tensor", tags);
+
   // The proximal operator of step * penalty, in place. With l2_norm it takes norms that the operator of that name gave,
   // and where those of each parameter begin, or finds them itself.
   m.def("prox_(Tensor(a!)[] params, Tensor? norms, SymInt[] first_groups, " NUMBERS ") -> ()", tags);

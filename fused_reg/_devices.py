@@ -31,8 +31,6 @@ class Device(NamedTuple):
     has_bits_of_kernels: bool = False
     #: Random numbers are drawn on the device.
     has_random_state: bool = False
-    #: A copy from pinned memory is not waited for.
-    takes_pinned: bool = False
     #: Gradients of norms come in the pass that finds these.
     gives_gradients_of_norms: bool = False
     #: There are kernels of an optimizer's step.
@@ -48,7 +46,6 @@ _ROWS = {
         is_captured=lambda: torch.cuda.is_current_stream_capturing(),
         has_steps=True,
         has_random_state=True,
-        takes_pinned=True,
     ),
     "meta": Device(has_data=False),
 }
@@ -115,13 +112,6 @@ def joint(tensors: Sequence[Tensor]) -> torch.device:
 def reachable(number: Tensor, device: torch.device) -> Tensor:
     """The number as a launch on the device takes it: from the host, or from there."""
     return number if is_at_hand(number) else number.to(device)
-
-
-def sent(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that nothing waits for."""
-    if row_of(device).takes_pinned and type(host) is Tensor:  # a FakeTensor cannot be pinned
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
 
 
 def kept_random_states(tensors: Iterable[Tensor]) -> Any:

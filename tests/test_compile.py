@@ -459,5 +459,6 @@ def test_opcheck(sample, form, device):
         packet = getattr(torch.ops.fused_reg, name)
         results = torch.library.opcheck(getattr(packet, packet.overloads()[-1]), arguments)
         assert set(results.values()) == {"SUCCESS"}, (name, results)
+    torch.library.opcheck(torch.ops.fused_reg.numbers.default, (params[0], [0.1, 0.3]))
     # What is in fresh memory differs from call to call.
     torch.library.opcheck(torch.ops.fused_reg.empty_grads.default, (params,), test_utils="test_faketensor")

@@ -17,7 +17,7 @@ INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an 
 
 # Bytes of a list's table, and what the arguments of a kernel hold of it (csrc/cuda/table.h).
 ENTRY, STRENGTH_PAIR, CALL = 24, 16, 80
-SMALL_TABLE, LARGE_TABLE = 4096 - CALL, 32760 - CALL
+TABLES = SMALL_TABLE, MEDIUM_TABLE, LARGE_TABLE = 4096 - CALL, 12288 - CALL, 32760 - CALL
 
 
 # The same bits
@@ -106,9 +106,7 @@ def _joined(tensors):
 
 
 LIMITS = [  # with a pair of strengths for each, with one for all
-    limit
-    for table in (SMALL_TABLE, LARGE_TABLE)
-    for limit in (table // (ENTRY + STRENGTH_PAIR), (table - STRENGTH_PAIR) // ENTRY)
+    limit for table in TABLES for limit in (table // (ENTRY + STRENGTH_PAIR), (table - STRENGTH_PAIR) // ENTRY)
 ]
 
 

@@ -109,17 +109,19 @@ def test_forward_and_backward_in_a_graph(upstream, strengths, cuda):
     assert_replays(of_autograd(params, upstream, **strengths), shrink(*tensors))
 
 
-def test_trained_strengths_in_a_graph(cuda):
-    """Their gradients too, beside floats of every parameter."""
+@pytest.mark.parametrize("both", [True, False])
+def test_trained_strengths_in_a_graph(both, cuda):
+    """Their gradients too; beside floats of every parameter, which no replay reads from the host."""
     params = leaves(draw_list(torch.float32, cuda))
     l1 = torch.tensor(0.5, dtype=torch.float64, device=cuda, requires_grad=True)
-    l2 = torch.tensor(one_each(len(params)), device=cuda, requires_grad=True)
+    l2 = torch.tensor(one_each(len(params)), device=cuda, requires_grad=True) if both else one_each(len(params))
+    trained = [l1, l2] if both else [l1]
 
     def function():
         penalty = fused_penalty(params, l1=l1, l2=l2)
-        return [penalty.detach(), *torch.autograd.grad(penalty, [l1, l2, *params])]
+        return [penalty.detach(), *torch.autograd.grad(penalty, [*trained, *params])]
 
-    assert_replays(function, shrink(*device_tensors(params, {"l1": l1.detach(), "l2": l2.detach()})), replays=200)
+    assert_replays(function, shrink(*(t.detach() for t in [*params, *trained])), replays=200)
 
 
 def test_accumulated_gradients_in_a_graph(cuda):
@@ -161,6 +163,46 @@ def test_calls_between_replays(cuda):
         graph.replay()
         assert_same_bits([fused_penalty(short, **BOTH), fused_penalty(long, **BOTH)], expected)
         assert_same_bits(results, expected)
+
+
+def test_captures_without_end(cuda):
+    """70,000 calls in graphs that end: their counters come back."""
+    params = [draw(300, device=cuda)]
+    expected = fused_penalty(params, **BOTH)
+    for _ in range(70):
+        graph, results = captured(lambda: [fused_penalty(params, **BOTH) for _ in range(1000)])
+    graph.replay()
+    assert_same_bits([torch.stack(results)], [expected.expand(1000)])
+
+
+def test_memory_pools_that_end(cuda):
+    """Long tables and sums of a call in a pool of its own: no memory of it is kept."""
+    lists = [many(2000, cuda, seed=seed) for seed in range(8)]
+    expected = [value_and_grad(params, **BOTH)[0] for params in lists]
+    for _ in range(2):
+        for params, value in zip(lists, expected, strict=True):
+            pool = torch.cuda.MemPool()
+            with torch.cuda.use_mem_pool(pool):
+                own = value_and_grad(params, **BOTH)[0].item()
+            del pool
+            torch.cuda.empty_cache()
+            assert own == value.item()
+
+
+@pytest.mark.parametrize("count", [11, 1400])
+def test_graphs_of_a_compiler(count, cuda):
+    """`reduce-overhead` captures after runs in a pool of its own, and looks for what these have left there."""
+    params = leaves(many(count, cuda))
+    expected = gradients_of(params)
+    compiled = torch.compile(lambda: fused_penalty(params, **BOTH), mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        penalty = compiled()
+        assert_same_bits(torch.autograd.grad(penalty, params), expected)
+
+
+def gradients_of(params):
+    return torch.autograd.grad(fused_penalty(params, **BOTH), params)
 
 
 def large(seed, device):
@@ -228,6 +270,24 @@ def test_a_stream_for_each_thread(cuda):
             value, grads = expected[i % 4]
             assert_same_bits([torch.stack([other for other, _ in results])], [value.expand(20)])
             assert_same_bits(results[-1][1], grads)
+
+
+def test_default_streams_of_threads(cuda):
+    """They have one name in all threads, and run at once."""
+    lists = [large(seed, cuda) for seed in range(4)]
+    expected = [fused_penalty(params, **BOTH) for params in lists]
+    torch.cuda.synchronize()
+
+    def work(params):
+        per_thread = torch.cuda.ExternalStream(2)  # cudaStreamPerThread
+        with torch.cuda.stream(per_thread):
+            values = torch.stack([fused_penalty(params, **BOTH) for _ in range(100)])
+            per_thread.synchronize()
+            return values
+
+    with ThreadPoolExecutor(4) as pool:
+        for values, value in zip(pool.map(work, lists), expected, strict=True):
+            assert_same_bits([values], [value.expand(100)])
 
 
 @pytest.mark.parametrize("forward_aside", [False, True])

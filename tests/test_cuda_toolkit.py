@@ -1,6 +1,7 @@
 """Which CUDA toolkit a build takes, in every layout there is, and what is said where none can be had."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -295,16 +296,20 @@ def test_what_the_user_asks(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("known", "expected"),
+    ("known", "processor", "expected"),
     [
-        ("75 80 86 87 88 89 90 100 110 103 120 121", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
-        ("50 52 53 60 61 62 70 72 75 80 86 87 89 90", "7.5;8.0;8.6;8.9;9.0+PTX"),
-        ("80 90 100 120 130", "8.0;9.0;10.0;12.0+PTX"),
+        ("75 80 86 87 88 89 90 100 110 103 120 121", "x86_64", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ("75 80 86 87 88 89 90 100 110 103 120 121", "aarch64", "7.5;8.0;8.6;8.7;8.9;9.0;10.0;11.0;12.0+PTX"),
+        ("50 52 53 60 61 62 70 72 75 80 86 87 89 90", "x86_64", "7.5;8.0;8.6;8.9;9.0+PTX"),
+        ("50 52 53 60 61 62 70 72 75 80 86 87 89 90", "aarch64", "7.5;8.0;8.6;8.7;8.9;9.0+PTX"),
+        ("80 90 100 120 130", "x86_64", "8.0;9.0;10.0;12.0+PTX"),
     ],
 )
-def test_default_architectures(known, expected, tmp_path):
-    """A toolkit is asked only for what it knows, and the newest comes as PTX too, for GPUs that are newer still."""
+def test_default_architectures(known, processor, expected, tmp_path, monkeypatch):
+    """A toolkit is asked only for what it knows, and the newest comes as PTX too, for GPUs that are newer still. Boards
+    with an Arm processor have GPUs of their own."""
     environ, *_ = plain(tmp_path)
+    monkeypatch.setattr(platform, "machine", lambda: processor)
     found = cuda_toolkit.choose("13.0", environ)
     found.nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {known}\n")
     assert found.architectures() == expected

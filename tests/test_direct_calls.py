@@ -57,9 +57,18 @@ def test_results():
     assert [g.shape for g in _ops.empty_grads(params)] == [(5,), (7,)]
 
 
+@pytest.mark.parametrize("values", [(), (0.1,), [1 / 3, float("nan"), 5e-324], (2, True)])
+def test_numbers(values):
+    expected = torch.tensor([float(x) for x in values], dtype=torch.float64)
+    assert_same_bits([_ops.numbers(torch.empty(0), values)], [expected])
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
+        ("numbers", (torch.ones(2),)),
+        ("numbers", (None, [0.5])),
+        ("numbers", (torch.ones(2), ["0.5"])),
         ("empty_grads", ()),
         ("empty_grads", ([], 1)),
         ("empty_grads", (None,)),

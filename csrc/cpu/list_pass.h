@@ -38,6 +38,8 @@ class ListPass : public TaskList {
     return param.is_non_overlapping_and_dense() ? empty_grad_like(param) : at::empty_like(param);
   }
 
+  static at::Tensor sent(const at::Tensor& host, at::Device) { return host; }
+
   // The next pass with gradients shall write that of parameter t, or add to it.
   void write_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/false); }
   void add_grad(size_t t, const at::Tensor& grad) { set_grad(t, grad, /*add=*/true); }

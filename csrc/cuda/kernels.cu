@@ -30,16 +30,17 @@ static __global__ void __launch_bounds__(kThreads) tensor_sums_kernel(const Devi
   }
 }
 
-// A piece of a table, from the arguments into device memory: unlike a copy from the host, it can be captured in a
-// graph.
+// A piece of a table, from the arguments into device memory: unlike a copy from the host, it waits for nothing, and a
+// graph can capture it.
+constexpr size_t kPieceWords = kLargeTable / sizeof(uint4);
 struct Piece {
-  unsigned char bytes[kLargeTable];
+  uint4 words[kPieceWords];
 };
 
 static __global__ void __launch_bounds__(kThreads)
-    upload_kernel(unsigned char* to, unsigned size, const __grid_constant__ Piece piece) {
-  for (unsigned i = blockIdx.x * kThreads + threadIdx.x; i < size; i += gridDim.x * kThreads) {
-    to[i] = piece.bytes[i];
+    upload_kernel(uint4* to, unsigned words, const __grid_constant__ Piece piece) {
+  for (unsigned i = blockIdx.x * kThreads + threadIdx.x; i < words; i += gridDim.x * kThreads) {
+    to[i] = piece.words[i];
   }
 }
 
@@ -91,10 +92,11 @@ cudaError_t upload(void* to, const void* table, size_t table_bytes, cudaStream_t
   for (size_t done = 0; done < table_bytes; done += sizeof(Piece)) {
     const size_t count = std::min(sizeof(Piece), table_bytes - done);
     Piece piece;
-    std::memcpy(piece.bytes, static_cast<const unsigned char*>(table) + done, count);
+    std::memcpy(piece.words, static_cast<const unsigned char*>(table) + done, count);
     constexpr uint32_t kCtas = 8;
-    const cudaError_t error = launch_on(kCtas, stream, upload_kernel, static_cast<unsigned char*>(to) + done,
-                                        static_cast<unsigned>(count), piece);
+    const auto words = static_cast<unsigned>((count + sizeof(uint4) - 1) / sizeof(uint4));
+    const cudaError_t error =
+        launch_on(kCtas, stream, upload_kernel, static_cast<uint4*>(to) + done / sizeof(uint4), words, piece);
     if (error != cudaSuccess) {
       return error;
     }

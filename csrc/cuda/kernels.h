@@ -59,7 +59,7 @@ template <Pass optimizer>
 cudaError_t launch_step(bool has_any, const Call& call, const StepCall& step, const void* bytes, size_t count,
                         cudaStream_t stream);
 
-// Copies a table to device memory by launches alone, so that a graph can capture it.
+// Copies a table to device memory by launches alone, in words of 16 bytes, of which the memory has room for whole ones.
 cudaError_t upload(void* to, const void* table, size_t table_bytes, cudaStream_t stream);
 
 }  // namespace fused_reg::cuda

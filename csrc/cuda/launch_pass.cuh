@@ -65,6 +65,9 @@ cudaError_t launch(const Call& call, const void* table, size_t table_bytes, cuda
   if (table_bytes <= kSmallTable) {
     return launch_inline<pass, kSmallTable>(call, table, table_bytes, stream);
   }
+  if (table_bytes <= kMediumTable) {
+    return launch_inline<pass, kMediumTable>(call, table, table_bytes, stream);
+  }
   if (table_bytes <= kLargeTable) {
     return launch_inline<pass, kLargeTable>(call, table, table_bytes, stream);
   }

@@ -31,9 +31,10 @@ cudaError_t launch_step_table(const Call& call, const StepCall& step, const void
 template <Pass optimizer>
 cudaError_t launch_step(bool has_any, const Call& call, const StepCall& step, const void* bytes, size_t count,
                         cudaStream_t stream) {
-  return has_any               ? launch_step_table<optimizer, kSmallStep, true>(call, step, bytes, count, stream)
-         : count <= kSmallStep ? launch_step_table<optimizer, kSmallStep, false>(call, step, bytes, count, stream)
-                               : launch_step_table<optimizer, kLargeStep, false>(call, step, bytes, count, stream);
+  return has_any                ? launch_step_table<optimizer, kSmallStep, true>(call, step, bytes, count, stream)
+         : count <= kSmallStep  ? launch_step_table<optimizer, kSmallStep, false>(call, step, bytes, count, stream)
+         : count <= kMediumStep ? launch_step_table<optimizer, kMediumStep, false>(call, step, bytes, count, stream)
+                                : launch_step_table<optimizer, kLargeStep, false>(call, step, bytes, count, stream);
 }
 
 }  // namespace fused_reg::cuda

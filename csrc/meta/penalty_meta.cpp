@@ -45,6 +45,10 @@ struct Meta {
     return grads;
   }
 
+  static at::Tensor numbers(const at::Tensor& like, Floats values) {
+    return at::empty({static_cast<int64_t>(values.size())}, like.options().dtype(at::kDouble));
+  }
+
   static void prox_(at::TensorList params, const OptionalTensor&, c10::SymIntArrayRef, FUSED_REG_NUMBERS) {
     check(params);
   }

@@ -47,7 +47,8 @@ _SHAPES = [i for i, kind in enumerate(_COLUMNS) if kind not in TERMS]
 
 
 def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
-    """The strengths as one differentiable tensor, [count, columns] float64. On a GPU, nothing waits for it."""
+    """The strengths as one differentiable tensor, [count, columns] float64. On a GPU, nothing waits for it, and a graph
+    can capture it."""
     own = dict(zip(NUMBERS, strengths.columns(), strict=True))
     width = max(i + 1 for i, kind in enumerate(_COLUMNS) if i < 2 or strengths.counts[PLACES[TERM_OF[kind]]] != 0)
     columns = []
@@ -62,7 +63,7 @@ def table_of(strengths: Strengths, count: int, device: torch.device) -> Tensor:
         elif len(given) <= 1:
             column = torch.full((), sum(given), dtype=torch.float64, device=device)
         else:
-            column = _devices.sent(torch.tensor(given, dtype=torch.float64, device="cpu"), device)
+            column = _ops.numbers(torch.empty(0, device=device), given)
         columns.append(column.expand(count))
     return torch.stack(columns, dim=1)
 

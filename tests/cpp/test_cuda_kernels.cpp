@@ -18,8 +18,9 @@ cudaError_t launch_list(Pass pass, const Call& call, const std::vector<unsigned 
   if (bytes.size() <= kLargeTable) {
     return launch(pass, call, bytes.data(), bytes.size(), nullptr);
   }
-  std::vector<unsigned char> memory(bytes.size() + kGuard, kUntouched);
+  std::vector<unsigned char> memory((bytes.size() + 15) / 16 * 16 + kGuard, kUntouched);
   EXPECT(upload(memory.data(), bytes.data(), bytes.size(), nullptr) == cudaSuccess);
+  EXPECT(std::equal(bytes.begin(), bytes.end(), memory.begin()));
   EXPECT(std::all_of(memory.end() - kGuard, memory.end(), [](unsigned char c) { return c == kUntouched; }));
   return launch(pass, call, memory.data(), bytes.size(), nullptr);
 }
@@ -35,7 +36,8 @@ double run_penalty(List& list, std::vector<Memory>* grads, bool on_device, bool 
   call.run_sums = run_sums.data();
   call.value = as_float64 ? static_cast<void*>(&value) : &value32;
   call.value_is_float64 = as_float64;
-  call.ticket = static_cast<uint32_t>(random_bits() % kMaxTickets);
+  unsigned arrivals = 0;
+  call.arrivals = &arrivals;
   cuda_on_host::launches = 0;
   if (scale != nullptr && on_device) {
     call.factor.address = scale;
@@ -46,7 +48,7 @@ double run_penalty(List& list, std::vector<Memory>* grads, bool on_device, bool 
   EXPECT(launch_list(scale == nullptr ? Pass::kPenaltyGradient : Pass::kPenaltyAccumulate, call, bytes) == cudaSuccess);
   const size_t uploads = bytes.size() <= kLargeTable ? 0 : (bytes.size() + sizeof(Piece) - 1) / sizeof(Piece);
   EXPECT(cuda_on_host::launches == 1 + static_cast<int>(uploads));
-  EXPECT(tickets[call.ticket] == 0, "the ticket is ready for the next launch");
+  EXPECT(arrivals == 0, "the counter is ready for the next launch");
   return as_float64 ? value : value32;
 }
 
@@ -276,10 +278,11 @@ int main(int argc, char**) {
 
   // Around the limits of the tables: 24 bytes a tensor, and 16 its two strengths.
   const size_t small = (kSmallTable - kTermNumbers * sizeof(NumberRef)) / kEntryBytes;
+  const size_t medium = (kMediumTable - kTermNumbers * sizeof(NumberRef)) / kEntryBytes;
   const size_t large = (kLargeTable - kTermNumbers * sizeof(NumberRef)) / kEntryBytes;
   const size_t large_with_strengths = kLargeTable / (kEntryBytes + kTermNumbers * sizeof(NumberRef));
-  EXPECT(small >= 161 && large == 1361 && large_with_strengths == 817, small, large);
-  for (const size_t limit : {small, large, large_with_strengths}) {
+  EXPECT(small >= 161 && medium == 508 && large == 1361 && large_with_strengths == 817, small, medium, large);
+  for (const size_t limit : {small, medium, large, large_with_strengths}) {
     for (const size_t count : {limit, limit + 1}) {
       std::vector<Tensor> tensors(count, Tensor{Dtype::kFloat32, 64});
       for (Tensor& t : tensors) {
