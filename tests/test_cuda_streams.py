@@ -165,6 +165,46 @@ def test_calls_between_replays(cuda):
         assert_same_bits(results, expected)
 
 
+def test_captures_without_end(cuda):
+    """70,000 calls in graphs that end: their counters come back."""
+    params = [draw(300, device=cuda)]
+    expected = fused_penalty(params, **BOTH)
+    for _ in range(70):
+        graph, results = captured(lambda: [fused_penalty(params, **BOTH) for _ in range(1000)])
+    graph.replay()
+    assert_same_bits([torch.stack(results)], [expected.expand(1000)])
+
+
+def test_memory_pools_that_end(cuda):
+    """Long tables and sums of a call in a pool of its own: no memory of it is kept."""
+    lists = [many(2000, cuda, seed=seed) for seed in range(8)]
+    expected = [value_and_grad(params, **BOTH)[0] for params in lists]
+    for _ in range(2):
+        for params, value in zip(lists, expected, strict=True):
+            pool = torch.cuda.MemPool()
+            with torch.cuda.use_mem_pool(pool):
+                own = value_and_grad(params, **BOTH)[0].item()
+            del pool
+            torch.cuda.empty_cache()
+            assert own == value.item()
+
+
+@pytest.mark.parametrize("count", [11, 1400])
+def test_graphs_of_a_compiler(count, cuda):
+    """`reduce-overhead` captures after runs in a pool of its own, and looks for what these have left there."""
+    params = leaves(many(count, cuda))
+    expected = gradients_of(params)
+    compiled = torch.compile(lambda: fused_penalty(params, **BOTH), mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        penalty = compiled()
+        assert_same_bits(torch.autograd.grad(penalty, params), expected)
+
+
+def gradients_of(params):
+    return torch.autograd.grad(fused_penalty(params, **BOTH), params)
+
+
 def large(seed, device):
     """Enough for the whole device, so that launches on several streams share it."""
     return [draw(3_000_000 + 77 * seed, device=device, seed=seed), *many(300 + seed, device, seed)]
@@ -230,6 +270,24 @@ def test_a_stream_for_each_thread(cuda):
             value, grads = expected[i % 4]
             assert_same_bits([torch.stack([other for other, _ in results])], [value.expand(20)])
             assert_same_bits(results[-1][1], grads)
+
+
+def test_default_streams_of_threads(cuda):
+    """They have one name in all threads, and run at once."""
+    lists = [large(seed, cuda) for seed in range(4)]
+    expected = [fused_penalty(params, **BOTH) for params in lists]
+    torch.cuda.synchronize()
+
+    def work(params):
+        per_thread = torch.cuda.ExternalStream(2)  # cudaStreamPerThread
+        with torch.cuda.stream(per_thread):
+            values = torch.stack([fused_penalty(params, **BOTH) for _ in range(100)])
+            per_thread.synchronize()
+            return values
+
+    with ThreadPoolExecutor(4) as pool:
+        for values, value in zip(pool.map(work, lists), expected, strict=True):
+            assert_same_bits([values], [value.expand(100)])
 
 
 @pytest.mark.parametrize("forward_aside", [False, True])

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
     return;
   }
   __syncthreads();
-  if (is_last_cta(call.ticket)) {
+  if (is_last_cta(call)) {
     sum_large_groups(TableView<Table, 1, numbers_of_pass>(table));
     if (call.value != nullptr) {
       __syncthreads();

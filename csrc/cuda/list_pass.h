@@ -154,7 +154,7 @@ class ListPass {
     }
     set_groups(norms, own_first_groups());
     const at::Tensor scratch = scratch_behind(0);
-    call_.ticket = ticket_for(launch_);
+    call_.arrivals = arrivals_for(launch_, 1 + call_.large_groups);
     run(Pass::kSoftSquares);
     return norms;
   }
@@ -184,8 +184,9 @@ class ListPass {
                       const NumberArg& found_inf) {
     const auto is_counted_here = [&](const StepRow& row) { return row.count != nullptr && !is_on_device(*row.count); };
     const bool counts = std::any_of(rows.begin(), rows.end(), is_counted_here);
-    TORCH_CHECK(!counts || !launch_.capturing, "fused_reg.optim: the steps must be counted on the parameters' device (",
-                device_, ") in a CUDA graph, as with capturable=True, got counts on the CPU");
+    TORCH_CHECK(!counts || launch_.graph == nullptr,
+                "fused_reg.optim: the steps must be counted on the parameters' device (", device_,
+                ") in a CUDA graph, as with capturable=True, got counts on the CPU");
     const ColumnRefs scale(grad_scale, device_);
     ColumnRefs skips(found_inf, device_);
     if (counts && skips.source() != Source::kValue) {
@@ -208,7 +209,7 @@ class ListPass {
     }
     if (has_any) {
       call_.value = nullptr;
-      call_.ticket = ticket_for(launch_);
+      call_.arrivals = arrivals_for(launch_, 1);
     }
     set_factor(scale);
     for (const auto i : c10::irange(int{kNumbers})) {
@@ -299,7 +300,7 @@ class ListPass {
     call_.run_sums = run_sums;
     call_.value = value.mutable_data_ptr();
     call_.value_is_float64 = value_dtype_ == at::kDouble;
-    call_.ticket = ticket_for(launch_);
+    call_.arrivals = arrivals_for(launch_, 1 + call_.large_groups);
   }
 
   // The groups, those of parameter t from first_groups[t] on in norms.
@@ -335,9 +336,9 @@ class ListPass {
     at::Tensor out = fresh({plan_.tensors(), kSums}, at::kDouble);
     const at::Tensor chunk_sums = fresh({plan_.chunks(), kSums}, at::kDouble);
     call_.chunk_sums = reinterpret_cast<TermSums*>(chunk_sums.mutable_data_ptr<double>());
-    const at::Tensor table = device_table(table_for(pass), launch_);
+    const Memory table = device_table(table_for(pass), launch_);
     auto* const sums = reinterpret_cast<TermSums*>(out.mutable_data_ptr<double>());
-    check_launch(launch_tensor_sums(pass, call_, table.const_data_ptr(), sums, launch_.stream), device_);
+    check_launch(launch_tensor_sums(pass, call_, table.get(), sums, launch_.stream), device_);
     return out;
   }
 
@@ -353,15 +354,15 @@ class ListPass {
     const size_t limit = has_any ? kSmallStep : kLargeStep;
     step.rows = static_cast<uint32_t>(numbers.size());
     std::vector<unsigned char> bytes = joined(numbers);
-    at::Tensor numbers_there, tensors_there;
+    Memory numbers_there, tensors_there;
     if (bytes.size() > limit) {
       numbers_there = device_table(bytes, launch_);
-      step.numbers = static_cast<const unsigned char*>(numbers_there.const_data_ptr());
+      step.numbers = static_cast<const unsigned char*>(numbers_there.get());
       bytes.clear();
     }
     if (step.numbers != nullptr || bytes.size() + tensors.size() > limit) {
       tensors_there = device_table(tensors, launch_);
-      step.tensors = static_cast<const unsigned char*>(tensors_there.const_data_ptr());
+      step.tensors = static_cast<const unsigned char*>(tensors_there.get());
     } else {
       bytes.insert(bytes.end(), tensors.begin(), tensors.end());
     }
@@ -407,8 +408,8 @@ class ListPass {
     if (bytes.size() <= kLargeTable) {
       check_launch(launch(pass, call_, bytes.data(), bytes.size(), launch_.stream), device_);
     } else {
-      const at::Tensor table = device_table(bytes, launch_);
-      check_launch(launch(pass, call_, table.const_data_ptr(), bytes.size(), launch_.stream), device_);
+      const Memory table = device_table(bytes, launch_);
+      check_launch(launch(pass, call_, table.get(), bytes.size(), launch_.stream), device_);
     }
   }
 

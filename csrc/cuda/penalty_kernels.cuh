@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) penalty_kernel(const __g
       call.run_sums[r] = result(run_sum);
     }
   }
-  if (is_last_cta(call.ticket)) {
+  if (is_last_cta(call)) {
     write_value(call);
   }
 }

@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) step_kernel(const __grid
       call.run_sums[r] = result(run_sum);
     }
   }
-  if (is_last_cta(call.ticket)) {
+  if (is_last_cta(call)) {
     if (kHasValue) {
       write_value(call);
     }

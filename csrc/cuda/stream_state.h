@@ -1,11 +1,19 @@
-// What outlives a launch: tickets and long tables. Both belong to a device and a stream, on which launches follow one
-// another; a launch that is being captured in a graph has its own, because replays may run at any time.
+// Device memory that outlives a call: counters of those that have arrived (table.h), and long tables. It is of our own,
+// since what torch's allocator gives may belong to a pool that ends before (torch.cuda.use_mem_pool, CUDA graphs of
+// torch.compile).
+//
+// It belongs to a device and a stream, on which launches follow one another; or to the graph that captures a launch,
+// because replays may run at any time.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+#include <bit>
 #include <list>
 #include <map>
+#include <memory>
 #include <mutex>
-#include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -17,97 +25,199 @@ namespace fused_reg::cuda {
 
 struct Launch {
   c10::cuda::CUDAStream stream;
-  bool capturing;
+  cudaGraph_t graph;  // captures it; null: it runs
 };
 
-constexpr size_t kTablesKept = 4;  // for each stream: a model's forward and backward, and another's
+// The launch that comes next on the current stream.
+inline Launch next_launch() {
+  Launch launch{c10::cuda::getCurrentCUDAStream(), nullptr};
+  cudaStreamCaptureStatus status{};
+  cudaGraph_t graph{};
+#if CUDART_VERSION >= 13000
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(launch.stream, &status, nullptr, &graph));
+#else
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v2(launch.stream, &status, nullptr, &graph));
+#endif
+  if (status == cudaStreamCaptureStatusActive) {
+    launch.graph = graph;
+  }
+  return launch;
+}
+
+// This thread may allocate and wait while any stream is being captured.
+class BesideCaptures {
+ public:
+  BesideCaptures() { C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~BesideCaptures() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// It goes to the free list with its last owner, without a call of CUDA: what a graph owns ends where none is allowed.
+using Memory = std::shared_ptr<void>;
+
+// Memory that was allocated and is not used now. Sizes are powers of two, so that others can use it.
+class FreeList {
+ public:
+  static size_t rounded(size_t bytes) { return std::bit_ceil(std::max<size_t>(bytes, 512)); }
+
+  Memory take(const Launch& next, size_t bytes) {
+    const Key key{next.stream.device_index(), rounded(bytes)};
+    void* data = pop(key);
+    if (data == nullptr) {
+      data = allocated(key.second, next);
+    }
+    return {data, [this, key](void* p) { push(key, p); }};
+  }
+
+ private:
+  using Key = std::pair<c10::DeviceIndex, size_t>;
+
+  static void* allocated(size_t bytes, const Launch& next) {
+    const BesideCaptures beside;
+    void* data = nullptr;
+    cudaError_t error = cudaMalloc(&data, bytes);
+    if (error == cudaErrorMemoryAllocation && next.graph == nullptr) {  // torch may hold all, though it uses less
+      (void)cudaGetLastError();
+      c10::cuda::CUDACachingAllocator::emptyCache();
+      error = cudaMalloc(&data, bytes);
+    }
+    C10_CUDA_CHECK(error);
+    return data;
+  }
+
+  void* pop(const Key& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<void*>& all = blocks_[key];
+    if (all.empty()) {
+      return nullptr;
+    }
+    void* const data = all.back();
+    all.pop_back();
+    return data;
+  }
+
+  void push(const Key& key, void* data) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    blocks_[key].push_back(data);
+  }
+
+  std::mutex mutex_;  // no call of CUDA is made under it
+  std::map<Key, std::vector<void*>> blocks_;
+};
+
+constexpr size_t kTablesKept = 4;  // of each size, for each stream: a model's forward and backward, and another's
 
 struct KeptTable {
   std::vector<unsigned char> bytes;
-  at::Tensor memory;
+  Memory memory;
 };
 
+// By size.
 struct OfStream {
-  std::optional<uint32_t> ticket;
-  std::list<KeptTable> tables;  // last used first
+  std::map<size_t, Memory> arrivals;
+  std::map<size_t, std::list<KeptTable>> tables;  // last used first
 };
 
 struct State {
   std::mutex mutex;
-  uint32_t tickets = 0;  // given out
-  std::map<std::pair<c10::DeviceIndex, c10::StreamId>, OfStream> streams;
+  std::map<std::tuple<c10::DeviceIndex, c10::StreamId, uint64_t>, OfStream> streams;
+  std::map<c10::DeviceIndex, cudaStream_t> copies;  // streams of our own
 
-  OfStream& of(const Launch& launch) { return streams[{launch.stream.device_index(), launch.stream.id()}]; }
+  OfStream& of(const c10::cuda::CUDAStream& stream) {
+    return streams[{stream.device_index(), stream.id(), thread_of(stream)}];
+  }
+
+ private:
+  // The default stream of a thread, which has one name in all of them; else 0.
+  static uint64_t thread_of(cudaStream_t stream) {
+    static std::atomic<uint64_t> threads{0};
+    thread_local const uint64_t own = ++threads;
+    return stream == cudaStreamPerThread ? own : 0;
+  }
 };
 
+// Never destroyed: CUDA may be gone by then.
 inline State& state() {
-  static auto* const s = new State;  // never destroyed: CUDA may be gone by then
+  static auto* const s = new State;
   return *s;
 }
-
-inline void upload_to(const at::Tensor& memory, const std::vector<unsigned char>& bytes, const Launch& launch) {
-  check_launch(upload(memory.mutable_data_ptr(), bytes.data(), bytes.size(), launch.stream), launch.stream.device());
+inline FreeList& free_list() {
+  static auto* const list = new FreeList;
+  return *list;
 }
 
-inline at::Tensor uploaded(const std::vector<unsigned char>& bytes, const Launch& launch) {
-  at::Tensor memory =
-      at::detail::empty_cuda({static_cast<int64_t>(bytes.size())}, at::kByte, launch.stream.device(), std::nullopt);
-  upload_to(memory, bytes, launch);
+// Memory with these bytes, which are there once this returns, and in no graph. Under the state's mutex.
+inline Memory placed(const std::vector<unsigned char>& bytes, const Launch& launch) {
+  const BesideCaptures beside;
+  Memory memory = free_list().take(launch, bytes.size());
+  cudaStream_t& copies = state().copies[launch.stream.device_index()];
+  if (copies == nullptr) {
+    C10_CUDA_CHECK(cudaStreamCreateWithFlags(&copies, cudaStreamNonBlocking));
+  }
+  C10_CUDA_CHECK(cudaMemcpyAsync(memory.get(), bytes.data(), bytes.size(), cudaMemcpyHostToDevice, copies));
+  C10_CUDA_CHECK(cudaStreamSynchronize(copies));
   return memory;
 }
 
-// The launch that comes next on the current stream.
-inline Launch next_launch() {
-  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
-  cudaStreamCaptureStatus status{};
-  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-  return {stream, status != cudaStreamCaptureStatusNone};
+// The same for a launch that is being captured. The graph owns it, with whatever is made of the graph.
+inline Memory placed_for_graph(const std::vector<unsigned char>& bytes, const Launch& launch) {
+  Memory memory = placed(bytes, launch);
+  auto owner = std::make_unique<Memory>(memory);
+  const auto destroy = [](void* p) { delete static_cast<Memory*>(p); };
+  cudaUserObject_t object{};
+  C10_CUDA_CHECK(cudaUserObjectCreate(&object, owner.get(), destroy, 1, cudaUserObjectNoDestructorSync));
+  owner.release();
+  const cudaError_t error = cudaGraphRetainUserObject(launch.graph, object, 1, 0);
+  C10_CUDA_CHECK(cudaUserObjectRelease(object, 1));  // the graph holds it, if anyone
+  C10_CUDA_CHECK(error);
+  return memory;
 }
 
-// A ticket that no other launch uses at the same time.
-inline uint32_t ticket_for(const Launch& launch) {
+// So many counters, which are 0 and which no other launch uses at the same time.
+inline unsigned* arrivals_for(const Launch& launch, size_t count) {
+  const size_t size = FreeList::rounded(count * sizeof(unsigned));
+  const auto zeros = [&] { return std::vector<unsigned char>(size); };
   State& s = state();
   const std::lock_guard<std::mutex> lock(s.mutex);
-  const auto fresh = [&] {
-    TORCH_CHECK(s.tickets < kMaxTickets, "fused_reg: a process can capture at most ", kMaxTickets,
-                " calls in CUDA graphs");
-    return s.tickets++;
-  };
-  if (launch.capturing) {
-    return fresh();
+  if (launch.graph != nullptr) {
+    return static_cast<unsigned*>(placed_for_graph(zeros(), launch).get());
   }
-  std::optional<uint32_t>& own = s.of(launch).ticket;
-  return own ? *own : own.emplace(fresh());
+  Memory& own = s.of(launch.stream).arrivals[size];
+  if (own == nullptr) {
+    own = placed(zeros(), launch);
+  }
+  return static_cast<unsigned*>(own.get());
 }
 
-// The table in device memory: the one that is there already if it has the same bytes, else uploaded.
-inline at::Tensor device_table(const std::vector<unsigned char>& bytes, const Launch& launch) {
-  if (launch.capturing) {
-    return uploaded(bytes, launch);
-  }
+// The table in device memory: the one that is there already if it has the same bytes, else uploaded. To be held until
+// the launch.
+inline Memory device_table(const std::vector<unsigned char>& bytes, const Launch& launch) {
   State& s = state();
   const std::lock_guard<std::mutex> lock(s.mutex);
-  std::list<KeptTable>& tables = s.of(launch).tables;
+  if (launch.graph != nullptr) {
+    return placed_for_graph(bytes, launch);
+  }
+  std::list<KeptTable>& tables = s.of(launch.stream).tables[FreeList::rounded(bytes.size())];
   for (auto it = tables.begin(); it != tables.end(); ++it) {
     if (it->bytes == bytes) {
       tables.splice(tables.begin(), tables, it);
       return it->memory;
     }
   }
-  if (tables.size() == kTablesKept && tables.back().bytes.size() == bytes.size() &&
-      tables.back().memory.use_count() == 1) {  // no other thread is about to launch with it
-    // Over the last one, so that nothing is allocated, and the next step's gradients come to lie where this step's do.
+  if (tables.size() >= kTablesKept && tables.back().memory.use_count() == 1) {  // no thread is about to launch with it
     tables.splice(tables.begin(), tables, std::prev(tables.end()));
-    tables.front().bytes.clear();  // no table, if the upload fails
-    upload_to(tables.front().memory, bytes, launch);
-    tables.front().bytes = bytes;
-    return tables.front().memory;
+  } else {
+    tables.push_front({{}, free_list().take(launch, bytes.size())});
   }
-  tables.push_front({bytes, uploaded(bytes, launch)});
-  if (tables.size() > kTablesKept) {
-    tables.pop_back();
-  }
-  return tables.front().memory;
+  KeptTable& table = tables.front();
+  table.bytes.clear();  // no table, if the upload fails
+  check_launch(upload(table.memory.get(), bytes.data(), bytes.size(), launch.stream), launch.stream.device());
+  table.bytes = bytes;
+  return table.memory;
 }
 
 }  // namespace fused_reg::cuda

@@ -55,19 +55,22 @@ struct Call {
   bool keep_if_one;  // the gradients are there already, for a factor of 1
 
   bool value_is_float64;
-  bool has_further;  // the rows have the numbers of further terms
-  uint8_t team;      // warps that take a chunk together: 1 or kWarps
+  bool has_further;       // the rows have the numbers of further terms
+  uint8_t team;           // warps that take a chunk together: 1 or kWarps
+  uint32_t large_groups;  // those of several chunks
   NumberRef factor;
 
-  // The penalty: written to value by the last of the CTAs, which the ticket finds. Null: nobody asks for it.
+  // The penalty: written to value by the CTA that is the last to finish. Null: nobody asks for it.
   double* run_sums;  // [runs + large_groups], scratch
   void* value;
-  uint32_t ticket;
 
-  uint32_t large_groups;  // those of several chunks
-  double* norms;          // [groups], of all groups; null: there are no groups
-  union {                 // [chunks], scratch
-    ScaledSum* squares;   // of the chunks of large groups
+  // [1 + large_groups]: how many CTAs have finished, and how many chunks of each large group. The last one takes the
+  // count back to 0, for the next launch.
+  unsigned* arrivals;
+
+  double* norms;         // [groups], of all groups; null: there are no groups
+  union {                // [chunks], scratch
+    ScaledSum* squares;  // of the chunks of large groups
     TermSums* chunk_sums;
   };
 };
@@ -80,7 +83,6 @@ constexpr size_t kSmallTable = 4096 - sizeof(Call);
 constexpr size_t kMediumTable = 12288 - sizeof(Call);  // what is sent takes time, and few lists need all of it
 constexpr size_t kLargeTable = (kArgumentBytes - sizeof(Call)) / 8 * 8;
 
-constexpr uint32_t kMaxTickets = 1 << 16;
 constexpr int kWarps = 4;  // of a CTA
 
 // A table in the arguments of the kernel.

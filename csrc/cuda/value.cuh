@@ -7,20 +7,23 @@ namespace fused_reg::cuda {
 
 static_assert(kThreads == kColumns, "a thread sums a column");
 
-// CTAs that have finished, one count for every launch that may run at a time. atomicInc takes each back to 0.
-static __device__ unsigned tickets[kMaxTickets];
+// Whether this thread is the last of so many to arrive. It sees what the others, and whoever these have waited for,
+// have written; so do those that wait for it then. The counter is 0 again.
+__device__ __forceinline__ bool is_last_to_arrive(unsigned* counter, unsigned count) {
+  __threadfence();
+  const bool is_last = atomicInc(counter, count - 1) == count - 1;
+  __threadfence();
+  return is_last;
+}
 
-// True in every thread of the CTA that is the last to arrive here; it sees what the first thread of all of them, and
-// whoever this one has waited for, has written.
-__device__ __forceinline__ bool is_last_cta(unsigned ticket) {
-  __shared__ bool last;
+// True in every thread of the CTA whose first thread is the last to arrive here.
+__device__ __forceinline__ bool is_last_cta(const Call& call) {
+  __shared__ bool is_last;
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(&tickets[ticket], gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();
+    is_last = is_last_to_arrive(call.arrivals, gridDim.x);
   }
   __syncthreads();
-  return last;
+  return is_last;
 }
 
 // The sum of the runs, and of the large groups that follow on them.

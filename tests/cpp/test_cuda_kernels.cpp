@@ -36,7 +36,8 @@ double run_penalty(List& list, std::vector<Memory>* grads, bool on_device, bool 
   call.run_sums = run_sums.data();
   call.value = as_float64 ? static_cast<void*>(&value) : &value32;
   call.value_is_float64 = as_float64;
-  call.ticket = static_cast<uint32_t>(random_bits() % kMaxTickets);
+  unsigned arrivals = 0;
+  call.arrivals = &arrivals;
   cuda_on_host::launches = 0;
   if (scale != nullptr && on_device) {
     call.factor.address = scale;
@@ -47,7 +48,7 @@ double run_penalty(List& list, std::vector<Memory>* grads, bool on_device, bool 
   EXPECT(launch_list(scale == nullptr ? Pass::kPenaltyGradient : Pass::kPenaltyAccumulate, call, bytes) == cudaSuccess);
   const size_t uploads = bytes.size() <= kLargeTable ? 0 : (bytes.size() + sizeof(Piece) - 1) / sizeof(Piece);
   EXPECT(cuda_on_host::launches == 1 + static_cast<int>(uploads));
-  EXPECT(tickets[call.ticket] == 0, "the ticket is ready for the next launch");
+  EXPECT(arrivals == 0, "the counter is ready for the next launch");
   return as_float64 ? value : value32;
 }
 

@@ -302,6 +302,8 @@ void expect_one_launch_of_a_step() {
 
       at::Tensor rate = at::full({}, 0.1, at::kDouble);
       const Given s = Given::with_tensor({0.1, 0.2, 0, 0}, kStep, rate);
+      cuda_on_host_graph graph;
+      cuda_on_host::captured = &graph;
       cuda_on_host::capture_status = cudaStreamCaptureStatusActive;
       at::Tensor value;
       std::string refused;
@@ -324,6 +326,7 @@ void expect_one_launch_of_a_step() {
         there.expect_same(here, "a replay");
       }
       cuda_on_host::graph.clear();
+      cuda_on_host::end(&graph);
       at::detail::graph_memory.clear();
     }
   }

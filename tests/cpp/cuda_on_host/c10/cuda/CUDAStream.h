@@ -1,4 +1,4 @@
-// torch's CUDA on the host: one device, one stream.
+// torch's CUDA on the host: one device.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -10,10 +10,12 @@ namespace c10::cuda {
 struct CUDAStream {
   DeviceIndex device_index() const { return 0; }
   Device device() const { return Device(kCPU); }
-  StreamId id() const { return 0; }
-  operator cudaStream_t() const { return nullptr; }
+  StreamId id() const { return reinterpret_cast<StreamId>(stream); }
+  operator cudaStream_t() const { return stream; }
+
+  cudaStream_t stream;
 };
 
-inline CUDAStream getCurrentCUDAStream() { return {}; }
+inline CUDAStream getCurrentCUDAStream() { return {cuda_on_host::stream}; }
 
 }  // namespace c10::cuda
