@@ -69,6 +69,11 @@ __device__ __forceinline__ uint32_t chunks_in(const GroupInfo& info) {
   return static_cast<uint32_t>((info.size + kChunkSize - 1) / kChunkSize);
 }
 
+// A group of several chunks: which of these, and its chunks in the list.
+struct LargeGroup {
+  uint32_t index, first_chunk, chunks;
+};
+
 // Finds the chunks of a table, in rising order.
 template <class View>
 class Cursor {
@@ -113,6 +118,14 @@ class Cursor {
       chunk.streams[s] = stream == nullptr ? nullptr : stream + begin * bytes_of(e.dtype);
     }
     return chunk;
+  }
+
+  // That of chunk c, at() which the cursor is.
+  __device__ LargeGroup large_group(uint32_t c) const {
+    const GroupInfo& info = view_.group_info(t_);
+    const uint32_t first_chunk = view_.entry(t_).first_chunk, chunks = chunks_in(info);
+    const uint32_t group = (c - first_chunk) / chunks;
+    return {info.first_large + group, first_chunk + group * chunks, chunks};
   }
 
   __device__ const View& view() const { return view_; }

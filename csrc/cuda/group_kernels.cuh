@@ -44,20 +44,27 @@ __device__ __forceinline__ ScaledSum group_squares(const ScaledSum* chunks, uint
   return {__shfl_sync(kAll, result(warp_sum(sum)), 0), exponent};
 }
 
-// The norms of the groups of several chunks, and their penalties behind the sums of the runs: a warp a group.
-template <class View>
-__device__ __forceinline__ void sum_large_groups(const View& view) {
-  const Call& call = view.call();
-  for (uint32_t g = threadIdx.x / kWarp; g < call.large_groups; g += kWarps) {
-    const uint32_t t = owner(call.tensors, g, [&](uint32_t i) { return view.group_info(i).first_large; });
-    const GroupInfo& info = view.group_info(t);
-    const uint32_t within = g - info.first_large, count = chunks_in(info);
-    const ScaledSum squares = group_squares(call.squares + view.entry(t).first_chunk + within * count, count);
-    if (threadIdx.x % kWarp == 0) {
-      call.norms[info.first + within] = norm_of(squares);
-      if (call.value != nullptr) {
-        call.run_sums[call.runs + g] = norm_penalty(view.number(t, kNormStrength), squares);
-      }
+// Chunk c of a group of several chunks, `norm` of all norms, has these squares: a warp takes them there. That of the
+// last chunk also finds the norm, and the penalty, which goes behind the sums of the runs.
+template <class Cursor>
+__device__ __forceinline__ void add_to_large_group(const Cursor& cursor, uint32_t c, uint32_t norm,
+                                                   const ScaledSum& squares) {
+  const Call& call = cursor.view().call();
+  const LargeGroup group = cursor.large_group(c);
+  bool is_last = false;
+  if (threadIdx.x % kWarp == 0) {
+    call.squares[c] = squares;
+    is_last = is_last_to_arrive(call.arrivals + 1 + group.index, group.chunks);
+  }
+  if (!__shfl_sync(kAll, is_last, 0)) {
+    return;
+  }
+  __syncwarp();
+  const ScaledSum of_group = group_squares(call.squares + group.first_chunk, group.chunks);
+  if (threadIdx.x % kWarp == 0) {
+    call.norms[norm] = norm_of(of_group);
+    if (call.value != nullptr) {
+      call.run_sums[call.runs + group.index] = norm_penalty(cursor.number(kNormStrength), of_group);
     }
   }
 }
@@ -129,25 +136,22 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) sums_kernel(const __grid
           call.chunk_sums[c] = unscaled(sums);
         } else if (call.norms != nullptr && chunk.is_group) {
           call.norms[chunk.group] = norm_of(squares);
-        } else if (call.norms != nullptr) {
-          call.squares[c] = squares;
         }
+      }
+      if (call.norms != nullptr && !chunk.is_group && team.warp() == 0) {
+        add_to_large_group(cursor, c, chunk.group, sums.of[L2::kSum]);
       }
     }
     if (call.value != nullptr && team.is_first_thread()) {
       call.run_sums[r] = result(run_sum);
     }
   }
-  if (call.value == nullptr && call.large_groups == 0) {
+  if (call.value == nullptr) {
     return;
   }
   __syncthreads();
   if (is_last_cta(call)) {
-    sum_large_groups(TableView<Table, 1, numbers_of_pass>(table));
-    if (call.value != nullptr) {
-      __syncthreads();
-      write_value(call);
-    }
+    write_value(call);
   }
 }
 
