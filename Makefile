@@ -18,7 +18,7 @@ WORKERS := --numprocesses 2 --dist loadfile
 PIP := $(VENV)/bin/python -m pip install --no-compile --disable-pip-version-check $(addprefix --constraint=,$(CONSTRAINTS))
 # make's job server reaches no process of a recipe, and ninja complains of it.
 RUN := MAKEFLAGS= PATH="$(abspath $(VENV))/bin:$$PATH"
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cpp tests/cpp/*/*.h tests/cpp/*/*.cpp)
 SETUP := pyproject.toml setup.py build_backend.py build_config.py cuda_toolkit.py
 PY := fused_reg tests benchmarks examples docs/conf.py $(filter %.py,$(SETUP)) scripts
 

@@ -280,6 +280,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) step_kernel(const __grid
       __syncthreads();
       if (kHasValue && thread < kWarp && !is_float64) {
         const PassSums sums = total(blocks, chunk.blocks(), CtaAnew{}.lane());
+        __syncwarp();  // the first thread goes on to the next chunk, and the others have read the size of this one
         if (thread == 0) {
           const ScaledSum of_terms[kSums] = {{sums.of[0], 0}, {sums.of[1], 0}};
           run_sum.add(SummedTerms::penalty(shared.numbers.of, of_terms));

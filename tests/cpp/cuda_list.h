@@ -53,7 +53,7 @@ struct Tensor {
   bool adds = false;  // its gradient is added to what is there, where a kernel can
 };
 
-constexpr unsigned char kUntouched = 0xa5;
+constexpr unsigned char kUntouched = cuda_on_host::kPoison;        // NaN: no result
 constexpr size_t kEntryBytes = sizeof(Entry) + 2 * sizeof(void*);  // of a tensor in a table with two streams
 constexpr size_t kGuard = 64;
 

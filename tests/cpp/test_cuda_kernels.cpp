@@ -58,7 +58,8 @@ void expect_list(std::vector<Tensor> tensors, const std::string& what) {
   const long double exact = list.exact_penalty();
   EXPECT(std::abs(expected - exact) <= 3.6e-15L * exact, what, expected,
          static_cast<double>((expected - exact) / exact));
-  cuda_on_host::multiprocessors = 1 + static_cast<int>(random_bits() % 5);
+  // Fewer CTAs than runs of chunks, or one for each.
+  cuda_on_host::multiprocessors = random_bits() % 4 == 0 ? 100 : 1 + static_cast<int>(random_bits() % 2);
 
   const double value = run_penalty(list, nullptr, false);
   EXPECT(std::memcmp(&value, &expected, sizeof value) == 0, what, value, expected);
@@ -138,6 +139,7 @@ void expect_written_once() {
     writes.emplace_back(grad.bytes);
   }
   cuda_on_host::multiprocessors = 100;
+  cuda_on_host::resident_ctas = 1;
   cuda_on_host::after_cta = [&] {
     for (size_t t = 0; t < grads.size(); ++t) {
       for (size_t i = 0; i < grads[t].bytes; i += size_of(tensors[t].dtype)) {
@@ -152,10 +154,27 @@ void expect_written_once() {
   };
   run_penalty(list, &grads, false);
   cuda_on_host::after_cta = [] {};
+  cuda_on_host::resident_ctas = 3;
   for (size_t t = 0; t < grads.size(); ++t) {
     for (size_t i = 0; i < grads[t].bytes; i += size_of(tensors[t].dtype)) {
       EXPECT(writes[t][i] == 1, t, i, writes[t][i]);
     }
+  }
+}
+
+// Runs of several chunks, which end in other tensors than they begin.
+void expect_long_runs() {
+  std::vector<Tensor> tensors(kMaxRuns + 600, Tensor{Dtype::kFloat32, 2});
+  for (size_t t = 0; t < tensors.size(); t += 100) {
+    tensors[t].size = t % 400 == 0 ? 0 : 3;
+  }
+  tensors[501].size = 2 * kChunkSize + 1;
+  List list(tensors);
+  const double expected = list.expected_penalty();
+  for (const int multiprocessors : {1, 1000}) {  // fewer CTAs than runs, and more
+    cuda_on_host::multiprocessors = multiprocessors;
+    const double value = run_penalty(list, nullptr, false);
+    EXPECT(value == expected, multiprocessors, value, expected);
   }
 }
 
@@ -242,7 +261,7 @@ constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16,
 }  // namespace
 
 int main(int argc, char**) {
-  const bool quick = cuda_on_host::kSanitized || argc > 1;
+  const bool quick = cuda_on_host::kSanitized || cuda_on_host::kWatched || argc > 1;
   const int k = kChunkSize;
   for (const Dtype dtype : kDtypes) {
     for (const int64_t size :
@@ -306,6 +325,7 @@ int main(int argc, char**) {
   expect_list({{Dtype::kBFloat16, (quick ? 3 : 150) * k + 7}}, "more runs than columns");
   expect_six_streams();
   expect_written_once();
+  expect_long_runs();
   expect_special_values();
   expect_rescue();
   expect_errors_come_out();

@@ -9,7 +9,9 @@
 #include "cpu/list_pass.h"
 #include "cuda/list_pass.h"
 #include "cuda_kernels.h"
+#include "cuda_streams.h"
 #include "expect.h"
+#include "left_out.h"
 #include "operators.h"
 #include "random_lists.h"
 
@@ -193,12 +195,9 @@ struct Step {
   }
 };
 
-void expect_step(const Tensors& list, const std::string& what) {
+void expect_step_of(const Tensors& list, const Given& s, const std::string& what) {
   Step there(list);
-  const bool has_any = below(3) == 0;
-  Given s = has_any ? Given::any(list.size()) : Given::any_step(list.size());
-  if (has_any) {
-    s.group = has_few_groups(list, static_cast<Grouping>(s.group)) ? s.group : 1;
+  if (s.group != 0 || s.counts[kSmoothL1Strength] != 0 || s.counts[kBeta] != 0) {
     there.options &= ~kPreconditioned;
   }
   const Step here = there.again(), before = there.again();
@@ -211,6 +210,13 @@ void expect_step(const Tensors& list, const std::string& what) {
   if (is_none) {
     here.expect_same(before, name);
   }
+}
+
+void expect_step(const Tensors& list, const std::string& what) {
+  const bool has_any = below(3) == 0;
+  Given s = has_any ? Given::any(list.size()) : Given::any_step(list.size());
+  s.group = has_few_groups(list, static_cast<Grouping>(s.group)) ? s.group : 1;
+  expect_step_of(list, s, what);
 }
 
 void expect_reports(const Tensors& list, const std::string& what) {
@@ -303,7 +309,6 @@ void expect_one_launch_of_a_step() {
       const Given s = Given::with_tensor({0.1, 0.2, 0, 0}, kStep, rate);
       cuda_on_host_graph graph;
       cuda_on_host::captured = &graph;
-      cuda_on_host::capture_status = cudaStreamCaptureStatusActive;
       at::Tensor value;
       std::string refused;
       try {
@@ -311,22 +316,18 @@ void expect_one_launch_of_a_step() {
       } catch (const c10::Error& error) {
         refused = error.what_without_backtrace();
       }
-      cuda_on_host::capture_status = cudaStreamCaptureStatusNone;
+      cuda_on_host::captured = nullptr;
       EXPECT(has_counts == refused.empty(), refused);
       there.expect_same(here, "captured, and not yet done");
       for (const double changed : {0.1, 0.03}) {
         rate.fill_(changed);
-        for (const auto& launch : cuda_on_host::graph) {
-          launch();
-        }
+        cuda_on_host::device.replay(0, graph);
         if (has_counts) {
           EXPECT(same_bits(value, here.run<OnCpu>(s), true));
         }
         there.expect_same(here, "a replay");
       }
-      cuda_on_host::graph.clear();
       cuda_on_host::end(&graph);
-      at::detail::graph_memory.clear();
     }
   }
 }
@@ -348,12 +349,49 @@ void expect_rescue() {
   }
 }
 
+// Comes to every place in the kernels where threads meet or memory is ordered.
+void run_all_kernels() {
+  random_bits.seed(1);
+  cuda_on_host::draw.seed(1);
+  at::manual_seed(1);
+  const Tensors list{at::randn({2, kChunkSize + 1}), at::randn({5, 9}), at::randn({3, 700}, at::kDouble) * 1e200};
+  const Tensors large{at::randn({kChunkSize}), at::randn({kChunkSize})};  // a CTA takes a chunk
+  for (const int multiprocessors : {1, 100}) {                            // fewer CTAs than chunks, and one for each
+    cuda_on_host::multiprocessors = multiprocessors;
+    for (const Grouping group : {Grouping::kNone, Grouping::kTensor, Grouping::kRow}) {
+      const Given s = Given::of({0.1, 0.2, 0.3, 0.1}, group);
+      expect_penalty(list, s, "all kernels");
+      expect_prox(list, s, "all kernels");
+      expect_step_of(list, s, "all kernels");
+    }
+    expect_penalty(large, Given::of({0.1, 0.2, 0.3}, Grouping::kTensor), "all kernels");
+    expect_gradients(list, Given::of({0.1, 0.2, 0, 0.1, 0.3, 0.5}), "all kernels");
+    EXPECT(same_bits(OnCuda::sums(list, true, GIVEN(Given::of({}))), OnCpu::sums(list, true, GIVEN(Given::of({})))));
+    Step there(Tensors(20, at::randn({300})));  // several chunks for a CTA
+    there.optimizer = there.options = 0;
+    there.states.clear();
+    there.counts.clear();
+    there.grads = copies(there.params);
+    there.is_first.assign(20, true);
+    there.grad_scale.reset();
+    there.found_inf.reset();
+    const Step here = there.again();
+    there.run<OnCuda>(Given::of({0.1, 0.2}));
+    here.run<OnCpu>(Given::of({0.1, 0.2}));
+    there.expect_same(here, "all kernels");
+  }
+}
+
 }  // namespace
 
-int main() {
-  constexpr bool quick = cuda_on_host::kSanitized;
+int main(int argc, char**) {
+  constexpr bool quick = cuda_on_host::kSanitized || cuda_on_host::kWatched;
   at::set_num_threads(1);
   at::manual_seed(0);
+  if (argc > 1) {
+    cuda_on_host::expect_every_site_matters(run_all_kernels);
+    return fused_reg::testing::report();
+  }
   for (const Content content : {Content::kNormal, Content::kSparse, Content::kExtreme, Content::kAnyBits}) {
     for (int i = 0; i < (quick ? 2 : 30); ++i) {
       const Tensors list = any_list(content, 1 + below(5));
@@ -370,6 +408,7 @@ int main() {
   expect_rescue();
   expect_few_launches();
   expect_one_launch_of_a_step();
+  expect_deferred_calls(quick ? 5 : 40);
 
   const Tensors rows{at::randn({quick ? 2 : 5, kChunkSize + 1}), at::randn({40, 9}), at::randn({300})};
   for (const Grouping group : {Grouping::kTensor, Grouping::kRow, Grouping::kColumn}) {

@@ -10,8 +10,7 @@
 
 #include "cpu/list_pass.h"
 #include "cuda/list_pass.h"
-#include "cuda/penalty_kernels.cu"
-#include "cuda/step_kernels.cu"
+#include "cuda_kernels.h"
 #include "expect.h"
 #include "operators.h"
 #include "random_lists.h"
@@ -29,26 +28,20 @@ class Graph {
   template <class Call>
   explicit Graph(const Call& call) {
     cuda_on_host::captured = &graph_;
-    cuda_on_host::capture_status = cudaStreamCaptureStatusActive;
     call();
-    cuda_on_host::capture_status = cudaStreamCaptureStatusNone;
-    launches_ = std::exchange(cuda_on_host::graph, {});
-    memory_ = std::exchange(at::detail::graph_memory, {});
+    cuda_on_host::captured = nullptr;
   }
   ~Graph() { cuda_on_host::end(&graph_); }
 
-  size_t launches() const { return launches_.size(); }
-
-  void replay() const {
-    for (const auto& launch : launches_) {
-      launch();
-    }
+  size_t launches() const {
+    const auto is_launch = [](const cuda_on_host::Operation& o) { return o.grid.has_value(); };
+    return std::count_if(graph_.operations.begin(), graph_.operations.end(), is_launch);
   }
+
+  void replay() const { cuda_on_host::device.replay(0, graph_); }
 
  private:
   cuda_on_host_graph graph_;
-  std::vector<std::function<void()>> launches_;
-  std::vector<at::TensorBase> memory_;
 };
 
 // So many tensors that with numbers for each no kernel's arguments hold their table.
@@ -335,8 +328,7 @@ void expect_many_captures() {
   const auto capture = [&] {
     for (int i = 0; i < (cuda_on_host::kSanitized ? 700 : 70'000); ++i) {
       OnCuda::penalty(list, for_all(0, false), GIVEN(given));
-      cuda_on_host::graph.clear();
-      at::detail::graph_memory.clear();
+      cuda_on_host::captured->operations.clear();
     }
   };
   {
@@ -351,13 +343,14 @@ void expect_many_captures() {
 
 // Memory of torch's allocator may belong to a pool that ends with the call.
 void expect_nothing_of_the_allocator_is_kept() {
+  const size_t before = cuda_on_host::allocator().used();
   for (const Kind kind : kinds()) {
     Sample{kind}.on<OnCuda>();
-    EXPECT(cuda_on_host::live_tensors == 0, named("after a call", kind));
+    EXPECT(cuda_on_host::allocator().used() == before, named("after a call", kind));
     {
       const Graph graph([&] { Sample{kind}.on<OnCuda>(); });
     }
-    EXPECT(cuda_on_host::live_tensors == 0, named("after a graph", kind));
+    EXPECT(cuda_on_host::allocator().used() == before, named("after a graph", kind));
   }
 }
 

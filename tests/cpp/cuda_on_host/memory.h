@@ -4,7 +4,7 @@
 // for, only by a thread that has said so (cudaThreadExchangeStreamCaptureMode).
 #pragma once
 
-#include <map>
+#include "device.h"
 
 #define CUDART_VERSION 13000
 #define cudaStreamPerThread reinterpret_cast<cudaStream_t>(2)
@@ -29,16 +29,12 @@ struct cuda_on_host_object {
 };
 using cudaUserObject_t = cuda_on_host_object*;
 
-struct cuda_on_host_graph {
-  std::vector<cudaUserObject_t> objects;
-};
 using cudaGraph_t = cuda_on_host_graph*;
 
 namespace cuda_on_host {
 
 // What tests choose and see.
 inline thread_local cudaStream_t stream = nullptr;   // the current one
-inline cudaGraph_t captured = nullptr;               // the graph that takes what is captured
 inline std::vector<std::unique_ptr<char[]>> memory;  // all that was allocated
 
 inline bool is_full = false;  // torch's allocator has taken all memory
@@ -46,7 +42,7 @@ inline bool is_full = false;  // torch's allocator has taken all memory
 inline thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
 
 inline cudaError_t unless_capturing() {
-  const bool may = capture_status == cudaStreamCaptureStatusNone || mode == cudaStreamCaptureModeRelaxed;
+  const bool may = captured == nullptr || mode == cudaStreamCaptureModeRelaxed;
   return may ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
 }
 
@@ -78,9 +74,10 @@ inline cudaError_t cudaMalloc(void** data, size_t bytes) {
   if (cuda_on_host::is_full) {
     return cudaErrorMemoryAllocation;
   }
-  const std::lock_guard<std::mutex> lock(cuda_on_host::device);
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
   cuda_on_host::memory.push_back(std::make_unique_for_overwrite<char[]>(bytes));
-  *data = std::memset(cuda_on_host::memory.back().get(), 0xa5, bytes);
+  *data = std::memset(cuda_on_host::memory.back().get(), cuda_on_host::kPoison, bytes);
   return cudaSuccess;
 }
 
@@ -101,8 +98,8 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cuda_on_host::un
 
 inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
                                             unsigned long long* = nullptr, cudaGraph_t* graph = nullptr) {
-  *status = cuda_on_host::capture_status;
-  if (graph != nullptr && *status != cudaStreamCaptureStatusNone) {
+  *status = cuda_on_host::captured == nullptr ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
+  if (graph != nullptr && cuda_on_host::captured != nullptr) {
     *graph = cuda_on_host::captured;
   }
   return cudaSuccess;

@@ -1,66 +1,43 @@
-// The memory of torch's allocator on the host. That of a GPU is not zero; and when it is free, somebody else's.
+// Tensors in device memory (pool.h).
 #pragma once
 
 #include <ATen/EmptyTensor.h>
-#include <c10/core/CPUAllocator.h>
 #include <cuda_runtime_api.h>
 
-#include <atomic>
+#include "pool.h"
 
-namespace cuda_on_host {
+namespace at::detail {
 
-inline std::atomic<int> live_tensors = 0;  // how many blocks somebody has
-
-class Allocator final : public c10::Allocator {
+class CudaOnHostAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    struct Block {
-      c10::DataPtr data;
-      size_t bytes;
-    };
-    auto* const block = new Block{c10::GetCPUAllocator()->allocate(bytes), bytes};
-    fill(block->data.get(), 0xa5, bytes);
-    ++live_tensors;
-    const auto free = [](void* p) {
-      const std::unique_ptr<Block> owned(static_cast<Block*>(p));
-      fill(owned->data.get(), 0x5a, owned->bytes);
-      --live_tensors;
-    };
-    return {block->data.get(), block, free, c10::kCPU};
+    const size_t stream = cuda_on_host::number_of(cuda_on_host::stream);
+    void* const data = bytes == 0 ? nullptr : cuda_on_host::allocator().allocate(stream, bytes);
+    return {data, data, &free, Device(kCPU)};
   }
+  c10::DeleterFnPtr raw_deleter() const override { return &free; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
+  static CudaOnHostAllocator* get() {
+    static auto* const a = new CudaOnHostAllocator;
+    return a;
+  }
+
  private:
-  static void fill(void* data, int byte, size_t bytes) {
-    if (bytes > 0) {  // else there is no memory
-      std::memset(data, byte, bytes);
+  static void free(void* data) {
+    if (data != nullptr) {
+      cuda_on_host::allocator().free(data);
     }
   }
 };
 
-inline Allocator allocator;
-
-}  // namespace cuda_on_host
-
-namespace at::detail {
-
-inline std::vector<TensorBase> graph_memory;  // of what is captured
-
-inline TensorBase kept(TensorBase t) {
-  if (cuda_on_host::capture_status != cudaStreamCaptureStatusNone) {
-    graph_memory.push_back(t);
-  }
-  return t;
-}
-
-inline TensorBase empty_cuda(IntArrayRef size, ScalarType dtype, std::optional<Device>, std::optional<MemoryFormat>) {
-  constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
-  return kept(empty_generic(size, &cuda_on_host::allocator, kCpu, dtype, std::nullopt));
+inline TensorBase empty_cuda(IntArrayRef size, ScalarType dtype, std::optional<Device>,
+                             std::optional<MemoryFormat> format) {
+  return empty_generic(size, CudaOnHostAllocator::get(), DispatchKeySet(DispatchKey::CPU), dtype, format);
 }
 
 inline TensorBase empty_strided_cuda(IntArrayRef size, IntArrayRef stride, ScalarType dtype, std::optional<Device>) {
-  constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
-  return kept(empty_strided_generic(size, stride, &cuda_on_host::allocator, kCpu, dtype));
+  return empty_strided_generic(size, stride, CudaOnHostAllocator::get(), DispatchKeySet(DispatchKey::CPU), dtype);
 }
 
 }  // namespace at::detail
