@@ -3,7 +3,7 @@
 // CPU's operators, bit for bit.
 #pragma once
 
-#include <functional>
+#include <deque>
 #include <string>
 #include <utility>
 #include <vector>
@@ -88,6 +88,14 @@ class Trained {
     expected_values_ = expected;
   }
 
+  // What comes next is on another stream, and waits for this one.
+  void move_to(int64_t stream) {
+    cuda_on_host::Event& event = events_.emplace_back();
+    cuda_on_host::device.record(cuda_on_host::number_of(stream_), &event);
+    stream_ = stream_number(stream);
+    cuda_on_host::device.wait(cuda_on_host::number_of(stream_), &event);
+  }
+
   // When all has run.
   void expect_same(const std::string& what) {
     const auto compare = [&](const Tensors& actual, const Tensors& expected, const char* of) {
@@ -144,6 +152,7 @@ class Trained {
   cudaStream_t stream_;
   Tensors here_, there_, grads_here_, grads_there_;
   cuda_on_host_graph graph_;
+  std::deque<cuda_on_host::Event> events_;
   Tensors values_, expected_values_;
   std::vector<std::pair<Tensors, Tensors>> kept_;
 };
@@ -159,6 +168,9 @@ inline void expect_deferred_calls(int rounds) {
     for (int i = 0; i < 12; ++i) {
       Trained& model = models[below(2)];
       below(3) == 0 ? model.replay() : model.call();
+      if (below(4) == 0) {
+        model.move_to(below(3));
+      }
     }
     cuda_on_host::device.synchronize();
     for (Trained& model : models) {
