@@ -68,7 +68,7 @@ cudaError_t launch_tensor_sums(Pass pass, const Call& call, const void* device_t
                                cudaStream_t stream) {
   const DeviceTable table{call, static_cast<const unsigned char*>(device_table)};
   uint32_t ctas = 0;
-  cudaError_t error = resident_ctas((call.tensors + kWarps - 1) / kWarps, &ctas);
+  cudaError_t error = resident_ctas(tensor_sums_kernel, (call.tensors + kWarps - 1) / kWarps, &ctas);
   if (error == cudaSuccess && call.chunks > 0) {
     error = launch(pass, call, device_table, kOnDevice, stream);
   }

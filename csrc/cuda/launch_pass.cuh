@@ -48,7 +48,7 @@ cudaError_t launch_table(const Table& table, cudaStream_t stream) {
   const Plan<Table> plan = plan_of<Table, pass>(table.call);
   const uint32_t teams = rows_of(pass).numbers == kTermNumbers ? 1 : kWarps / table.call.team;  // of a CTA
   uint32_t ctas = 0;
-  const cudaError_t error = resident_ctas((plan.work + teams - 1) / teams, &ctas);
+  const cudaError_t error = resident_ctas(plan.kernel, (plan.work + teams - 1) / teams, &ctas);
   return error == cudaSuccess ? launch_on(ctas, stream, plan.kernel, table) : error;
 }
 

@@ -7,6 +7,15 @@
 
 namespace fused_reg::cuda {
 
+template <int terms, template <int> class P, class Table>
+cudaError_t launch_step_kernel(const Table& table, cudaStream_t stream) {
+  const auto kernel = step_kernel<Table, P, terms>;
+  uint32_t ctas = 0;
+  const uint32_t work = std::max(table.call.runs, 1u);  // one counts, if there is nothing else
+  const cudaError_t error = resident_ctas(kernel, work, &ctas);
+  return error == cudaSuccess ? launch_on(ctas, stream, kernel, table) : error;
+}
+
 template <Pass optimizer, size_t size, bool has_any>
 cudaError_t launch_step_table(const Call& call, const StepCall& step, const void* bytes, size_t count,
                               cudaStream_t stream) {
@@ -15,17 +24,12 @@ cudaError_t launch_step_table(const Call& call, const StepCall& step, const void
   table.call = call;
   table.step = step;
   std::memcpy(table.bytes, bytes, count);
-  uint32_t ctas = 0;
-  const cudaError_t error = resident_ctas(std::max(call.runs, 1u), &ctas);  // one counts, if there is nothing else
-  if (error != cudaSuccess) {
-    return error;
+#define FUSED_REG_KERNEL(name, terms, numbers)                                         \
+  if constexpr (optimizer == Pass::k##name) {                                          \
+    return launch_step_kernel<has_any ? kAllTerms : terms, name##Pass>(table, stream); \
   }
-#define FUSED_REG_LAUNCH(name, terms, numbers)                                                             \
-  if constexpr (optimizer == Pass::k##name) {                                                              \
-    return launch_on(ctas, stream, step_kernel < Table, name##Pass, has_any ? kAllTerms : terms >, table); \
-  }
-  FUSED_REG_STEPS(FUSED_REG_LAUNCH)
-#undef FUSED_REG_LAUNCH
+  FUSED_REG_STEPS(FUSED_REG_KERNEL)
+#undef FUSED_REG_KERNEL
 }
 
 template <Pass optimizer>
