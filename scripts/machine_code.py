@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-MAX_REGISTERS = 128  # a thread, of 65,536 a multiprocessor: 512 threads are resident
+MAX_REGISTERS = 168  # a thread, of 65,536 a multiprocessor: 384 threads are resident
 TOLERANCE = 0.1  # so much worse than recorded is a failure
 
 

@@ -22,10 +22,10 @@ FLAGS = ["-std=c++20", "-O1", "-fopenmp", "-Wno-unknown-pragmas", "-U_FORTIFY_SO
 #: A file of csrc/cuda, what stands in it once, and what shall stand there.
 MUTATIONS = [
     ("cursor.cuh", "while (end() <= c)", "while (end() < c)"),
-    ("cursor.cuh", "(start(middle) <= x ? begin : end)", "(start(middle) < x ? begin : end)"),
     ("value.cuh", "i < call.runs + call.large_groups;", "i <= call.runs + call.large_groups;"),
-    ("chunk_pass.cuh", "i < size_ && reads(s)", "i <= size_ && reads(s)"),
-    ("chunk_pass.cuh", "writes() && i < size_", "writes() && i <= size_"),
+    ("chunk_pass.cuh", "x[k] = i + k < size_", "x[k] = i + k <= size_"),
+    ("chunk_pass.cuh", "if (i + k < size_)", "if (i + k <= size_)"),
+    ("chunk_pass.cuh", "(can && i + kCount <= size_)", "(can && i + kCount <= size_ + 1)"),
     ("chunk_pass.cuh", "kAll = 0xffffffff;", "kAll = 0xffff;"),
     ("penalty_kernels.cuh", "r < call.runs;", "r <= call.runs;"),
 ]

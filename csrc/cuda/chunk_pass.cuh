@@ -2,8 +2,8 @@
 //
 // The warps of a team take blocks of the chunk: every thread loads 16 bytes of a row, the rows of a block one after the
 // other, so that it holds some lanes of the block; shuffles fold 64 lanes to 8; shared memory collects the blocks of
-// the chunk. Memory that is not aligned to 16 bytes, and the last part of a chunk, is read an element at a time,
-// coalesced, in the same order.
+// the chunk. Of memory that is not aligned to 16 bytes, and of the last part of a chunk, a thread takes two elements of
+// a row: at once where they are aligned, in the same order.
 #pragma once
 
 #include "../passes/pass.h"
@@ -13,7 +13,8 @@ namespace fused_reg::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = kWarp * kWarps;
-constexpr int kCtasPerSm = 4;  // resident: bounds the registers
+constexpr int kCtasPerSm = 4;                                    // resident, at least: bounds the registers
+constexpr int kSummingCtasPerSm = kFewDoubles ? 3 : kCtasPerSm;  // sums by integers (exact_sums.cuh) take more of them
 constexpr unsigned kAll = 0xffffffff;
 
 // The folded lanes of every block of a chunk.
@@ -115,32 +116,33 @@ class ChunkPass {
 
   template <class AnyTeam>
   __device__ __forceinline__ void run(Blocks* blocks, const AnyTeam& team) const {
-    const int thread = team.lane();
-    const int whole = is_aligned() ? size_ / kBlock : 0;
+    constexpr int kAbreast = kWarp / (kLanes / kVector);  // blocks that a warp takes side by side
+    const int thread = team.lane(), of_warp = thread / (kWarp / kAbreast);
+    const int whole = is_aligned(sizeof(Vector)) ? size_ / kBlock : 0;
     for (int b = team.warp() * kAbreast; b < whole; b += team.warps() * kAbreast) {
-      whole_blocks(blocks, b + thread / kSharers, whole, thread);
+      block<Vector, true>(blocks, b + of_warp, thread, b + of_warp < whole);
     }
+    const bool has_pairs = is_aligned(sizeof(Pair));
     for (int b = whole + team.warp(); b * kBlock < size_; b += team.warps()) {
-      any_block(blocks, b, thread);
+      block<Pair, false>(blocks, b, thread, has_pairs);
     }
   }
 
  private:
   using Vector = typename Job::Vector;
+  using Pair =
+      std::conditional_t<sizeof(Storage) == 2, unsigned, std::conditional_t<sizeof(Storage) == 4, uint2, uint4>>;
   static constexpr int kVector = sizeof(Vector) / sizeof(Storage);  // elements that a thread loads at a time
-  static constexpr int kSharers = kLanes / kVector;                 // threads that share a row
-  static constexpr int kAbreast = kWarp / kSharers;                 // blocks that a warp takes side by side
-  static constexpr int kBatch = Job::kBatch, kAnyBatch = Job::kAnyBatch;
   static constexpr int kUsed = streams_in(Job::kReads | Job::kWrites);
   static constexpr int kRead = streams_in(Job::kReads);
 
-  __device__ bool is_aligned() const {
+  __device__ bool is_aligned(size_t bytes) const {
     uintptr_t addresses = 0;
 #pragma unroll
     for (int s = 0; s < kUsed; ++s) {
       addresses |= reinterpret_cast<uintptr_t>(streams_[s]);
     }
-    return addresses % sizeof(Vector) == 0;
+    return addresses % bytes == 0;
   }
 
   // Whether the chunk has the streams to be written: the parameter is one, or the last of all.
@@ -163,103 +165,88 @@ class ChunkPass {
     return Job::kWrites & bit(s) ? *p : __ldg(p);
   }
 
-  template <class T>
-  static __device__ __forceinline__ const T* at(const Storage* stream, int i) {
-    return reinterpret_cast<const T*>(stream + i);
+  // Elements of stream s from i on, as one vector if `at_once`, else as far as the chunk goes.
+  template <class V>
+  __device__ __forceinline__ V read(int s, int i, bool at_once) const {
+    if (!reads(s)) {
+      return V{};
+    }
+    if (at_once) {
+      return load(s, reinterpret_cast<const V*>(streams_[s] + i));
+    }
+    Storage x[sizeof(V) / sizeof(Storage)];
+#pragma unroll
+    for (int k = 0; k < static_cast<int>(sizeof(V) / sizeof(Storage)); ++k) {
+      x[k] = i + k < size_ ? load(s, streams_[s] + i + k) : job_.padding();
+    }
+    return bits_as<V>(x);
   }
 
-  __device__ __forceinline__ void whole_blocks(Blocks* blocks, int b, int end, int thread) const {
-    double first_sums[kVector] = {}, second_sums[kVector] = {};
-    const int sharer = thread % kSharers;
-    if (b < end) {
-      const int begin = b * kBlock + sharer * kVector;
-#pragma unroll Job::kUnrolled
-      for (int first = 0; first < kRows; first += kBatch) {
-        Vector rows[kRead][kBatch];
-#pragma unroll
-        for (int r = 0; r < kBatch; ++r) {
-#pragma unroll
-          for (int s = 0; s < kRead; ++s) {
-            rows[s][r] = reads(s) ? load(s, at<Vector>(streams_[s], begin + (first + r) * kLanes)) : Vector{};
-          }
-        }
-#pragma unroll
-        for (int r = 0; r < kBatch; ++r) {
-          Storage x[kUsed][kVector];
-#pragma unroll
-          for (int s = 0; s < kRead; ++s) {
-            memcpy(x[s], &rows[s][r], sizeof(Vector));
-          }
-          if constexpr (Job::kSums != 0) {
-            job_.add(x[0], first_sums, second_sums);
-          }
-          if (writes()) {
-            job_.write(x, adds_);
-#pragma unroll
-            for (int s = 0; s < kUsed; ++s) {
-              if (writes(s)) {
-                *reinterpret_cast<Vector*>(streams_[s] + begin + (first + r) * kLanes) = bits_as<Vector>(x[s]);
-              }
-            }
-          }
-        }
-      }
+  template <class V, int count>
+  __device__ __forceinline__ void write(int s, int i, const Storage (&x)[count], bool at_once) const {
+    if (at_once) {
+      *reinterpret_cast<V*>(streams_[s] + i) = bits_as<V>(x);
+      return;
     }
-    if constexpr (Job::kSums != 0) {
-      using ToFolded = Fold<kVector, kSharers / 2, kSharers / 8>;
-      const double first_sum = ToFolded::sum(first_sums, sharer), second_sum = ToFolded::sum(second_sums, sharer);
-      if (b < end && ToFolded::is_first(sharer)) {
-        store(blocks, b, sharer * kVector + ToFolded::lane(sharer), first_sum, second_sum);
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      if (i + k < size_) {
+        streams_[s][i + k] = x[k];
       }
     }
   }
 
-  // A block that may end anywhere, at any address: a thread has two lanes.
-  __device__ __forceinline__ void any_block(Blocks* blocks, int b, int thread) const {
-    double first_sums[2][1] = {}, second_sums[2][1] = {};
-    const int begin = b * kBlock + thread;
+  // A block by vectors V, some rows of which are on their way at a time: a whole one, if `can`; or one that may end
+  // anywhere, whose vectors are read at once if `can`.
+  template <class V, bool is_whole>
+  __device__ __forceinline__ void block(Blocks* blocks, int b, int thread, bool can) const {
+    constexpr int kCount = sizeof(V) / sizeof(Storage), kSharers = kLanes / kCount;  // threads that share a row
+    constexpr int kAhead = Job::template kAhead<V>;
+    static_assert(kRows % kAhead == 0);
+    double first_sums[kCount] = {}, second_sums[kCount] = {};
+    const int sharer = thread % kSharers, begin = b * kBlock + sharer * kCount;
+    const auto at_once = [&](int i) { return is_whole || (can && i + kCount <= size_); };
+    const int left = (size_ - b * kBlock + kLanes - 1) / kLanes;
+    const int rows = is_whole ? (can ? kRows : 0) : left < kRows ? left : kRows;
 #pragma unroll 1
-    for (int first = 0; first < kRows; first += kAnyBatch) {
-      if (b * kBlock + first * kLanes >= size_) {
-        break;
-      }
-      Storage rows[kAnyBatch][2][kUsed][1];
+    for (int first = 0; first < rows; first += kAhead) {
+      V rows_of[kRead][kAhead];
 #pragma unroll
-      for (int r = 0; r < kAnyBatch; ++r) {
-        for (int half = 0; half < 2; ++half) {
-          const int i = begin + (first + r) * kLanes + half * kWarp;
+      for (int r = 0; r < kAhead; ++r) {
+        const int i = begin + (first + r) * kLanes;
 #pragma unroll
-          for (int s = 0; s < kRead; ++s) {
-            rows[r][half][s][0] = i < size_ && reads(s) ? load(s, streams_[s] + i) : job_.padding();
-          }
+        for (int s = 0; s < kRead; ++s) {
+          rows_of[s][r] = read<V>(s, i, at_once(i));
         }
       }
+      if constexpr (Job::kSums != 0) {
+        job_.add_rows(rows_of[0], first_sums, second_sums);
+      }
+      if (!writes()) {
+        continue;
+      }
 #pragma unroll
-      for (int r = 0; r < kAnyBatch; ++r) {
-        for (int half = 0; half < 2; ++half) {
-          const int i = begin + (first + r) * kLanes + half * kWarp;
-          auto& x = rows[r][half];
-          if constexpr (Job::kSums != 0) {
-            job_.add(x[0], first_sums[half], second_sums[half]);
-          }
-          if (writes() && i < size_) {
-            job_.write(x, adds_);
+      for (int r = 0; r < kAhead; ++r) {
+        const int i = begin + (first + r) * kLanes;
+        Storage x[kUsed][kCount];
 #pragma unroll
-            for (int s = 0; s < kUsed; ++s) {
-              if (writes(s)) {
-                streams_[s][i] = x[s][0];
-              }
-            }
+        for (int s = 0; s < kRead; ++s) {
+          memcpy(x[s], &rows_of[s][r], sizeof(V));
+        }
+        job_.write(x, adds_);
+#pragma unroll
+        for (int s = 0; s < kUsed; ++s) {
+          if (writes(s)) {
+            write<V>(s, i, x[s], at_once(i));
           }
         }
       }
     }
     if constexpr (Job::kSums != 0) {
-      using ToFolded = Fold<1, kWarp / 2, kFoldedLanes>;
-      const double first_sum = ToFolded::sum({first_sums[0][0] + first_sums[1][0]}, thread);
-      const double second_sum = ToFolded::sum({second_sums[0][0] + second_sums[1][0]}, thread);
-      if (ToFolded::is_first(thread)) {
-        store(blocks, b, thread, first_sum, second_sum);
+      using ToFolded = Fold<kCount, kSharers / 2, kSharers / 8>;
+      const double first_sum = ToFolded::sum(first_sums, sharer), second_sum = ToFolded::sum(second_sums, sharer);
+      if ((!is_whole || can) && ToFolded::is_first(sharer)) {
+        store(blocks, b, sharer * kCount + ToFolded::lane(sharer), first_sum, second_sum);
       }
     }
   }

@@ -45,16 +45,52 @@ struct Element<Dtype::kFloat16> {
   static __device__ uint16_t narrow(float x) { return __half_as_ushort(__float2half_rn(x)); }
 };
 
-struct OneRounding {
-  static __device__ double of(double a, double b, double c) { return fma(a, b, c); }
-};
-
 template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   memcpy(&to, &from, sizeof to);
   return to;
+}
+
+struct OneRounding {
+  static __device__ double of(double a, double b, double c) { return fma(a, b, c); }
+};
+
+// Whether a device has so few float64 units, 1 for 32 or 64 of float32, that they and not its memory bound a sum.
+#if defined(FUSED_REG_FEW_DOUBLES)
+constexpr bool kFewDoubles = FUSED_REG_FEW_DOUBLES;  // the tests on the host have both
+#elif defined(__CUDA_ARCH__)
+constexpr bool kFewDoubles =
+    __CUDA_ARCH__ != 700 && __CUDA_ARCH__ != 800 && __CUDA_ARCH__ != 900 && __CUDA_ARCH__ != 1000;
+#else
+constexpr bool kFewDoubles = false;
+#endif
+
+// In float64; where the units are few by moving bits, unless one is subnormal, infinite or NaN.
+template <int count>
+__device__ __forceinline__ void to_float64(const float (&x)[count], double (&wide)[count]) {
+  bool is_rare = !kFewDoubles;
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const unsigned bits = bits_as<unsigned>(x[i]), next = bits + 0x00800000;  // one exponent more
+    is_rare = is_rare || ((next & 0x7f000000) == 0 && (bits << 1) != 0);
+    const uint64_t high = (bits & 0x80000000) | (bits << 1 == 0 ? 0 : ((bits & 0x7fffffff) >> 3) + 0x38000000);
+    wide[i] = bits_as<double>(high << 32 | bits << 29);
+  }
+  if (is_rare) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      wide[i] = static_cast<double>(x[i]);
+    }
+  }
+}
+template <int count>
+__device__ __forceinline__ void to_float64(const double (&x)[count], double (&wide)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    wide[i] = x[i];
+  }
 }
 
 inline __device__ double read(const NumberRef& number, Source source) {

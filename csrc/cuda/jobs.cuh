@@ -3,6 +3,7 @@
 
 #include "../passes/passes.h"
 #include "chunk_pass.cuh"
+#include "exact_sums.cuh"
 
 namespace fused_reg::cuda {
 
@@ -42,11 +43,22 @@ class Job {
   // Where the list may have chunks whose streams are written and not read, as a gradient that is not there yet.
   static constexpr bool kAdds = !std::is_void_v<typename Whole::Fresh>;
   using Vector = uint4;
-  static constexpr bool kOneStream = streams_in(kReads | kWrites) == 1;
-  // Loads in flight, as far as the registers go: rows at a time, and batches of them that the compiler may interleave.
-  static constexpr int kBatch = kSums == kL2 && sizeof(Storage) == 2 ? 2 : kOneStream || kAdds ? 4 : 8;
-  static constexpr int kAnyBatch = kBatch;
-  static constexpr int kUnrolled = kOneStream || kAdds ? 1 : 2;
+  // Whether the sums of a lane may be taken by integers, for which all its rows are there at a time.
+  static constexpr bool kIsExact = kFewDoubles && !kWide<dtype> && known == kL1L2 && streams_in(kReads) == 1 &&
+                                   std::is_same_v<typename Whole::Sums, PenaltyPass<kL1L2>>;
+  // Rows of a block, by vectors V, that are on their way before the first is used, a power of two: 128 bytes for each
+  // thread are 64 KB for a multiprocessor. What takes more registers has fewer.
+  template <class V>
+  static constexpr int rows_ahead() {
+    const int most = kSums == kL2 || kWrites == bit(0) ? (kFewDoubles ? 32 : 64) : 128;
+    int rows = kRows;
+    while (!kIsExact && rows > 1 && rows * static_cast<int>(sizeof(V)) * streams_in(kReads) > most) {
+      rows /= 2;
+    }
+    return rows;
+  }
+  template <class V>
+  static constexpr int kAhead = rows_ahead<V>();
 
   __device__ explicit Job(const ChunkNumbers& numbers, int exponent = 0)
       : terms_(numbers.terms & known), scale_(scaled ? std::ldexp(1.0, -exponent) : 1) {
@@ -66,12 +78,29 @@ class Job {
                                       double (&second)[count]) const {
     if constexpr (known == kNone) {
       add_of<kNone>(w, first, second);
-    } else {
-      if (terms_ & kL1) {
-        add_of<kL1>(w, first, second);
+    } else if ((terms_ & kL1L2) == kL1L2) {  // both, of one conversion to float64
+      add_of<kL1L2>(w, first, second);
+    } else if (terms_ & kL1) {
+      add_of<kL1>(w, first, second);
+    } else if (terms_ & kL2) {
+      add_of<kL2>(w, first, second);
+    }
+  }
+
+  // Vectors of rows to the two sums of each lane, which are 0 if the rows are those of a block.
+  template <class V, int rows, int count>
+  __device__ __forceinline__ void add_rows(const V (&w)[rows], double (&first)[count], double (&second)[count]) const {
+    if constexpr (kIsExact && rows == kRows) {
+#pragma unroll
+      for (int lane = 0; lane < count; ++lane) {
+        add_lane(w, lane, &first[lane], &second[lane]);
       }
-      if (terms_ & kL2) {
-        add_of<kL2>(w, first, second);
+    } else {
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        Storage x[count];
+        memcpy(x, &w[r], sizeof(V));
+        add(x, first, second);
       }
     }
   }
@@ -100,14 +129,54 @@ class Job {
   __device__ __forceinline__ void add_of(const Storage (&w)[count], double (&first)[count],
                                          double (&second)[count]) const {
     using MultiplyAdd = std::conditional_t<kWide<dtype>, TwoRoundings, OneRounding>;
+    Scalar scalars[count];
+    double wide[count];
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      scalars[i] = E::widen(w[i]);
+    }
+    to_float64(scalars, wide);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       double sums[2] = {first[i], second[i]};
-      P<terms>::template add<MultiplyAdd>(sums, static_cast<double>(E::widen(w[i])), sum_factors_,
+      P<terms>::template add<MultiplyAdd>(sums, wide[i], sum_factors_,
                                           [&](double y) { return scaled && kWide<dtype> ? y * scale_ : y; });
       first[i] = sums[0];
       second[i] = sums[1];
     }
+  }
+
+  // The sums of a lane of a block: of 16 bits both by integers, of float32 that of L1; those that are not exact in
+  // float64.
+  template <class V>
+  __device__ __forceinline__ void add_lane(const V (&w)[kRows], int lane, double* first, double* second) const {
+    constexpr int kLimbs = sizeof(Storage) == sizeof(uint16_t) ? 1 : 2;
+    const auto element = [&](int r) {
+      Storage x[sizeof(V) / sizeof(Storage)];
+      memcpy(x, &w[r], sizeof(V));
+      return x[lane];
+    };
+    const auto magnitude_of = [&](int r) { return magnitude(E::widen(element(r))); };
+    const bool has_exact = kLimbs == 1 ? terms_ != kNone : (terms_ & kL1) != 0;
+    const bool is_exact = has_exact && exact_sums<kLimbs, kRows>(magnitude_of, first, second);
+    const int others = !is_exact ? terms_ : kLimbs == 1 ? kNone : terms_ & kL2;
+    if (others == kNone) {
+      return;
+    }
+    double ones[1] = {is_exact ? *first : 0}, twos[1] = {0};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const Storage x[1] = {element(r)};
+      if (others == kL1L2) {
+        add_of<kL1L2>(x, ones, twos);
+      } else if (others == kL1) {
+        add_of<kL1>(x, ones, twos);
+      } else {
+        add_of<kL2>(x, ones, twos);
+      }
+    }
+    *first = ones[0];
+    *second = twos[0];
   }
 
   template <class Pass, int streams, int count>

@@ -145,8 +145,8 @@ class StepJob {
   static constexpr unsigned kOptional = Pass::kOptional;
   using Vector = std::conditional_t<sizeof(Storage) == sizeof(uint16_t), uint2, uint4>;  // with sums of four elements
   static constexpr bool kAdds = false;
-  static constexpr int kBatch = (streams_in(kReads) > 3 ? 2 : 4) / (kWide<dtype> ? 2 : 1);
-  static constexpr int kAnyBatch = 1, kUnrolled = 1;
+  template <class V>
+  static constexpr int kAhead = (streams_in(kReads) > 3 ? 2 : 4) / (kWide<dtype> ? 2 : 1);
 
   __device__ StepJob(const StepShared<Pass>& shared, int summed) : sums_(of_terms(summed)), shared_(shared) {}
 
@@ -154,10 +154,9 @@ class StepJob {
 
   static __device__ Storage padding() { return Storage{}; }
 
-  template <int count>
-  __device__ __forceinline__ void add(const Storage (&w)[count], double (&first)[count],
-                                      double (&second)[count]) const {
-    sums_.add(w, first, second);
+  template <class V, int rows, int count>
+  __device__ __forceinline__ void add_rows(const V (&w)[rows], double (&first)[count], double (&second)[count]) const {
+    sums_.add_rows(w, first, second);
   }
 
   template <int streams, int count>

@@ -31,7 +31,7 @@ __device__ __forceinline__ void write_value(const Call& call) {
   __shared__ CompensatedSum columns[kColumns];
   const int column = threadIdx.x;
   CompensatedSum sum{};
-#pragma unroll 4
+#pragma unroll 16
   for (uint32_t i = column; i < call.runs + call.large_groups; i += kColumns) {
     sum.add(__ldcg(call.run_sums + i));
   }

@@ -16,10 +16,12 @@ inline std::mt19937_64 random_bits(0);
 
 inline size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// An element drawn from a normal distribution, now and then a zero, a subnormal or the largest number.
+// An element drawn from a normal distribution, now and then a zero, much smaller than others, a subnormal or the
+// largest number.
 inline void draw(Dtype dtype, char* to) {
   std::normal_distribution<double> normal;
-  const double x = random_bits() % 50 == 0 ? 0 : normal(random_bits);
+  const int shift = random_bits() % 100 == 0 ? -static_cast<int>(random_bits() % 140) : 0;
+  const double x = random_bits() % 50 == 0 ? 0 : std::ldexp(normal(random_bits), shift);
   const float f = static_cast<float>(x);
   uint32_t bits;
   std::memcpy(&bits, &f, 4);

@@ -178,6 +178,56 @@ void expect_long_runs() {
   }
 }
 
+// The sums of lanes by integers (exact_sums.cuh): where they say that they are exact they have the bits of float64, and
+// they say so where no element is too small beside the others.
+template <int limbs>
+void expect_exact_sums(int bits_of_element) {
+  const int spread = limbs == 1 ? 22 : 45;  // of the exponents, and of the bits
+  int exact = 0, others = 0;
+  for (int i = 0; i < 20000; ++i) {
+    const int highest = i % 300 - 150, most = static_cast<int>(random_bits() % (i % 2 == 0 ? 200 : spread));
+    float w[kRows];
+    for (float& x : w) {
+      const auto fraction = static_cast<double>(random_bits() % (1u << bits_of_element) | 1u << (bits_of_element - 1));
+      const int exponent = highest - bits_of_element - static_cast<int>(random_bits() % (most + 1));
+      x = random_bits() % 5 == 0 ? 0 : static_cast<float>(std::ldexp(fraction, exponent));
+    }
+    if (random_bits() % 100 == 0) {
+      w[random_bits() % kRows] = random_bits() % 2 == 0 ? NAN : INFINITY;
+    }
+    double l1 = 0, l2 = 0, exact_l1 = -1, exact_l2 = -1;
+    bool is_narrow = highest > -80 && highest < 127;
+    for (const float x : w) {
+      is_narrow = is_narrow && std::isfinite(x);
+      l1 += x;
+      l2 = std::fma(static_cast<double>(x), static_cast<double>(x), l2);
+    }
+    if (exact_sums<limbs, kRows>([&](int r) { return w[r]; }, &exact_l1, &exact_l2)) {
+      ++exact;
+      EXPECT(exact_l1 == l1 && (limbs == 2 || exact_l2 == l2), highest, most, exact_l1, l1, exact_l2, l2);
+    } else {
+      ++others;
+      EXPECT(!is_narrow || most + bits_of_element > spread, highest, most);
+    }
+  }
+  EXPECT(exact > 5000 && others > 1000, exact, others);
+}
+
+void expect_float64_of_bits() {
+  for (int i = 0; i < 100000; ++i) {
+    const auto bits = static_cast<uint32_t>(random_bits());
+    const float x[2] = {bits_as<float>(i % 10 == 0   ? bits & 0x807fffff
+                                       : i % 10 == 1 ? bits | 0x7f800000
+                                                     : bits),
+                        bits_as<float>(bits & 0x80000000)};
+    double wide[2];
+    to_float64(x, wide);
+    for (int k = 0; k < 2; ++k) {
+      EXPECT(bits_as<uint64_t>(wide[k]) == bits_as<uint64_t>(static_cast<double>(x[k])), x[k], wide[k]);
+    }
+  }
+}
+
 void expect_special_values() {
   const double inf = std::numeric_limits<double>::infinity();
   for (const double special : {inf, -inf, std::nan("")}) {
@@ -327,6 +377,10 @@ int main(int argc, char**) {
   expect_written_once();
   expect_long_runs();
   expect_special_values();
+  expect_exact_sums<1>(8);
+  expect_exact_sums<1>(11);
+  expect_exact_sums<2>(24);
+  expect_float64_of_bits();
   expect_rescue();
   expect_errors_come_out();
   EXPECT(architectures() == "7.5 9.0");
