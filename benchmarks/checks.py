@@ -32,10 +32,10 @@ Errors = tuple[float | None, float | None]
 PIECES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 # contract: that of our value. roundings: of what is ours and not promised to the bit. value, elements: beyond them a
-# peer does another job. `torch._foreach_norm`'s float32 sums on the CPU are a quarter off on the largest lists: a
+# peer does another job. torch's float32 norms on the CPU are up to a half off on the largest lists, with one thread: a
 # result, to be shown. A running sum in bfloat16 may lose most of the value, and rounds its gradients several times.
 TOLERANCES = {
-    torch.float32: {"contract": 6e-8, "roundings": 1e-6, "value": 0.4, "elements": 1e-3},
+    torch.float32: {"contract": 6e-8, "roundings": 1e-6, "value": 0.6, "elements": 1e-3},
     torch.bfloat16: {"contract": 6e-8, "roundings": 5e-3, "value": 0.9, "elements": 2e-2},
 }
 

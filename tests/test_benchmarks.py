@@ -186,9 +186,9 @@ def test_a_run_that_is_killed_keeps_what_it_has(tmp_path):
 
 
 def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):
-    monkeypatch.setattr(contenders, "PEERS", [Peer("loop", _off(LOOP, 1.5), ("value",))])
+    monkeypatch.setattr(contenders, "PEERS", [Peer("loop", _off(LOOP, 1.7), ("value",))])
     monkeypatch.setattr(measure, "race", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(WrongResultError, match=r"10-20-1 net, value: loop: value error 0.5 is above 0.4"):
+    with pytest.raises(WrongResultError, match=r"10-20-1 net, value: loop: value error 0.7 is above 0.6"):
         measure.Run(__main__.parse([*OPTIONS, "--modes", "value", "--peers", "loop"])).measure()
 
 
