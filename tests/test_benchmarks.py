@@ -193,7 +193,17 @@ def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "cpu-slowest", "cpu-steps", "cpu-2026-11-20", "cpu-compiled", "cpu-compiled-small"]
+    "name",
+    [
+        "cpu",
+        "cpu-slowest",
+        "cpu-slowest-xeon",
+        "cpu-short",
+        "cpu-steps",
+        "cpu-2026-11-20",
+        "cpu-compiled",
+        "cpu-compiled-small",
+    ],
 )
 def test_the_committed_results(name, tmp_path):
     path, again = RESULTS / f"{name}.json", tmp_path / "again.json"
