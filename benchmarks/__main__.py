@@ -37,7 +37,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=float, help="stop the rounds of a case and mode after this long")
     add("--threads", type=int, help="default: as torch chooses")
     add("--compile-all", action="store_true", help="also compile what takes minutes to compile")
-    add("--compile-seconds", type=float, help="compile nothing more after this long; default on a GPU: 200, quick 70")
+    add("--compile-seconds", type=float, help="compile nothing more after this long; default on a GPU: 200, quick 35")
     add("--no-children", action="store_true", help="on a CPU: neither peak memory nor AVX2")
     add("--output", type=Path, help=f"JSON to write; default: in {_BUILD}, of a whole GPU {_RESULTS}")
     options = parser.parse_args(arguments)

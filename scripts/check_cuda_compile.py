@@ -74,9 +74,10 @@ def compile_kernels(
 def compile_torch_side(toolkit: Toolkit, source: Path, folder: Path) -> list[Kernel]:
     # A torch without CUDA has the headers, and not the one that the first macro leaves out.
     macros = [] if torch.version.cuda else ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
-    includes = [f"-I{path}" for path in (*include_paths(), *toolkit.include_dirs())]
-    includes += ["-isystem", str(toolkit.home / "include")]
-    flags = [*build_config.cxx_flags(werror=True), "-std=c++20", "-fPIC", *macros, *includes]
+    folders = (*include_paths(), *toolkit.include_dirs(), toolkit.home / "include")
+    includes = [f"-isystem{path}" for path in folders]
+    # C++17, as with the oldest torch that is supported; headers of newer ones warn of it.
+    flags = [*build_config.cxx_flags(werror=True), "-std=c++17", "-fPIC", *macros, *includes]
     run([os.environ.get("CXX", "g++"), *flags, "-c", source, "-o", folder / f"{source.stem}.o"])
     return []
 

@@ -23,9 +23,9 @@ mkdir -p "$results" || exit 1
 gpu=$(python3 -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))' 2>/dev/null)
 gpu=${gpu:-no-gpu}
 log=$results/$gpu-$call.log verdicts=$results/$gpu-$call.txt
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 toolkit=${CUDA_HOME:-/usr/local/cuda}
-if commit=$(git rev-parse HEAD 2>/dev/null); then
+if [[ -z ${FUSED_REG_COMMIT:-} ]] && commit=$(git rev-parse HEAD 2>/dev/null); then
   export FUSED_REG_COMMIT=$commit
 fi
 if [[ -x $toolkit/bin/nvcc ]]; then # a script named nvcc elsewhere on the PATH misleads torch
@@ -74,7 +74,7 @@ environment='status=0
 self_check='out=$(python3 -m fused_reg 2>&1); status=$?; echo "$out"
   [[ $out == *"self-check cuda:0"* ]] || { echo "no CUDA device was checked"; exit 1; }; exit $status'
 pytest='python3 -m pytest -q -p no:cacheprovider'
-by_file="OMP_NUM_THREADS=2 python3 -m scripts.pytest_by_file $(((cores + 1) / 2))"
+by_file="OMP_NUM_THREADS=2 python3 scripts/pytest_by_file.py $(((cores + 1) / 2))"
 on_gpu=$(grep -lwE 'cuda|device' tests/test_*.py | xargs)
 sanitized=$(grep -lE 'mark\.sanitizer' tests/test_*.py | xargs)
 
@@ -82,8 +82,8 @@ build() {
   part build 170 "FORCE_CUDA=1 MAX_JOBS=$cores python3 setup.py -q egg_info build_ext --inplace && echo built"
 }
 
-sanitize() { # part of compute-sanitizer; every allocation is its own, so that the tool sees its bounds
-  part "$1" 40 "$2 compute-sanitizer --tool $1 --error-exitcode 1 $pytest -m 'cuda and sanitizer' $sanitized"
+sanitize() { # a part of compute-sanitizer, its seconds, and what it needs: allocations of their own show their bounds
+  part "$1" "$2" "$3 compute-sanitizer --tool $1 --error-exitcode 1 $pytest -m 'cuda and sanitizer' $sanitized"
 }
 
 # measure SECONDS NAME OPTIONS: the benchmarks, and the tables and the picture of what was measured, be it cut.
@@ -104,10 +104,10 @@ main() {
     measure $((deadline - SECONDS - 20)) "$gpu-quick" --quick
   else
     build
-    sanitize memcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    sanitize racecheck ''
-    sanitize initcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    sanitize synccheck ''
+    sanitize memcheck 80 PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    sanitize racecheck 40 ''
+    sanitize initcheck 40 PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    sanitize synccheck 30 ''
     part launches 30 "$pytest -m cuda -k launches tests/test_cuda_calls.py tests/test_optim_devices.py"
     part slow 60 "$by_file --slow -m 'cuda and slow' $on_gpu"
     measure 140 "$gpu" '--compile-seconds 60'

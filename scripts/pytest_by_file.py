@@ -1,5 +1,5 @@
 """Runs pytest on every file in a process of its own, some at a time, and prints the output of each when it ends:
-``python -m scripts.pytest_by_file PROCESSES [options of pytest] files``.
+``python scripts/pytest_by_file.py PROCESSES [options of pytest] files``.
 
 An error that a GPU does not recover from ends with its file. What was running when the run is stopped is printed too.
 """

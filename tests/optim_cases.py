@@ -80,7 +80,7 @@ def given(optimizer, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = torch.randn(p.shape, generator=generator).to(p)
     return optimizer
 
 

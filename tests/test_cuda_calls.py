@@ -201,6 +201,7 @@ def test_nothing_waits_for_create_graph(strengths, cuda):
 
 
 @SYNC_MODE
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
 @pytest.mark.parametrize("rates", [(0.5, 0.5), (0.5, 0.25)])
 @pytest.mark.parametrize("mode", ["grad", "prox"])
 def test_nothing_waits_for_an_attached_step(mode, rates, cuda):

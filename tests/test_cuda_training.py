@@ -14,6 +14,8 @@ pytestmark = [
     pytest.mark.usefixtures("cuda"),
     # Of a node that the engine's thread has not let go of yet, when the next call runs on another stream.
     pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match"),
+    # Of the steps before the graph.
+    pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True"),
 ]
 
 WARM_UP = 3  # steps of `captured`, which the graph's training takes before it

@@ -176,7 +176,7 @@ FILES = {
 def by_file(folder, *arguments):
     for name, text in FILES.items():
         (folder / name).write_text(text.format(folder / "began"))
-    command = [sys.executable, "-m", "scripts.pytest_by_file", *arguments]
+    command = [sys.executable, str(ROOT / "scripts" / "pytest_by_file.py"), *arguments]
     words = [str(folder / word) if word.endswith(".py") else word for word in command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""}, start_new_session=True, **pipes)

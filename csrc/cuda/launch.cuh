@@ -27,8 +27,13 @@ inline cudaError_t ctas_per_multiprocessor(int device, const void* kernel, int* 
   static auto* const known = new std::map<std::pair<int, const void*>, int>;
   const std::lock_guard<std::mutex> lock(mutex);
   int& found = (*known)[{device, kernel}];
-  const cudaError_t error =
-      found == 0 ? cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, 0) : cudaSuccess;
+  cudaError_t error = cudaSuccess;
+  if (found == 0) {  // which may load the kernel, and what captures in global mode forbids
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    (void)cudaThreadExchangeStreamCaptureMode(&mode);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, 0);
+    (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  }
   *ctas = found;
   return error;
 }

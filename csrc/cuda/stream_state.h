@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <list>
 #include <map>
 #include <memory>
@@ -62,7 +61,13 @@ using Memory = std::shared_ptr<void>;
 // Memory that was allocated and is not used now. Sizes are powers of two, so that others can use it.
 class FreeList {
  public:
-  static size_t rounded(size_t bytes) { return std::bit_ceil(std::max<size_t>(bytes, 512)); }
+  static size_t rounded(size_t bytes) {
+    size_t size = 512;
+    while (size < bytes) {
+      size *= 2;
+    }
+    return size;
+  }
 
   Memory take(const Launch& next, size_t bytes) {
     const Key key{next.stream.device_index(), rounded(bytes)};
