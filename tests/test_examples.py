@@ -41,7 +41,7 @@ def test_a_missing_package(example, module):
         [sys.executable, "-c", WITHOUT, module, str(ROOT), str(EXAMPLES), str(script)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 1
@@ -80,7 +80,7 @@ def test_fsdp2_trains_alike_sharded_and_whole(processes):
         [sys.executable, *launch, str(ROOT / "examples" / "fsdp2.py"), "--steps", "5"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))},
     )
@@ -90,7 +90,7 @@ def test_fsdp2_trains_alike_sharded_and_whole(processes):
 
 def test_fsdp2_alone():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "fsdp2.py")], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(ROOT / "examples" / "fsdp2.py")], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 1
     assert done.stderr.strip().endswith("needs several processes; run torchrun --nproc-per-node 2 examples/fsdp2.py")
