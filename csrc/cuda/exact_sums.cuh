@@ -42,8 +42,8 @@ __device__ __forceinline__ bool exact_sums(const Magnitude& w, double* l1, doubl
     const float rest = fmaf(w(i), scale, kRounder - rounded);
     high += bits_as<unsigned>(rounded);
     if constexpr (limbs == 1) {
-      const unsigned integer = bits_as<unsigned>(rounded) & 0x7fffff;
-      squares += static_cast<uint64_t>(integer) * integer;
+      const uint64_t integer = bits_as<unsigned>(rounded) & 0x7fffff;
+      squares = L2::add<TwoRoundings>(squares, integer);
       is_exact = is_exact && rest == 0;
     } else {
       const float rounded_rest = fmaf(rest, 0x1p23f, kSignedRounder);
