@@ -20,7 +20,7 @@ RULE = {"l1": 0.5}
         ({"rules": [("0.*", RULE)], "include": "[1-3].*"}, "takes all of '0.*'"),
         ({"rules": [("*", RULE), ("0.*", RULE)]}, "rules[1] must apply to a parameter, but a rule before it takes all"),
         ({"rules": [("0.w*", RULE), ("0.b*", RULE), ("0.*", RULE)]}, "rules[2] must apply to a parameter, but a rule"),
-        ({"include": ["0.*", "3.bias"], "weights_only": True}, "exclude or weights_only removes '3.bias'"),
+        ({"include": ["0.*", "3.bias"], "weights_only": True}, "types, exclude or weights_only removes '3.bias'"),
         ({"include": ["0.*", "3.*"], "exclude": "3.*"}, "exclude or weights_only removes '3.*'"),
         ({"rules": [("*", {"l2": 0.5})]}, "l2 must apply to a parameter, but rules or marks by `regularized` speak"),
         ({"l1": HALVED, "rules": [("*", RULE)]}, "l1 must apply to a parameter, but rules or marks"),

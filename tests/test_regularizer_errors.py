@@ -134,11 +134,19 @@ def test_strengths(strength, error, message):
         (
             {"l1": 0.5, "include": "*.bias", "weights_only": True},
             ValueError,
-            "Regularizer: include, exclude, weights_only and rules must leave a parameter, got none",
+            "Regularizer: include, types, exclude, weights_only and rules must leave a parameter, got none",
         ),
-        ({"rules": ["0.*"]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got '0.*'"),
-        ({"rules": [0.5]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got 0.5"),
-        ({"rules": [("0.*", 0.5)]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got ("),
+        (
+            {"rules": ["0.*"]},
+            TypeError,
+            "Regularizer: rules[0] must be a pair (pattern or type, dict(l1=...)), got '0.*'",
+        ),
+        ({"rules": [0.5]}, TypeError, "Regularizer: rules[0] must be a pair (pattern or type, dict(l1=...)), got 0.5"),
+        (
+            {"rules": [("0.*", 0.5)]},
+            TypeError,
+            "Regularizer: rules[0] must be a pair (pattern or type, dict(l1=...)), got (",
+        ),
         ({"rules": [("0.*", {})]}, ValueError, "Regularizer: rules[0] must give l1, l2, l2_norm or smooth_l1, got {}"),
         (
             {"rules": [("0.*", {"l3": 1})]},
