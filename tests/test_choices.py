@@ -89,6 +89,18 @@ def marked(*indices: int, **mark) -> nn.Sequential:
             {"weights_only": True},
             "weights_only leaves out all that the mark by `regularized` on 1 (LayerNorm)",
         ),
+        (
+            nn.Sequential(regularized(nn.Linear(2, 2, bias=False), l1=0.5, bias={"l1": 0.25})),
+            {},
+            "the mark on 0 (Linear) must speak about biases, for which it has strengths, got none",
+        ),
+        (
+            nn.Sequential(
+                regularized(nn.ParameterDict({"bias": torch.ones(2)}), l1=0.5, bias={"l1": 0.25}), nn.Linear(2, 2)
+            ),
+            {},
+            "the mark on 0 (ParameterDict) must speak about weights, for which it has strengths, got none",
+        ),
         (marked(0, 1, 2, 3, bias=True), {"l1": 0.5}, "l1 must apply to a parameter, but rules or marks"),
     ],
 )

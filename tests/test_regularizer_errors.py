@@ -170,7 +170,27 @@ def test_choice(given, error, message):
     [
         (PARAMETER, {"l1": 0.5}, TypeError, "regularized: module must be a torch.nn.Module, got Parameter"),
         (nn.ReLU(), {}, ValueError, "regularized: l1, l2, l2_norm or smooth_l1 must give a strength, got none"),
-        (nn.ReLU(), {"l1": 1, "bias": 1}, TypeError, "regularized: bias must be True or False, got 1"),
+        (nn.ReLU(), {"l1": 1, "bias": 1}, TypeError, "regularized: bias must be True, False or dict(l1=...), got 1"),
+        (nn.ReLU(), {"bias": {}}, ValueError, "regularized: bias must give l1, l2, l2_norm or smooth_l1, got {}"),
+        (
+            nn.ReLU(),
+            {"bias": {"l1": None}},
+            ValueError,
+            "regularized: bias must give l1, l2, l2_norm or smooth_l1, got {",
+        ),
+        (
+            nn.ReLU(),
+            {"bias": {"l3": 1}},
+            ValueError,
+            "regularized: bias must have keys of l1, l2, l2_norm, smooth_l1, ",
+        ),
+        (nn.ReLU(), {"bias": {"l1": -1}}, ValueError, "regularized: bias: l1 must be finite and >= 0, got -1"),
+        (
+            nn.ReLU(),
+            {"l2_norm": 1, "bias": {"l1": 1, "group": "row"}},
+            ValueError,
+            'regularized: bias: group="row" must come with l2_norm, whose norms',
+        ),
         (
             nn.ReLU(),
             {"l1": 1, "group": "row"},

@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 from torch.nn import Module
 
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import ANY_TERM, KINDS, SHAPES, TERMS, lacking
+from fused_reg._terms import ANY_TERM, SHAPES, TERMS, lacking
 from fused_reg.regularizer.candidates import Candidate, marked_modules
 from fused_reg.regularizer.keys import Key, check_matches, is_type, shown
 from fused_reg.regularizer.marks import Mark
-from fused_reg.regularizer.strengths import Penalty, as_penalty, is_absent
+from fused_reg.regularizer.strengths import Penalty, as_penalty, checked_keys, is_absent
 
 #: A rule: its key, and what it names of a penalty.
 Rule = tuple[Key, dict[str, Any]]
@@ -78,14 +78,15 @@ class Choice:
         return Penalty({**base.given, **kept}, given.get("group", base.group))
 
     def _base_of(self, candidate: Candidate) -> Penalty:
-        marks = {mark.penalty.key: name for name, mark in candidate.marks.items()}
+        penalties = {name: mark.penalty_of(name) for name, mark in candidate.marks.items()}
+        marks = {penalty.key: name for name, penalty in penalties.items()}
         if len(marks) > 1:
             one, other, *_ = marks.values()
             _refuse(
                 f"Regularizer: a tied parameter must have one mark by `regularized`, got one as {one!r} and another as "
                 f"{other!r}"
             )
-        return next((mark.penalty for mark in candidate.marks.values()), self.default)
+        return next(iter(penalties.values()), self.default)
 
     def _unmatched(self, candidates: Sequence[Candidate]) -> Iterable[str]:
         rules = [key for key, _ in self.rules]
@@ -151,8 +152,12 @@ class Choice:
             meant = [c for c in own if self._is_meant(c)] if self.weights_only else []
             if meant and not any(c.is_weight for c in meant):
                 yield f"Regularizer: weights_only leaves out all that the mark by `regularized` on {where} speaks about"
-            elif mark.bias and any(c.is_bias for c in meant):
-                yield f"Regularizer: weights_only leaves out the biases that the mark on {where} names by bias=True"
+            elif not mark.bias.is_empty and any(c.is_bias for c in meant):
+                yield f"Regularizer: weights_only leaves out the biases that the mark on {where} names by bias="
+            kinds = {c.is_bias for c in own}
+            if own and mark.has_both and kinds != {True, False}:
+                what = "weights" if True in kinds else "biases"
+                yield f"Regularizer: the mark on {where} must speak about {what}, for which it has strengths, got none"
 
 
 _NOTHING = "Regularizer: include, types, exclude, weights_only and rules must leave a parameter, got none"
@@ -167,16 +172,13 @@ def _is_nothing(name: str, given: Any) -> bool:
 
 
 def as_rules(rules: Iterable[tuple[Key, Mapping[str, Any]]] | None) -> list[Rule]:
-    allowed = [*KINDS, "group"]
     checked_rules = []
     for i, rule in enumerate(rules or ()):
         is_pair = isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[1], Mapping)
         if not is_pair or not (isinstance(rule[0], str) or is_type(rule[0])):
             raise TypeError(f"Regularizer: rules[{i}] must be a pair (pattern or type, dict(l1=...)), got {rule!r}")
         key, given = rule
-        unknown = [name for name in given if name not in allowed]
-        if unknown:
-            raise ValueError(f"Regularizer: rules[{i}] must have keys of {', '.join(allowed)}, got {unknown[0]!r}")
+        checked_keys(f"Regularizer: rules[{i}]", given)
         penalty = as_penalty("Regularizer", f"rules[{i}] {shown(key)}: ", **given)
         named = {k: {**penalty.given, "group": penalty.group}[k] for k in given if given[k] is not None}
         if not named:
