@@ -15,11 +15,12 @@ __all__ = [
     "prox_",
     "reference",
     "regularized",
+    "schedules",
     "value_and_grad",
 ]
 
 if not _take_installed(_Path(__file__).parent):
-    from fused_reg import optim, reference
+    from fused_reg import optim, reference, schedules
     from fused_reg.functional import fused_penalty, value_and_grad
     from fused_reg.in_place import accumulate_grad_, prox_
     from fused_reg.regularizer import Regularizer

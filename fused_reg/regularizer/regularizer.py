@@ -61,15 +61,17 @@ class Regularizer:
             before a conversion as that to ``SyncBatchNorm``; one of a tied parameter's places is enough.
         l1: the strength of the sum of absolute values (lasso): a finite float >= 0, a 0-dim tensor, or a schedule.
             A tensor may change between calls, and gets its gradient from the differentiable penalty if it requires one.
-            A schedule is a function of the number of optimizer steps taken, from 0, as for ``LambdaLR``; its strength
-            is kept in a tensor on the parameters' device that `advance` fills. Strengths are for all parameters, also
-            biases, as ``weight_decay`` is; see ``weights_only``.
+            A schedule is a function of the number of optimizer steps taken, from 0, as for ``LambdaLR``, or one of
+            :mod:`fused_reg.schedules`, which can be pickled; its strength is kept in a tensor on the parameters' device
+            that `advance` fills. Strengths are for all parameters, also biases, as ``weight_decay`` is; see
+            ``weights_only``.
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
         terms: {text}
         weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
-        types: a type of modules or several, ``torch.nn.Linear``; only these, of what ``include`` leaves.
+        types: a type of modules or several, ``torch.nn.Linear``; only these, of what ``include`` leaves. What a module
+            holds itself is of its own type: the ``in_proj_weight`` of ``MultiheadAttention`` is in no ``Linear``.
         exclude: patterns and types; these are not. ``fused_reg.NORMS`` is the type of all normalization layers of
             torch; of other packages, where they are no subclasses, give the types or names (``"*norm*"``) beside it.
         rules: pairs of a pattern or type and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, ``(torch.nn.Conv2d,
