@@ -11,6 +11,7 @@ __all__ = [
     "Regularizer",
     "accumulate_grad_",
     "fused_penalty",
+    "largest_strength",
     "optim",
     "prox_",
     "reference",
@@ -26,3 +27,4 @@ if not _take_installed(_Path(__file__).parent):
     from fused_reg.regularizer import Regularizer
     from fused_reg.regularizer.keys import NORMS
     from fused_reg.regularizer.marks import regularized
+    from fused_reg.search import largest_strength
