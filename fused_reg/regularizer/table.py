@@ -13,7 +13,7 @@ from fused_reg import _devices
 from fused_reg._terms import SHAPES, TERM_OF, Group, lacking
 from fused_reg._warnings import warn
 from fused_reg.regularizer.following import Source
-from fused_reg.regularizer.names import Named
+from fused_reg.regularizer.keys import Key, Named
 from fused_reg.regularizer.strengths import (
     Cell,
     Given,
@@ -36,6 +36,7 @@ class Entry(Named):
 
     param: Tensor
     names: list[str]
+    types: dict[str, tuple[type, ...]]
     group: Group
     strengths: dict[str, Held]
     given: dict[str, Given]
@@ -110,7 +111,7 @@ class Table:
                     own[kind] = others[0]
                 else:
                     own[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength)
-            entries.append(Entry(candidate.param, names, penalty.group, own, given))
+            entries.append(Entry(candidate.param, names, candidate.types, penalty.group, own, given))
         return entries
 
     def groups(self) -> list[list[Entry]]:
@@ -169,7 +170,7 @@ class Table:
         for cell, asked in due:
             _fill(cell.value, values[asked])
 
-    def change(self, strengths: Mapping[str, Given], where: str | None) -> None:
+    def change(self, strengths: Mapping[str, Given], where: Key | None) -> None:
         """Gives the entries that ``where`` means strengths of some kinds, checked before. A number is written into the
         tensor that holds the old one, if no entry or kind outside uses it."""
         hold = _holder(self.step)
