@@ -5,10 +5,10 @@
 
 namespace fused_reg {
 
-// In place; the norm is that after the soft threshold. terms: with further ones, or none.
+// In place; the norm is that after the soft threshold. terms: L1 and further ones, L1, or neither.
 template <int terms>
 struct ProxPass : AnyPass {
-  using Further = std::conditional_t<terms == kNone, TermList<>, FurtherTerms>;
+  using Further = std::conditional_t<(terms & kFurther) == 0, TermList<>, FurtherTerms>;
   static constexpr unsigned kReads = bit(0), kWrites = bit(0);
   static constexpr bool kPositiveZeros = true;
 
@@ -33,7 +33,7 @@ struct ProxPass : AnyPass {
   // A zero is +0, also one that comes from shrinkage.
   template <class V>
   static FUSED_REG_INLINE void element(V* x, const V* f) {
-    V w = soft(x[0], f[0]) * f[1];
+    V w = (terms & kL1 ? soft(x[0], f[0]) : x[0]) * f[1];
     f += 2;
     Further::each([&](auto term) {
       using T = decltype(term);

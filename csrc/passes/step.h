@@ -110,7 +110,7 @@ struct AnyGradient : AnyGradientPass {
 template <int terms>
 struct StepPass : AnyPass {
   using Gradient = std::conditional_t<terms == kAllTerms, AnyGradient, L1L2Gradient>;
-  using Prox = ProxPass<terms == kAllTerms ? kFurther : kNone>;
+  using Prox = ProxPass<(terms == kAllTerms ? kFurther : kNone) + kL1>;
   static constexpr int kSummed = terms == kL1L2 ? kL1L2 : kNone;
   using Summed = PenaltyPass<kSummed>;
   using Sums = std::conditional_t<kSummed == kNone, void, Summed>;
