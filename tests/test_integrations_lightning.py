@@ -209,6 +209,32 @@ def test_resumes_from_a_checkpoint(package, tmp_path):
     torch.testing.assert_close(resumed, run(4)[1], rtol=1e-12, atol=1e-12)
 
 
+def test_resumes_a_given_regularizer(package, tmp_path):
+    """Its own count, which is not the trainer's."""
+    pl, callback_of = package
+    for epochs, arguments in ((1, {}), (2, {"ckpt_path": tmp_path / "one.ckpt"})):
+        module = module_of(pl)
+        regularizer = Regularizer(module, l1=lambda step: 0.001 * step)
+        regularizer.step = 0 if arguments else 100
+        trainer = trainer_of(pl, [callback_of(regularizer)], max_epochs=epochs)
+        fit(trainer, module, **arguments)
+        trainer.save_checkpoint(tmp_path / "one.ckpt")
+        assert regularizer.step == 100 + epochs * len(BATCHES)
+
+
+def test_resumes_from_a_checkpoint_without_the_callback(package, tmp_path):
+    """By the trainer's count, which is of the steps of all optimizers."""
+    pl, callback_of = package
+    for make, counted in ((module_of, 1), (two_of, 2)):
+        trainer = trainer_of(pl, [], max_epochs=1)
+        fit(trainer, make(pl))
+        trainer.save_checkpoint(tmp_path / "without.ckpt")
+        assert trainer.global_step == counted * len(BATCHES)
+        callback = callback_of(l1=lambda step: 0.001 * step)
+        fit(trainer_of(pl, [callback], max_epochs=2), make(pl), ckpt_path=tmp_path / "without.ckpt")
+        assert callback.regularizer.step == 2 * len(BATCHES)
+
+
 def test_two_callbacks_have_states_of_their_own(package, tmp_path):
     pl, callback_of = package
     path = tmp_path / "one.ckpt"

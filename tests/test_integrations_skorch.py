@@ -131,6 +131,8 @@ def test_accumulates_gradients(skorch, ours):
         optimizer.step()
     assert callback.regularizer.step == 3
     assert_equal(weights(net.module_), weights(plain))
+    net.partial_fit(X, Y)
+    assert callback.regularizer.step == 6  # its own count, which is not that of batches
 
 
 def test_two_modules_and_optimizers(skorch, ours):
@@ -184,6 +186,27 @@ def test_goes_on_and_begins_anew(skorch, ours):
         each.fit(X, Y)
         assert_equal(weights(each.module_), by_hand(1, **schedule)[0])
     assert callback.regularizer is not first
+
+
+def test_goes_on_from_saved_parameters(skorch, ours, tmp_path):
+    files = {f"f_{what}": str(tmp_path / what) for what in ("params", "optimizer", "history")}
+    net_of(skorch, [ours(l1=Schedule())]).fit(X, Y).save_params(**files)
+    net = net_of(skorch, [ours(l1=Schedule())], max_epochs=1).initialize()
+    net.load_params(**files)
+    net.partial_fit(X, Y)
+    assert_equal(weights(net.module_), by_hand(3, l1=Schedule())[0])
+
+
+def test_two_callbacks(skorch, ours):
+    first, second = ours(name="head", l2=0.5, include="*.2.*"), ours(l1=0.5, include="*.0.*")
+    net = net_of(skorch, [("first", first), ("second", second)]).fit(X, Y)
+    expected, penalties = by_hand(rules=[("*.2.*", {"l2": 0.5}), ("*.0.*", {"l1": 0.5})])
+    assert_equal(weights(net.module_), expected)
+    found = [row["head"] + row["penalty"] for row in net.history]
+    assert found == pytest.approx(penalties, rel=1e-12)
+    net = net_of(skorch, [("first", ours(l1=0.5, include="*.0.*")), ("second", second)])
+    with pytest.raises(ValueError, match=r"^RegularizerCallback: name must be another .*, got 'penalty' twice$"):
+        net.fit(X, Y)
 
 
 class Schedule:

@@ -193,6 +193,12 @@ def test_two_callbacks_have_states_of_their_own(hf, tmp_path):
     assert "l1=0.5:" in repr(second)
 
 
+def test_two_callbacks_of_one_name(hf, tmp_path):
+    trainer = trainer_of(hf, tmp_path, [hf.Ours(l2=0.5, include="*.2.*"), hf.Ours(l1=0.5, include="*.0.*")])
+    with pytest.raises(ValueError, match=r"^RegularizerCallback: name must be another .*, got 'penalty' twice$"):
+        trainer.train()
+
+
 def test_a_training_that_raises(hf, tmp_path):
     """Within the context it detaches; the next training begins anew either way, and has the penalty once."""
     for is_in_context in (True, False):
@@ -229,7 +235,7 @@ def test_accelerates_wrapper_is_not_tried_out(hf, tmp_path, monkeypatch):
 
 def test_an_optimizer_of_shards(hf):
     """As DeepSpeed's, which holds none of the model's parameters; and none at all."""
-    state = SimpleNamespace(global_step=0)
+    state = SimpleNamespace(global_step=0, stateful_callbacks={})
     for optimizer, got in ((torch.optim.SGD([torch.ones(1)], 0.1), "SGD"), (None, "none")):
         with pytest.raises(ValueError, match=rf"^RegularizerCallback: an optimizer .* 'layers\.0\.bias' .* got {got};"):
             hf.Ours(l1=0.1).on_train_begin(None, state, None, model=Net(), optimizer=optimizer)

@@ -70,8 +70,8 @@ class Attached:
 
     @property
     def penalty(self) -> Tensor | None:
-        """The penalty of all that is attached, or was in the last training, as :attr:`.Attachment.value` has it: 0-dim,
-        without a synchronization. None before the first training."""
+        """The penalty of all that is attached, or was in the last training, as :attr:`.Attachment.value` gives it:
+        0-dim, without a synchronization. None before the first training."""
         values = [attachment.value for attachment in self.attachments]
         return torch.stack([value.to(values[0].device) for value in values]).sum() if values else None
 
@@ -95,6 +95,13 @@ class Attached:
 
     def _state(self) -> Mapping[str, Any] | int | None:
         return self._saved if self.regularizer is None else self.regularizer.state_dict()
+
+    def _check_name(self, names: Iterable[str]) -> None:
+        """``names``: those of all such callbacks of the trainer."""
+        if list(names).count(self.name) > 1:
+            raise ValueError(
+                f"RegularizerCallback: name must be another for each callback of a trainer, got {self.name!r} twice"
+            )
 
     def _begin(self, module: Module, optimizers: Iterable[Any], goes_on: bool) -> None:
         """Attaches to those of the optimizers that hold something of the regularizer; ``goes_on``: whether the training

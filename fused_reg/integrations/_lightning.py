@@ -16,8 +16,12 @@ class LightningHooks(Attached):
         return f"fused_reg.RegularizerCallback{{'name': {self.name!r}}}"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        goes_on = self._saved is not None or trainer.global_step > 0
-        self._begin(pl_module, trainer.optimizers, goes_on)
+        self._goes_on = self._saved is not None or trainer.global_step > 0
+        self._begin(pl_module, trainer.optimizers, self._goes_on)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step > 0 and not self._goes_on:  # a checkpoint without this callback: the count of all steps
+            self._restore(trainer.global_step // len(trainer.optimizers))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         pl_module.log(self.name, self.penalty)
@@ -35,5 +39,6 @@ class LightningHooks(Attached):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if any(attachment.is_active for attachment in self.attachments):  # a strategy that restores after the setup
             self._restore(state_dict)
+            self._goes_on = True
         else:
             self._saved = state_dict or None

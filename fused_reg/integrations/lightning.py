@@ -17,7 +17,8 @@ class RegularizerCallback(LightningHooks, Callback):
     - It is logged by the module's ``log`` at each batch, as ``name``, without a synchronization. With mode "prox" this
       is a pass over the parameters.
     - Checkpoints have the count of steps and the strengths. They are restored with ``fit(ckpt_path=...)``, and kept by
-      another ``fit`` of the same trainer; else a fit begins at step 0, with a Regularizer of its own.
+      another ``fit`` of the same trainer. If a checkpoint was written without this callback, the trainer's count is
+      taken. Else a fit begins at step 0, with a Regularizer of its own.
     - It detaches when the fit ends, also by an exception.
 
     Args:

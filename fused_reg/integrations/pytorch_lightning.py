@@ -10,4 +10,4 @@ with needs("pytorch_lightning", extra="pytorch-lightning"):
 
 
 class RegularizerCallback(LightningHooks, Callback):
-    """That of :mod:`fused_reg.integrations.lightning`, for the trainer of ``pytorch_lightning``."""
+    """The same for ``pytorch_lightning.Trainer``."""

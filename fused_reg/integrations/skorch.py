@@ -19,10 +19,11 @@ class RegularizerCallback(Attached, Callback):
 
     - The penalty enters once in each optimizer step, after ``GradientNormClipping``; ``train_loss`` is without it.
     - The history has it at each end of an epoch, as ``name``, and so the printed log.
-    - ``fit`` begins at step 0; ``partial_fit`` goes on, also in a net that was pickled.
+    - ``fit`` begins at step 0; ``partial_fit`` goes on, also in a net that was pickled. Where the history was loaded
+      (``load_params``, a ``LoadInitState`` before this callback), it goes on from the count of batches.
     - Its arguments are parameters of the net: ``GridSearchCV(net, {"callbacks__RegularizerCallback__l1": [...]})``.
     - It detaches when the training ends, also by Ctrl+C. Of other exceptions skorch tells no callback: call
-      :meth:`detach`, or write ``with callback: net.fit(X, y)``. The next training takes it out of an interrupted one by
+      ``detach()``, or write ``with callback: net.fit(X, y)``. The next training takes it out of an interrupted one by
       itself.
 
     Args:
@@ -55,7 +56,11 @@ class RegularizerCallback(Attached, Callback):
         modules = {name: getattr(net, f"{name}_") for name in net._modules}
         module = next(iter(modules.values())) if len(modules) == 1 else ModuleDict(modules)
         optimizers = [getattr(net, f"{name}_") for name in net._optimizers]
-        self._begin(module, optimizers, goes_on=len(net.history) > 0)
+        self._check_name(callback.name for _, callback in net.callbacks_ if isinstance(callback, RegularizerCallback))
+        goes_on = len(net.history) > 0
+        if goes_on and self.regularizer is None and self._saved is None:  # a loaded history
+            self._saved = sum(row.get("train_batch_count", 0) for row in net.history)
+        self._begin(module, optimizers, goes_on)
 
     def on_epoch_end(self, net: Any, **_: Any) -> None:
         net.history.record(self.name, float(self.penalty))  # type: ignore[arg-type]

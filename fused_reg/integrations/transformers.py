@@ -26,7 +26,7 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
       Regularizer of its own.
     - With ``restore_callback_states_from_checkpoint=True`` the trainer builds its callbacks anew, of arguments that
       JSON can hold: no schedules, tensors or given regularizers.
-    - It detaches when the training ends. Of an exception the trainer tells no callback: call :meth:`detach`, or write
+    - It detaches when the training ends. Of an exception the trainer tells no callback: call ``detach()``, or write
       ``with callback: trainer.train()``. The next training takes it out of an interrupted one by itself.
 
     Args:
@@ -43,8 +43,11 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any) -> None:
         if isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        if state.global_step > 0:
-            self._saved = self._saved_in(state)
+        if state.global_step == 0:
+            self._check_name(saved["args"].get("name") for saved in self._states_in(state))
+        else:
+            own = [s for s in self._states_in(state) if s["args"].get("name") == self.name]
+            self._saved = (own[-1]["attributes"]["_saved"] if own else None) or state.global_step
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # which a checkpoint is to replace
         self._begin(model, [optimizer], goes_on=state.global_step > 0)
 
@@ -63,11 +66,10 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
         plain = {key: value for key, value in arguments.items() if _is_plain(value)}
         return {"args": plain, "attributes": {"_saved": self._state()}}
 
-    def _saved_in(self, state: Any) -> Any:
-        """The state of the callback of this name, the last of several; without one the trainer's count."""
+    def _states_in(self, state: Any) -> list[dict[str, Any]]:
+        """Those of all callbacks of this kind, and again in each later checkpoint where they are several."""
         states = state.stateful_callbacks.get(type(self).__name__, [])
-        own = [s for s in (states if isinstance(states, list) else [states]) if s["args"].get("name") == self.name]
-        return (own[-1]["attributes"]["_saved"] if own else None) or state.global_step
+        return states if isinstance(states, list) else [states]
 
 
 def _is_plain(value: Any) -> bool:
