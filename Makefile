@@ -23,7 +23,7 @@ SETUP := pyproject.toml setup.py build_backend.py build_config.py cuda_toolkit.p
 PY := fused_reg tests benchmarks examples docs/conf.py $(filter %.py,$(SETUP)) scripts
 
 .PHONY: build lint format types docs docs-links pytest pytest-long configure ctest ctest-long aarch64 cuda-compile \
-	cuda-on-host cuda-build test test-rest test-all bench bench-full constraints clean
+	cuda-on-host cuda-build oldest test test-rest test-all bench bench-full constraints clean
 
 $(VENV)/.environment:
 	$(PYTHON) -m venv $(VENV)
@@ -99,6 +99,10 @@ cuda-on-host: build
 cuda-build:
 	$(PYTHON) -m scripts.check_cuda_build
 
+# The callbacks with the oldest trainers that pyproject.toml names, which pip installs in build/oldest.
+oldest: $(VENV)/.all
+	$(RUN) python -m scripts.check_oldest_trainers
+
 # The pages, in build/docs. A warning is an error: a link within them that leads nowhere, a name that is not documented.
 docs: build
 	$(RUN) sphinx-build --fail-on-warning --keep-going --quiet --fresh-env -b html -d build/doctrees docs build/docs
@@ -112,7 +116,7 @@ test:
 	$(MAKE) pytest
 
 test-rest: $(VENV)/.all
-	$(MAKE) --jobs 2 --output-sync ctest-long aarch64 cuda-compile cuda-on-host cuda-build pytest-long
+	$(MAKE) --jobs 2 --output-sync ctest-long aarch64 cuda-compile cuda-on-host cuda-build oldest pytest-long
 
 test-all: test test-rest
 

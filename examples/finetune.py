@@ -35,7 +35,8 @@ with common.extras(), warnings.catch_warnings():
     from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
     from transformers.trainer_callback import PrinterCallback
 
-from huggingface_trainer import RegularizerCallback
+    from fused_reg.integrations.transformers import RegularizerCallback
+
 from stopwatch import Stopwatch, times
 
 WEIGHTS_L2, EMBEDDINGS_L2, HEAD_L1, HEAD_L2 = 1e-3, 1e-4, 2e-3, 1e-2  # round numbers, not tuned
@@ -104,7 +105,7 @@ class Recorder(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.losses.append(self.trainer.task_loss.item())
         if self.attached is not None:
-            self.penalties.append(self.attached.attachment.value.item())
+            self.penalties.append(self.attached.penalty.item())
         elif self.trainer.penalty is not None:
             self.penalties.append(self.trainer.last_penalty.item())
         self.advance()

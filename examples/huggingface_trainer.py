@@ -1,11 +1,5 @@
-"""A `Regularizer` in the Hugging Face Trainer: a callback that attaches it to the optimizer, and the check that it is
-the plain loop. A tiny BERT with random weights; nothing is downloaded.
-
-    trainer = Trainer(model, args, train_dataset=..., callbacks=[RegularizerCallback(l1=1e-5, weights_only=True)])
-
-The penalty comes in once per optimizer step, whatever ``gradient_accumulation_steps`` is. Gradient clipping
-(``max_grad_norm=1.0`` by default) comes before and sees the loss's gradient alone. A penalty in ``compute_loss_func``
-would be added for every micro-batch: with it, divide by the number of these.
+"""A penalty in the Hugging Face Trainer by the callback of `fused_reg.integrations.transformers`, and the check that it
+is the plain loop. A tiny BERT with random weights; nothing is downloaded.
 
     python examples/huggingface_trainer.py
 """
@@ -17,19 +11,20 @@ import sys
 import tempfile
 import warnings
 from fnmatch import fnmatch
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_reg import Regularizer, fused_penalty
+from fused_reg import fused_penalty
 
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what their own imports deprecate
         import accelerate  # noqa: F401  (what Trainer needs)
-        from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+        from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
         from transformers.trainer_callback import PrinterCallback
+
+        from fused_reg.integrations.transformers import RegularizerCallback
 except ImportError:
     sys.exit("examples/huggingface_trainer.py: needs transformers and accelerate; pip install transformers accelerate")
 
@@ -39,27 +34,6 @@ STRENGTHS = {"l1": 1e-3, "l2": 1e-3}
 WITHOUT = "*.key.bias"
 LEARNING_RATE = 0.1
 MICRO_BATCH, ACCUMULATE = 8, 2  # together all examples: the order in which they are drawn does not matter
-
-
-class RegularizerCallback(TrainerCallback):
-    """Attaches ``Regularizer(model, **arguments)`` to the trainer's optimizer, and prints the penalty with the logs."""
-
-    def __init__(self, mode: str = "grad", **arguments: Any) -> None:
-        self.mode, self.arguments = mode, arguments
-        self.regularizer: Regularizer | None = None
-        self.attachment: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any) -> None:
-        self.regularizer = Regularizer(model, **self.arguments)
-        self.regularizer.step = state.global_step  # of a checkpoint: schedules go on
-        self.attachment = self.regularizer.attach(getattr(optimizer, "optimizer", optimizer), mode=self.mode)
-
-    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **_: Any) -> None:
-        if self.attachment is not None:
-            logs["penalty"] = self.attachment.value.item()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.attachment.remove()
 
 
 def tiny_model() -> BertForSequenceClassification:
@@ -126,7 +100,7 @@ def main(arguments: list[str] | None = None) -> float:
     difference = max((a - b).abs().max().item() for a, b in zip(ours, loop, strict=True))
     effect = max((a - b).abs().max().item() for a, b in zip(ours, unpenalized, strict=True))
     print(callback.regularizer)
-    print(f"penalty of the last step: {callback.attachment.value.item():.6f}")
+    print(f"penalty of the last step: {callback.penalty.item():.6f}")
     print(f"largest difference of a weight from the plain loop: {difference:.1e}; from no penalty: {effect:.1e}")
     assert difference < 1e-9 < 1e-3 < effect
 

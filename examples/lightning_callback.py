@@ -1,17 +1,6 @@
-"""A `Regularizer` in Lightning: a callback that attaches it to the optimizers, and the check that it is the plain loop.
+"""A penalty in Lightning by `fused_reg.integrations.lightning`, and the check that it is the plain loop.
 
-In a plain loop, five lines, and no line of the step changes:
-
-    regularizer = Regularizer(model, l1=1e-4, weights_only=True)
-    attachment = regularizer.attach(optimizer)             # or mode="prox": weights that are exactly zero
-    for x, y in batches:
-        loss(model(x), y).backward(); optimizer.step(); optimizer.zero_grad()
-        log("penalty", attachment.value)
-
-In Lightning, ``Trainer(callbacks=[RegularizerCallback(l1=1e-4, weights_only=True)])``; or the first two lines in
-``configure_optimizers``. The penalty comes in once per optimizer step, whatever ``accumulate_grad_batches`` is; after
-gradient clipping, which sees the loss's gradient alone; and after the loss scale of ``precision="16-mixed"`` is divided
-out. A penalty in ``training_step`` would be in all three.
+The network knows nothing of the penalty, and the trainer accumulates gradients.
 
     python examples/lightning_callback.py
 """
@@ -27,55 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_reg import Regularizer, fused_penalty
+from fused_reg import fused_penalty
 
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Lightning's own imports deprecate
         import lightning.pytorch as pl
+
+        from fused_reg.integrations.lightning import RegularizerCallback
 except ImportError:
     sys.exit("examples/lightning_callback.py: needs Lightning; pip install lightning")
 
 STRENGTHS = {"l1": 1e-3, "l2": 1e-3}
 ACCUMULATE = 2
-
-
-class RegularizerCallback(pl.Callback):
-    """Attaches ``Regularizer(module, **arguments)`` to every optimizer that holds parameters of it; logs the penalty;
-    keeps the schedules' step in the checkpoint.
-    """
-
-    def __init__(self, mode: str = "grad", **arguments: Any) -> None:
-        self.mode, self.arguments = mode, arguments
-        self.regularizer: Regularizer | None = None
-        self.attachments: list[Any] = []
-        self._state: dict[str, Any] | None = None
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.regularizer = Regularizer(pl_module, **self.arguments)
-        if self._state is not None:
-            self.regularizer.load_state_dict(self._state)
-        own = {id(p) for _, p in self.regularizer.named_parameters()}
-        self.attachments = [
-            self.regularizer.attach(optimizer, mode=self.mode)
-            for optimizer in trainer.optimizers
-            if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
-        ]
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        values = [attachment.value for attachment in self.attachments]
-        if values:
-            self.log("penalty", torch.stack(values).sum())
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for attachment in self.attachments:
-            attachment.remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.regularizer is None else self.regularizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = state_dict or None
+QUIET = {
+    "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False,
+}  # fmt: skip
 
 
 class Net(pl.LightningModule):
@@ -122,9 +79,8 @@ def with_lightning(epochs: int, callback: RegularizerCallback, **arguments: Any)
     """The same training by Lightning; ``arguments`` are its trainer's."""
     net = Net()
     trainer = pl.Trainer(
-        max_epochs=epochs, accumulate_grad_batches=ACCUMULATE, callbacks=[callback], accelerator="cpu", devices=1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **arguments,
-    )  # fmt: skip
+        max_epochs=epochs, accumulate_grad_batches=ACCUMULATE, callbacks=[callback], **QUIET, **arguments
+    )
     trainer.fit(net, torch.utils.data.DataLoader(batches(), batch_size=None))
     return [p.detach() for p in net.parameters()]
 
@@ -143,7 +99,7 @@ def main(arguments: list[str] | None = None) -> float:
     difference = max((a - b).abs().max().item() for a, b in zip(ours, loop, strict=True))
     effect = max((a - b).abs().max().item() for a, b in zip(ours, unpenalized, strict=True))
     print(callback.regularizer)
-    print(f"penalty of the last step: {callback.attachments[0].value.item():.6f}")
+    print(f"penalty of the last step: {callback.penalty.item():.6f}")
     print(f"largest difference of a weight from the plain loop: {difference:.1e}; from no penalty: {effect:.1e}")
     assert difference < 1e-9 < 1e-3 < effect
 

@@ -17,57 +17,6 @@ EXAMPLES = {
 }
 
 
-SKIPS_AN_OPTIMIZER = """
-import torch
-from lightning_callback import RegularizerCallback, batches, pl
-
-class Two(pl.LightningModule):
-    automatic_optimization = False
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = torch.nn.Linear(8, 1).double(), torch.nn.Linear(8, 1).double()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.a, self.b)]
-
-    def training_step(self, batch, _):
-        for optimizer, layer in zip(self.optimizers(), (self.a, self.b), strict=True):
-            optimizer.zero_grad()
-            self.manual_backward((layer(batch[0]) - batch[1]).square().mean())
-            optimizer.step()
-
-callback = RegularizerCallback(l1=0.1, include="b.*")
-trainer = pl.Trainer(max_steps=4, callbacks=[callback], accelerator="cpu", devices=1, logger=False,
-                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-trainer.fit(Two(), torch.utils.data.DataLoader(batches(), batch_size=None))
-(attachment,) = callback.attachments
-print(attachment.optimizer is trainer.optimizers[1], float(attachment.value) > 0, callback.regularizer.step)
-"""
-
-RESUMES_A_SCHEDULE = """
-import tempfile
-import torch
-from huggingface_trainer import PrinterCallback, RegularizerCallback, Trainer, TrainingArguments, examples, tiny_model
-
-def train(folder, **arguments):
-    callback = RegularizerCallback(l1=lambda step: 0.01 * step)
-    args = TrainingArguments(folder, max_steps=4, save_steps=2, optim="sgd", learning_rate=0.1, use_cpu=True,
-                             lr_scheduler_type="constant", per_device_train_batch_size=16, max_grad_norm=0.0,
-                             report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
-    trainer = Trainer(tiny_model(), args, train_dataset=examples(), callbacks=[callback])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(**arguments)
-    return [p.detach() for p in trainer.model.parameters()], callback.regularizer.step
-
-with tempfile.TemporaryDirectory() as folder:
-    straight, steps = train(folder)
-    resumed, steps_then = train(folder, resume_from_checkpoint=folder + "/checkpoint-2")
-same = all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(straight, resumed, strict=True))
-print(same, steps, steps_then)
-"""
-
-
 def run(example: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return python(str(ROOT / "examples" / f"{example}.py"), *arguments, **environment)
 
@@ -112,17 +61,3 @@ def test_missing_package(example, package, tmp_path):
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"examples/{example}.py: needs ")
     assert f"; pip install {' '.join(EXAMPLES[example])}\n" in done.stderr
-
-
-def test_lightning_skips_an_optimizer_without_regularized_parameters():
-    skip_without("lightning_callback")
-    done = python("-c", SKIPS_AN_OPTIMIZER)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True True 2", done.stdout
-
-
-def test_hugging_face_resumes_a_schedule():
-    skip_without("huggingface_trainer")
-    done = python("-c", RESUMES_A_SCHEDULE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True 4 4", done.stdout
