@@ -76,6 +76,9 @@ struct Kernel {
     return !(P::kOptional & bit(s)) || streams[s] != nullptr;
   }
 
+  // What is read where an optional stream is not there.
+  static FUSED_REG_INLINE Factor absent(int s) { return s == kImportance ? Factor{} + 1 : Factor{}; }
+
   // The factors of the parts may be so many apart.
   template <bool usual>
   FUSED_REG_INLINE void elements(Storage* const* streams, int64_t i, const Factor* factors, int apart = 0) const {
@@ -84,7 +87,7 @@ struct Kernel {
     for (int part = 0; part < E::kParts; ++part) {
       for (int s = 0; s < kStreams; ++s) {
         if (P::kReads & bit(s)) {
-          x[part][s] = is_there<usual>(streams, s) ? E::read(streams[s] + i, part) : Factor{};
+          x[part][s] = is_there<usual>(streams, s) ? E::read(streams[s] + i, part) : absent(s);
         } else if (P::kOptional & bit(s)) {
           x[part][s] = Factor{};
         }
@@ -119,6 +122,32 @@ struct Kernel {
                                      [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
         sums[v] = x[0];
         sums[apart + v] = x[1];
+      }
+    }
+  }
+
+  // The same of relative terms. No square is exact then.
+  template <int apart>
+  FUSED_REG_INLINE void add_relative(Double* sums, Storage* const* streams, int64_t i) const {
+    auto d = E::widened(streams[0] + i), importance = d;
+    if (streams[kToward] != nullptr) {
+      const auto toward = E::widened(streams[kToward] + i);
+      for (int v = 0; v < E::kCount / kDoubles; ++v) {
+        d.of[v] = d.of[v] - toward.of[v];
+      }
+    }
+    const bool is_weighted = streams[kImportance] != nullptr;
+    if (is_weighted) {
+      importance = E::widened(streams[kImportance] + i);
+    }
+    for (int v = 0; v < E::kCount / kDoubles; ++v) {
+      Double x[kPassSums] = {};
+      P::template add<TwoRoundings>(x, d.of[v], sum_factors,
+                                    [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
+      for (int k = 0; k < kPassSums; ++k) {
+        if (P::kSums & bit(k)) {
+          sums[k * apart + v] = sums[k * apart + v] + (is_weighted ? x[k] * importance.of[v] : x[k]);
+        }
       }
     }
   }
@@ -160,7 +189,11 @@ struct Kernel {
           next_ahead += kFetched;
 #pragma GCC unroll 4
           for (int v = 0; v < kFetched; v += E::kCount) {
-            add<kVectors>(next, at[0] + i);
+            if constexpr (P::kIsRelative && P::kSums != 0) {
+              add_relative<kVectors>(next, at, i);
+            } else {
+              add<kVectors>(next, at[0] + i);
+            }
             if constexpr (P::kWrites != 0) {
               elements<usual>(at, i, factors);
             }
@@ -463,11 +496,11 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
     streams[s] = static_cast<Storage*>(task.streams[s]);
   }
   const double* norms = P::kFactors == 0 ? nullptr : task.norms;
-  if (task.apart[0] != 0) {
-    if constexpr (!P::kHasOptions && (P::kSums == 0 || P::kWrites == 0)) {
+  if (task.apart[0] != 0) {  // of no relative terms
+    if constexpr (!P::kHasOptions && !P::kIsRelative && (P::kSums == 0 || P::kWrites == 0)) {
       kernel.run_across(task, streams, sums);
     }
-    if constexpr (kIsRescued && P::kWrites == 0) {
+    if constexpr (kIsRescued && !P::kIsRelative && P::kWrites == 0) {
       for (const int exponent : {-kRescueExponent, kRescueExponent}) {
         const auto is_lost = [&](const ChunkSums& found) {
           const auto* of = found.of;
@@ -527,13 +560,55 @@ void run_compiled(const ChunkTask& task, ChunkSums* sums) {
   }
 }
 
+// The sum of each further term that a chunk has.
+template <Dtype dtype, int relative>
+void sum_further(const ChunkTask& task, ChunkSums* sums) {
+  FurtherTerms::each([&](auto term) {
+    using T = decltype(term);
+    if (task.numbers.terms & T::kBit) {
+      ChunkSums found[kMaxVisit];
+      run_kernel<dtype, typename TermSum<T>::template Pass<relative>>(task, found);
+      for (int64_t c = 0; c * task.chunk_size < task.size; ++c) {
+        const ScaledSum& sum = found[c].of[1];
+        sums[c].of[T::kSum] = {sum.sum, T::result_exponent(task.numbers, sum.exponent)};
+      }
+    }
+  });
+}
+
+// A pass of relative terms, each maybe: the sums, and then what is written.
+template <Dtype dtype, template <int> class P, int known>
+void run_relative(const ChunkTask& task, ChunkSums* sums) {
+  if constexpr (P<known>::kHasOptions || (P<known>::kSums != 0 && known != kNone)) {
+    if (sums != nullptr) {
+      run_kernel<dtype, PenaltyPass<kL1L2 | kRelative>>(task, sums);
+      sum_further<dtype, kRelative>(task, sums);
+    }
+    if constexpr (P<known>::kHasOptions) {
+      run_kernel<dtype, P<kAllTerms | kRelative>>(task, nullptr);
+    } else if constexpr (P<known>::kWrites != 0) {
+      run_kernel<dtype, typename P<known>::template Alone<kAnyTerms | kFurther | kRelative>>(task, nullptr);
+    }
+  } else {
+    run_kernel<dtype, P<(known & (kAnyTerms | kFurther)) | kRelative>>(task, sums);
+  }
+}
+
 // A pass; with further terms in parts, for which the chunks are still in the cache.
 template <Dtype dtype, template <int> class P, int known>
 void run_terms(const ChunkTask& task, ChunkSums* sums) {
+  const bool is_relative = task.streams[kToward] != nullptr || task.streams[kImportance] != nullptr;
   if constexpr (P<known>::kHasOptions) {
     if (task.numbers.terms == kNone) {
       return run_kernel<dtype, P<kNone>>(task, sums);
     }
+  }
+  if constexpr (P<kRelative>::kIsRelative) {
+    if (is_relative) {
+      return run_relative<dtype, P, known>(task, sums);
+    }
+  }
+  if constexpr (P<known>::kHasOptions) {
     if ((task.numbers.terms & ~known) == 0) {
       return run_kernel<dtype, P<known>>(task, sums);
     }
@@ -544,17 +619,7 @@ void run_terms(const ChunkTask& task, ChunkSums* sums) {
   } else if constexpr (P<known>::kSums != 0 && known != kNone) {
     if (task.numbers.terms & kFurther) {
       run_compiled<dtype, PenaltyPass, kL1L2>(task, sums);
-      FurtherTerms::each([&](auto term) {
-        using T = decltype(term);
-        if (task.numbers.terms & T::kBit) {
-          ChunkSums found[kMaxVisit];
-          run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task, found);
-          for (int64_t c = 0; c * task.chunk_size < task.size; ++c) {
-            const ScaledSum& sum = found[c].of[1];
-            sums[c].of[T::kSum] = {sum.sum, T::result_exponent(task.numbers, sum.exponent)};
-          }
-        }
-      });
+      sum_further<dtype, kNone>(task, sums);
       if constexpr (P<known>::kWrites != 0) {
         run_compiled<dtype, P<known>::template Alone, kAllTerms>(task, nullptr);
       }
