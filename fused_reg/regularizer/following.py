@@ -59,7 +59,7 @@ class Source:
         self._changes: dict[tuple[str | None, str], Given] = {}  # by where and kind, in their order
         self._said: set[str] = set()
         self._marks: dict[str, Mark] = {}  # by the names
-        self._candidates: list[Candidate] = []
+        self.candidates: list[Candidate] = []
         self._idle: list[Tensor] = []  # of them, what is frozen and of a kind that nothing can train
         self._seen = _Snapshot()
         self.chosen: list[tuple[Candidate, Penalty]] = []
@@ -116,11 +116,11 @@ class Source:
         seen = _Snapshot(list(params.modules()) if isinstance(params, Module) else [], self._seen)
         candidates = candidates_of(params, self._marks, seen.places)
         taken = {name for c in candidates for name in c.names}
-        known = {id(c.param): c.names for c in self._candidates}
+        known = {id(c.param): c.names for c in self.candidates}
         for c in candidates:
             c.names += [name for name in known.get(id(c.param), []) if name not in taken]
         self.chosen = self._choice.of(params, candidates, *complain)
-        self._candidates = candidates
+        self.candidates = candidates
         self._idle = [c.param for c in candidates if not c.can_train]
         self._marks = {**self._marks, **{name: mark for c in candidates for name, mark in c.marks.items()}}
         self._seen = seen
