@@ -82,9 +82,7 @@ def check_what_is_not_cut_alike() -> None:
     for p, x in ((sharded[0], full[0]), (full[0], sharded[0]), (sharded[0], sharded[3])):
         with pytest.raises(ValueError, match=r"^fused_penalty: toward\[0\] must (be|have the)"):
             fused_penalty(nn.Parameter(p), l2=0.1, toward=x)
-    with pytest.raises(
-        ValueError, match=r"must be a DTensor of .*, got a plain tensor; use `distribute"
-    ):
+    with pytest.raises(ValueError, match=r"must be a DTensor of .*, got a plain tensor; use `distribute"):
         fused_penalty(nn.Parameter(sharded[0]), l2=0.1, importance=full[0].abs())
 
 
