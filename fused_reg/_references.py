@@ -50,7 +50,7 @@ def relative(
         )
     for name, given in (("toward", toward), ("importance", importance)):
         for i, (p, x) in enumerate(zip(params, given, strict=True) if given else ()):
-            if isinstance(p, Tensor):  # others are named where the list's way is chosen
+            if isinstance(p, Tensor) and not p.is_nested:  # others are named where the list's way is chosen
                 check_like(f"{where}{name}[{i}]", x, p, f"params[{i}]")
     for i, x in enumerate(importance):
         check_importance(f"{where}importance[{i}]", x)
@@ -89,7 +89,8 @@ def check_like(name: str, x: Any, p: Any, of: str) -> None:
     ):
         if own != wanted:
             raise ValueError(f"{name} must have the {what} of {of} ({wanted}), got {own}")
-    if x is p or (not is_compiling() and are_run((x, p)) and x.numel() > 0 and x.data_ptr() == p.data_ptr()):
+    has_memory = not is_compiling() and x.layout is torch.strided and are_run((x, p))
+    if x is p or (has_memory and 0 != x.data_ptr() == p.data_ptr()):
         raise ValueError(f"{name} must not be {of} itself, whose changes it would follow; use `.detach().clone()`")
 
 

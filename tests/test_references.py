@@ -23,8 +23,7 @@ EVERY_GIVEN = pytest.mark.parametrize("given", GIVEN)
 
 
 def other(p, seed):
-    """Of another shape in memory, so that nothing can be taken for the parameter's."""
-    return draw(p.shape, p.dtype, seed=seed)
+    return draw(p.shape, p.dtype, p.device, seed)
 
 
 def references(params, given="both"):
@@ -50,8 +49,8 @@ def assert_near_reference(actual, expected, params):
 
 @EVERY_TERM
 @EVERY_GIVEN
-def test_functions_agree_with_the_reference(terms, given):
-    params = mixed_list()
+def test_functions_agree_with_the_reference(terms, given, device):
+    params = mixed_list(device)
     terms = {**terms, **references(params, given)}
     value, grads = value_and_grad(params, **terms)
     assert_near(value, exact(params, **terms))
@@ -72,20 +71,20 @@ def test_functions_agree_with_the_reference(terms, given):
 @pytest.mark.parametrize("terms", [TERMS["l1"], TERMS["l2"], TERMS["l1 and l2"]])
 @pytest.mark.parametrize("dtype", FULL_DTYPES)
 @EVERY_GIVEN
-def test_gradients_have_the_bits_of_the_loop(terms, dtype, given):
-    params = draw_list(dtype)
-    terms = {**terms, **references(params, given)}
-    loop = gradients(reference.loop, params, **terms)
-    assert_same_bits(value_and_grad(params, **terms)[1], loop)
+def test_gradients_have_the_bits_of_the_loop(terms, dtype, given, device):
+    """Of that on the CPU, on every device."""
+    params, here = draw_list(dtype, device), draw_list(dtype)
+    there = {**terms, **references(params, given)}
+    terms = {**terms, **references(here, given)}
+    assert_same_bits(value_and_grad(params, **there)[1], gradients(reference.loop, here, **terms))
     for upstream in (2.0, 0.37, -1e-30):
-        assert_same_bits(
-            gradients(fused_penalty, params, upstream, **terms), gradients(reference.loop, params, upstream, **terms)
-        )
+        expected = gradients(reference.loop, here, upstream, **terms)
+        assert_same_bits(gradients(fused_penalty, params, upstream, **there), expected)
 
 
 @pytest.mark.parametrize("group", ["tensor", "row", "column"])
-def test_norms_are_of_the_differences(group):
-    params = mixed_list()
+def test_norms_are_of_the_differences(group, device):
+    params = mixed_list(device)
     terms = {"l1": 0.1, "l2": 0.2, "l2_norm": 0.3, "group": group, **references(params, "toward")}
     value, grads = value_and_grad(params, **terms)
     assert_near(value, exact(params, **terms))
@@ -338,3 +337,32 @@ def test_a_reference_that_changed_in_between_is_an_error():
     w0.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+def test_meta_tensors():
+    w = torch.ones(3, 4, device="meta")
+    value, (grad,) = value_and_grad([w], l2=0.1, toward=[torch.ones_like(w)], importance=[torch.ones_like(w)])
+    assert (value.shape, grad.shape, grad.device.type) == ((), (3, 4), "meta")
+
+
+@pytest.mark.parametrize("x", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_as_in_the_loop(x):
+    """Also where the importance is 0."""
+    w = torch.tensor([x, x, 1.0, 1.0])
+    given = {
+        "l1": 0.1,
+        "l2": 0.2,
+        "toward": torch.tensor([0.5, 0.5, x, 0.5]),
+        "importance": torch.tensor([1.0, 0, 2, 3]),
+    }
+    assert_same_bits(value_and_grad(w, **given)[1], gradients(reference.loop, [w], **given))
+    value, expected = fused_penalty(w, **given), reference.fused_penalty(w, **given)
+    assert value == expected or (value.isnan() and expected.isnan())
+
+
+def test_views_that_are_negated():
+    w, w0 = torch._neg_view(draw(50)), torch._neg_view(draw(50, seed=1))
+    given = {"l1": 0.1, "l2": 0.2}
+    expected = value_and_grad(w.resolve_neg(), toward=w0.resolve_neg(), **given)[1]
+    assert_same_bits(value_and_grad(w, toward=w0, **given)[1], expected)
+    assert_same_bits(value_and_grad(w.resolve_neg(), toward=w0, **given)[1], expected)

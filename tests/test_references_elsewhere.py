@@ -46,6 +46,22 @@ def test_compiled(given):
     assert backend.frame_count == 2
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_regularizer_compiled():
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+    regularizer = Regularizer(net, l1=0.1, l2=0.3, toward="start", importance={"0.bias": torch.rand(4)})
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.5)
+    results = []
+    for function in (regularizer, torch.compile(lambda: regularizer(), backend="aot_eager", fullgraph=True)):
+        net.zero_grad()
+        value = function()
+        value.backward()
+        results.append([value, *(p.grad for p in net.parameters())])
+    assert_same_bits(*results)
+
+
 def same(xs, like):
     """References of the whole, cut as the parameters are."""
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -576,10 +576,15 @@ void sum_further(const ChunkTask& task, ChunkSums* sums) {
   });
 }
 
-// A pass of relative terms, each maybe: the sums, and then what is written.
+// A pass of relative terms, each maybe. With further ones, and in a step, first the sums, and then what is written.
 template <Dtype dtype, template <int> class P, int known>
 void run_relative(const ChunkTask& task, ChunkSums* sums) {
   if constexpr (P<known>::kHasOptions || (P<known>::kSums != 0 && known != kNone)) {
+    if constexpr (!P<known>::kHasOptions) {
+      if (!(task.numbers.terms & kFurther)) {
+        return run_kernel<dtype, P<kL1L2 | kRelative>>(task, sums);
+      }
+    }
     if (sums != nullptr) {
       run_kernel<dtype, PenaltyPass<kL1L2 | kRelative>>(task, sums);
       sum_further<dtype, kRelative>(task, sums);

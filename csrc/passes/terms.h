@@ -47,13 +47,13 @@ struct TermSum {
 };
 
 // out = factor * gradient. terms: those of L1 and L2; or the norm, alone, with L2, or with L1 and maybe L2; or
-// kAnyTerms, each maybe, of which kFurther are the further ones; these alone may be relative.
+// kAnyTerms, each maybe, of which kFurther are the further ones. Relative are these, or L1 and L2, each maybe.
 template <int terms>
 struct GradientPass : AnyPass {
   static constexpr bool kIsRelative = (terms & kRelative) != 0;
   static constexpr int kTerms = terms & ~kRelative;
   static constexpr bool kIsAny = (kTerms & ~kFurther) == kAnyTerms;
-  static constexpr int kMaybe = kIsAny ? kTerms | kL2 : kTerms == (kNorm | kL1L2) ? kL2 : kNone;
+  static constexpr int kMaybe = kIsAny ? kTerms | kL2 : kTerms == (kNorm | kL1L2) ? kL2 : kIsRelative ? kTerms : kNone;
   static constexpr int kKnown = kTerms & ~kMaybe;
   // Those whose factors there are: of L1 and L2 alone always both, for a caller that chooses between these passes.
   static constexpr int kHeld = (kTerms & ~kL1L2) == 0 ? kL1L2 : kKnown | kMaybe;
