@@ -59,8 +59,11 @@ def test_by_names_or_in_order(kind):
     torch.testing.assert_close(regularizer(), expected, rtol=1e-14, atol=0)
     report = regularizer.report()
     torch.testing.assert_close(report.rows[-1]["value"], expected.item(), rtol=1e-14, atol=0)
-    again = Regularizer.from_config(regularizer.get_config(), model)
-    assert again() == regularizer()
+    config = regularizer.get_config()
+    importance.clear()  # what was given is no longer looked at, nor what the configuration is made of
+    assert Regularizer.from_config(config, model)() == regularizer()
+    config["toward"].clear()
+    assert Regularizer.from_config(regularizer.get_config(), model)() == regularizer()
 
 
 def test_rules_choose_and_norms_are_of_differences():
@@ -96,6 +99,7 @@ def test_a_layer_that_is_replaced_begins_anew():
 BIAS = torch.ones(20).double()
 WRONG = {
     "word": ({"toward": "begin"}, ValueError, "toward must be tensors, a state dict or \"start\", got 'begin'"),
+    "another word": ({"importance": "start"}, TypeError, "must be a state dict or a list of tensors, got str"),
     "number": ({"importance": 1.0}, TypeError, "importance must be a state dict or a list of tensors, got float"),
     "lacks": (
         {"toward": {"0.weight": torch.ones(20, 10).double()}},
@@ -163,9 +167,9 @@ def test_states():
     kept.load_state_dict({"step": 3, "groups": kept.state_dict()["groups"]})  # of one without
     assert_same_bits([kept()], [fused_penalty(model.parameters(), l2=0.2, toward=start)])
     given = start[0].clone()
-    kept.load_state_dict(
-        kept.state_dict() | {"references": {"toward": {n: 0 * x for n, x in saved.items()}, "importance": {}}}
-    )
+    zeros = {"toward": {name: 0 * x for name, x in saved.items()}, "importance": {}}
+    kept.load_state_dict(kept.state_dict() | {"references": zeros})
+    zeros["toward"]["0.weight"].add_(1)  # the state is somebody else's
     assert_same_bits([start[0], kept()], [given, fused_penalty(model.parameters(), l2=0.2)])
 
 

@@ -18,24 +18,28 @@ Weights: TypeAlias = "Mapping[str, Tensor] | Iterable[Tensor]"
 Toward: TypeAlias = "Weights | Literal['start']"
 
 
-class References:
-    """Those that are given, as they are now. ``is_saved``: whether they are in a state."""
+def as_weights(name: str, given: Any) -> Any:
+    """What is given, read once: None, a word, a dictionary or a list."""
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, Tensor) or not isinstance(given, Iterable):
+        raise TypeError(f"Regularizer: {name} must be a state dict or a list of tensors, got {type(given).__name__}")
+    return dict(given) if isinstance(given, Mapping) else list(given)
 
-    def __init__(self, toward: Toward | None, importance: Weights | None, is_saved: bool | None) -> None:
+
+class References:
+    """Those that are given, by `as_weights`, as they are now. ``is_saved``: whether they are in a state."""
+
+    def __init__(self, toward: Any, importance: Any, is_saved: bool | None) -> None:
         self.is_start = isinstance(toward, str)
         if isinstance(toward, str) and toward != "start":
             raise ValueError(f'Regularizer: toward must be tensors, a state dict or "start", got {toward!r}')
         if is_saved not in (None, True, False):
             raise TypeError(f"Regularizer: save_references must be None, True or False, got {is_saved!r}")
         self.is_saved = self.is_start if is_saved is None else is_saved
+        if isinstance(importance, str):
+            raise TypeError("Regularizer: importance must be a state dict or a list of tensors, got str")
         self._given: dict[str, Any] = {"toward": None if self.is_start else toward, "importance": importance}
-        for name, given in self._given.items():
-            if isinstance(given, Tensor | str) or not (given is None or isinstance(given, Iterable)):
-                raise TypeError(
-                    f"Regularizer: {name} must be a state dict or a list of tensors, got {type(given).__name__}"
-                )
-            if given is not None and not isinstance(given, Mapping):
-                self._given[name] = list(given)
         self._loaded: dict[str, dict[str, Tensor]] = {"toward": {}, "importance": {}}
 
     def read(self, candidates: Sequence[Named]) -> None:

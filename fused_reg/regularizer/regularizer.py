@@ -22,7 +22,7 @@ from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.names import check_matches
-from fused_reg.regularizer.references import References, Toward, Weights
+from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
 from fused_reg.regularizer.selection import Choice, as_patterns, as_rules
@@ -132,6 +132,7 @@ class Regularizer:
         if rules is not None and not isinstance(rules, Iterable):
             raise TypeError(f"Regularizer: rules must be pairs (pattern, dict(l1=...)), got {type(rules).__name__}")
         as_flag("Regularizer: weights_only", weights_only)
+        given = {"toward": as_weights("toward", toward), "importance": as_weights("importance", importance)}
         rules = None if rules is None else list(rules)
         choice = Choice(
             as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms),
@@ -150,11 +151,10 @@ class Regularizer:
             "include": choice.include,
             "exclude": choice.exclude or None,
             "rules": None if rules is None else [(pattern, dict(given)) for pattern, given in rules],
-            "toward": toward,
-            "importance": importance,
+            **given,
             "save_references": save_references,
         }
-        self._begin(Table(Source(params, choice), References(toward, importance, save_references)))
+        self._begin(Table(Source(params, choice), References(**given, is_saved=save_references)))
         self._current()
 
     def _begin(self, table: Table) -> None:
@@ -471,7 +471,7 @@ class Regularizer:
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments but for the parameters; tensors and schedules as the objects that they are."""
-        config = {key: list(x) if isinstance(x, list) else x for key, x in self._config.items()}
+        config = {key: type(x)(x) if isinstance(x, list | dict) else x for key, x in self._config.items()}
         if self._config["rules"] is not None:
             config["rules"] = [(pattern, dict(given)) for pattern, given in self._config["rules"]]
         return config
