@@ -83,9 +83,12 @@ inline void check_strength_memory(const at::Tensor& strength) {
 }
 
 // For the backends that read memory.
+inline bool has_memory(const at::Tensor& t) {
+  return t.numel() == 0 || (t.has_storage() && t.storage().data() != nullptr);
+}
+
 inline void check_memory(size_t i, const at::Tensor& p) {
-  TORCH_CHECK_TYPE(p.numel() == 0 || (p.has_storage() && p.storage().data() != nullptr), "params[", i,
-                   "] must have memory of its own, got a tensor subclass without");
+  TORCH_CHECK_TYPE(has_memory(p), "params[", i, "] must have memory of its own, got a tensor subclass without");
 }
 
 // Python has normalized the strengths: none (the term is absent), one for all, or one per parameter.

@@ -6,6 +6,9 @@
 //   counts    of each column how many of the floats are its: none (the term is absent), one, one per parameter; or
 //             kIsTensor: the next of the tensors is
 //   group     what l2_norm takes the norms of
+//
+// Behind the columns there may be two numbers more in counts: how many tensors, behind those of the columns, are
+// reference weights, and how many importances of elements; none, or one for each parameter of the list.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +23,8 @@
 namespace fused_reg {
 
 constexpr int64_t kIsTensor = -1;
+constexpr const char* kNoNormsWithImportance =
+    "importance must come without l2_norm, which has one strength for all elements of a group";
 
 #define FUSED_REG_NUMBERS_SCHEMA "float[] floats, Tensor[] tensors, int[] counts, int group"
 #define FUSED_REG_NUMBERS Floats floats, at::TensorList tensors, at::IntArrayRef counts, int64_t group
@@ -37,11 +42,12 @@ struct ColumnArg {
 struct NumbersArg {
   std::array<ColumnArg, kNumbers> columns;
   Grouping group;
+  at::TensorList toward, importance;
 
   NumbersArg(Floats floats, at::TensorList tensors, at::IntArrayRef counts, int64_t group)
       : group(static_cast<Grouping>(group)) {
-    TORCH_CHECK_VALUE(counts.size() == kNumbers, "counts must have a number per column (", int{kNumbers}, "), got ",
-                      counts.size());
+    TORCH_CHECK_VALUE(counts.size() == kNumbers || counts.size() == kNumbers + 2,
+                      "counts must have a number per column (", int{kNumbers}, "), got ", counts.size());
     check_group(group);
     TORCH_CHECK_VALUE(group != 0 || counts[kNormStrength] == 0, "l2_norm must come with a group");
     size_t first = 0, next = 0;
@@ -58,7 +64,17 @@ struct NumbersArg {
         first += count;
       }
     }
+    if (counts.size() > kNumbers) {
+      const int64_t rest = static_cast<int64_t>(tensors.size() - next), from = counts[kNumbers];
+      TORCH_CHECK_VALUE(from >= 0 && from <= rest && counts[kNumbers + 1] == rest - from,
+                        "tensors must be as many as counts says, got ", tensors.size());
+      toward = tensors.slice(next, from);
+      importance = tensors.slice(next + from);
+      TORCH_CHECK_VALUE(group == 0 || importance.empty(), kNoNormsWithImportance);
+    }
   }
+
+  bool is_relative() const { return !toward.empty() || !importance.empty(); }
 
   // Whether there are numbers of terms other than L1 and L2.
   bool has_further() const {
@@ -66,6 +82,63 @@ struct NumbersArg {
                        [](const ColumnArg& column) { return column.tensor != nullptr || !column.floats.empty(); });
   }
 };
+
+// Which parameters of a list an operator is given: all, or those that need a gradient. Numbers are those of the list.
+struct Selection {
+  size_t list;                 // parameters in the list
+  std::vector<size_t> places;  // of those given, in the list
+};
+
+inline Selection all_of(size_t params) {
+  Selection all{params, std::vector<size_t>(params)};
+  std::iota(all.places.begin(), all.places.end(), size_t{0});
+  return all;
+}
+
+inline Selection selection_of(const c10::List<bool>& needs_grad, size_t params) {
+  Selection some{needs_grad.size(), {}};
+  for (const auto place : c10::irange(needs_grad.size())) {
+    if (needs_grad[place]) {
+      some.places.push_back(place);
+    }
+  }
+  check_needs_grad(some.places.size(), params);
+  return some;
+}
+
+// Of a backend that has kernels of them.
+inline void check_relative(at::TensorList params, const Selection& selection, const NumbersArg& numbers) {
+  const auto check = [&](const char* name, at::TensorList given) {
+    TORCH_CHECK_VALUE(given.empty() || given.size() == selection.list, name, " must be one tensor per parameter (",
+                      selection.list, "), got ", given.size());
+    for (const auto t : c10::irange(given.empty() ? 0 : params.size())) {
+      const at::Tensor& own = given[selection.places[t]];
+      TORCH_CHECK_VALUE(own.device() == params[t].device() && own.sizes() == params[t].sizes() &&
+                            is_supported(own.scalar_type()) && has_memory(own),
+                        name, "[", t, "] must have the device, dtype and shape of params[", t, "]");
+    }
+  };
+  check("toward", numbers.toward);
+  check("importance", numbers.importance);
+}
+
+// Of one that has none.
+inline void check_not_relative(const NumbersArg& numbers) {
+  TORCH_CHECK_VALUE(!numbers.is_relative(), "toward and importance must be given with parameters on the CPU");
+}
+
+// What a call writes shall not be what it reads.
+inline void check_unshared(const at::Tensor& written, const char* of, size_t t, const NumbersArg& numbers) {
+  const auto check = [&](const char* name, at::TensorList given) {
+    if (t < given.size() && written.numel() > 0 && given[t].numel() > 0) {
+      const std::vector<Region> both{Region(written, t, of), Region(given[t], t, "")};
+      TORCH_CHECK_VALUE(!first_shared(both).has_value(), name, "[", t, "] must not share memory with ", both[0].name(),
+                        "; use `.clone()`");
+    }
+  };
+  check("toward", numbers.toward);
+  check("importance", numbers.importance);
+}
 
 // What an optimizer's step has for a parameter, beside the numbers.
 struct StepRow {
@@ -105,29 +178,6 @@ inline void check_number(const char* name, const NumberArg& number, at::Device p
     check_number_device(name, *number.tensor, params);
     TORCH_CHECK_VALUE(number.tensor->numel() == 1, name, " must be one number, got ", number.tensor->numel());
   }
-}
-
-// Which parameters of a list an operator is given: all, or those that need a gradient. Numbers are those of the list.
-struct Selection {
-  size_t list;                 // parameters in the list
-  std::vector<size_t> places;  // of those given, in the list
-};
-
-inline Selection all_of(size_t params) {
-  Selection all{params, std::vector<size_t>(params)};
-  std::iota(all.places.begin(), all.places.end(), size_t{0});
-  return all;
-}
-
-inline Selection selection_of(const c10::List<bool>& needs_grad, size_t params) {
-  Selection some{needs_grad.size(), {}};
-  for (const auto place : c10::irange(needs_grad.size())) {
-    if (needs_grad[place]) {
-      some.places.push_back(place);
-    }
-  }
-  check_needs_grad(some.places.size(), params);
-  return some;
 }
 
 // The column of a selection, read on the host: what costs nothing there is checked, as Python checks floats.

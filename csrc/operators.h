@@ -88,6 +88,9 @@ struct Operators {
     check_number("scale", {scale, scale_tensor}, params[0].device());
     const std::vector<size_t> places = check_accumulation(params, grads, modes);
     const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
+    for (const auto i : c10::irange(numbers.is_relative() ? places.size() : 0)) {
+      fused_reg::check_unshared(grads[i], ".grad", places[i], numbers);
+    }
     // What the kernels read and write: pairs of one layout and dtype, copies where a gradient has another than its
     // parameter, or groups that are no runs and the backend needs these. The dtype is one that holds both exactly. (To
     // hold a tensor that Python has, too, takes its lock.)
@@ -146,6 +149,7 @@ struct Operators {
     const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
     check_list(params, numbers);
     check_writable(params);
+    check_unshared(params, numbers);
     ListPass pass(params, all_of(params.size()), numbers);
     if (pass.group() != Grouping::kNone && norms.has_value()) {
       check_norms(norms, first_groups, params, pass.group());
@@ -172,6 +176,7 @@ struct Operators {
     const unsigned streams = state_streams(step, static_cast<unsigned>(options));
     check_step(params, grads, states, steps, is_first.size(), __builtin_popcount(streams), rates.size(),
                (options & kUnscale) != 0);
+    check_unshared(params, numbers);
     check_number("grad_scale", {1, grad_scale}, params[0].device());
     check_number("found_inf", {0, found_inf}, params[0].device());
     // A parameter whose gradient or state has a wider dtype is stepped in that, and rounded once.
@@ -249,6 +254,12 @@ struct Operators {
   }
 
  private:
+  static void check_unshared(at::TensorList params, const NumbersArg& numbers) {
+    for (const auto t : c10::irange(numbers.is_relative() ? params.size() : 0)) {
+      fused_reg::check_unshared(params[t], "", t, numbers);
+    }
+  }
+
   // After a pass that has written to `written`: that is the tensor, or a copy of it. Autograd shall notice.
   static void copy_back(const at::Tensor& written, const at::Tensor& tensor) {
     if (!written.is_same(tensor)) {

@@ -33,8 +33,9 @@ constexpr const char* kNumberNames[] = {"l1", "l2", "l2_norm", "step", "smooth_l
 static_assert(sizeof kNumberNames / sizeof *kNumberNames == kNumbers);
 constexpr int kTermNumbers = kNormStrength, kGroupNumbers = kStep + 1;
 
-// The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN.
-enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kSmoothL1 = 8 };
+// The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN. Beside them
+// kRelative: they are of the difference from a reference weight, times the importance of each element.
+enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kSmoothL1 = 8, kRelative = 16 };
 
 // What is known of a chunk.
 struct ChunkNumbers {
@@ -104,7 +105,8 @@ FUSED_REG_INLINE double scaled_product(double strength, double sum, int exponent
 //   kBit, kStrength              its bit in Terms, its strength
 //   kSum, kDegree                the place of its sum among those of a chunk; the sum of w * x is x^kDegree times that
 //                                of w
-//   gradient_factors(n, f)       the kFactors numbers that its gradient needs, in the type S in which that is computed
+//   gradient_factors(n, f)       the kFactors numbers that its gradient needs, in the type S in which that is computed;
+//                                it is proportional to the first kScaled of them
 //   gradient(w, f)
 //
 // L1 and L2 are summed side by side, and compiled for each combination. A further term is summed by itself, and has
@@ -115,11 +117,13 @@ FUSED_REG_INLINE double scaled_product(double strength, double sum, int exponent
 //   add(sum, w, f)
 //   prox_factors(n, f)           the kProxFactors that its proximal operator needs
 //   prox(w, f)                   which follows on those of L1 and L2
+//   prox_numbers(n, f)           the kProxNumbers that it needs where each element has a step of its own
+//   prox_with(w, step, f)
 template <Terms bit, Number strength>
 struct Term {
   static constexpr Terms kBit = bit;
   static constexpr Number kStrength = strength;
-  static constexpr int kFactors = 1;
+  static constexpr int kFactors = 1, kScaled = 1;
 
   template <class S>
   static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers& n, S* f) {
@@ -166,7 +170,8 @@ struct L2 : Term<kL2, kL2Strength> {
 
 // |w| with a parabola of the width beta at 0: w^2 / (2 beta) where |w| < beta, else |w| - beta / 2.
 struct SmoothL1 : Term<kSmoothL1, kSmoothL1Strength> {
-  static constexpr int kSum = 2, kDegree = 1, kFactors = 4, kSumFactors = 4, kProxFactors = 3;
+  static constexpr int kSum = 2, kDegree = 1, kFactors = 4, kScaled = 2, kSumFactors = 4;
+  static constexpr int kProxFactors = 3, kProxNumbers = 2;
 
   // The sum is of w * 2^shift. A tiny one, where all are below any but a tiny beta, is that of a parabola: its exponent
   // need not be that of |w|.
@@ -237,6 +242,19 @@ struct SmoothL1 : Term<kSmoothL1, kSmoothL1Strength> {
   template <class V>
   static FUSED_REG_INLINE V prox(V w, const V* f) {
     return w > f[1] ? w - f[0] : (w < -f[1] ? w + f[0] : w * f[2]);
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void prox_numbers(const ChunkNumbers& n, S* f) {
+    f[0] = static_cast<S>(n.of[kStrength]);
+    f[1] = static_cast<S>(n.of[kBeta]);
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V prox_with(V w, V step, const V* f) {
+    const V one = V{} + 1, height = step * f[0];
+    const V own[kProxFactors] = {height, f[1] + height, height == 0 ? one : one / (one + height / f[1])};
+    return prox(w, own);
   }
 };
 

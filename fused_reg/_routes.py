@@ -28,7 +28,7 @@ from fused_reg.distributed.shards import is_sharded
 _T = TypeVar("_T")
 
 #: How the errors begin that are to be named: those of an argument, as the operators and the checks word them.
-_OURS = ("params", "strengths", "scale", *NUMBERS, "torch.func.")
+_OURS = ("params", "strengths", "scale", "toward", "importance", *NUMBERS, "torch.func.")
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -37,6 +38,8 @@ class Batch(NamedTuple):
     states: list[dict[str, Any]]
     keys: tuple[str, ...]  # of the states
     strengths: Mapping[str, list[Held]]  # one for each parameter, or for all; those of the group are `Numbers.own`
+    toward: Sequence[Tensor] = ()  # or one for each; of DTensors the shards
+    importance: Sequence[Tensor] = ()
 
 
 class Numbers(NamedTuple):
@@ -78,7 +81,8 @@ class Launch:
         columns = {kind: _column(parts, kind) for kind in NUMBERS}
         self._columns = {kind: column for kind, column in columns.items() if isinstance(column, Column)}
         ready: Any = [() if kind in self._columns else column for kind, column in columns.items()]
-        self._strengths = Strengths.of(ready, batch.norms)
+        references = ([x for part, _ in parts for x in own(part)] for own in (_toward_of, _importance_of))
+        self._strengths = Strengths.of(ready, batch.norms, *references)
 
     def lists(self) -> Lists | None:
         """None where the kernels do not take them."""
@@ -152,6 +156,9 @@ class Launch:
         if self._is_sharded:
             increment_version(self.params)
         return value
+
+
+_toward_of, _importance_of = attrgetter("toward"), attrgetter("importance")
 
 
 def _column(parts: Sequence[tuple[Batch, Numbers]], kind: str) -> Any:

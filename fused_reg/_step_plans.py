@@ -15,6 +15,7 @@ from fused_reg._partitioned import check_whole
 from fused_reg._step_launches import MAXIMIZE, Batch, Launch, Numbers, Place
 from fused_reg._terms import GROUPS, TERM_OF
 from fused_reg.distributed.buckets import sharing
+from fused_reg.distributed.shards import shards_of
 from fused_reg.regularizer.share import Guest
 from fused_reg.regularizer.strengths import Held, identity
 from fused_reg.regularizer.table import Entry
@@ -83,7 +84,8 @@ class Plans:
         for batch in batches:
             own = numbers[batch.group]
             alike = (id(x) for x in own.own.values() if isinstance(x, Tensor))
-            merged.setdefault((own.options, batch.keys, batch.place, batch.norms, *alike), []).append((batch, own))
+            kind = own.options, batch.keys, batch.place, batch.norms, bool(batch.toward), bool(batch.importance)
+            merged.setdefault((*kind, *alike), []).append((batch, own))
         launches = [Launch(optimizer, parts) for parts in merged.values()]
         may_be_inert = all(numbers[batch.group].may_be_inert for batch in batches)
         dtype = value_dtype(p for group in optimizer.param_groups for p in group["params"])
@@ -117,15 +119,18 @@ def _batches(
             place = _place(p)
             if place is None or (norms and place.is_cut):
                 return None
-            taken.setdefault((place, norms), []).append(p)
+            relation = (False, False) if entry is None else entry.relation
+            taken.setdefault((place, norms, relation), []).append(p)
         keys = formulas[i].keys
-        for (place, norms), params in taken.items():
+        for (place, norms, relation), params in taken.items():
             states = [optimizer.state[p] for p in params] if keys else []
             if optimizer._makes_states and not all(states):
                 lists = list(inspect.signature(optimizer._init_group).parameters)[1:]
                 optimizer._init_group(group, *([] for _ in lists))
             strengths = _strengths([entries.get(id(p)) if p.requires_grad else None for p in params]) if guest else {}
-            batches.append(Batch(i, place, norms, params, states, keys, strengths))
+            own = [entries[id(p)] for p in params] if any(relation) else []
+            references: list[Any] = [[e.toward for e in own if relation[0]], [e.importance for e in own if relation[1]]]
+            batches.append(Batch(i, place, norms, params, states, keys, strengths, *map(shards_of, references)))
     own_memory = [p for batch in batches if not batch.place.is_cut for p in batch.params]
     return None if _share_memory(own_memory) else (batches, rest)
 

@@ -204,8 +204,11 @@ class Strengths(NamedTuple):
     group: int = 0
 
     @staticmethod
-    def of(columns: Sequence[Column], group: int = 0) -> Strengths:
-        """Of a column for each of `NUMBERS`, or for the first of them."""
+    def of(
+        columns: Sequence[Column], group: int = 0, toward: Sequence[Tensor] = (), importance: Sequence[Tensor] = ()
+    ) -> Strengths:
+        """Of a column for each of `NUMBERS`, or for the first of them; reference weights and importances: none, or one
+        for each parameter."""
         floats: tuple[float, ...] = ()
         tensors: tuple[Tensor, ...] = ()
         counts = list(_NONE)
@@ -216,19 +219,38 @@ class Strengths(NamedTuple):
             elif column:
                 floats += column
                 counts[i] = len(column)
+        if toward or importance:
+            tensors += (*toward, *importance)
+            counts += len(toward), len(importance)
         return Strengths(floats, tensors, tuple(counts), group)
 
     def columns(self) -> list[Column]:
         floats, tensors = iter(self.floats), iter(self.tensors)
         return [
             next(tensors) if count == _IS_TENSOR else tuple([next(floats) for _ in range(count)])
-            for count in self.counts
+            for count in self.counts[: len(NUMBERS)]
         ]
+
+    def is_relative(self) -> bool:
+        """Whether there are reference weights or importances."""
+        return len(self.counts) > len(NUMBERS)
+
+    def references(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The reference weights, and the importances."""
+        if not self.is_relative():
+            return (), ()
+        toward, importance = self.counts[len(NUMBERS) :]
+        rest = self.tensors[len(self.tensors) - toward - importance :]
+        return rest[:toward], rest[toward:]
+
+    def relative(self, toward: Sequence[Tensor], importance: Sequence[Tensor]) -> Strengths:
+        """The same with these."""
+        return Strengths.of(self.columns(), self.group, toward, importance)
 
     def having(self, **columns: Column) -> Strengths:
         """The same with these columns."""
         pairs = zip(NUMBERS, self.columns(), strict=True)
-        return Strengths.of([columns.get(name, column) for name, column in pairs], self.group)
+        return Strengths.of([columns.get(name, column) for name, column in pairs], self.group, *self.references())
 
     def with_step(self, step: Column) -> Strengths:
         """The same with the step of a proximal operator, the last of the columns that most lists have."""
@@ -240,7 +262,7 @@ class Strengths(NamedTuple):
         return Strengths(self.floats + step, self.tensors, (*before, len(step), *behind), self.group)
 
     def at(self, places: Sequence[int], device: torch.device) -> Strengths:
-        """The strengths of the parameters at these places of the list, for a launch on this device."""
+        """The numbers of the parameters at these places of the list, for a launch on this device."""
         return Strengths.of([_at(column, places, device) for column in self.columns()], self.group)
 
     def has_norms(self) -> bool:

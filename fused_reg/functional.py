@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from fused_reg import _ops, _routes
 from fused_reg._arguments import Strength, as_list, as_strengths
+from fused_reg._references import Tensors, as_relative
 from fused_reg._terms import Terms, takes_terms
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -22,6 +23,9 @@ def fused_penalty(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
+    *,
+    toward: Tensors | None = None,
+    importance: Tensors | None = None,
     **terms: Unpack[Terms[Strength]],
 ) -> Tensor:
     r"""The L1/L2 penalty of a list of parameters, differentiable, in one pass over their memory.
@@ -45,6 +49,11 @@ def fused_penalty(
             A strength not given is 0, and a strength of 0.0 drops its term. If none is given the penalty is the plain
             sum of squares (``l2=1``), for the caller to scale.
         terms: {text}
+        toward: reference weights, one tensor for each parameter, of its shape and dtype: every term is of
+            ``w - toward`` (L2-SP, FedProx). Constants, which a step of an optimizer must not change: clones.
+        importance: a tensor for each parameter likewise, finite and >= 0, by which its strength is multiplied element
+            by element (with ``toward`` elastic weight consolidation; adaptive lasso; 0 as a mask). Not with
+            ``l2_norm``. See :doc:`/guides/reference_weights`.
 
     Returns:
         A 0-dim tensor on the first parameter's device, float64 if any parameter is float64, else float32. Parameters
@@ -53,8 +62,10 @@ def fused_penalty(
     Raises:
         TypeError: a parameter is not a dense tensor of a supported dtype, or a strength is not a number.
         ValueError: a strength is negative, infinite or NaN, or there is not one per parameter; an unknown group;
-            slices without ``l2_norm``, or ``beta`` without ``smooth_l1``; a generator that something else has read; a
-            parameter of which this process has a piece that looks like a plain tensor (FSDP1, DeepSpeed ZeRO-3).
+            slices without ``l2_norm``, or ``beta`` without ``smooth_l1``; ``toward`` or ``importance`` is not of the
+            shape, dtype and device of its parameter, or an importance is negative, infinite or NaN; a generator that
+            something else has read; a parameter of which this process has a piece that looks like a plain tensor
+            (FSDP1, DeepSpeed ZeRO-3).
 
     Warns:
         UserWarning: no parameter requires grad (``.data``, ``.detach()``, all frozen) where a graph was expected: call
@@ -80,9 +91,12 @@ def fused_penalty(
     (group lasso).
     """
     tensors = as_list("fused_penalty", params)
-    if not (terms or is_compiling()) and (plain := _ops.plain_value(tensors, l1, l2)) is not None:
+    is_plain = not terms and toward is None and importance is None
+    if is_plain and not is_compiling() and (plain := _ops.plain_value(tensors, l1, l2)) is not None:
         return plain
     strengths = as_strengths("fused_penalty", tensors, l1, l2, terms)
+    if not is_plain:
+        strengths = as_relative("fused_penalty", tensors, strengths, toward, importance)
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     if is_compiling():
@@ -104,6 +118,9 @@ def value_and_grad(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
+    *,
+    toward: Tensors | None = None,
+    importance: Tensors | None = None,
     **terms: Unpack[Terms[Strength]],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     r"""The penalty and its gradient in every parameter, in one pass (with ``l2_norm`` two) and outside of autograd.
@@ -118,6 +135,8 @@ def value_and_grad(
         l1: as for :func:`fused_penalty`, but taken as a constant.
         l2: as for :func:`fused_penalty`, but taken as a constant.
         terms: as for :func:`fused_penalty`, but taken as constants.
+        toward: as for :func:`fused_penalty`.
+        importance: likewise.
 
     Returns:
         The penalty, as :func:`fused_penalty` returns it, and a tuple with one gradient per parameter, of the
@@ -138,6 +157,7 @@ def value_and_grad(
     """
     tensors = as_list("value_and_grad", params)
     strengths = as_strengths("value_and_grad", tensors, l1, l2, terms)
+    strengths = as_relative("value_and_grad", tensors, strengths, toward, importance)
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu"), ()
     return _routes.value_and_grad(tensors, strengths)

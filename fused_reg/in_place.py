@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from fused_reg import _routes
 from fused_reg._arguments import Strength, as_list, as_scale, as_step, as_strengths
+from fused_reg._references import Tensors, as_relative
 from fused_reg._terms import Terms, takes_terms
 
 
@@ -21,6 +22,8 @@ def accumulate_grad_(
     l2: Strength | None = None,
     *,
     scale: float | Tensor = 1.0,
+    toward: Tensors | None = None,
+    importance: Tensors | None = None,
     **terms: Unpack[Terms[Strength]],
 ) -> Tensor:
     r"""Adds the gradient of the penalty to ``.grad``, and returns the penalty: one pass (with ``l2_norm`` two).
@@ -39,6 +42,8 @@ def accumulate_grad_(
         terms: as for :func:`fused_penalty`, but taken as constants.
         scale: a finite float, or a 0-dim tensor on the CPU or on the parameters' device: a loss scale (``GradScaler``),
             or 1 / the number of accumulation steps.
+        toward: as for :func:`fused_penalty`; not in the memory of a gradient.
+        importance: likewise.
 
     It moves every element, also those whose gradient a hook masks (frozen rows of an embedding), as ``weight_decay``
     does: see :doc:`/guides/proximal`.
@@ -69,6 +74,7 @@ def accumulate_grad_(
     name = "accumulate_grad_"
     tensors = as_list(name, params)
     strengths = as_strengths(name, tensors, l1, l2, terms)
+    strengths = as_relative(name, tensors, strengths, toward, importance)
     value = _routes.accumulate_grad_(tensors, strengths, as_scale(name, scale, tensors))
     if tensors and not is_compiling() and not any(p.requires_grad for p in tensors):
         warnings.warn(
@@ -86,6 +92,8 @@ def prox_(
     l2: Strength | None = None,
     *,
     step: Strength,
+    toward: Tensors | None = None,
+    importance: Tensors | None = None,
     **terms: Unpack[Terms[Strength]],
 ) -> None:
     r"""The proximal operator of ``step * penalty``, in place: it makes weights *exactly* zero.
@@ -108,6 +116,9 @@ def prox_(
         l2: as for :func:`fused_penalty`: shrinks, and makes nothing zero.
         terms: as for :func:`fused_penalty`: {prox}
         step: a finite float >= 0, a 0-dim tensor, or a sequence with one per parameter: the learning rate.
+        toward: as for :func:`fused_penalty`: what is shrunk is ``w - toward``, and what is zero then has the bits of
+            ``toward``; not in the memory of a parameter.
+        importance: likewise. Each element has its own ``step * importance``; where that is 0, it keeps its bits.
 
     Raises:
         TypeError: as :func:`fused_penalty`.
@@ -131,4 +142,4 @@ def prox_(
     name = "prox_"
     tensors = as_list(name, params)
     strengths = as_strengths(name, tensors, l1, l2, terms, as_step(name, step, tensors))
-    _routes.prox_(tensors, strengths)
+    _routes.prox_(tensors, as_relative(name, tensors, strengths, toward, importance))

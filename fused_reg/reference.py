@@ -18,11 +18,20 @@ from fused_reg._terms import DEFAULTS, KINDS, ROWS, TERMS, Group, Terms, takes_t
 
 #: Of each term what its strength is a factor of, for a parameter and the other arguments of its terms.
 _SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
-    "l1": lambda w, _: w.abs().sum(),
-    "l2": lambda w, _: w.square().sum(),
+    "l1": lambda w, given: _sum(w.abs(), given),
+    "l2": lambda w, given: _sum(w.square(), given),
     "l2_norm": lambda w, given: _norms(w, given["group"]).sum(),
-    "smooth_l1": lambda w, given: _smooth_l1(w, given["beta"]).sum(),
+    "smooth_l1": lambda w, given: _sum(_smooth_l1(w, given["beta"]), given),
 }
+
+
+def _sum(x: Tensor, given: dict[str, Any]) -> Tensor:
+    importance = given["importance"]
+    return x.sum() if importance is None else (importance.to(x.dtype) * x).sum()
+
+
+def _difference(w: Tensor, given: dict[str, Any]) -> Tensor:
+    return w if given["toward"] is None else w - given["toward"].to(w.dtype)
 
 
 def _smooth_l1(w: Tensor, beta: float | Tensor) -> Tensor:
@@ -32,9 +41,14 @@ def _smooth_l1(w: Tensor, beta: float | Tensor) -> Tensor:
 
 
 def _with_terms(
-    params: Iterable[Tensor] | Tensor, l1: Strength | None, l2: Strength | None, terms: Terms[Strength]
+    params: Iterable[Tensor] | Tensor,
+    l1: Strength | None,
+    l2: Strength | None,
+    terms: Terms[Strength],
+    toward: Iterable[Tensor] | Tensor | None,
+    importance: Iterable[Tensor] | Tensor | None,
 ) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Each parameter with its own arguments of each term."""
+    """Each parameter with its own arguments of each term, its reference weights and importances."""
     tensors = [params] if isinstance(params, Tensor) else list(params)
     given: dict[str, Any] = {"l1": l1, "l2": l2, **terms}
     if unknown := given.keys() - {row.name for row in ROWS}:
@@ -43,7 +57,12 @@ def _with_terms(
         given["l2"] = 1.0
     columns = [_per_parameter(given.get(kind), default, len(tensors)) for kind, default in DEFAULTS.items()]
     rest = {"group": "tensor"} | {key: x for key, x in given.items() if key not in DEFAULTS}
-    return [(p, dict(zip(DEFAULTS, own, strict=True)) | rest) for p, *own in zip(tensors, *columns, strict=True)]
+    found = [(p, dict(zip(DEFAULTS, own, strict=True)) | rest) for p, *own in zip(tensors, *columns, strict=True)]
+    for name, xs in (("toward", toward), ("importance", importance)):
+        each: Any = [None] * len(tensors) if xs is None else [xs] if isinstance(xs, Tensor) else xs
+        for (_, own), x in zip(found, each, strict=True):
+            own[name] = x
+    return found
 
 
 def _per_parameter(strength: Strength | None, default: float, count: int) -> list[float | Tensor]:
@@ -80,6 +99,9 @@ def fused_penalty(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
+    *,
+    toward: Iterable[Tensor] | Tensor | None = None,
+    importance: Iterable[Tensor] | Tensor | None = None,
     **terms: Unpack[Terms[Strength]],
 ) -> Tensor:
     r"""The penalty, every element in float64, rounded once at the end.
@@ -92,6 +114,8 @@ def fused_penalty(
         l1: likewise.
         l2: likewise.
         terms: likewise.
+        toward: likewise.
+        importance: likewise.
 
     Returns:
         A differentiable 0-dim tensor, float64 if any parameter is float64, else float32.
@@ -106,9 +130,9 @@ def fused_penalty(
     """
     total: Tensor | None = None
     dtype = torch.float32
-    for p, given in _with_terms(params, l1, l2, terms):
+    for p, given in _with_terms(params, l1, l2, terms, toward, importance):
         dtype = torch.promote_types(dtype, p.dtype)
-        w = p.double()
+        w = _difference(p.double(), given)
         value = w.new_zeros(())
         for term in TERMS:
             if _is_present(given[term]):
@@ -122,6 +146,9 @@ def value_and_grad(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
+    *,
+    toward: Iterable[Tensor] | Tensor | None = None,
+    importance: Iterable[Tensor] | Tensor | None = None,
     **terms: Unpack[Terms[Strength]],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The penalty and its gradient in every parameter, by autograd through :func:`fused_penalty`.
@@ -131,6 +158,8 @@ def value_and_grad(
         l1: likewise.
         l2: likewise.
         terms: likewise.
+        toward: likewise.
+        importance: likewise.
 
     Returns:
         The value, and a tuple with one gradient per parameter, computed in float64 and rounded once.
@@ -144,7 +173,7 @@ def value_and_grad(
     tensors = [params] if isinstance(params, Tensor) else list(params)
     with torch.enable_grad():
         leaves = [p.detach().requires_grad_() for p in tensors]
-        value = fused_penalty(leaves, l1, l2, **terms)
+        value = fused_penalty(leaves, l1, l2, toward=toward, importance=importance, **terms)
         grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) if leaves else ()
     return value.detach(), grads
 
@@ -157,6 +186,8 @@ def accumulate_grad_(
     l2: Strength | None = None,
     *,
     scale: float | Tensor = 1.0,
+    toward: Iterable[Tensor] | Tensor | None = None,
+    importance: Iterable[Tensor] | Tensor | None = None,
     **terms: Unpack[Terms[Strength]],
 ) -> Tensor:
     """``p.grad += scale * d(penalty)/dp`` for every parameter that requires grad, each sum in float64.
@@ -166,6 +197,8 @@ def accumulate_grad_(
         l1: likewise.
         l2: likewise.
         terms: likewise.
+        toward: likewise.
+        importance: likewise.
         scale: likewise.
 
     Returns:
@@ -182,7 +215,7 @@ def accumulate_grad_(
     tensors = [params] if isinstance(params, Tensor) else list(params)
     with torch.enable_grad():
         leaves = [p.detach().double().requires_grad_() for p in tensors]
-        value = fused_penalty(leaves, l1, l2, **terms)
+        value = fused_penalty(leaves, l1, l2, toward=toward, importance=importance, **terms)
         grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) if leaves else ()
     dtype = torch.float32
     for p, grad in zip(tensors, grads, strict=True):
@@ -201,6 +234,8 @@ def prox_(
     l2: Strength | None = None,
     *,
     step: Strength,
+    toward: Iterable[Tensor] | Tensor | None = None,
+    importance: Iterable[Tensor] | Tensor | None = None,
     **terms: Unpack[Terms[Strength]],
 ) -> None:
     r"""The proximal operator of ``step * penalty``, in place, computed in float64: the answer ``x`` minimizes
@@ -212,6 +247,8 @@ def prox_(
         l1: likewise.
         l2: likewise.
         terms: likewise.
+        toward: likewise.
+        importance: likewise.
         step: likewise.
 
     Example:
@@ -222,15 +259,17 @@ def prox_(
         >>> p
         tensor([ 0.3333, -1.0000,  0.0000])
     """
-    own = _with_terms(params, l1, l2, terms)
+    own = _with_terms(params, l1, l2, terms, toward, importance)
     for (p, given), eta in zip(own, _per_parameter(step, 0.0, len(own)), strict=True):
         a, b, c, d, beta = (given[kind] for kind in KINDS)
-        w = p.double()
-        soft = torch.where(w.abs() <= eta * a, 0.0, w - torch.sign(w) * eta * a)
+        rate = eta if given["importance"] is None else eta * given["importance"].double()
+        w = _difference(p.double(), given)
+        soft = torch.where(w.abs() <= rate * a, 0.0, w - torch.sign(w) * rate * a)
         soft = torch.where(w.isnan(), w, soft)
         norms, threshold = _norms(soft, given["group"]), eta * c
         block = torch.where(norms <= threshold, 0.0, 1 - threshold / norms) if threshold != 0 else 1.0
-        x = _smooth_l1_prox(soft * block / (1 + 2 * eta * b), eta * d / (1 + 2 * eta * b), beta)
+        x = _smooth_l1_prox(soft * block / (1 + 2 * rate * b), rate * d / (1 + 2 * rate * b), beta)
+        x = x if given["toward"] is None else x + given["toward"].double()
         p.copy_(x).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 
 
@@ -239,6 +278,9 @@ def loop(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None = None,
     l2: Strength | None = None,
+    *,
+    toward: Iterable[Tensor] | Tensor | None = None,
+    importance: Iterable[Tensor] | Tensor | None = None,
     **terms: Unpack[Terms[Strength]],
 ) -> Tensor:
     """The loop that people write by hand, in the parameters' own dtypes. Its gradient is the contract's, bit for bit
@@ -249,6 +291,8 @@ def loop(
         l1: likewise.
         l2: likewise.
         terms: likewise.
+        toward: likewise.
+        importance: likewise.
 
     Returns:
         A differentiable 0-dim tensor of the parameters' promoted dtype. Its value has the rounding of its sums.
@@ -260,8 +304,8 @@ def loop(
         tensor(6.5000)
     """
     total: Any = 0
-    for p, given in _with_terms(params, l1, l2, terms):
+    for p, given in _with_terms(params, l1, l2, terms, toward, importance):
         for term in TERMS:
             if _is_present(given[term]):
-                total = total + given[term] * _SUMS[term](p, given)
+                total = total + given[term] * _SUMS[term](_difference(p, given), given)
     return torch.as_tensor(total)

@@ -91,6 +91,9 @@ struct Kernel {
     return !(P::kOptional & bit(s)) || streams[s] != nullptr;
   }
 
+  // What is read where an optional stream is not there.
+  static FUSED_REG_INLINE Factor absent(int s) { return s == kImportance ? Factor{} + 1 : Factor{}; }
+
   // Elements as they are written, of every stream.
   struct Written {
     decltype(E::written(Factor{}, Factor{})) of[kStreams];
@@ -114,7 +117,7 @@ struct Kernel {
     for (int part = 0; part < E::kParts; ++part) {
       for (int s = 0; s < kStreams; ++s) {
         if (P::kReads & bit(s)) {
-          x[part][s] = is_there<usual>(streams, s) ? E::read(streams[s] + i, part) : Factor{};
+          x[part][s] = is_there<usual>(streams, s) ? E::read(streams[s] + i, part) : absent(s);
         } else if (P::kOptional & bit(s)) {
           x[part][s] = Factor{};
         }
@@ -148,6 +151,32 @@ struct Kernel {
                                      [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
         sums[v] = x[0];
         sums[apart + v] = x[1];
+      }
+    }
+  }
+
+  // The same of relative terms. No square is exact then.
+  template <int apart>
+  FUSED_REG_INLINE void add_relative(Double* sums, Storage* const* streams, int64_t i) const {
+    auto d = E::widened(streams[0] + i), importance = d;
+    if (streams[kToward] != nullptr) {
+      const auto toward = E::widened(streams[kToward] + i);
+      for (int v = 0; v < E::kCount / kDoubles; ++v) {
+        d.of[v] = d.of[v] - toward.of[v];
+      }
+    }
+    const bool is_weighted = streams[kImportance] != nullptr;
+    if (is_weighted) {
+      importance = E::widened(streams[kImportance] + i);
+    }
+    for (int v = 0; v < E::kCount / kDoubles; ++v) {
+      Double x[kPassSums] = {};
+      P::template add<TwoRoundings>(x, d.of[v], sum_factors,
+                                    [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
+      for (int k = 0; k < kPassSums; ++k) {
+        if (P::kSums & bit(k)) {
+          sums[k * apart + v] = sums[k * apart + v] + (is_weighted ? x[k] * importance.of[v] : x[k]);
+        }
       }
     }
   }
@@ -189,7 +218,11 @@ struct Kernel {
           next_ahead += kFetched;
 #pragma GCC unroll 4
           for (int v = 0; v < kFetched; v += E::kCount) {
-            add<kVectors>(next, E::widened(at[0] + i));
+            if constexpr (P::kIsRelative && P::kSums != 0) {
+              add_relative<kVectors>(next, at, i);
+            } else {
+              add<kVectors>(next, E::widened(at[0] + i));
+            }
             if constexpr (P::kWrites != 0) {
               elements<usual>(at, i, factors).template write_to<usual>(*this, at, i);
             }
@@ -346,7 +379,8 @@ struct Kernel {
   // The last row, of `count` elements, of a chunk; of the task's elements there are `left` from there on.
   FUSED_REG_INLINE void take_rest(Double* lanes, Storage* const* streams, int64_t begin, int count, int64_t left,
                                   const Mask& mask) const {
-    if (P::kWrites != 0 || P::kPadding != 0 || left < (count + E::kCount - 1) / E::kCount * E::kCount) {
+    if (P::kWrites != 0 || P::kIsRelative || P::kPadding != 0 ||
+        left < (count + E::kCount - 1) / E::kCount * E::kCount) {
       Padded tail(*this, streams, begin, count);
       take_rows<false>(lanes, tail.streams, 0, 1);
       tail.copy_to(streams, begin, count);
@@ -442,7 +476,7 @@ struct Kernel {
     Storage* streams[kStreams];
     std::transform(task.streams, task.streams + kStreams, streams, [](void* s) { return static_cast<Storage*>(s); });
     const bool is_short = kCanBeShort && std::min(task.chunk_size, task.size) <= kBlock;
-    if constexpr (!P::kHasOptions && (P::kSums == 0 || P::kWrites == 0)) {
+    if constexpr (!P::kHasOptions && !P::kIsRelative && (P::kSums == 0 || P::kWrites == 0)) {
       if (task.apart[0] != 0) {
         run_across(task, streams, found);
       }
@@ -641,13 +675,60 @@ void run_compiled(const ChunkTask& task, TaskSums* sums) {
   }
 }
 
+// The sum of each further term that a chunk has.
+template <Dtype dtype, int relative>
+void sum_further(const ChunkTask& task, TaskSums* sums) {
+  FurtherTerms::each([&](auto term) {
+    using T = decltype(term);
+    if (task.numbers.terms & T::kBit) {
+      TaskSums found;
+      run_kernel<dtype, typename TermSum<T>::template Pass<relative>>(task, &found);
+      for (int64_t c = 0; c * task.chunk_size < task.size; ++c) {
+        sums->sum[T::kSum][c] = found.sum[1][c];
+        sums->exponent[T::kSum][c] = T::result_exponent(task.numbers, found.exponent[1][c]);
+      }
+    }
+  });
+}
+
+// A pass of relative terms, each maybe. With further ones, and in a step, first the sums, and then what is written.
+template <Dtype dtype, template <int> class P, int known>
+void run_relative(const ChunkTask& task, TaskSums* sums) {
+  if constexpr (P<known>::kHasOptions || (P<known>::kSums != 0 && known != kNone)) {
+    if constexpr (!P<known>::kHasOptions) {
+      if (!(task.numbers.terms & kFurther)) {
+        return run_kernel<dtype, P<kL1L2 | kRelative>>(task, sums);
+      }
+    }
+    if (sums != nullptr) {
+      run_kernel<dtype, PenaltyPass<kL1L2 | kRelative>>(task, sums);
+      sum_further<dtype, kRelative>(task, sums);
+    }
+    if constexpr (P<known>::kHasOptions) {
+      run_kernel<dtype, P<kAllTerms | kRelative>>(task, nullptr);
+    } else if constexpr (P<known>::kWrites != 0) {
+      run_kernel<dtype, typename P<known>::template Alone<kAnyTerms | kFurther | kRelative>>(task, nullptr);
+    }
+  } else {
+    run_kernel<dtype, P<(known & (kAnyTerms | kFurther)) | kRelative>>(task, sums);
+  }
+}
+
 // A pass; with further terms in parts, for which the chunks are still in the cache.
 template <Dtype dtype, template <int> class P, int known>
 void run_terms(const ChunkTask& task, TaskSums* sums) {
+  const bool is_relative = task.streams[kToward] != nullptr || task.streams[kImportance] != nullptr;
   if constexpr (P<known>::kHasOptions) {
     if (task.numbers.terms == kNone) {
       return run_kernel<dtype, P<kNone>>(task, sums);
     }
+  }
+  if constexpr (P<kRelative>::kIsRelative) {
+    if (is_relative) {
+      return run_relative<dtype, P, known>(task, sums);
+    }
+  }
+  if constexpr (P<known>::kHasOptions) {
     if ((task.numbers.terms & ~known) == 0) {
       return run_kernel<dtype, P<known>>(task, sums);
     }
@@ -658,17 +739,7 @@ void run_terms(const ChunkTask& task, TaskSums* sums) {
   } else if constexpr (P<known>::kSums != 0 && known != kNone) {
     if (task.numbers.terms & kFurther) {
       run_compiled<dtype, PenaltyPass, kL1L2>(task, sums);
-      FurtherTerms::each([&](auto term) {
-        using T = decltype(term);
-        if (task.numbers.terms & T::kBit) {
-          TaskSums found;
-          run_kernel<dtype, typename TermSum<T>::template Pass<0>>(task, &found);
-          for (int64_t c = 0; c * task.chunk_size < task.size; ++c) {
-            sums->sum[T::kSum][c] = found.sum[1][c];
-            sums->exponent[T::kSum][c] = T::result_exponent(task.numbers, found.exponent[1][c]);
-          }
-        }
-      });
+      sum_further<dtype, kNone>(task, sums);
       if constexpr (P<known>::kWrites != 0) {
         run_compiled<dtype, P<known>::template Alone, kAllTerms>(task, nullptr);
       }

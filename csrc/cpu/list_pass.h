@@ -110,8 +110,8 @@ class ListPass : public TaskList {
       task.pass = optimizer;
       task.streams[0] = dense(t).mutable_data_ptr();
       for (int s = 1; s < kStreams; ++s) {
-        task.streams[s] = row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr();
         if (row.streams[s] != nullptr) {
+          task.streams[s] = row.streams[s]->mutable_data_ptr();
           place(t, s, *row.streams[s]);
         }
       }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <list>
 #include <memory>
 #include <vector>
 
@@ -20,8 +21,12 @@ class TaskList {
  public:
   // The parameters outlive it: to hold them takes as long as the pass over short ones.
   TaskList(at::TensorList params, const Selection& selection, const NumbersArg& numbers)
-      : params_(params), group_(numbers.group), has_further_(numbers.has_further()) {
+      : params_(params),
+        group_(numbers.group),
+        has_further_(numbers.has_further()),
+        takes_across_(!numbers.is_relative()) {
     check_list(params, numbers);
+    check_relative(params, selection, numbers);
     std::array<HostColumn, kNumbers> columns;
     const int used = has_further_ ? int{kNumbers} : kGroupNumbers;
     for (const auto c : c10::irange(used)) {
@@ -46,6 +51,8 @@ class TaskList {
     }
     plan_ = group_ == Grouping::kNone ? ChunkPlan(sizes) : ChunkPlan(sizes, groups);
     for (const auto t : c10::irange(params.size())) {
+      set_relative(t, kToward, numbers.toward, selection);
+      set_relative(t, kImportance, numbers.importance, selection);
       place(t, 0, params[t]);
       if (is_short(t)) {
         set_strips(t);
@@ -112,11 +119,22 @@ class TaskList {
   at::TensorList params_;
   Grouping group_;
   bool has_further_;
-  bool takes_across_ = true;  // no step of an optimizer does
+  bool takes_across_;  // no step of an optimizer does, and no relative terms
   std::vector<ChunkTask> tasks_;
   ChunkPlan plan_;
 
  private:
+  // A stream of relative terms, of the dtype of the parameter, which may be a wider copy.
+  void set_relative(size_t t, int s, at::TensorList given, const Selection& selection) {
+    if (!given.empty()) {
+      const at::Tensor& own = given[selection.places[t]];
+      const at::ScalarType dtype = params_[t].scalar_type();
+      const at::Tensor& stream = own.scalar_type() == dtype ? own : converted_.emplace_back(own.to(dtype));
+      tasks_[t].streams[s] = const_cast<void*>(stream.const_data_ptr());
+      place(t, s, stream);
+    }
+  }
+
   ChunkTask task_of(const Visit& visit) const {
     const int64_t t = visit.first.tensor;
     ChunkTask task = tasks_[t];
@@ -166,6 +184,7 @@ class TaskList {
   void visit_strip(const ChunkPlan& plan, const Visit& strip, const StreamUse& used, const Body& body) const {
     const int64_t t = strip.first.tensor, size = strip.first.size;
     const int64_t group = strip.first.begin / plan.group_size(t), begin = strip.first.begin % plan.group_size(t);
+    const unsigned reads = used.reads | relative_streams(kRelative);
     const auto bytes = static_cast<int64_t>(dense(t).element_size());
     const bool across = is_across(t);
     const int64_t row = across ? 1 : size, width = (strip.chunks + line(t) - 1) / line(t) * line(t);
@@ -175,7 +194,7 @@ class TaskList {
     void* memory[kStreams];
     unsigned packed = 0;
     for (int s = 0; s < kStreams; ++s) {
-      if (!((used.reads | used.writes) & bit(s)) || tasks_[t].streams[s] == nullptr) {
+      if (!((reads | used.writes) & bit(s)) || tasks_[t].streams[s] == nullptr) {
         task.streams[s] = nullptr;
         continue;
       }
@@ -203,7 +222,7 @@ class TaskList {
         }
       }
     };
-    each(used.reads, pack<false>);
+    each(reads, pack<false>);
     if (across) {
       task.ahead = packed & bit(0) ? strip.size : 0;
       body(strip, task);
@@ -223,6 +242,7 @@ class TaskList {
     each(used.writes, pack<true>);
   }
 
+  std::list<at::Tensor> converted_;
   std::vector<std::array<Strides, kStreams>> strides_;  // [tensors], of those with strips; a run has no dimensions here
 };
 

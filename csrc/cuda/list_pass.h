@@ -30,6 +30,7 @@ class ListPass {
         launch_(next_launch()),
         group_(numbers.group),
         value_dtype_(value_dtype(params)) {
+    check_not_relative(numbers);
     for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
       columns_[c] = ColumnRefs(numbers.columns[c], selection, device_);
     }

@@ -6,6 +6,7 @@
 //     kReads, kWrites          the streams that it reads and writes, a bit each: of as many elements as the parameter,
 //                              which is stream 0
 //     kOptional                those of them that a tensor may not have
+//     kIsRelative              whether its terms are relative (kRelative): it reads two streams more
 //     factors(numbers, f)      the kFactors numbers that its elements need, in the type S in which they are computed;
 //                              once for a chunk
 //     element(x, f)            the streams that it writes, from those that it reads
@@ -34,8 +35,10 @@
 
 namespace fused_reg {
 
-constexpr int kStreams = 6;   // at most
-constexpr int kUnscaled = 5;  // that of gradients which a step has taken a loss scale from
+constexpr int kStreams = 8;     // at most
+constexpr int kUnscaled = 5;    // that of gradients which a step has taken a loss scale from
+constexpr int kToward = 6;      // that of reference weights, which are 0 where a tensor has none;
+constexpr int kImportance = 7;  // and of importances, which are 1
 constexpr int kPassSums = 2;
 
 // The numbers of an optimizer's step of a tensor (passes/step.h), beside kStep, its learning rate: momentum, beta1 or
@@ -57,6 +60,19 @@ FUSED_REG_INLINE unsigned options_of(const StepNumbers& n) {
 
 constexpr unsigned bit(int i) { return 1u << i; }
 
+// The streams that relative terms need beside the parameter.
+constexpr unsigned relative_streams(int terms) { return terms & kRelative ? bit(kToward) | bit(kImportance) : 0; }
+
+// What the terms of an element are of.
+template <int terms, class V>
+FUSED_REG_INLINE V difference(V w, const V* x) {
+  if constexpr ((terms & kRelative) != 0) {
+    return w - x[kToward];
+  } else {
+    return w;
+  }
+}
+
 // How many streams there are up to the last of these.
 constexpr int streams_in(unsigned bits) { return bits == 0 ? 0 : 1 + streams_in(bits >> 1); }
 
@@ -70,7 +86,7 @@ struct AnyPass {
   using Fresh = void;
   static constexpr unsigned kReads = 0, kWrites = 0, kOptional = 0, kSums = 0, kUsual = 0;
   static constexpr int kFactors = 0, kSumFactors = 0, kPadding = 0;
-  static constexpr bool kOfAnyDtype = false, kPositiveZeros = false, kHasOptions = false;
+  static constexpr bool kOfAnyDtype = false, kPositiveZeros = false, kHasOptions = false, kIsRelative = false;
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers&, S*) {}

@@ -5,22 +5,37 @@
 
 namespace fused_reg {
 
-// In place; the norm is that after the soft threshold. terms: L1 and further ones, L1, or neither.
+// In place; the norm is that after the soft threshold. terms: L1 and further ones, L1, or neither; or the first of
+// these, relative: what is left of the difference is added to the reference weight.
 template <int terms>
 struct ProxPass : AnyPass {
   using Further = std::conditional_t<(terms & kFurther) == 0, TermList<>, FurtherTerms>;
-  static constexpr unsigned kReads = bit(0), kWrites = bit(0);
-  static constexpr bool kPositiveZeros = true;
+  static constexpr bool kIsRelative = (terms & kRelative) != 0, kPositiveZeros = true;
+  static constexpr unsigned kReads = bit(0) | relative_streams(terms), kWrites = bit(0);
+  static constexpr unsigned kOptional = relative_streams(terms);
 
-  // Those of L1, of L2 and the norm, and of each further term.
+  // Those of L1, of L2 and the norm, and of each further term. Relative: the steps of L1 and of others, the share that
+  // the norm leaves, the strength of L2, and the numbers of each further term.
   template <class... T>
   static constexpr int factors_of(TermList<T...>) {
-    return (2 + ... + T::kProxFactors);
+    return kIsRelative ? (4 + ... + T::kProxNumbers) : (2 + ... + T::kProxFactors);
   }
   static constexpr int kFactors = factors_of(Further{});
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers& n, S* f) {
+    if constexpr (kIsRelative) {
+      *f++ = static_cast<S>(n.of[kStep] * n.of[kL1Strength]);
+      *f++ = static_cast<S>(n.of[kStep]);
+      *f++ = static_cast<S>(shrinkage(0, n.of[kNormStrength], n.of[kStep], n.norm));
+      *f++ = static_cast<S>(n.of[kL2Strength]);
+      Further::each([&](auto term) {
+        using T = decltype(term);
+        T::prox_numbers(n, f);
+        f += T::kProxNumbers;
+      });
+      return;
+    }
     *f++ = static_cast<S>(n.of[kStep] * n.of[kL1Strength]);
     *f++ = static_cast<S>(shrinkage(n.of[kL2Strength], n.of[kNormStrength], n.of[kStep], n.norm));
     Further::each([&](auto term) {
@@ -30,25 +45,57 @@ struct ProxPass : AnyPass {
     });
   }
 
-  // A zero is +0, also one that comes from shrinkage.
   template <class V>
   static FUSED_REG_INLINE void element(V* x, const V* f) {
-    V w = (terms & kL1 ? soft(x[0], f[0]) : x[0]) * f[1];
-    f += 2;
+    x[0] = shrunk(x[0], x, f);
+  }
+
+  // Of a weight, and the streams beside it. A zero is +0, also one that comes from shrinkage.
+  template <class V>
+  static FUSED_REG_INLINE V shrunk(V w, const V* x, const V* f) {
+    if constexpr (kIsRelative) {
+      return moved(w, x, [&](V d) __attribute__((always_inline)) { return of_difference(d, x[kImportance], f); });
+    } else {
+      w = (terms & kL1 ? soft(w, f[0]) : w) * f[1];
+      f += 2;
+      Further::each([&](auto term) {
+        using T = decltype(term);
+        w = T::prox(w, f);
+        f += T::kProxFactors;
+      });
+      return w + V{};
+    }
+  }
+
+  // The weight whose difference is prox(that of w). Where that is the same, so is the weight, to the bit.
+  template <class V, class Prox>
+  static FUSED_REG_INLINE V moved(V w, const V* x, const Prox& prox) {
+    const V d = difference<terms>(w, x), left = prox(d);
+    return (left == d ? w : x[kToward] + left) + V{};
+  }
+
+ private:
+  template <class V>
+  static FUSED_REG_INLINE V of_difference(V d, V importance, const V* f) {
+    const V step = f[1] * importance;
+    V w = L2::prox(soft(d, f[0] * importance) * f[2], step, f[3]);
+    const V rest = L2::prox(step, step, f[3]);
+    f += 4;
     Further::each([&](auto term) {
       using T = decltype(term);
-      w = T::prox(w, f);
-      f += T::kProxFactors;
+      w = T::prox_with(w, rest, f);
+      f += T::kProxNumbers;
     });
-    x[0] = w + V{};
+    return w;
   }
 };
 
 // The sum of soft(w)^2, in the place of that of L2.
-template <int>
+template <int terms>
 struct SoftSquaresPass : AnyPass {
   using Sums = SoftSquaresPass;
-  static constexpr unsigned kSums = kL2;
+  static constexpr bool kIsRelative = (terms & kRelative) != 0;
+  static constexpr unsigned kReads = relative_streams(terms), kOptional = kReads, kSums = kL2;
   static constexpr int kSumFactors = 1;
 
   template <class S>

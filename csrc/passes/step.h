@@ -82,7 +82,8 @@ struct L1L2Gradient {
   }
 
   template <class V>
-  static FUSED_REG_INLINE V added(V g, V w, const V* f, unsigned options) {
+  static FUSED_REG_INLINE V added(V g, const V* x, const V* f, unsigned options) {
+    const V w = x[0];
     switch (options & (kAddsL1 | kAddsL2)) {
       case kAddsL1 | kAddsL2:
         return g + (L1::gradient(w, f) + L2::gradient(w, f + 1));
@@ -97,28 +98,31 @@ struct L1L2Gradient {
 };
 
 // That of all terms, each maybe.
-using AnyGradientPass = GradientPass<kAnyTerms | kFurther>;
-struct AnyGradient : AnyGradientPass {
+template <int relative, class Pass = GradientPass<kAnyTerms | kFurther | relative>>
+struct AnyGradient : Pass {
   template <class V>
-  static FUSED_REG_INLINE V added(V g, V w, const V* f, unsigned) {
-    return g + AnyGradientPass::gradient(w, f);
+  static FUSED_REG_INLINE V added(V g, const V* x, const V* f, unsigned) {
+    return g + Pass::gradient(x, f);
   }
 };
 
 // What all optimizers do. terms: kNone; kL1L2 for a penalty of these, each maybe; or kAllTerms, each maybe, with sums
-// that somebody else takes before, and the proximal step behind where there are norms.
+// that somebody else takes before, and the proximal step behind where there are norms; these alone may be relative.
 template <int terms>
 struct StepPass : AnyPass {
-  using Gradient = std::conditional_t<terms == kAllTerms, AnyGradient, L1L2Gradient>;
-  using Prox = ProxPass<(terms == kAllTerms ? kFurther : kNone) + kL1>;
+  static constexpr int kRelativeBit = terms & kRelative;
+  static constexpr bool kIsAny = (terms & ~kRelative) == kAllTerms, kIsRelative = kRelativeBit != 0;
+  using Gradient = std::conditional_t<kIsAny, AnyGradient<kRelativeBit>, L1L2Gradient>;
+  static constexpr int kProxTerms = kIsAny ? kL1 | kFurther | kRelativeBit : kL1;
+  using Prox = ProxPass<kProxTerms>;
   static constexpr int kSummed = terms == kL1L2 ? kL1L2 : kNone;
   using Summed = PenaltyPass<kSummed>;
   using Sums = std::conditional_t<kSummed == kNone, void, Summed>;
   static constexpr unsigned kSums = Summed::kSums;
-  static constexpr unsigned kReads = bit(0) | bit(1), kWrites = bit(0) | bit(kUnscaled);
-  static constexpr unsigned kOptional = bit(kUnscaled);
+  static constexpr unsigned kReads = bit(0) | bit(1) | relative_streams(terms), kWrites = bit(0) | bit(kUnscaled);
+  static constexpr unsigned kOptional = bit(kUnscaled) | relative_streams(terms);
   static constexpr bool kHasOptions = true, kPositiveZeros = terms != kNone;
-  static constexpr unsigned kUsual = terms == kAllTerms ? 0 : kDecoupled | kMomentum | kDecay | kAddsL1 | kAddsL2;
+  static constexpr unsigned kUsual = kIsAny ? 0 : kDecoupled | kMomentum | kDecay | kAddsL1 | kAddsL2;
   enum { kDecayFactor = Gradient::kFactors, kGradScaleFactor, kRateL1, kRateL2, kProx, kOwn = kProx + Prox::kFactors };
 
   template <class MultiplyAdd, class D, class Scaled>
@@ -152,7 +156,7 @@ struct StepPass : AnyPass {
     }
     if constexpr (terms != kNone) {
       if (!(options & kProximal)) {
-        g = Gradient::added(g, x[0], f, options);
+        g = Gradient::added(g, x, f, options);
       }
     }
     if ((options & (kDecay | kDecoupled)) == kDecay) {
@@ -167,23 +171,26 @@ struct StepPass : AnyPass {
     return (options & (kDecay | kDecoupled)) == (kDecay | kDecoupled) ? w * f[kDecayFactor] : w;
   }
 
-  // Behind the step.
+  // Behind the step; x: the other streams.
   template <class V>
-  static FUSED_REG_INLINE V shrunk(V w, const V* f, unsigned options) {
-    if (terms != kNone && options & kProximal) {
-      Prox::element(&w, f + kProx);
-    }
-    return w;
+  static FUSED_REG_INLINE V shrunk(V w, const V* x, const V* f, unsigned options) {
+    return terms != kNone && options & kProximal ? Prox::shrunk(w, x, f + kProx) : w;
   }
 
   // The same; rate(): of each element, for kPreconditioned.
   template <class V, class Rate>
-  static FUSED_REG_INLINE V shrunk(V w, const V* f, unsigned options, const Rate& rate) {
+  static FUSED_REG_INLINE V shrunk(V w, const V* x, const V* f, unsigned options, const Rate& rate) {
     if (terms != kNone && options & kPreconditioned) {
-      const V given = rate(), r = given > 0 ? given : V{};
-      return L2::prox(soft(w, r * f[kRateL1]), r, f[kRateL2]) + V{};
+      const V given = rate(), positive = given > 0 ? given : V{};
+      if constexpr (kIsRelative) {
+        const V r = positive * x[kImportance];
+        return Prox::moved(
+            w, x, [&](V d) __attribute__((always_inline)) { return L2::prox(soft(d, r * f[kRateL1]), r, f[kRateL2]); });
+      } else {
+        return L2::prox(soft(w, positive * f[kRateL1]), positive, f[kRateL2]) + V{};
+      }
     }
-    return shrunk(w, f, options);
+    return shrunk(w, x, f, options);
   }
 };
 
@@ -215,7 +222,7 @@ struct SgdPass : StepPass<terms> {
       x[2] = b;
       g = options & kNesterov ? g + f[kMomentumFactor] * b : b;
     }
-    x[0] = Base::shrunk(Base::decayed(x[0], f, options) + f[kMinusLr] * g, f, options);
+    x[0] = Base::shrunk(Base::decayed(x[0], f, options) + f[kMinusLr] * g, x, f, options);
   }
 };
 
@@ -254,7 +261,7 @@ struct AdamPass : StepPass<terms> {
     }
     const V d = square_root(largest) / f[kRootFactor] + f[kEps];
     const V w = Base::decayed(x[0], f, options) + f[kMinusStep] * x[2] / d;
-    x[0] = Base::shrunk(w, f, options, [&] { return f[kLr] / d; });
+    x[0] = Base::shrunk(w, x, f, options, [&] { return f[kLr] / d; });
   }
 };
 
@@ -299,7 +306,7 @@ struct RmspropPass : StepPass<terms> {
     } else {
       w = w + f[kMinusLr] * g / d;
     }
-    x[0] = Base::shrunk(w, f, options, [&] { return f[kRate] / d; });
+    x[0] = Base::shrunk(w, x, f, options, [&] { return f[kRate] / d; });
   }
 };
 
@@ -326,7 +333,7 @@ struct AdagradPass : StepPass<terms> {
     x[2] = x[2] + g * g;
     const V d = square_root(x[2]) + f[kEps];
     const V w = Base::decayed(x[0], f, options) + f[kMinusLr] * g / d;
-    x[0] = Base::shrunk(w, f, options, [&] { return f[kLr] / d; });
+    x[0] = Base::shrunk(w, x, f, options, [&] { return f[kLr] / d; });
   }
 };
 

@@ -9,7 +9,8 @@ namespace fused_reg {
 template <int terms>
 struct PenaltyPass : AnyPass {
   using Sums = PenaltyPass;
-  static constexpr unsigned kSums = terms & kL1L2;
+  static constexpr bool kIsRelative = (terms & kRelative) != 0;
+  static constexpr unsigned kReads = relative_streams(terms), kOptional = kReads, kSums = terms & kL1L2;
 
   template <class MultiplyAdd, class D, class Scaled>
   static FUSED_REG_INLINE void add(D* sums, D w, const D*, const Scaled& scaled) {
@@ -25,10 +26,11 @@ struct PenaltyPass : AnyPass {
 // The sum of a further term, in the place of that of L2.
 template <class Term>
 struct TermSum {
-  template <int>
+  template <int terms>
   struct Pass : AnyPass {
     using Sums = Pass;
-    static constexpr unsigned kSums = kL2;
+    static constexpr bool kIsRelative = (terms & kRelative) != 0;
+    static constexpr unsigned kReads = relative_streams(terms), kOptional = kReads, kSums = kL2;
     static constexpr int kSumFactors = Term::kSumFactors;
     static constexpr bool kOfAnyDtype = true;
 
@@ -45,15 +47,18 @@ struct TermSum {
 };
 
 // out = factor * gradient. terms: those of L1 and L2; or the norm, alone, with L2, or with L1 and maybe L2; or
-// kAnyTerms, each maybe, of which kFurther are the further ones.
+// kAnyTerms, each maybe, of which kFurther are the further ones. Relative are these, or L1 and L2, each maybe.
 template <int terms>
 struct GradientPass : AnyPass {
-  static constexpr bool kIsAny = (terms & ~kFurther) == kAnyTerms;
-  static constexpr int kMaybe = kIsAny ? terms | kL2 : terms == (kNorm | kL1L2) ? kL2 : kNone;
-  static constexpr int kKnown = terms & ~kMaybe;
+  static constexpr bool kIsRelative = (terms & kRelative) != 0;
+  static constexpr int kTerms = terms & ~kRelative;
+  static constexpr bool kIsAny = (kTerms & ~kFurther) == kAnyTerms;
+  static constexpr int kMaybe = kIsAny ? kTerms | kL2 : kTerms == (kNorm | kL1L2) ? kL2 : kIsRelative ? kTerms : kNone;
+  static constexpr int kKnown = kTerms & ~kMaybe;
   // Those whose factors there are: of L1 and L2 alone always both, for a caller that chooses between these passes.
-  static constexpr int kHeld = (terms & ~kL1L2) == 0 ? kL1L2 : kKnown | kMaybe;
-  static constexpr unsigned kReads = bit(0), kWrites = bit(1);
+  static constexpr int kHeld = (kTerms & ~kL1L2) == 0 ? kL1L2 : kKnown | kMaybe;
+  static constexpr unsigned kReads = bit(0) | relative_streams(terms), kWrites = bit(1);
+  static constexpr unsigned kOptional = relative_streams(terms);
 
   // The first is what the sum starts with, then come those of each term, and whether it is there.
   template <class... T>
@@ -75,17 +80,18 @@ struct GradientPass : AnyPass {
     });
   }
 
-  // An absent term is -0.0, which changes no bit of a sum.
+  // Of streams, of which the first is the parameter. An absent term is -0.0, which changes no bit of a sum.
   template <class V>
-  static FUSED_REG_INLINE V gradient(V w, const V* f) {
+  static FUSED_REG_INLINE V gradient(const V* x, const V* f) {
+    const V w = difference<terms>(x[0], x);
     V sum = kKnown & kL1L2 ? -V{} : kMaybe & kL1L2 ? f[0] : V{};
     ++f;
     AllTerms::each([&](auto term) {
       using T = decltype(term);
       if constexpr ((kKnown & T::kBit) != 0) {
-        sum = sum + T::gradient(w, f);
+        sum = sum + gradient_of<T>(w, x, f);
       } else if constexpr ((kMaybe & T::kBit) != 0) {
-        sum = sum + (f[T::kFactors] != 0 ? T::gradient(w, f) : -V{});
+        sum = sum + (f[T::kFactors] != 0 ? gradient_of<T>(w, x, f) : -V{});
       }
       f += kHeld & T::kBit ? T::kFactors + 1 : 0;
     });
@@ -94,7 +100,22 @@ struct GradientPass : AnyPass {
 
   template <class V>
   static FUSED_REG_INLINE void element(V* x, const V* f) {
-    x[1] = gradient(x[0], f);
+    x[1] = gradient(x, f);
+  }
+
+ private:
+  // That of a term; its factors times the importance, as in a loop that multiplies what it sums.
+  template <class T, class V>
+  static FUSED_REG_INLINE V gradient_of(V w, const V* x, const V* f) {
+    if constexpr (kIsRelative) {
+      V own[T::kFactors];
+      for (int i = 0; i < T::kFactors; ++i) {
+        own[i] = i < T::kScaled ? f[i] * x[kImportance] : f[i];
+      }
+      return T::gradient(w, own);
+    } else {
+      return T::gradient(w, f);
+    }
   }
 };
 
@@ -102,11 +123,11 @@ struct GradientPass : AnyPass {
 template <int terms>
 struct AccumulatePass : GradientPass<terms> {
   using Fresh = GradientPass<terms>;
-  static constexpr unsigned kReads = bit(0) | bit(1);
+  static constexpr unsigned kReads = bit(1) | Fresh::kReads;
 
   template <class V>
   static FUSED_REG_INLINE void element(V* x, const V* f) {
-    x[1] = x[1] + Fresh::gradient(x[0], f);
+    x[1] = x[1] + Fresh::gradient(x, f);
   }
 };
 

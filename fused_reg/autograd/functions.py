@@ -50,11 +50,14 @@ def penalty(
     if measure is not None:
         return _in_two_launches(params, strengths, measure)
     if _transforms_active():
-        return specified_penalty(params, strengths) if is_traced else composed_penalty(params, strengths)
+        is_specified = is_traced or strengths.is_relative()
+        return specified_penalty(params, strengths) if is_specified else composed_penalty(params, strengths)
     if not torch.is_grad_enabled():
         return _ops.penalty(params, (), *strengths)[0]
     if strengths.are_trained():
         check_values(strengths.named_tensors())
+        if strengths.is_relative():
+            return specified_penalty(params, strengths)
         return composed_penalty(params, strengths)
     if is_traced and can_merge(params, strengths):
         return merged_penalty(params, strengths, are_positive)
@@ -93,8 +96,7 @@ class _Penalty(Function):
         if grads is None or torch.is_grad_enabled() or not _is_one_on_cpu(upstream):
             strengths = _saved_strengths(ctx)
             if torch.is_grad_enabled():  # create_graph=True
-                table = rows_of(table_of(strengths, len(ctx.needs_grad), upstream.device), ctx.needs_grad)
-                grads = gradient(upstream, table, strengths.group, params)
+                grads = _differentiable(upstream, params, ctx.needs_grad, strengths)
             elif grads is None:
                 grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, norms, ctx.first_groups, *strengths)
             else:  # on a GPU the kernel looks at the upstream gradient, so that nothing waits
@@ -131,11 +133,24 @@ class _TwoLaunchPenalty(Function):
         if torch.is_grad_enabled():  # create_graph=True
             if not ctx.has_own_norms:
                 raise NotImplementedError("a higher derivative of norms that are cut over processes is not supported")
-            table = rows_of(table_of(strengths, len(ctx.needs_grad), upstream.device), ctx.needs_grad)
-            grads = gradient(upstream, table, strengths.group, params)
+            grads = _differentiable(upstream, params, ctx.needs_grad, strengths)
         else:
             grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, norms, ctx.first_groups, *strengths)
         return None, None, *scattered(grads, ctx.needs_grad)
+
+
+def _differentiable(
+    upstream: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool], strengths: Strengths
+) -> Sequence[Tensor]:
+    """The gradients of those of a list that need one, themselves differentiable."""
+    if strengths.is_relative():
+        own = strengths.at([i for i, needed in enumerate(needs_grad) if needed], upstream.device)
+        own = own.relative(*(list(compress(x, needs_grad)) for x in strengths.references()))
+        value = specified_penalty(params, own)
+        upstream = upstream.to(value.dtype)
+        return torch.autograd.grad(value, params, upstream, create_graph=True, materialize_grads=True)
+    table = rows_of(table_of(strengths, len(needs_grad), upstream.device), needs_grad)
+    return gradient(upstream, table, strengths.group, params)
 
 
 def _first_groups(params: Sequence[Tensor], strengths: Strengths, needs_grad: Sequence[bool]) -> tuple[int, ...]:

@@ -59,20 +59,25 @@ def merged_penalty(params: Sequence[Tensor], strengths: Strengths, are_positive:
 
 def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     """The penalty of any list as it is specified, for ``torch.func`` in compiled code, where no autograd function may
-    stand. Its gradient is computed in float64."""
+    stand, and wherever terms are relative and no kernel has what is wanted. Its gradient is computed in float64."""
     columns = (_one_each(column, len(params), torch.float64) for column in strengths.columns())
+    references = (x or [None] * len(params) for x in strengths.references())
     total: Any = 0
-    for p, a, b, c, _, d, beta in zip(params, *columns, strict=True):
-        w = p.double()
+    for p, toward, importance, a, b, c, _, d, beta in zip(params, *references, *columns, strict=True):
+        w = p.double() if toward is None else p.double() - toward.double()
+
+        def summed(x: Tensor, importance: Tensor | None = importance) -> Tensor:
+            return x.sum() if importance is None else (importance.double() * x).sum()
+
         value = w.new_zeros(())
         if a is not None:
-            value = value + a * w.abs().sum()
+            value = value + a * summed(w.abs())
         if b is not None:
-            value = value + b * w.square().sum()
+            value = value + b * summed(w.square())
         if c is not None:
             value = value + c * _norms(w, strengths.group).sum()
         if d is not None:
-            value = value + d * _smooth_l1(w, beta).sum()
+            value = value + d * summed(_smooth_l1(w, beta))
         total = total + value
     return total if any(p.dtype is torch.float64 for p in params) else total.float()  # type: ignore[no-any-return]
 

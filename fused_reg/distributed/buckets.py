@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fused_reg import _devices, _one_device, _ops
 from fused_reg._arguments import is_dtensor, value_dtype
+from fused_reg._references import of_places, with_one_more
 from fused_reg._terms import GROUPS, Strengths, group_count, sliced_dim, slots
 from fused_reg.autograd import functions
 from fused_reg.autograd.composed import composed_penalty, group_norms, table_of
 from fused_reg.distributed.collectives import gathered, hypot, processes, scale_of, shared, total
+from fused_reg.distributed.shards import shards_of
 
 
 def buckets(params: Sequence[Tensor], shards: Sequence[Tensor], strengths: Strengths) -> Iterator[Bucket]:
@@ -32,6 +34,9 @@ def buckets(params: Sequence[Tensor], shards: Sequence[Tensor], strengths: Stren
     for (device, sharing_groups, sharing_rest), own in places.items():
         exact = torch.empty(0, dtype=torch.float64, device=device)
         given = strengths.at([*own, own[0]], device)
+        if strengths.is_relative():
+            references = [shards_of(of_places(xs, own)) for xs in strengths.references()]
+            given = given.relative(*(with_one_more(xs, exact) for xs in references))
         yield Bucket(own, [*(shards[i] for i in own), exact], given, sharing_groups, sharing_rest)
 
 
@@ -141,6 +146,10 @@ class Bucket(NamedTuple):
 
     def _composed_penalty(self, strengths: Strengths) -> Tensor:
         """The penalty of all that share groups, for strengths that require grad."""
+        if strengths.is_relative():
+            raise NotImplementedError(
+                "toward must come with constant strengths where groups of l2_norm are cut over processes"
+            )
         pieces = _shared(strengths, self.sharing_groups).having(l2_norm=())._replace(group=0)
         own = self._in_slots(group_norms(self.shards, self.strengths.group))
         scale = scale_of(gathered(own.detach(), self.sharing_groups))

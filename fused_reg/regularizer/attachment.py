@@ -311,7 +311,8 @@ class Attachment:
         self._frozen = None
         for entry, i in zip(self.entries, self._share.group_of, strict=True):
             decay = optimizer.param_groups[i].get("weight_decay", 0)
-            if decay is not None and not isinstance(decay, Tensor) and decay > 0 and entry.has("l2"):
+            has_both = decay is not None and not isinstance(decay, Tensor) and decay > 0 and entry.has("l2")
+            if has_both and entry.toward is None:
                 self.warn_once(
                     "decay",
                     f"attach: L2 counts twice for {entry.name!r}: l2 of the regularizer, and weight_decay={decay} in "

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from fused_reg import _ops, _routes
 from fused_reg._arguments import as_scale, as_step, as_strengths, check_closed_form, relabelled
 from fused_reg._partitioned import check_whole
+from fused_reg._references import relative, with_one_more
 from fused_reg._terms import TERM_OF, TERMS, Group, Strengths
 from fused_reg.distributed.buckets import value_of
 from fused_reg.functional import fused_penalty
@@ -19,6 +20,8 @@ from fused_reg.regularizer.strengths import Column
 from fused_reg.regularizer.table import Entry, Table
 
 _T = TypeVar("_T")
+
+_REFERENCES = ("toward", "importance")
 
 
 class _Call:
@@ -36,6 +39,11 @@ class _Call:
             with torch.inference_mode(False):
                 self._params[-1] = torch.empty(0, dtype=torch.float64, device=self.params[0].device)
         self._names = [entry.name for entry in own]
+        self._references: dict[str, Any] = {}
+        for name in _REFERENCES:
+            if getattr(own[0], name) is not None:
+                found = [getattr(entry, name) for entry in own]
+                self._references[name] = with_one_more(found[:-1], self._params[-1]) if is_one_of else found
         self._group: Group = group
         self._columns = {
             kind: Column([entry.strengths[kind] for entry in own])
@@ -48,7 +56,10 @@ class _Call:
 
     def _as_strengths(self) -> Strengths:
         given = self._given()
-        return as_strengths("Regularizer", self._params, given.pop("l1", None), given.pop("l2", None), given)
+        strengths = as_strengths("Regularizer", self._params, given.pop("l1", None), given.pop("l2", None), given)
+        if not self._references:
+            return strengths
+        return relative("Regularizer: ", self._params, strengths, *(self._references.get(x, []) for x in _REFERENCES))
 
     def _given(self) -> dict[str, Any]:
         """The strengths, as arguments."""
@@ -59,7 +70,7 @@ class _Call:
         return self._fixed or self._as_strengths()
 
     def penalty(self) -> Tensor:
-        return self._run(lambda: fused_penalty(self._params, **self._given()))
+        return self._run(lambda: fused_penalty(self._params, **self._given(), **self._references))
 
     def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool) -> Tensor:
         factor = self._factor(scale)
@@ -190,14 +201,14 @@ class Part:
 def _calls(
     entries: Sequence[Entry], chosen: Sequence[bool], maximized: Sequence[bool], is_one_of: bool
 ) -> Iterator[_Call]:
-    """One call; more where there are norms of rows beside norms of tensors, and where some gradients are subtracted. A
-    parameter without any strength is not even read."""
+    """One call; more where there are norms of rows beside norms of tensors, reference weights or importances of some,
+    and where some gradients are subtracted. A parameter without any strength is not even read."""
     places = [i for i, entry in enumerate(entries) if chosen[i] and any(map(entry.has, TERMS))]
     kinds = list(dict.fromkeys(entries[i].group for i in places if entries[i].has("l2_norm"))) or ["tensor"]
-    split: dict[tuple[bool, Group], list[int]] = {}
+    split: dict[tuple[bool, Group, tuple[bool, bool]], list[int]] = {}
     for i in places:
         kind = entries[i].group if entries[i].has("l2_norm") else kinds[0]
-        split.setdefault((maximized[i], kind), []).append(i)
-    for (is_maximized, kind), own in split.items():
+        split.setdefault((maximized[i], kind, entries[i].relation), []).append(i)
+    for (is_maximized, kind, _), own in split.items():
         kind = kind if any(entries[i].has("l2_norm") for i in own) else "tensor"
         yield _Call(entries, own, kind, -1.0 if is_maximized else 1.0, is_one_of or len(split) > 1)

@@ -60,7 +60,7 @@ class Source:
         self._changes: dict[tuple[Key | None, str], Given] = {}  # by where and kind, in their order
         self._said: set[str] = set()
         self._marks: dict[str, Mark] = {}  # by the names
-        self._candidates: list[Candidate] = []
+        self.candidates: list[Candidate] = []
         self._idle: list[Tensor] = []  # of them, what is frozen and of a kind that nothing can train
         self._seen = _Snapshot()
         self.chosen: list[tuple[Candidate, Penalty]] = []
@@ -117,14 +117,14 @@ class Source:
         seen = _Snapshot(list(params.modules()) if isinstance(params, Module) else [], self._seen)
         candidates = candidates_of(params, self._marks, seen.places)
         owners = {name: c for c in candidates for name in c.names}
-        known = {id(c.param): c for c in self._candidates}
+        known = {id(c.param): c for c in self.candidates}
         for c in candidates:  # the names of before that no other one has by now, and what was around it there
             before = known.get(id(c.param), c)
             for name in before.names if before is not c else ():
                 if owners.get(name, c) is c:
                     c.remember(name, before.types.get(name, ()))
         self.chosen = self._choice.of(params, candidates, *complain)
-        self._candidates = candidates
+        self.candidates = candidates
         self._idle = [c.param for c in candidates if not c.can_train]
         self._marks = {**self._marks, **{name: mark for c in candidates for name, mark in c.marks.items()}}
         self._seen = seen

@@ -22,6 +22,7 @@ from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
+from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
 from fused_reg.regularizer.selection import Choice, as_rules
@@ -77,12 +78,21 @@ class Regularizer:
         rules: pairs of a pattern or type and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, ``(torch.nn.Conv2d,
             dict(l1=1e-4))``, with the names of the strengths above and of ``group`` as keys; the first that matches
             counts. What it does not name is inherited, as in a parameter group of an optimizer, and 0.0 drops a term.
+        toward: reference weights: every term is of ``w - toward`` (L2-SP, FedProx). ``"start"``: the weights as they
+            are now, of a parameter that its module gets later those that it has then; or a state dict, or a list with
+            one for each of ``params``. What is regularized has one, of its shape, dtype and device; they are kept, not
+            copied. See :doc:`/guides/reference_weights`.
+        importance: tensors by which the strengths are multiplied element by element, finite and >= 0, not with
+            ``l2_norm``: a dictionary by names, or a list. What it does not name has 1.
+        save_references: whether ``toward`` and ``importance`` are in :meth:`state_dict`. ``None``: where ``toward`` is
+            ``"start"``, because a regularizer that is built when training goes on would begin elsewhere.
 
     Raises:
         TypeError: chosen parameters are of no supported kind, a strength is no number, or a type none of modules.
         ValueError: something has no effect: a pattern or type that matches no parameter or none that is left, a rule
             behind others, a term, ``group`` or mark that is nobody's; a tied parameter with two marks; a strength that
-            is negative, infinite or NaN.
+            is negative, infinite or NaN; ``toward`` lacks a parameter, ``importance`` names none, or one of them is not
+            of its shape, dtype and device.
 
     Warns:
         UserWarning: its module has changed; a schedule is never advanced; it was copied without its module.
@@ -121,6 +131,9 @@ class Regularizer:
         types: TypeKey | Iterable[TypeKey] | None = None,
         exclude: Key | Iterable[Key] | None = None,
         rules: Iterable[tuple[Key, Mapping[str, Any]]] | None = None,
+        toward: Toward | None = None,
+        importance: Weights | None = None,
+        save_references: bool | None = None,
         **terms: Unpack[MoreTerms[Given]],
     ) -> None:
         if rules is not None and not isinstance(rules, Iterable):
@@ -128,6 +141,7 @@ class Regularizer:
                 f"Regularizer: rules must be pairs (pattern or type, dict(l1=...)), got {type(rules).__name__}"
             )
         as_flag("Regularizer: weights_only", weights_only)
+        given = {"toward": as_weights("toward", toward), "importance": as_weights("importance", importance)}
         rules = None if rules is None else list(rules)
         choice = Choice(
             as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms),
@@ -148,8 +162,10 @@ class Regularizer:
             "types": choice.types,
             "exclude": choice.exclude or None,
             "rules": None if rules is None else [(key, dict(given)) for key, given in rules],
+            **given,
+            "save_references": save_references,
         }
-        self._begin(Table(Source(params, choice)))
+        self._begin(Table(Source(params, choice), References(**given, is_saved=save_references)))
         self._current()
 
     def _begin(self, table: Table) -> None:
@@ -320,27 +336,35 @@ class Regularizer:
         table.change(strengths, where)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and the strengths as they are now, in plain numbers and names.
+        """The step count and the strengths as they are now, in plain numbers and names; with ``save_references`` the
+        reference weights and importances, too.
 
         ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets.
         """
-        return {"step": self.step, "groups": state_of(self._followed())}
+        table = self._followed()
+        state: dict[str, Any] = {"step": self.step, "groups": state_of(table)}
+        if table.references.is_saved:
+            state["references"] = table.references.state(table.entries)
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes what `state_dict` gave, of a regularizer of parameters with the same names. A schedule goes on as the
         one that this regularizer has: it gives the strength for that step.
 
         Args:
-            state_dict: of :meth:`state_dict`. Strengths in tensors are filled in place.
+            state_dict: of :meth:`state_dict`. Strengths in tensors are filled in place. References are taken as copies,
+                where the state has them; else those that are here stay.
 
         Raises:
             ValueError: it is of other parameters, or needs a schedule that is not here. Nothing has changed then.
         """
-        if not isinstance(state_dict, Mapping) or set(state_dict) != {"step", "groups"}:
+        if not isinstance(state_dict, Mapping) or set(state_dict) - {"references"} != {"step", "groups"}:
             raise ValueError("load_state_dict: state_dict must have the keys step and groups, as `state_dict` gives it")
         step = _as_count("load_state_dict: step", state_dict["step"])
         table = self._followed()
-        table.load(step, parsed(state_dict["groups"], table.entries))
+        references = state_dict.get("references")
+        found = {} if references is None else table.references.parsed(references, table.entries)
+        table.load(step, parsed(state_dict["groups"], table.entries), found)
 
     def attach(self, optimizer: Optimizer, mode: Mode = "grad", *, include_unused: bool = False) -> Attachment:
         r"""Makes the penalty a part of every ``optimizer.step()``.
@@ -414,12 +438,12 @@ class Regularizer:
                 infinite or NaN (also before each step), or the optimizer would undo proximal steps.
 
         Warns:
-            UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2``; it cannot be
-                found out whether a proximal step lasts. And once, later: the penalty also comes from a loss or by hand,
-                and counts twice; a step did not call its closure, or changed parameters without ``.grad``, so that it
-                had no penalty; a wrapper of several optimizers changes gradients before their steps; no attached one
-                holds a parameter that may be trained; another one, as one created anew, steps what the attached one
-                had; parameters change between gradients without an attached step.
+            UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2`` toward 0; it
+                cannot be found out whether a proximal step lasts. And once, later: the penalty also comes from a loss
+                or by hand, and counts twice; a step did not call its closure, or changed parameters without ``.grad``,
+                so that it had no penalty; a wrapper of several optimizers changes gradients before their steps; no
+                attached one holds a parameter that may be trained; another one, as one created anew, steps what the
+                attached one had; parameters change between gradients without an attached step.
 
         Example:
             >>> import torch
@@ -459,7 +483,7 @@ class Regularizer:
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments but for the parameters; tensors and schedules as the objects that they are."""
-        config = {key: list(x) if isinstance(x, list) else x for key, x in self._config.items()}
+        config = {key: type(x)(x) if isinstance(x, list | dict) else x for key, x in self._config.items()}
         if self._config["rules"] is not None:
             config["rules"] = [(key, dict(given)) for key, given in self._config["rules"]]
         return config

@@ -250,12 +250,16 @@ def _row(entry: Entry, strengths: dict[str, float], measures: dict[str, float]) 
 
 def _value(entry: Entry, strengths: dict[str, float], measures: dict[str, float]) -> float:
     """The penalty of a parameter, from each strength and its sum. Sums of float64 elements may overflow or lose digits
-    where the penalty does not: then the penalty itself is taken."""
+    where the penalty does not: then the penalty itself is taken, as where it is of more than the weights."""
     present = [term for term in TERMS if strengths[term] != 0]
     are_exact = all(2.0**-1000 < measures[term] < math.inf for term in present)
-    if entry.param.dtype is not torch.float64 or measures["norm"] == 0 or are_exact:
+    is_plain = not any(entry.relation)
+    if is_plain and (entry.param.dtype is not torch.float64 or measures["norm"] == 0 or are_exact):
         return sum(strengths[term] * measures[term] for term in present)
     given: dict[str, Any] = {kind: s for kind, s in strengths.items() if TERM_OF[kind] in present}
+    if not given:
+        return 0.0
     if "l2_norm" in given:
         given["group"] = entry.group
+    given |= {"toward": entry.toward, "importance": entry.importance}
     return fused_penalty(entry.param.detach(), **given).item()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from fused_reg._terms import SHAPES, TERM_OF, Group, lacking
 from fused_reg._warnings import warn
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, Named
+from fused_reg.regularizer.references import References
 from fused_reg.regularizer.strengths import (
     Cell,
     Given,
@@ -40,6 +41,8 @@ class Entry(Named):
     group: Group
     strengths: dict[str, Held]
     given: dict[str, Given]
+    toward: Tensor | None = None
+    importance: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -53,13 +56,20 @@ class Entry(Named):
         """Whether a term is there. A tensor is not looked at."""
         return not is_absent(self.strengths[term])
 
+    @property
+    def relation(self) -> tuple[bool, bool]:
+        """Whether it has reference weights, and importances: entries that differ are in calls of their own."""
+        return self.toward is not None, self.importance is not None
+
 
 class Table:
     """The entries. ``version`` counts changes other than those in place."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, references: References) -> None:
         self.version = 0
         self._source = source
+        self.references = references
+        references.read(source.candidates)
         self._step = 0
         self._is_led = False  # whether somebody counts or sets the step
         self._skipped: Tensor | None = None  # how many of these steps were none, which a GPU knows
@@ -111,7 +121,8 @@ class Table:
                     own[kind] = others[0]
                 else:
                     own[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength)
-            entries.append(Entry(candidate.param, names, candidate.types, penalty.group, own, given))
+            references = self.references.of(candidate.param, names, before)
+            entries.append(Entry(candidate.param, names, candidate.types, penalty.group, own, given, *references))
         return entries
 
     def groups(self) -> list[list[Entry]]:
@@ -213,9 +224,9 @@ class Table:
     def _uses(self, strength: Held) -> set[tuple[int, str]]:
         return {(id(e), kind) for e in self.entries for kind, own in e.strengths.items() if own is strength}
 
-    def load(self, step: int, saved: Mapping[str, Wishes]) -> None:
-        """Takes a step and, for each name, strengths, checked before. A schedule that goes on gives its own strength
-        for that step."""
+    def load(self, step: int, saved: Mapping[str, Wishes], references: Any) -> None:
+        """Takes a step and, for each name, strengths, and references, checked before. A schedule that goes on gives its
+        own strength for that step."""
         wanted: dict[object, dict[tuple[float, bool], Held]] = {}  # of each tensor: what its users shall have
         for e in self.entries:
             for kind, old in e.strengths.items():
@@ -242,6 +253,7 @@ class Table:
         for e in self.entries:
             for kind, old in e.strengths.items():
                 e.strengths[kind] = wanted[identity(old)][saved[e.name][kind]]
+        self.references.load(references, self.entries)
         self._step, self._skipped = step, None
         self.version += 1
 

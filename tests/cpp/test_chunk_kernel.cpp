@@ -196,6 +196,71 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
   }
 }
 
+// Relative terms: the same bits from every variant; those of plain terms, but for sums, from differences from 0 and
+// importances of 1, also where a stream is not there; and sums element by element.
+void check_relative(const std::vector<Variant>& all, ChunkTask task, std::mt19937_64& random) {
+  const std::vector<char> param = random_bits(task.dtype, task.size, false, random);
+  const std::vector<char> before = random_bits(task.dtype, task.size, false, random);
+  std::vector<char> toward = random_bits(task.dtype, task.size, false, random);
+  std::vector<char> importance = random_bits(task.dtype, task.size, false, random), zeros(param.size()), ones = zeros;
+  for (int64_t i = 0; i < task.size; ++i) {
+    const size_t bytes = bytes_of(task.dtype), end = (i + 1) * bytes;
+    importance[end - 1] &= 0x7f;
+    const double one = 1;
+    const float narrow = 1;
+    const uint16_t half = task.dtype == Dtype::kBFloat16 ? 0x3f80 : 0x3c00;
+    std::memcpy(&ones[end - bytes], &half, std::min(bytes, sizeof half));
+    std::memcpy(&ones[end - bytes], bytes == 4 ? static_cast<const void*>(&narrow) : &one, bytes > 2 ? bytes : 0);
+  }
+  for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kPenaltyAccumulate, Pass::kGradient,
+                          Pass::kAccumulate, Pass::kProx, Pass::kSoftSquares}) {
+    for (const int terms : {int{kL1}, int{kL2}, int{kL1L2}, kL1L2 | kSmoothL1}) {
+      task.pass = pass;
+      task.numbers.terms = terms;
+      if (pass == Pass::kProx) {  // whose terms are those of its numbers
+        task.numbers.of[kSmoothL1Strength] = 0;
+      }
+      const Output plain = run(all[0], task, param, before, 0);
+      for (const auto& [first, second] : {std::pair{&zeros, &ones},
+                                          {static_cast<std::vector<char>*>(nullptr), &ones},
+                                          {&zeros, static_cast<std::vector<char>*>(nullptr)},
+                                          {&toward, &importance}}) {
+        task.streams[kToward] = first == nullptr ? nullptr : first->data();
+        task.streams[kImportance] = second == nullptr ? nullptr : second->data();
+        const Output own = run(all[0], task, param, before, 0);
+        EXPECT(first == &toward || pass == Pass::kProx || own.grad == plain.grad, task.size,
+               static_cast<int>(task.dtype), terms, static_cast<int>(pass));
+        for (const Variant& variant : all) {
+          const Output out = run(variant, task, param, before, (random() % 16) * bytes_of(task.dtype));
+          EXPECT(out.grad == own.grad, variant.name, task.size, static_cast<int>(task.dtype), terms,
+                 static_cast<int>(pass));
+          for (int k = 0; k < kSums; ++k) {
+            EXPECT(
+                same_bits(out.sums.of[k].sum, own.sums.of[k].sum) && out.sums.of[k].exponent == own.sums.of[k].exponent,
+                variant.name, task.size, k);
+          }
+        }
+      }
+      if (pass <= Pass::kPenaltyAccumulate) {
+        const ChunkSums sums = run(all[0], task, param, before, 0).sums;
+        long double l1 = 0, l2 = 0;
+        for (int64_t i = 0; i < task.size; ++i) {
+          const auto at = [&](const std::vector<char>& x) { return element(task.dtype, &x[i * bytes_of(task.dtype)]); };
+          const long double d = at(param) - at(toward);
+          l1 += at(importance) * std::abs(d);
+          l2 += at(importance) * d * d;
+        }
+        const ScaledSum &of_l1 = sums.of[0], &of_l2 = sums.of[1];
+        EXPECT(std::abs(std::ldexp(static_cast<long double>(of_l1.sum), of_l1.exponent) - l1) <= 3e-15L * l1,
+               task.size);
+        EXPECT(std::abs(std::ldexp(static_cast<long double>(of_l2.sum), 2 * of_l2.exponent) - l2) <= 3e-15L * l2,
+               task.size);
+      }
+      task.streams[kToward] = task.streams[kImportance] = nullptr;
+    }
+  }
+}
+
 // Sums that a double does not hold are taken again of scaled elements, in every pass that sums; others never.
 void expect_rescue(const Variant& variant) {
   for (const int exponent : {1020, 800, 500, 0, -500, -800, -1070}) {
@@ -425,7 +490,7 @@ void expect_six_streams() {
       }
       task.streams[s] = streams[s].data();
     }
-    const auto [a, b, c, d, e, f] = streams;
+    const auto [a, b, c, d, e, f, g, h] = streams;
     six_streams::run_kernel<Dtype::kFloat32, SixStreamsPass<0>>(task, nullptr);
     for (int i = 0; i < size; ++i) {
       EXPECT(streams[0][i] == a[i] && streams[1][i] == b[i] && streams[2][i] == c[i] + b[i] &&
@@ -433,6 +498,7 @@ void expect_six_streams() {
              size, i);
     }
     EXPECT(streams[2][size] == c[size] && streams[5][size] == f[size], size, "written outside");
+    EXPECT(streams[6] == g && streams[7] == h, size, "another stream");
   }
 }
 
@@ -459,6 +525,7 @@ int main() {
       task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6}, 0.7, 2, kNone};
       check(all, task, /*any_bits=*/false, random);
       check(all, task, /*any_bits=*/true, random);
+      check_relative(all, task, random);
     }
   }
   return fused_reg::testing::report();

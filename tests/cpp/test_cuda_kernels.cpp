@@ -277,12 +277,13 @@ void expect_six_streams() {
   for (const int size : {1, 100, 1025, kChunkSize, 2 * kChunkSize + 100}) {
     for (const int offset : {0, 1}) {
       List list({{Dtype::kFloat32, size}});
-      std::vector<float> before[kStreams], after[kStreams];
+      constexpr int kOwn = 6;  // streams
+      std::vector<float> before[kOwn], after[kOwn];
       Rows rows{1, kGroupNumbers};
       Call call{};
       std::vector<unsigned char> bytes = list.table(nullptr, false, &call, false, rows);
       std::vector<void*> streams;
-      for (int s = 0; s < kStreams; ++s) {
+      for (int s = 0; s < kOwn; ++s) {
         for (int i = 0; i < size + offset + 1; ++i) {
           before[s].push_back(static_cast<float>((i * 7 + s * 13) % 31));
         }
@@ -291,7 +292,7 @@ void expect_six_streams() {
       }
       const auto* const begin = reinterpret_cast<const unsigned char*>(streams.data());
       bytes.erase(bytes.begin() + sizeof(Entry), bytes.begin() + sizeof(Entry) + sizeof(void*));
-      bytes.insert(bytes.begin() + sizeof(Entry), begin, begin + kStreams * sizeof(void*));
+      bytes.insert(bytes.begin() + sizeof(Entry), begin, begin + kOwn * sizeof(void*));
       const DeviceTable table{call, bytes.data()};
       EXPECT(launch_on(2, nullptr, group_element_kernel<DeviceTable, SixStreamsPass, kNone, kGroupNumbers>, table) ==
              cudaSuccess);

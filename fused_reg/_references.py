@@ -1,0 +1,119 @@
+"""Reference weights and importances: what users pass, and what is said when it is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Module
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fused_reg._arguments import are_run, is_dtensor, is_known
+from fused_reg._terms import Strengths
+
+#: One tensor for each parameter, of its shape and dtype.
+Tensors: TypeAlias = "Iterable[Tensor] | Tensor"
+
+#: The importances whose values were looked at, and what these were a version of.
+_looked_at: Any = WeakIdKeyDictionary()
+
+
+def as_relative(
+    function: str,
+    params: Sequence[Tensor],
+    strengths: Strengths,
+    toward: Tensors | None,
+    importance: Tensors | None,
+) -> Strengths:
+    """The strengths with these, checked."""
+    if toward is None and importance is None:
+        return strengths
+    return relative(
+        f"{function}: ",
+        params,
+        strengths,
+        _as_tensors(function, "toward", toward, len(params)),
+        _as_tensors(function, "importance", importance, len(params)),
+    )
+
+
+def relative(
+    where: str, params: Sequence[Tensor], strengths: Strengths, toward: Sequence[Tensor], importance: Sequence[Tensor]
+) -> Strengths:
+    """The same of lists, which may be empty."""
+    if importance and strengths.has_norms():
+        raise ValueError(
+            f"{where}importance must come without l2_norm, which has one strength for all elements of a group"
+        )
+    for name, given in (("toward", toward), ("importance", importance)):
+        for i, (p, x) in enumerate(zip(params, given, strict=True) if given else ()):
+            if isinstance(p, Tensor) and not p.is_nested:  # others are named where the list's way is chosen
+                check_like(f"{where}{name}[{i}]", x, p, f"params[{i}]")
+    for i, x in enumerate(importance):
+        check_importance(f"{where}importance[{i}]", x)
+    return strengths.relative([x.detach() for x in toward], [x.detach() for x in importance])
+
+
+def _as_tensors(function: str, name: str, given: Any, count: int) -> list[Tensor]:
+    if given is None:
+        return []
+    where = f"{function}: {name}"
+    if isinstance(given, Mapping | Module | str) or not isinstance(given, Tensor | Iterable):
+        hint = "; a Regularizer takes names" if isinstance(given, Mapping) else ""
+        raise TypeError(f"{where} must be tensors, one for each parameter, got {type(given).__name__}{hint}")
+    tensors = [given] if isinstance(given, Tensor) else list(given)
+    for i, x in enumerate(tensors):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{where}[{i}] must be a tensor, got {type(x).__name__}")
+    if len(tensors) != count:
+        raise ValueError(f"{where} must have one tensor per parameter ({count}), got {len(tensors)}")
+    return tensors
+
+
+def check_like(name: str, x: Any, p: Any, of: str) -> None:
+    """Raises unless a tensor is as its parameter, whose elements it stands beside, and not this itself."""
+    if is_dtensor(x) != is_dtensor(p) or (
+        is_dtensor(x) and (x.placements != p.placements or x.device_mesh != p.device_mesh)
+    ):
+        got = f"a DTensor of {x.placements}" if is_dtensor(x) else "a plain tensor"
+        like = f"a DTensor of {p.placements}" if is_dtensor(p) else "a plain tensor"
+        raise ValueError(f"{name} must be {like}, as {of}, got {got}; use `distribute_tensor` or `.full_tensor()`")
+    for what, own, wanted in (
+        ("shape", tuple(x.shape), tuple(p.shape)),
+        ("dtype", x.dtype, p.dtype),
+        ("device", x.device, p.device),
+        ("layout", x.layout, p.layout),
+    ):
+        if own != wanted:
+            raise ValueError(f"{name} must have the {what} of {of} ({wanted}), got {own}")
+    has_memory = not is_compiling() and x.layout is torch.strided and are_run((x, p))
+    if x is p or (has_memory and 0 != x.data_ptr() == p.data_ptr()):
+        raise ValueError(f"{name} must not be {of} itself, whose changes it would follow; use `.detach().clone()`")
+
+
+def check_importance(name: str, x: Any) -> None:
+    """Raises where an importance that the host has is negative, infinite or NaN. Each is looked at once, and again when
+    it was written to."""
+    local = x.to_local() if is_dtensor(x) else x
+    if not is_known(local):
+        return
+    version = None if x.is_inference() else x._version
+    if version is not None and _looked_at.get(x) == version:
+        return
+    is_good = (local >= 0) & (local < torch.inf)
+    if not bool(is_good.all()):
+        raise ValueError(f"{name} must be finite and >= 0, got {local[~is_good][0].item()}")
+    _looked_at[x] = version
+
+
+def of_places(given: Sequence[Tensor], places: Iterable[int]) -> list[Tensor]:
+    """Those of the parameters at these places of a list."""
+    return [given[i] for i in places] if given else []
+
+
+def with_one_more(given: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """These, if there are any, for a list that ends with an empty tensor."""
+    return [*given, torch.empty_like(like)] if given else []

@@ -1,0 +1,127 @@
+"""The reference weights and importances of a `Regularizer`: a tensor for each parameter, found by its names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fused_reg._arguments import is_dtensor
+from fused_reg._references import check_importance, check_like
+from fused_reg.regularizer.names import Named
+
+#: By name, as a state dict; or one for each parameter, in their order.
+Weights: TypeAlias = "Mapping[str, Tensor] | Iterable[Tensor]"
+#: ``"start"``: the weights as they are when the regularizer sees them first.
+Toward: TypeAlias = "Weights | Literal['start']"
+
+
+def as_weights(name: str, given: Any) -> Any:
+    """What is given, read once: None, a word, a dictionary or a list."""
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, Tensor) or not isinstance(given, Iterable):
+        raise TypeError(f"Regularizer: {name} must be a state dict or a list of tensors, got {type(given).__name__}")
+    return dict(given) if isinstance(given, Mapping) else list(given)
+
+
+class References:
+    """Those that are given, by `as_weights`, as they are now. ``is_saved``: whether they are in a state."""
+
+    def __init__(self, toward: Any, importance: Any, is_saved: bool | None) -> None:
+        self.is_start = isinstance(toward, str)
+        if isinstance(toward, str) and toward != "start":
+            raise ValueError(f'Regularizer: toward must be tensors, a state dict or "start", got {toward!r}')
+        if is_saved not in (None, True, False):
+            raise TypeError(f"Regularizer: save_references must be None, True or False, got {is_saved!r}")
+        self.is_saved = self.is_start if is_saved is None else is_saved
+        if isinstance(importance, str):
+            raise TypeError("Regularizer: importance must be a state dict or a list of tensors, got str")
+        self._given: dict[str, Any] = {"toward": None if self.is_start else toward, "importance": importance}
+        self._loaded: dict[str, dict[str, Tensor]] = {"toward": {}, "importance": {}}
+
+    def read(self, candidates: Sequence[Named]) -> None:
+        """Of the parameters that a regularizer chooses from: gives the tensors of a list their names."""
+        for name, given in self._given.items():
+            if isinstance(given, list):
+                if len(given) != len(candidates):
+                    raise ValueError(
+                        f"Regularizer: {name} must have one tensor per parameter ({len(candidates)}), got {len(given)}"
+                    )
+                self._given[name] = {c.names[0]: x for c, x in zip(candidates, given, strict=True)}
+        known = {n for c in candidates for n in c.names}
+        for name in self._given["importance"] or ():
+            if name not in known:
+                raise ValueError(f"Regularizer: importance must name parameters, got {name!r}")
+
+    def of(self, param: Tensor, names: Sequence[str], before: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Those of a parameter. ``before``: the entry that it or its name had."""
+        toward = self._find("toward", names)
+        if self.is_start and toward is None:
+            toward = None if before is None else before.toward
+            is_other = toward is None or toward.shape != param.shape or is_dtensor(toward) != is_dtensor(param)
+            if toward is None or (is_other and before.param is not param):
+                toward = param.detach().clone()
+        importance = self._find("importance", names)
+        if toward is None and self._given["toward"] is not None:
+            raise ValueError(
+                f"Regularizer: toward must have a tensor for {names[0]!r}, got none; leave that out with exclude, or "
+                "give it to a Regularizer of its own"
+            )
+        for name, x in (("toward", toward), ("importance", importance)):
+            if x is not None:
+                where = f"Regularizer: {name}[{names[0]!r}]"
+                if not isinstance(x, Tensor):
+                    raise TypeError(f"{where} must be a tensor, got {type(x).__name__}")
+                check_like(where, x, param, f"params[{names[0]!r}]")
+        if importance is not None:
+            check_importance(f"Regularizer: importance[{names[0]!r}]", importance)
+        return toward, importance
+
+    def _find(self, kind: str, names: Sequence[str]) -> Any:
+        for source in (self._loaded[kind], self._given[kind] or {}):
+            for name in names:
+                if name in source:
+                    return source[name]
+        return None
+
+    def state(self, entries: Sequence[Any]) -> dict[str, dict[str, Tensor]]:
+        return {
+            kind: {e.name: x for e in entries if (x := getattr(e, kind)) is not None}
+            for kind in ("toward", "importance")
+        }
+
+    def parsed(self, state: Any, entries: Sequence[Any]) -> dict[str, dict[str, Tensor]]:
+        """What a state has for these entries, checked."""
+        where = "load_state_dict: references"
+        if not isinstance(state, Mapping) or set(state) != {"toward", "importance"}:
+            raise ValueError(f"{where} must have the keys toward and importance, as `state_dict` gives it")
+        found: dict[str, dict[str, Tensor]] = {}
+        for kind, saved in state.items():
+            own = {e.name: next((n for n in e.names if n in saved), None) for e in entries}
+            for e in entries:
+                if (own[e.name] is None) != (getattr(e, kind) is None):
+                    what = "lacks" if own[e.name] is None else "has the unknown"
+                    raise ValueError(f"{where} must be of the same parameters, but {kind} {what} {e.name!r}")
+            found[kind] = {}
+            for e in entries:
+                if (name := own[e.name]) is not None:
+                    place = f"{where}: {kind}[{name!r}]"
+                    if not isinstance(saved[name], Tensor):
+                        raise TypeError(f"{place} must be a tensor, got {type(saved[name]).__name__}")
+                    found[kind][e.name] = x = saved[name].detach().to(e.param.device)
+                    check_like(place, x, e.param, f"params[{e.name!r}]")
+                    if kind == "importance":
+                        check_importance(place, x)
+        return found
+
+    @torch.no_grad()
+    def load(self, found: Mapping[str, Mapping[str, Tensor]], entries: Sequence[Any]) -> None:
+        """Takes what was parsed; as copies, because a state may be loaded twice."""
+        for kind, own in found.items():
+            for e in entries:
+                if e.name in own:
+                    self._loaded[kind][e.name] = own[e.name].clone()
+                    setattr(e, kind, self._loaded[kind][e.name])
