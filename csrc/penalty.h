@@ -52,11 +52,14 @@ FUSED_REG_INLINE int exponent_of(double x) {
   const int exponent = static_cast<int>(bits >> 52 & 0x7ff);
   return exponent == 0 || exponent == 0x7ff ? std::ilogb(x) : exponent - 1023;
 }
-FUSED_REG_INLINE double power_of_two(int exponent) {
+FUSED_REG_INLINE double normal_power_of_two(int exponent) {
   const int64_t bits = static_cast<int64_t>(exponent + 1023) << 52;
   double x;
   std::memcpy(&x, &bits, sizeof x);
-  return exponent < -1022 || exponent > 1023 ? std::ldexp(1.0, exponent) : x;
+  return x;
+}
+FUSED_REG_INLINE double power_of_two(int exponent) {
+  return exponent < -1022 || exponent > 1023 ? std::ldexp(1.0, exponent) : normal_power_of_two(exponent);
 }
 
 // What a term's gradient is multiplied by: the upstream gradient times the strength, each rounded to the

@@ -32,6 +32,7 @@ class Kernel:
     loads: int = 0  # of 16 bytes of global memory: the most that are under way at a time in a basic block
     conversions: int = 0  # to and from float64, in all of it
     loops: tuple[Loop, ...] = ()
+    unordered_atomics: int = 0
 
     def per_load(self, what: str) -> float:
         """Over all loops."""
@@ -116,6 +117,7 @@ def parse_code(text: str) -> dict[str, dict[str, Any]]:
             "loads": loads_under_way(lines),
             "conversions": sum(x.converts for x in instructions),
             "loops": hot_loops(lines),
+            "unordered_atomics": unordered_atomics(lines),
         }
     return found
 
@@ -137,6 +139,21 @@ def loads_under_way(lines: list[Line]) -> int:
         if line.operation in _ENDS_BLOCK:
             under_way = {}
     return most
+
+
+def unordered_atomics(lines: list[Line]) -> int:
+    """How many do not release, by a barrier of memory before, and acquire, by an invalidated cache after."""
+    count = 0
+    block: list[str] = []
+    for line in [*lines, ""]:
+        if isinstance(line, Instruction):
+            block.append(line.operation + line.modifiers)
+        if isinstance(line, str) or line.operation in _ENDS_BLOCK:
+            for i, operation in enumerate(block):
+                is_ordered = any("MEMBAR" in x for x in block[:i]) and "CCTL.IVALL" in block[i:]
+                count += operation.startswith(("ATOM", "RED.")) and not is_ordered
+            block = []
+    return count
 
 
 def hot_loops(lines: list[Line]) -> tuple[Loop, ...]:
@@ -181,6 +198,8 @@ def failures(kernels: list[Kernel]) -> list[str]:
             out.append(f"{where} uses local memory: {k.local_bytes} bytes of stack frame, spills and lmem")
         if k.registers > MAX_REGISTERS:
             out.append(f"{where} uses {k.registers} registers, more than {MAX_REGISTERS}")
+        if k.unordered_atomics:
+            out.append(f"{where} has atomics that do not release and acquire: {k.unordered_atomics}")
     return out
 
 

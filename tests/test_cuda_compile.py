@@ -189,7 +189,32 @@ def test_figures_of_machine_code(middle, loads, conversions):
         "loads": 0,
         "conversions": 0,
         "loops": (),
+        "unordered_atomics": 0,
     }
+
+
+MEMBAR = "        /*0020*/                   MEMBAR.ALL.GPU ;\n"
+ATOM = "        /*0030*/              @!P0 ATOM.E.INC.STRONG.GPU PT, R8, desc[UR4][R8.64], R11 ;\n"
+CCTL = "        /*0040*/                   CCTL.IVALL ;\n"
+
+
+@pytest.mark.parametrize(
+    ("middle", "count"),
+    [
+        (MEMBAR + ATOM + CCTL, 0),
+        (ATOM, 1),
+        (ATOM + CCTL, 1),  # acquires alone
+        (MEMBAR + ATOM, 1),  # releases alone
+        (MEMBAR + ".L_x_1:\n" + ATOM + CCTL + ATOM, 2),
+        (MEMBAR + ATOM.replace("ATOM.E.INC", "RED.E.ADD") + ATOM.replace("ATOM", "ATOMG"), 2),
+        (MEMBAR + ATOM.replace("ATOM.E.INC.STRONG.GPU", "REDUX.SUM"), 0),  # of registers
+    ],
+)
+def test_atomics_that_order_no_memory(middle, count):
+    assert parse_code(CODE.format(middle))["first"]["unordered_atomics"] == count
+    kernel = Kernel("f", 80, 1, 0, unordered_atomics=count)
+    said = f"f for sm_80 has atomics that do not release and acquire: {count}"
+    assert failures([kernel]) == ([said] if count else [])
 
 
 def test_code_of_another_form():

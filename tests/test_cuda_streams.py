@@ -272,24 +272,6 @@ def test_a_stream_for_each_thread(cuda):
             assert_same_bits(results[-1][1], grads)
 
 
-def test_default_streams_of_threads(cuda):
-    """They have one name in all threads, and run at once."""
-    lists = [large(seed, cuda) for seed in range(4)]
-    expected = [fused_penalty(params, **BOTH) for params in lists]
-    torch.cuda.synchronize()
-
-    def work(params):
-        per_thread = torch.cuda.ExternalStream(2)  # cudaStreamPerThread
-        with torch.cuda.stream(per_thread):
-            values = torch.stack([fused_penalty(params, **BOTH) for _ in range(100)])
-            per_thread.synchronize()
-            return values
-
-    with ThreadPoolExecutor(4) as pool:
-        for values, value in zip(pool.map(work, lists), expected, strict=True):
-            assert_same_bits([values], [value.expand(100)])
-
-
 @pytest.mark.parametrize("forward_aside", [False, True])
 def test_backward_on_another_stream(forward_aside, cuda):
     """A busy one, where the upstream gradient is written late."""

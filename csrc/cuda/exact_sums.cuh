@@ -18,10 +18,6 @@ __device__ __forceinline__ double from_integer(uint64_t below_2_to_52) {
   return bits_as<double>(below_2_to_52 | 0x4330000000000000) - 0x1p52;
 }
 
-__device__ __forceinline__ double power_of_two_near(int exponent) {
-  return bits_as<double>(static_cast<uint64_t>(exponent + 1023) << 52);
-}
-
 // Of `count` magnitudes, w(0), w(1), ...: their sum and that of their squares. One limb is for elements of 16 bits;
 // with two there is no sum of squares. False: something was rounded, or is not finite.
 template <int limbs, int count, class Magnitude>
@@ -52,10 +48,10 @@ __device__ __forceinline__ bool exact_sums(const Magnitude& w, double* l1, doubl
     }
   }
   high -= count * kRounderBits;
-  const double unit = power_of_two_near(exponent - 22);
+  const double unit = normal_power_of_two(exponent - 22);
   if constexpr (limbs == 1) {
     *l1 = from_integer(high) * unit;
-    *l2 = from_integer(squares) * power_of_two_near(2 * (exponent - 22));
+    *l2 = from_integer(squares) * normal_power_of_two(2 * (exponent - 22));
   } else {
     low -= count * kSignedRounderBits;
     const int64_t both = (static_cast<int64_t>(high) << 23) + static_cast<int>(low);

@@ -7,13 +7,19 @@ namespace fused_reg::cuda {
 
 static_assert(kThreads == kColumns, "a thread sums a column");
 
+#ifdef __CUDACC__  // the tests on the host have a model of it
+// atomicInc() that releases what the thread has seen of memory, and acquires what others have released so.
+__device__ __forceinline__ unsigned acquire_release_inc(unsigned* counter, unsigned limit) {
+  unsigned old;
+  asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(limit) : "memory");
+  return old;
+}
+#endif
+
 // Whether this thread is the last of so many to arrive. It sees what the others, and whoever these have waited for,
 // have written; so do those that wait for it then. The counter is 0 again.
 __device__ __forceinline__ bool is_last_to_arrive(unsigned* counter, unsigned count) {
-  __threadfence();
-  const bool is_last = atomicInc(counter, count - 1) == count - 1;
-  __threadfence();
-  return is_last;
+  return acquire_release_inc(counter, count - 1) == count - 1;
 }
 
 // True in every thread of the CTA whose first thread is the last to arrive here.

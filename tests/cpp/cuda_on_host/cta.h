@@ -1,4 +1,4 @@
-// A CTA: its threads, and how they meet. They switch at barriers, shuffles, fences and atomics only, in an order drawn
+// A CTA: its threads, and how they meet. They switch at barriers, shuffles and atomics only, in an order drawn
 // at random, so that what is not ordered shows.
 #pragma once
 
@@ -120,20 +120,12 @@ class Cta {
     return x;
   }
 
-  void fence(int site) {
-    come_to(site);
-    if (site != left_out) {
-      watch_.fence();
-    }
-    pause();
-  }
-
-  // update(old) is the new value.
+  // update(old) is the new value; `acquire`, `release`: the places where it does so.
   template <class T, class Update>
-  T atomic(T* address, int site, const Update& update) {
+  T atomic(T* address, int site, int acquire, int release, const Update& update) {
     come_to(site);
     pause();
-    watch_.atomic(address, sizeof(T));
+    watch_.atomic(address, sizeof(T), acquire != left_out, release != left_out);
     const T old = *address;
     *address = update(old);
     pause();

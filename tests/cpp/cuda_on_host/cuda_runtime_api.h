@@ -40,10 +40,6 @@ inline void __syncwarp(unsigned mask = 0xffffffff, CUDA_ON_HOST_PLACE) {
   const cuda_on_host::HostCode here;
   cuda_on_host::Cta::current->sync_warp(mask, CUDA_ON_HOST_SITE(kWarpBarrier));
 }
-inline void __threadfence(CUDA_ON_HOST_PLACE) {
-  const cuda_on_host::HostCode here;
-  cuda_on_host::Cta::current->fence(CUDA_ON_HOST_SITE(kFence));
-}
 
 template <class T>
 T __shfl_sync(unsigned mask, T x, int source, CUDA_ON_HOST_PLACE) {
@@ -57,16 +53,12 @@ T __shfl_xor_sync(unsigned mask, T x, int bits, CUDA_ON_HOST_PLACE) {
   return cta.exchange(mask, x, cta.lane() ^ bits, CUDA_ON_HOST_SITE(kShuffle));
 }
 
-template <class T>
-T atomicAdd(T* address, T x, CUDA_ON_HOST_PLACE) {
-  const cuda_on_host::HostCode here;
-  return cuda_on_host::Cta::current->atomic(address, CUDA_ON_HOST_SITE(kAtomic), [&](T old) { return old + x; });
-}
-inline unsigned atomicInc(unsigned* address, unsigned limit, CUDA_ON_HOST_PLACE) {
+// That of value.cuh.
+inline unsigned acquire_release_inc(unsigned* address, unsigned limit, CUDA_ON_HOST_PLACE) {
   const cuda_on_host::HostCode here;
   const int site = CUDA_ON_HOST_SITE(kAtomic);
   const bool is_reset = site != cuda_on_host::left_out;
-  return cuda_on_host::Cta::current->atomic(address, site,
+  return cuda_on_host::Cta::current->atomic(address, site, CUDA_ON_HOST_SITE(kAcquire), CUDA_ON_HOST_SITE(kRelease),
                                             [&](unsigned old) { return old >= limit && is_reset ? 0 : old + 1; });
 }
 

@@ -9,7 +9,7 @@
 
 namespace cuda_on_host {
 
-enum class Kind { kBegin, kBarrier, kWarpBarrier, kShuffle, kFence, kAtomic };
+enum class Kind { kBegin, kBarrier, kWarpBarrier, kShuffle, kAtomic, kAcquire, kRelease };
 
 struct Site {
   Kind kind;
@@ -17,7 +17,8 @@ struct Site {
   int line;
 
   std::string name() const {
-    constexpr const char* kNames[] = {"the begin", "barrier", "warp barrier", "shuffle", "fence", "atomic"};
+    constexpr const char* kNames[] = {"the begin", "barrier", "warp barrier", "shuffle",
+                                      "atomic",    "acquire", "release"};
     const std::string path = file, place = path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
     return kNames[static_cast<int>(kind)] + (line == 0 ? "" : " at " + place);
   }
@@ -26,7 +27,8 @@ struct Site {
 // Those that a thread has come to, in this order; threads begin at the first.
 inline std::vector<Site> sites{{Kind::kBegin, "", 0}};
 
-// One that is left out: a barrier or a fence does nothing, a mask lacks its highest lane, a counter is not reset.
+// One that is left out: a barrier does nothing, a mask lacks its highest lane, a counter is not reset, an atomic does
+// not acquire, or does not release.
 inline int left_out = -1;
 
 inline int site_of(Kind kind, const char* file, int line) {

@@ -1,10 +1,9 @@
 // Finds races in kernels by vector clocks. -fsanitize=thread has the compiler announce every read and write; what is
 // announced to is this file, in the place of ThreadSanitizer's own library, and itself compiled without the flag.
 //
-// Clocks merge where CUDA orders memory: at barriers, of a CTA or of the lanes of a warp (shuffles order none); from a
-// fence that is followed by an atomic to an atomic of the same address that is followed by a fence; from launch to
-// launch of a stream, and by events and the host. Two accesses of a byte that nothing orders, one of them a write, end
-// the program.
+// Clocks merge where CUDA orders memory: at barriers, of a CTA or of the lanes of a warp (shuffles order none); from an
+// atomic that releases to a later one of the same address that acquires; from launch to launch of a stream, and by
+// events and the host. Two accesses of a byte that nothing orders, one of them a write, end the program.
 #include "watch.h"
 
 #include <array>
@@ -106,10 +105,8 @@ struct Released {
 
 struct Clocks {
   struct Thread {
-    Times times;                                // of the CTA, as far as it knows them
-    std::shared_ptr<const Foreign> foreign;     // and of others
-    std::shared_ptr<const Foreign> to_release;  // what it knew at its last fence
-    std::shared_ptr<const Foreign> acquired;    // by atomics, since its last fence
+    Times times;                             // of the CTA, as far as it knows them
+    std::shared_ptr<const Foreign> foreign;  // and of others
     int site = 0;
   };
 
@@ -248,30 +245,25 @@ void Watch::meet(const std::vector<unsigned>& threads) {
   }
 }
 
-void Watch::fence() {
-  Clocks::Thread& me = clocks_->threads[clocks_->running];
-  if (me.acquired != nullptr) {
-    join(&me.foreign, me.acquired);
-    const auto own = me.acquired->find(clocks_->number);
-    if (own != me.acquired->end()) {
-      join(&me.times, *own->second);
-    }
-    me.acquired = nullptr;
-  }
-  auto known = me.foreign == nullptr ? std::make_shared<Foreign>() : std::make_shared<Foreign>(*me.foreign);
-  (*known)[clocks_->number] = std::make_shared<const Times>(me.times);
-  me.to_release = std::move(known);
-  ++me.times[clocks_->running];
-}
-
-void Watch::atomic(const void* address, size_t bytes) {
-  Clocks::Thread& me = clocks_->threads[clocks_->running];
-  std::shared_ptr<const Foreign>& released = clocks_->released->at[address];
-  join(&me.acquired, released);
-  join(&released, me.to_release);
+void Watch::atomic(const void* address, size_t bytes, bool acquires, bool releases) {
   is_kernel_code = true;
   watch(address, bytes, Access::kAtomic);
   is_kernel_code = false;
+  Clocks::Thread& me = clocks_->threads[clocks_->running];
+  std::shared_ptr<const Foreign>& released = clocks_->released->at[address];
+  if (acquires && released != nullptr) {
+    join(&me.foreign, released);
+    const auto own = released->find(clocks_->number);
+    if (own != released->end()) {
+      join(&me.times, *own->second);
+    }
+  }
+  if (releases) {
+    auto known = me.foreign == nullptr ? std::make_shared<Foreign>() : std::make_shared<Foreign>(*me.foreign);
+    (*known)[clocks_->number] = std::make_shared<const Times>(me.times);
+    join(&released, known);
+    ++me.times[clocks_->running];
+  }
 }
 
 void watch_read_only(const void* address, size_t bytes) { watch(address, bytes, Access::kReadOnly); }

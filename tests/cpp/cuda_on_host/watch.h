@@ -46,8 +46,7 @@ class Watch {
   void run(unsigned thread, const Fiber& fiber);  // this thread runs now
   void come_to(int site);                         // the running thread
   void meet(const std::vector<unsigned>& threads);
-  void fence();
-  void atomic(const void* address, size_t bytes);
+  void atomic(const void* address, size_t bytes, bool acquires, bool releases);
 
  private:
   std::unique_ptr<Clocks> clocks_;
@@ -69,8 +68,7 @@ class Watch {
   void run(unsigned, const Fiber&) {}
   void come_to(int) {}
   void meet(const std::vector<unsigned>&) {}
-  void fence() {}
-  void atomic(const void*, size_t) {}
+  void atomic(const void*, size_t, bool, bool) {}
 };
 
 inline void watch_read_only(const void*, size_t) {}
