@@ -12,14 +12,16 @@ from torch import nn
 
 from fused_reg import Regularizer
 from fused_reg.integrations._attached import Attached, needs
+from scripts.check_oldest_trainers import oldest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {
-    "lightning": ("lightning",),
-    "pytorch_lightning": ("pytorch_lightning",),
-    "skorch": ("skorch",),
-    "transformers": ("transformers", "accelerate"),
+MODULES = {  # and the package that each asks for first
+    "lightning": "lightning",
+    "pytorch_lightning": "pytorch_lightning",
+    "skorch": "skorch",
+    "transformers": "accelerate",
 }
+PACKAGES = sorted({*MODULES, *MODULES.values()})
 
 
 def python(code):
@@ -28,19 +30,27 @@ def python(code):
 
 
 def test_no_trainer_is_imported():
-    names = sorted(package for packages in PACKAGES.values() for package in packages)
-    done = python(f"import fused_reg, fused_reg.integrations; print([n for n in {names} if n in sys.modules])")
+    done = python(f"import fused_reg, fused_reg.integrations; print([n for n in {PACKAGES} if n in sys.modules])")
     assert done.stdout == "[]\n", done.stderr
 
 
-@pytest.mark.parametrize("module", PACKAGES)
+@pytest.mark.parametrize("module", MODULES)
 def test_a_missing_package(module):
     """One sentence that names the command, not the traceback of an import within an import."""
-    done = python(f"sys.modules[{PACKAGES[module][0]!r}] = None; import fused_reg.integrations.{module}")
-    said = f"needs {module}; run pip install 'fused_reg[{module.replace('_', '-')}]'"
+    done = python(f"sys.modules.update(dict.fromkeys({PACKAGES})); import fused_reg.integrations.{module}")
+    said = f"needs {MODULES[module]}; run pip install 'fused_reg[{module.replace('_', '-')}]'"
     assert done.stderr.splitlines()[-1] == f"ModuleNotFoundError: fused_reg.integrations: {said}"
     assert "During handling" not in done.stderr
     assert "direct cause" not in done.stderr
+
+
+def test_the_page_names_the_oldest_versions():
+    """Those with which `make oldest` tests."""
+    page = (ROOT / "docs" / "torch.md").read_text()
+    versions = dict(requirement.split("==") for requirement in oldest())
+    assert versions["pytorch-lightning"] == versions["lightning"]
+    for package, title in (("lightning", "Lightning"), ("transformers", "transformers"), ("skorch", "skorch")):
+        assert f"| {title} from {versions[package]} " in page
 
 
 def test_the_second_package_of_a_trainer():
