@@ -239,3 +239,14 @@ def test_an_optimizer_of_shards(hf):
     for optimizer, got in ((torch.optim.SGD([torch.ones(1)], 0.1), "SGD"), (None, "none")):
         with pytest.raises(ValueError, match=rf"^RegularizerCallback: an optimizer .* 'layers\.0\.bias' .* got {got};"):
             hf.Ours(l1=0.1).on_train_begin(None, state, None, model=Net(), optimizer=optimizer)
+
+
+def test_reference_weights_are_in_no_checkpoint(hf, tmp_path):
+    trainer = trainer_of(hf, tmp_path, [hf.Ours(l2=0.1, toward="start")])
+    with pytest.raises(ValueError, match="RegularizerCallback: save_references must be False with the Trainer"):
+        trainer.train()
+    net = Net()
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    callback = hf.Ours(l2=0.1, toward=start)
+    trainer_of(hf, tmp_path, [callback], net=net).train()
+    assert callback.penalty.item() > 0

@@ -96,6 +96,9 @@ class Attached:
     def _state(self) -> Mapping[str, Any] | int | None:
         return self._saved if self.regularizer is None else self.regularizer.state_dict()
 
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises where the trainer's checkpoints cannot hold the state of the regularizer."""
+
     def _check_name(self, names: Iterable[str]) -> None:
         """``names``: those of all such callbacks of the trainer."""
         if list(names).count(self.name) > 1:
@@ -113,6 +116,7 @@ class Attached:
         if goes_on and self._saved is not None:
             self._restore(self._saved)
         self._saved = None
+        self._check_state(self.regularizer.state_dict())
         own = {id(p): name for name, p in self.regularizer.named_parameters()}
         found = [optimizer for optimizer in optimizers if optimizer is not None]
         holders = [optimizer for optimizer in found if own.keys() & held(optimizer)]

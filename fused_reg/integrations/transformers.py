@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from fused_reg.integrations._attached import Attached, needs
@@ -65,6 +66,13 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
         arguments = {"mode": self.mode, "include_unused": self.include_unused, "name": self.name, **self._arguments}
         plain = {key: value for key, value in arguments.items() if _is_plain(value)}
         return {"args": plain, "attributes": {"_saved": self._state()}}
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if not _is_plain(state):
+            raise ValueError(
+                "RegularizerCallback: save_references must be False with the Trainer, whose checkpoints are JSON and "
+                "hold no tensors; give toward as a state dict that is kept elsewhere"
+            )
 
     def _states_in(self, state: Any) -> list[dict[str, Any]]:
         """Those of all callbacks of this kind, and again in each later checkpoint where they are several."""

@@ -1,0 +1,509 @@
+// The kernel of a pass over chunks that follow on one another, their sums in the order of summation.h.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "../summation.h"
+#include "simd.h"
+
+namespace fused_reg::FUSED_REG_ISA {
+
+template <class Kernel>
+struct Across;
+
+constexpr int kCacheLine = 64;
+
+#if FUSED_REG_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+template <Dtype dtype, class P>
+struct Kernel {
+  using Pass = P;
+  using E = Element<dtype>;
+  using Storage = typename E::Storage;
+  using Scalar = typename E::Scalar;
+  using Factor = decltype(broadcast<Scalar>(0));
+  static constexpr int kAcross = E::kCount / kDoubles;
+  using Widened = decltype(E::widened(nullptr));
+  static constexpr bool kWide = std::is_same_v<Scalar, double>;
+  using MultiplyAdd = std::conditional_t<kWide, TwoRoundings, OneRounding>;
+  static constexpr unsigned kRead = P::kReads | (P::kSums ? bit(0) : 0);
+
+  // Whether chunks of at most a block are taken together.
+  static constexpr bool kCanBeShort = P::kSums != 0 && !P::kHasOptions && FUSED_REG_VECTOR_BYTES > 16;
+
+  // Lanes that are summed at a time: as many as half of the registers hold. A step of an optimizer, which has many
+  // streams and much to do with an element, takes all, and the sums stay in the first-level cache.
+  static constexpr int kLine = std::max<int>(kCacheLine / sizeof(Storage), E::kCount);
+  static constexpr int kSummed = kRegisters / (P::kSums == kL1L2 || P::kSumFactors != 0 ? 4 : 2) * kDoubles;
+  static constexpr int kStrip = P::kSums == 0 ? kLine : P::kHasOptions ? kLanes : std::min(kSummed, kLanes);
+
+  // How far ahead elements are fetched, into the first-level cache: in the order of memory, whatever that of the sums
+  // is, so that the prefetchers of the hardware follow. Strips take lines from all over a block, so the next one is
+  // fetched.
+  static constexpr int64_t kAhead = P::kHasOptions ? 2048 / sizeof(Storage) : kBlock;
+
+  Factor factors[P::kFactors + 1];
+  Double sum_factors[P::kSumFactors + 1];
+  Double scale;  // of the elements in the sums
+  BlockSums sums[kPassSums][kBlocks];
+  unsigned options;
+  int exponent;
+  int64_t ahead;
+
+  // Float64 sums are those of w / 2^exponent.
+  Kernel(const StepNumbers& numbers, int exponent, int64_t ahead)
+      : options(options_of(numbers)), exponent(exponent), ahead(std::max(ahead, kAhead)) {
+    set_factors(numbers);
+    double doubles[P::kSumFactors + 1];
+    P::template sum_factors<Scalar>(numbers, exponent, doubles);
+    for (int f = 0; f < P::kSumFactors; ++f) {
+      sum_factors[f] = broadcast<double>(doubles[f]);
+    }
+    scale = broadcast<double>(exponent == 0 ? 1 : std::ldexp(1.0, -exponent));
+  }
+
+  FUSED_REG_INLINE void set_factors(const StepNumbers& numbers) {
+    Scalar scalars[P::kFactors + 1];
+    P::factors(numbers, scalars);
+    for (int f = 0; f < P::kFactors; ++f) {
+      factors[f] = broadcast<Scalar>(scalars[f]);
+    }
+  }
+
+  // Where chunks have norms of their own.
+  FUSED_REG_INLINE void set_norm(const ChunkTask& task, int64_t chunk) {
+    if (P::kFactors != 0 && task.norms != nullptr) {
+      StepNumbers numbers = task.numbers;
+      numbers.norm = task.norms[chunk];
+      set_factors(numbers);
+    }
+  }
+
+  // `usual`: what may be there and is rare is not.
+  template <bool usual>
+  FUSED_REG_INLINE bool is_there(Storage* const* streams, int s) const {
+    if constexpr (usual) {
+      return !(P::kOptional & bit(s)) || (P::states(options & P::kUsual) & bit(s)) != 0;
+    }
+    return !(P::kOptional & bit(s)) || streams[s] != nullptr;
+  }
+
+  // What is read where an optional stream is not there.
+  static FUSED_REG_INLINE Factor absent(int s) { return s == kImportance ? Factor{} + 1 : Factor{}; }
+
+  // Elements as they are written, of every stream.
+  struct Written {
+    decltype(E::written(Factor{}, Factor{})) of[kStreams];
+
+    template <bool usual>
+    FUSED_REG_INLINE void write_to(const Kernel& kernel, Storage* const* streams, int64_t i) const {
+      for (int s = 0; s < kStreams; ++s) {
+        if (P::kWrites & bit(s) && kernel.template is_there<usual>(streams, s)) {
+          store(streams[s] + i, of[s]);
+        }
+      }
+    }
+  };
+
+  // The factors of the parts may be so many apart.
+  template <bool usual>
+  FUSED_REG_INLINE Written elements(Storage* const* streams, int64_t i, const Factor* factors, int apart = 0) const {
+    const unsigned known = usual ? options & P::kUsual : options;
+    Written out;
+    Factor x[E::kParts][kStreams];
+    for (int part = 0; part < E::kParts; ++part) {
+      for (int s = 0; s < kStreams; ++s) {
+        if (P::kReads & bit(s)) {
+          x[part][s] = is_there<usual>(streams, s) ? E::read(streams[s] + i, part) : absent(s);
+        } else if (P::kOptional & bit(s)) {
+          x[part][s] = Factor{};
+        }
+      }
+      if constexpr (P::kHasOptions) {
+        P::element(x[part], factors + part * apart, known);
+      } else {
+        P::element(x[part], factors + part * apart);
+      }
+    }
+    for (int s = 0; s < kStreams; ++s) {
+      if (P::kWrites & bit(s) && is_there<usual>(streams, s)) {
+        out.of[s] = E::written(x[0][s], x[E::kParts - 1][s]);
+        if constexpr (P::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
+          if (s == 0 && (!P::kHasOptions || known & kProximal)) {
+            out.of[s] = with_positive_zero(out.of[s]);
+          }
+        }
+      }
+    }
+    return out;
+  }
+
+  // Adds elements of the parameter to the two sums of their lanes, which are so many vectors apart.
+  template <int apart>
+  FUSED_REG_INLINE void add(Double* sums, Widened w) const {
+    if constexpr (P::kSums != 0) {
+      for (int v = 0; v < E::kCount / kDoubles; ++v) {
+        Double x[2] = {sums[v], sums[apart + v]};
+        P::template add<MultiplyAdd>(x, w.of[v], sum_factors,
+                                     [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
+        sums[v] = x[0];
+        sums[apart + v] = x[1];
+      }
+    }
+  }
+
+  // The same of relative terms. No square is exact then.
+  template <int apart>
+  FUSED_REG_INLINE void add_relative(Double* sums, Storage* const* streams, int64_t i) const {
+    auto d = E::widened(streams[0] + i), importance = d;
+    if (streams[kToward] != nullptr) {
+      const auto toward = E::widened(streams[kToward] + i);
+      for (int v = 0; v < E::kCount / kDoubles; ++v) {
+        d.of[v] = d.of[v] - toward.of[v];
+      }
+    }
+    const bool is_weighted = streams[kImportance] != nullptr;
+    if (is_weighted) {
+      importance = E::widened(streams[kImportance] + i);
+    }
+    for (int v = 0; v < E::kCount / kDoubles; ++v) {
+      Double x[kPassSums] = {};
+      P::template add<TwoRoundings>(x, d.of[v], sum_factors,
+                                    [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
+      for (int k = 0; k < kPassSums; ++k) {
+        if (P::kSums & bit(k)) {
+          sums[k * apart + v] = sums[k * apart + v] + (is_weighted ? x[k] * importance.of[v] : x[k]);
+        }
+      }
+    }
+  }
+
+  // Rows, and the sums of their lanes, E::kParts vectors at a time in the order of E; added to those of rows before, or
+  // the first. `usual`: no option is rare.
+  template <bool usual, bool is_first>
+  FUSED_REG_INLINE void rows_of(Double* sums, Storage* const* streams, int64_t begin, int rows) const {
+    constexpr int kFetched = std::min(kLine, kStrip), kVectors = kStrip / kDoubles;
+    constexpr int kRow = P::kSums == 0 ? kLine : kLanes;  // without sums a line is a row
+    Storage* at[kStreams] = {};
+    for (int s = 0; s < kStreams; ++s) {
+      if ((kRead | P::kWrites) & bit(s)) {
+        at[s] = streams[s];
+      }
+    }
+    int64_t next_ahead = begin + ahead;
+    for (int strip = 0; strip < kRow; strip += kStrip) {
+      Double strip_sums[kPassSums * kVectors];
+      const auto each_sum = [&](const auto& body) __attribute__((always_inline)) {
+        for (int k = 0; k < kPassSums; ++k) {
+          for (int v = 0; v < kVectors; ++v) {
+            if (P::kSums & bit(k)) {
+              body(strip_sums[k * kVectors + v], sums[(k * kLanes + strip) / kDoubles + v]);
+            }
+          }
+        }
+      };
+      each_sum([](Double& own, Double& before) { own = is_first ? Double{} : before; });
+      for (int row = 0; row < rows * (kLanes / kRow); ++row) {
+        int64_t i = begin + row * kRow + strip;
+        Double* next = strip_sums;
+        for (int line = 0; line < kStrip; line += kFetched) {
+          for (int s = 0; s < kStreams; ++s) {
+            if ((kRead | P::kWrites) & bit(s) && is_there<usual>(at, s)) {
+              __builtin_prefetch(at[s] + next_ahead);
+            }
+          }
+          next_ahead += kFetched;
+#pragma GCC unroll 4
+          for (int v = 0; v < kFetched; v += E::kCount) {
+            if constexpr (P::kIsRelative && P::kSums != 0) {
+              add_relative<kVectors>(next, at, i);
+            } else {
+              add<kVectors>(next, E::widened(at[0] + i));
+            }
+            if constexpr (P::kWrites != 0) {
+              elements<usual>(at, i, factors).template write_to<usual>(*this, at, i);
+            }
+            next += E::kCount / kDoubles;
+            i += E::kCount;
+          }
+        }
+      }
+      each_sum([](Double& own, Double& before) { before = own; });
+    }
+  }
+
+  // The halving tree from kLanes to kFoldedLanes.
+  static FUSED_REG_INLINE void fold(Double* sums, double* folded) {
+    constexpr int kLeft = std::max(E::kParts * kDoubles, kFoldedLanes);
+    for (int half = kLanes / kDoubles / 2; half >= kLeft / kDoubles; half /= 2) {
+      for (int v = 0; v < half; ++v) {
+        sums[v] = sums[v] + sums[v + half];
+      }
+    }
+    if constexpr (E::kParts == 1) {
+      for (int v = 0; v < kLeft / kDoubles; ++v) {
+        store(folded + v * kDoubles, sums[v]);
+      }
+      return;
+    }
+    double lanes[kLeft];
+    for (int v = 0; v < kLeft / kDoubles; ++v) {
+      for (int i = 0; i < kDoubles; ++i) {
+        lanes[(v / E::kParts * kDoubles + i) * E::kParts + v % E::kParts] = sums[v][i];
+      }
+    }
+    for (int lane = 0; lane < kFoldedLanes; ++lane) {
+      folded[lane] = kLeft > kFoldedLanes ? lanes[lane] + lanes[lane + kLeft / 2] : lanes[lane];
+    }
+  }
+
+  template <bool is_first>
+  FUSED_REG_INLINE void take_rows(Double* lanes, Storage* const* streams, int64_t begin, int rows) const {
+    constexpr bool kCanBeUsual = P::kUsual != 0 && FUSED_REG_VECTOR_BYTES > 16;
+    kCanBeUsual && (options & ~P::kUsual) == 0 ? rows_of<kCanBeUsual, is_first>(lanes, streams, begin, rows)
+                                               : rows_of<false, is_first>(lanes, streams, begin, rows);
+  }
+
+  FUSED_REG_INLINE void fold_into(int b, Double* lanes) {
+    for (int k = 0; k < kPassSums; ++k) {
+      if (P::kSums & bit(k)) {
+        fold(lanes + k * kLanes / kDoubles, sums[k][b].lanes);
+      }
+    }
+  }
+
+  FUSED_REG_INLINE void block(int b, Storage* const* streams, int64_t begin) {
+    if constexpr (FUSED_REG_VECTOR_BYTES == 16) {  // compiled once, which takes less time
+      part_of_block(b, streams, begin, kRows, nullptr);
+    } else {
+      Double lanes[kPassSums * kLanes / kDoubles];
+      take_rows<true>(lanes, streams, begin, kRows);
+      fold_into(b, lanes);
+    }
+  }
+
+  // Some rows of a block, and a last row at `tail`, unless that is null.
+  __attribute__((noinline)) void part_of_block(int b, Storage* const* streams, int64_t begin, int rows,
+                                               Storage* const* tail) {
+    Double lanes[kPassSums * kLanes / kDoubles];
+    take_rows<true>(lanes, streams, begin, rows);
+    if (tail != nullptr) {
+      take_rows<false>(lanes, tail, 0, 1);
+    }
+    fold_into(b, lanes);
+  }
+
+  // A row of so many elements, and then of what changes no sum.
+  struct Padded {
+    static constexpr int kUsed = streams_in(kRead | P::kWrites);
+    Storage elements[kUsed][kLanes];
+    Storage* streams[kStreams];
+
+    FUSED_REG_INLINE Padded(const Kernel& kernel, Storage* const* from, int64_t i, int64_t count) : streams{} {
+      for (int s = 0; s < kUsed; ++s) {
+        if (kernel.template is_there<false>(from, s)) {
+          streams[s] = elements[s];
+          if (kRead & bit(s)) {
+            std::memset(elements[s], P::kPadding, sizeof elements[s]);
+            std::memcpy(elements[s], from[s] + i, count * sizeof(Storage));
+          }
+        }
+      }
+    }
+
+    FUSED_REG_INLINE void copy_to(Storage* const* to, int64_t i, int64_t count) const {
+      for (int s = 0; s < kUsed; ++s) {
+        if (P::kWrites & bit(s) && streams[s] != nullptr) {
+          std::memcpy(to[s] + i, elements[s], count * sizeof(Storage));
+        }
+      }
+    }
+  };
+
+  // Of first and second halves, some in a vector: each two added, those of a, then those of b.
+  template <int half, size_t... i>
+  static FUSED_REG_INLINE Double halved(Double a, Double b, std::index_sequence<i...>) {
+    return shuffled<(i / half * 2 * half + i % half)...>(a, b) +
+           shuffled<(i / half * 2 * half + i % half + half)...>(a, b);
+  }
+
+  // The tree of a chunk of one block, to a vector; of two parts each is half of it.
+  static FUSED_REG_INLINE Double folded(Double* lanes) {
+    for (int half = kLanes / kDoubles / 2; half >= E::kParts; half /= 2) {
+      for (int v = 0; v < half; ++v) {
+        lanes[v] = lanes[v] + lanes[v + half];
+      }
+    }
+    return E::kParts == 1 ? lanes[0] : halved<kDoubles / 2>(lanes[0], lanes[1], std::make_index_sequence<kDoubles>());
+  }
+
+  // Its end, for as many chunks as a vector has numbers.
+  template <int left = kDoubles / 2>
+  static FUSED_REG_INLINE Double totals(Double* folded) {
+    if constexpr (left > 0) {
+      constexpr int kHalf = std::max(left / E::kParts, 1);
+      for (int i = 0; i < left; ++i) {
+        folded[i] = halved<kHalf>(folded[2 * i], folded[2 * i + 1], std::make_index_sequence<kDoubles>());
+      }
+      return totals<left / 2>(folded);
+    }
+    return folded[0];
+  }
+
+  // Of elements that are read as a whole vector, some; 0 for the others.
+  struct Mask {
+    Widened bits;
+
+    FUSED_REG_INLINE explicit Mask(int count) {
+      Storage ones[E::kCount];
+      for (int i = 0; i < E::kCount; ++i) {
+        ones[i] = i < count ? sizeof(Storage) == sizeof(uint16_t) ? 0x3c00 : 1 : 0;
+      }
+      bits = E::widened(ones);
+      for (Double& v : bits.of) {
+        v = (Double)(v != 0);
+      }
+    }
+
+    FUSED_REG_INLINE Widened of(Widened w) const {
+      for (int v = 0; v < kAcross; ++v) {
+        w.of[v] = (Double)((Bits64)w.of[v] & (Bits64)bits.of[v]);
+      }
+      return w;
+    }
+  };
+
+  // The last row, of `count` elements, of a chunk; of the task's elements there are `left` from there on.
+  FUSED_REG_INLINE void take_rest(Double* lanes, Storage* const* streams, int64_t begin, int count, int64_t left,
+                                  const Mask& mask) const {
+    if (P::kWrites != 0 || P::kIsRelative || P::kPadding != 0 ||
+        left < (count + E::kCount - 1) / E::kCount * E::kCount) {
+      Padded tail(*this, streams, begin, count);
+      take_rows<false>(lanes, tail.streams, 0, 1);
+      tail.copy_to(streams, begin, count);
+      return;
+    }
+    for (int i = 0; i < count; i += E::kCount) {
+      const Widened w = E::widened(streams[0] + begin + i);
+      add<kLanes / kDoubles>(lanes + i / kDoubles, count - i < E::kCount ? mask.of(w) : w);
+    }
+  }
+
+  static FUSED_REG_INLINE int64_t chunks_of(const ChunkTask& task) {
+    return (task.size + task.chunk_size - 1) / task.chunk_size;
+  }
+
+  // Chunks of at most a block each: the lanes stay in registers, and kDoubles chunks share the end of the tree.
+  template <bool has_rest>
+  void run_short(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
+    const Mask mask(has_rest ? static_cast<int>(task.chunk_size % E::kCount) : 0);
+    const int64_t chunks = chunks_of(task);
+    for (int64_t first = 0; first < chunks; first += kDoubles) {
+      Double ends[kPassSums][kDoubles];
+      const int count = static_cast<int>(std::min<int64_t>(kDoubles, chunks - first));
+      for (int i = 0; i < count; ++i) {
+        const int64_t begin = (first + i) * task.chunk_size, size = std::min(task.chunk_size, task.size - begin);
+        const int rest = has_rest ? static_cast<int>(size % kLanes) : 0;
+        Double lanes[kPassSums * kLanes / kDoubles];
+        set_norm(task, first + i);
+        take_rows<true>(lanes, streams, begin, static_cast<int>(size / kLanes));
+        if (rest != 0) {
+          take_rest(lanes, streams, begin + size - rest, rest, task.size - begin - size + rest, mask);
+        }
+        for (int k = 0; k < kPassSums; ++k) {
+          ends[k][i] = P::kSums & bit(k) ? folded(lanes + k * kLanes / kDoubles) : Double{};
+        }
+      }
+      for (auto& end : ends) {
+        std::fill(end + count, end + kDoubles, Double{});
+      }
+      for (int k = 0; k < kPassSums && found != nullptr; ++k) {
+        store(found->sum[k] + first, totals(ends[k]));
+      }
+    }
+  }
+
+  // A chunk that is written, without sums. The last vector may overlap the one before, so its elements are taken first.
+  void write_run(Storage* const* streams, int64_t begin, int64_t size) const {
+    const int64_t end = begin + size, last = end - E::kCount;
+    const Written of_last = elements<false>(streams, last, factors);
+    take_rows<true>(nullptr, streams, begin, static_cast<int>(size / kLanes));
+    for (int64_t i = begin + size / kLanes * kLanes; i < last; i += E::kCount) {
+      elements<false>(streams, i, factors).template write_to<false>(*this, streams, i);
+    }
+    of_last.template write_to<false>(*this, streams, last);
+  }
+
+  // How many blocks a chunk has; it leaves their sums.
+  __attribute__((noinline)) int run_blocks(Storage* const* streams, int64_t begin, int64_t size) {
+    int64_t i = begin;
+    const int64_t end = begin + size;
+    int b = 0;
+    for (; i + kBlock <= end; i += kBlock) {
+      block(b++, streams, i);
+    }
+    const int rows = static_cast<int>(end - i) / kLanes, rest = static_cast<int>(end - i) % kLanes;
+    if (rest != 0) {
+      Padded tail(*this, streams, end - rest, rest);
+      part_of_block(b++, streams, i, rows, tail.streams);
+      tail.copy_to(streams, end - rest, rest);
+    } else if (rows != 0) {
+      part_of_block(b++, streams, i, rows, nullptr);
+    }
+    return b;
+  }
+
+  // The chunks of a task, which follow on one another.
+  void run_in_turn(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
+    for (int64_t c = 0; c * task.chunk_size < task.size; ++c) {
+      const int64_t begin = c * task.chunk_size, size = std::min(task.chunk_size, task.size - begin);
+      set_norm(task, c);
+      if (P::kSums == 0 && !P::kHasOptions && size >= E::kCount) {
+        write_run(streams, begin, size);
+        continue;
+      }
+      const int blocks = run_blocks(streams, begin, size);
+      for (int k = 0; k < kPassSums && found != nullptr; ++k) {
+        found->sum[k][c] = P::kSums & bit(k) ? total(sums[k], blocks) : 0;
+      }
+    }
+  }
+
+  void run(const ChunkTask& task, TaskSums* found) {
+    Storage* streams[kStreams];
+    std::transform(task.streams, task.streams + kStreams, streams, [](void* s) { return static_cast<Storage*>(s); });
+    const bool is_short = kCanBeShort && std::min(task.chunk_size, task.size) <= kBlock;
+    if constexpr (!P::kHasOptions && !P::kIsRelative && (P::kSums == 0 || P::kWrites == 0)) {
+      if (task.apart[0] != 0) {
+        Across<Kernel>(*this).run(task, streams, found);
+      }
+    }
+    if constexpr (kCanBeShort) {
+      if (task.apart[0] == 0 && is_short) {
+        task.size % kLanes == 0 && (task.size <= task.chunk_size || task.chunk_size % kLanes == 0)
+            ? run_short<false>(task, streams, found)
+            : run_short<true>(task, streams, found);
+      }
+    }
+    if (task.apart[0] == 0 && !is_short) {
+      run_in_turn(task, streams, found);
+    }
+    if (found == nullptr) {
+      return;
+    }
+    const int64_t chunks = chunks_of(task);
+    for (int k = 0; k < kSums; ++k) {
+      std::fill_n(found->exponent[k], chunks, k < kPassSums ? exponent : 0);
+      if (k >= kPassSums) {
+        std::fill_n(found->sum[k], chunks, 0.0);
+      }
+    }
+  }
+};
+
+}  // namespace fused_reg::FUSED_REG_ISA
