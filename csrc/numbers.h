@@ -106,7 +106,7 @@ inline Selection selection_of(const c10::List<bool>& needs_grad, size_t params) 
   return some;
 }
 
-// Of a backend that has kernels of them.
+// A reference that a user gives is checked in Python, in other words.
 inline void check_relative(at::TensorList params, const Selection& selection, const NumbersArg& numbers) {
   const auto check = [&](const char* name, at::TensorList given) {
     TORCH_CHECK_VALUE(given.empty() || given.size() == selection.list, name, " must be one tensor per parameter (",
@@ -120,11 +120,6 @@ inline void check_relative(at::TensorList params, const Selection& selection, co
   };
   check("toward", numbers.toward);
   check("importance", numbers.importance);
-}
-
-// Of one that has none.
-inline void check_not_relative(const NumbersArg& numbers) {
-  TORCH_CHECK_VALUE(!numbers.is_relative(), "toward and importance must be given with parameters on the CPU");
 }
 
 // What a call writes shall not be what it reads.

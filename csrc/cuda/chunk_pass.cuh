@@ -134,7 +134,7 @@ class ChunkPass {
       std::conditional_t<sizeof(Storage) == 2, unsigned, std::conditional_t<sizeof(Storage) == 4, uint2, uint4>>;
   static constexpr int kVector = sizeof(Vector) / sizeof(Storage);  // elements that a thread loads at a time
   static constexpr int kUsed = streams_in(Job::kReads | Job::kWrites);
-  static constexpr int kRead = streams_in(Job::kReads);
+  static constexpr int kRead = streams_in(Job::kReads), kWritten = streams_in(Job::kWrites);
 
   __device__ bool is_aligned(size_t bytes) const {
     uintptr_t addresses = 0;
@@ -145,9 +145,9 @@ class ChunkPass {
     return addresses % bytes == 0;
   }
 
-  // Whether the chunk has the streams to be written: the parameter is one, or the last of all.
+  // Whether the chunk has the streams to be written: the parameter is one, or the last of them.
   __device__ bool writes() const {
-    return (Job::kWrites & bit(0)) != 0 || (Job::kWrites != 0 && streams_[kUsed - 1] != nullptr);
+    return (Job::kWrites & bit(0)) != 0 || (Job::kWrites != 0 && streams_[kWritten - 1] != nullptr);
   }
 
   // Of those that a chunk may lack.
@@ -157,7 +157,18 @@ class ChunkPass {
 
   // A stream that is only added to is not read where there is nothing yet.
   __device__ bool reads(int s) const {
-    return (Job::kReads & bit(s)) != 0 && (s == 0 || !Job::kAdds || adds_) && is_there(s);
+    const bool is_added_to = s != 0 && Job::kAdds && (Job::kWrites & bit(s)) != 0;
+    return (Job::kReads & bit(s)) != 0 && (!is_added_to || adds_) && is_there(s);
+  }
+
+  template <class V>
+  static __device__ __forceinline__ V filled(Storage x) {
+    Storage all[sizeof(V) / sizeof(Storage)];
+#pragma unroll
+    for (Storage& each : all) {
+      each = x;
+    }
+    return bits_as<V>(all);
   }
 
   template <class T>
@@ -169,7 +180,7 @@ class ChunkPass {
   template <class V>
   __device__ __forceinline__ V read(int s, int i, bool at_once) const {
     if (!reads(s)) {
-      return V{};
+      return s == kImportance ? filled<V>(E::narrow(1)) : V{};
     }
     if (at_once) {
       return load(s, reinterpret_cast<const V*>(streams_[s] + i));
@@ -220,7 +231,11 @@ class ChunkPass {
         }
       }
       if constexpr (Job::kSums != 0) {
-        job_.add_rows(rows_of[0], first_sums, second_sums);
+        if constexpr (Job::kIsRelative) {
+          job_.add_relative_rows(rows_of, first_sums, second_sums);
+        } else {
+          job_.add_rows(rows_of[0], first_sums, second_sums);
+        }
       }
       if (!writes()) {
         continue;

@@ -100,12 +100,14 @@ __global__ void __launch_bounds__(kThreads, kSummingCtasPerSm) sums_kernel(const
   __shared__ Blocks blocks[kWarps];            // a CTA fills one while another is summed; a warp alone has its own
   __shared__ CompensatedSum run_sums[kWarps];  // of the first thread of a team alone; spares the others registers
   CompensatedSum& run_sum = run_sums[threadIdx.x / kWarp];
+  constexpr int kRelativeBit = known & kRelative;
+  constexpr bool kHasSecond = known == kNone || kRelativeBit != 0;
   const Call& call = table.call;
   const Team team(call.team);
   int filled = 0;
   for (uint32_t r = team.index(); r < call.runs; r += team.count()) {
     uint32_t c = r * call.run_length;
-    Cursor<TableView<Table, 1, numbers_of_pass>> cursor(table, c);
+    Cursor<TableView<Table, streams_of<P<known>>, numbers_of_pass>> cursor(table, c);
     if (team.is_first_thread()) {
       run_sum = {};
     }
@@ -114,14 +116,13 @@ __global__ void __launch_bounds__(kThreads, kSummingCtasPerSm) sums_kernel(const
       ChunkNumbers numbers = cursor.numbers(1, 0);
       const bool is_report = call.norms == nullptr && call.value == nullptr;
       numbers.terms |= is_report ? kL1L2 | kFurther : call.norms != nullptr ? kL2 : kNone;
-      ChunkSums sums =
-          sums_of<P, known>(chunk, blocks, team, numbers, known == kNone || (numbers.terms & kL2), &filled);
+      ChunkSums sums = sums_of<P, known>(chunk, blocks, team, numbers, kHasSecond || (numbers.terms & kL2), &filled);
       if constexpr (numbers_of_pass > kGroupNumbers) {
         FurtherTerms::each([&](auto term) {
           using T = decltype(term);
           if (numbers.terms & T::kBit) {
             const ScaledSum sum =
-                sums_of<TermSum<T>::template Pass, kNone>(chunk, blocks, team, numbers, true, &filled).of[1];
+                sums_of<TermSum<T>::template Pass, kRelativeBit>(chunk, blocks, team, numbers, true, &filled).of[1];
             sums.of[T::kSum] = {sum.sum, T::result_exponent(numbers, sum.exponent)};
           }
         });
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, kSummingCtasPerSm) sums_kernel(const
 // terms.
 template <class Table, template <int> class P, int known, int numbers_of_pass>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) group_element_kernel(const __grid_constant__ Table table) {
-  constexpr int kUsed = streams_of<P<known>>;
+  constexpr int kUsed = streams_of<P<known>>, kWritten = streams_in(P<known>::kWrites);
   const Call& call = table.call;
   const Team team(call.team);
   const double factor = read(call.factor, call.factor_source);
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) group_element_kernel(con
   for (uint32_t c = team.index(); c < call.chunks; c += team.count()) {
     Cursor<TableView<Table, kUsed, numbers_of_pass>> cursor(table, c);
     const auto chunk = cursor.at(c);
-    if (chunk.streams[kUsed - 1] == nullptr) {
+    if (chunk.streams[kWritten - 1] == nullptr) {
       continue;
     }
     const double norm = call.norms == nullptr ? 0 : call.norms[chunk.group];

@@ -31,7 +31,7 @@ __device__ __forceinline__ void rewrite(typename E::Storage (&x)[streams][count]
 // known: the terms that P is compiled for; scaled: float64 sums are of elements divided by 2^exponent.
 template <Dtype dtype, template <int> class P, int known, bool scaled>
 class Job {
-  static constexpr int kWhole = known == kL1L2 ? kL1L2 : known & (kAnyTerms | kFurther);
+  static constexpr int kWhole = (known & ~kRelative) == kL1L2 ? known : known & (kAnyTerms | kFurther | kRelative);
   using Whole = P<kWhole>;
 
  public:
@@ -40,6 +40,7 @@ class Job {
   using Scalar = typename E::Scalar;
   static constexpr unsigned kSums = Whole::kSums, kWrites = Whole::kWrites;
   static constexpr unsigned kReads = Whole::kReads | (kSums != 0 ? bit(0) : 0), kOptional = Whole::kOptional;
+  static constexpr bool kIsRelative = Whole::kIsRelative;
   // Where the list may have chunks whose streams are written and not read, as a gradient that is not there yet.
   static constexpr bool kAdds = !std::is_void_v<typename Whole::Fresh>;
   using Vector = uint4;
@@ -52,7 +53,8 @@ class Job {
   static constexpr int rows_ahead() {
     const int most = kSums == kL2 || kWrites == bit(0) ? (kFewDoubles ? 32 : 64) : 128;
     int rows = kRows;
-    while (!kIsExact && rows > 1 && rows * static_cast<int>(sizeof(V)) * streams_in(kReads) > most) {
+    constexpr int kStreamsRead = kIsRelative ? __builtin_popcount(kReads) : streams_in(kReads);
+    while (!kIsExact && rows > 1 && rows * static_cast<int>(sizeof(V)) * kStreamsRead > most) {
       rows /= 2;
     }
     return rows;
@@ -101,6 +103,29 @@ class Job {
         Storage x[count];
         memcpy(x, &w[r], sizeof(V));
         add(x, first, second);
+      }
+    }
+  }
+
+  // The same of relative terms: vectors of every stream.
+  template <class V, int streams, int rows, int count>
+  __device__ __forceinline__ void add_relative_rows(const V (&of)[streams][rows], double (&first)[count],
+                                                    double (&second)[count]) const {
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      Storage w[count], toward[count], importance[count];
+      memcpy(w, &of[0][r], sizeof(V));
+      memcpy(toward, &of[kToward][r], sizeof(V));
+      memcpy(importance, &of[kImportance][r], sizeof(V));
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        const double d = static_cast<double>(E::widen(w[i])) - static_cast<double>(E::widen(toward[i]));
+        const double weight = E::widen(importance[i]);
+        double sums[2] = {};
+        Whole::template add<TwoRoundings>(sums, d, sum_factors_,
+                                          [&](double y) { return scaled && kWide<dtype> ? y * scale_ : y; });
+        first[i] = first[i] + sums[0] * weight;
+        second[i] = second[i] + sums[1] * weight;
       }
     }
   }

@@ -65,12 +65,13 @@ cudaError_t launch(Pass pass, const Call& call, const void* table, size_t table_
 }
 
 cudaError_t launch_tensor_sums(Pass pass, const Call& call, const void* device_table, TermSums* out,
-                               cudaStream_t stream) {
+                               cudaStream_t stream, bool is_relative) {
   const DeviceTable table{call, static_cast<const unsigned char*>(device_table)};
   uint32_t ctas = 0;
   cudaError_t error = resident_ctas(tensor_sums_kernel, (call.tensors + kWarps - 1) / kWarps, &ctas);
   if (error == cudaSuccess && call.chunks > 0) {
-    error = launch(pass, call, device_table, kOnDevice, stream);
+    error = is_relative ? launch_relative(pass, call, device_table, stream)
+                        : launch(pass, call, device_table, kOnDevice, stream);
   }
   return error == cudaSuccess ? launch_on(ctas, stream, tensor_sums_kernel, table, out) : error;
 }

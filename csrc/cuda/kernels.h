@@ -48,7 +48,13 @@ constexpr size_t kOnDevice = SIZE_MAX;  // the bytes of a table that lies in dev
 
 // The sums of a pass over every tensor into out [call.tensors], on the device, by way of call.chunk_sums.
 cudaError_t launch_tensor_sums(Pass pass, const Call& call, const void* device_table, TermSums* out,
-                               cudaStream_t stream);
+                               cudaStream_t stream, bool is_relative = false);
+
+// The same two of relative terms (kRelative), whose table has all streams and numbers, in device memory; and the step
+// of an optimizer with any of them, without the value.
+cudaError_t launch_relative(Pass pass, const Call& call, const void* device_table, cudaStream_t stream);
+cudaError_t launch_relative_step(Pass optimizer, const Call& call, const StepCall& step, const void* bytes,
+                                 size_t count, cudaStream_t stream);
 
 // An optimizer's step with the penalty of L1 and L2; of its table the bytes that travel in the arguments, at most
 // kLargeStep. Or with any terms and groups and without the value, at most kSmallStep.

@@ -29,8 +29,10 @@ class ListPass {
         guard_(device_),
         launch_(next_launch()),
         group_(numbers.group),
-        value_dtype_(value_dtype(params)) {
-    check_not_relative(numbers);
+        value_dtype_(value_dtype(params)),
+        is_relative_(numbers.is_relative()),
+        has_further_(numbers.has_further()) {
+    check_relative(params, selection, numbers);
     for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
       columns_[c] = ColumnRefs(numbers.columns[c], selection, device_);
     }
@@ -55,6 +57,8 @@ class ListPass {
       e.dtype = dtype_of(dense(t));
       entries_.push_back(e);
       streams_.push_back({const_cast<void*>(dense(t).const_data_ptr())});
+      set_relative(t, kToward, numbers.toward, selection);
+      set_relative(t, kImportance, numbers.importance, selection);
     }
     call_.tensors = static_cast<uint32_t>(params.size());
     call_.chunks = static_cast<uint32_t>(plan_.chunks());
@@ -65,7 +69,7 @@ class ListPass {
     call_.team = plan_.elements() < plan_.chunks() * (kChunkSize / 2) ? 1 : kWarps;
     call_.factor.value = 1;
     call_.factor_source = Source::kValue;
-    call_.has_further = numbers.has_further();
+    call_.has_further = has_further_ || is_relative_;  // such a table has all numbers
   }
 
   Grouping group() const { return group_; }
@@ -223,14 +227,14 @@ class ListPass {
     std::vector<StepNumbersRow> numbers;
     std::vector<void*> streams;
     std::vector<StepOfTensor> others;
-    const int each = rows_of(optimizer).streams;
+    const int each = is_relative_ ? kStreams : rows_of(optimizer).streams;
     streams.reserve(rows.size() * each);
     others.reserve(rows.size());
     for (const auto t : c10::irange(rows.size())) {
       const StepRow& row = rows[t];
       streams.push_back(dense(t).mutable_data_ptr());
       for (int s = 1; s < each; ++s) {
-        streams.push_back(row.streams[s] == nullptr ? nullptr : row.streams[s]->mutable_data_ptr());
+        streams.push_back(row.streams[s] == nullptr ? streams_[t][s] : row.streams[s]->mutable_data_ptr());
       }
       StepNumbersRow own{};
       for (const auto i : c10::irange(int{kNumbers})) {
@@ -258,14 +262,37 @@ class ListPass {
   }
 
   // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
-  at::Tensor run_term_sums() { return tensor_sums(Pass::kPenalty); }
+  at::Tensor run_term_sums() {
+    at::Tensor sums = tensor_sums(Pass::kPenalty);
+    if (call_.has_further && !has_further_) {  // the table has their numbers, and the list has not
+      sums.narrow(1, kFirstFurther, kSums - kFirstFurther).zero_();
+    }
+    return sums;
+  }
 
   // [tensors] float64: how many elements are 0.
   at::Tensor run_zero_counts() { return tensor_sums(Pass::kZeros).select(1, 1); }
 
  private:
+  static constexpr int kFirstFurther = kSums - FurtherTerms::kCount;  // of the sums
+
   at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) const {
     return at::detail::empty_cuda(size, dtype, device_, std::nullopt);
+  }
+
+  // How many elements are 0 is asked of the weights themselves.
+  bool is_relative(Pass pass) const { return is_relative_ && pass != Pass::kZeros; }
+
+  // A stream of relative terms, laid out as the parameter is here.
+  void set_relative(size_t t, int s, at::TensorList given, const Selection& selection) {
+    if (given.empty()) {
+      return;
+    }
+    const at::Tensor& own = given[selection.places[t]];
+    const at::Tensor& like = dense(t);
+    const bool is_alike = own.scalar_type() == like.scalar_type() && has_layout_of(own, like);
+    const at::Tensor& stream = is_alike ? own : copies_.emplace_back(at::empty_like(like).copy_(own));
+    streams_[t][s] = const_cast<void*>(stream.const_data_ptr());
   }
 
   at::Tensor zero() const { return at::zeros({}, at::TensorOptions(device_).dtype(value_dtype_)); }
@@ -339,7 +366,7 @@ class ListPass {
     call_.chunk_sums = reinterpret_cast<TermSums*>(chunk_sums.mutable_data_ptr<double>());
     const Memory table = device_table(table_for(pass), launch_);
     auto* const sums = reinterpret_cast<TermSums*>(out.mutable_data_ptr<double>());
-    check_launch(launch_tensor_sums(pass, call_, table.get(), sums, launch_.stream), device_);
+    check_launch(launch_tensor_sums(pass, call_, table.get(), sums, launch_.stream, is_relative(pass)), device_);
     return out;
   }
 
@@ -367,7 +394,10 @@ class ListPass {
     } else {
       bytes.insert(bytes.end(), tensors.begin(), tensors.end());
     }
-    check_launch(launch_step(optimizer, has_any, call_, step, bytes.data(), bytes.size(), launch_.stream), device_);
+    check_launch(is_relative_
+                     ? launch_relative_step(optimizer, call_, step, bytes.data(), bytes.size(), launch_.stream)
+                     : launch_step(optimizer, has_any, call_, step, bytes.data(), bytes.size(), launch_.stream),
+                 device_);
   }
 
   // Their bytes, one after the other.
@@ -385,7 +415,8 @@ class ListPass {
 
   // And what Call says of it.
   std::vector<unsigned char> table_for(Pass pass) {
-    const Rows own = rows_of(pass, call_.has_further);
+    Rows own = rows_of(pass, call_.has_further);
+    own.streams = is_relative(pass) ? kStreams : own.streams;
     call_.numbers_per_tensor = false;
     for (const auto i : c10::irange(own.numbers)) {
       call_.sources[i] = columns_[i].source();
@@ -406,7 +437,10 @@ class ListPass {
 
   void run(Pass pass) {
     const std::vector<unsigned char> bytes = table_for(pass);
-    if (bytes.size() <= kLargeTable) {
+    if (is_relative(pass)) {
+      const Memory table = device_table(bytes, launch_);
+      check_launch(launch_relative(pass, call_, table.get(), launch_.stream), device_);
+    } else if (bytes.size() <= kLargeTable) {
       check_launch(launch(pass, call_, bytes.data(), bytes.size(), launch_.stream), device_);
     } else {
       const Memory table = device_table(bytes, launch_);
@@ -428,6 +462,7 @@ class ListPass {
   std::vector<GroupInfo> groups_;  // of a launch that knows groups
   Call call_{};
   bool adds_ = false, has_grads_ = false;
+  bool is_relative_, has_further_;
 };
 
 }  // namespace fused_reg::cuda

@@ -143,6 +143,7 @@ class StepJob {
   static constexpr unsigned kSums = Pass::kSums, kReads = Pass::kReads;
   static constexpr unsigned kWrites = (Pass::kWrites & ~bit(kUnscaled)) | bit(1);  // the gradient, unscaled
   static constexpr unsigned kOptional = Pass::kOptional;
+  static constexpr bool kIsRelative = Pass::kIsRelative;
   using Vector = std::conditional_t<sizeof(Storage) == sizeof(uint16_t), uint2, uint4>;  // with sums of four elements
   static constexpr bool kAdds = false;
   template <class V>

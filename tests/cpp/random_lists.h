@@ -161,6 +161,20 @@ struct Given {
     return given;
   }
 
+  // Reference weights, importances, or both, of each parameter, laid out in any way.
+  void add_references(const Tensors& list) {
+    const int64_t kinds = group != 0 ? 1 : 1 + below(3);
+    for (const int64_t kind : {1, 2}) {
+      counts.push_back(kinds & kind ? list.size() : 0);
+      for (const at::Tensor& t : list) {
+        if (kinds & kind) {
+          at::Tensor own = below(2) == 0 ? at::empty_like(t).normal_() : at::randn(t.sizes(), t.scalar_type());
+          tensors.push_back(kind == 2 ? own.abs() : own);
+        }
+      }
+    }
+  }
+
  private:
   void add_any(size_t count, bool may_be_absent) {
     const int64_t kind = below(may_be_absent ? 5 : 4);

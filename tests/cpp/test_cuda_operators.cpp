@@ -216,6 +216,9 @@ void expect_step(const Tensors& list, const std::string& what) {
   const bool has_any = below(3) == 0;
   Given s = has_any ? Given::any(list.size()) : Given::any_step(list.size());
   s.group = has_few_groups(list, static_cast<Grouping>(s.group)) ? s.group : 1;
+  if (below(3) == 0) {
+    s.add_references(list);
+  }
   expect_step_of(list, s, what);
 }
 
@@ -399,6 +402,10 @@ int main(int argc, char**) {
       Given strengths = Given::any(list.size());
       strengths.group = has_few_groups(list, static_cast<Grouping>(strengths.group)) ? strengths.group : 1;
       expect_all(list, strengths, what);
+      strengths.add_references(list);
+      expect_all(list, strengths, what + " with references");
+      const auto run = [&](auto op) { return op(list, true, GIVEN(strengths)); };
+      EXPECT(strengths.group != 0 || same_bits(run(OnCuda::sums), run(OnCpu::sums)), what, "sums of differences");
       expect_reports(list, what);
       for (int step = 0; step < 4; ++step) {
         expect_step(list, what);
@@ -423,6 +430,9 @@ int main(int argc, char**) {
     }
     expect_all(many, Given::any(many.size()), "many tensors");
     expect_all(many, Given::of({0.1, 0.2, 0.3, 0.1}, Grouping::kRow), "many tensors with groups");
+    Given relative = Given::of({0.1, 0.2, 0, 0.1});
+    relative.add_references(many);
+    expect_all(many, relative, "many tensors with references");
     expect_reports(many, "many tensors");
   }
   return fused_reg::testing::report();
