@@ -32,6 +32,7 @@ from fused_reg._terms import (
     TERM_OF,
     Column,
     Strengths,
+    check_group,
     check_shape,
 )
 
@@ -91,6 +92,8 @@ def as_strengths(
     columns: list[Column] = [()] * len(NUMBERS)
     is_given = l1 is not None or l2 is not None
     for name, strength in terms.items():
+        if name == "group":
+            check_group(f"{function}: ", strength)
         if name in SHAPES:
             check_shape(f"{function}: ", name, strength, terms.get(SHAPES[name].shapes))
         elif name not in PLACES:

@@ -99,6 +99,10 @@ ANY_TERM = f"{', '.join(TERMS[:-1])} or {TERMS[-1]}"
 #: What ``l2_norm`` takes the norm of: a whole tensor, or each of its slices along dimension 0, or 1.
 Group: TypeAlias = Literal["tensor", "row", "column"]
 
+#: The same, and what a layer's type resolves to one of these.
+LayerGroup: TypeAlias = Literal["tensor", "row", "column", "output", "input"]
+OF_LAYERS = ("output", "input")
+
 #: What the operators call them; 0 is no norms (``csrc/layout.h``).
 GROUPS: dict[Group | None, int] = {None: 0, "tensor": 1, "row": 2, "column": 3}
 
@@ -119,13 +123,14 @@ class MoreStrengths(TypedDict, Generic[S], total=False):
 class MoreTerms(MoreStrengths[S], Generic[S], total=False):
     """The arguments of functions of which ``l2_norm`` is no keyword."""
 
-    group: Group
+    group: LayerGroup
 
 
-class Terms(MoreTerms[S], Generic[S], total=False):
+class Terms(MoreStrengths[S], Generic[S], total=False):
     """Those of the others."""
 
     l2_norm: S | None
+    group: Group
 
 
 def takes_terms(item: F, without: str = "") -> F:
@@ -142,7 +147,11 @@ def takes_terms(item: F, without: str = "") -> F:
             row.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=row.default if row.name == "group" else None,
-            annotation="Group" if row.name == "group" else strength,
+            annotation=strength
+            if row.name != "group"
+            else "LayerGroup"
+            if "l2_norm" in written.parameters
+            else "Group",
         )
         for row in rows
     ]
@@ -176,13 +185,18 @@ _NONE = (0,) * len(NUMBERS)
 
 def check_group(where: str, group: object) -> None:
     if not isinstance(group, str) or group not in GROUPS:
-        raise ValueError(f'{where}group must be "tensor", "row" or "column", got {group!r}')
+        hint = "; a Regularizer of a module knows its layers" if group in OF_LAYERS else ""
+        raise ValueError(f'{where}group must be "tensor", "row" or "column", got {group!r}{hint}')
+
+
+def check_layer_group(where: str, group: object) -> None:
+    """`check_group`, of what may also be named after layers."""
+    if not isinstance(group, str) or group not in (*GROUPS, *OF_LAYERS):
+        raise ValueError(f'{where}group must be "tensor", "row", "column", "output" or "input", got {group!r}')
 
 
 def check_shape(where: str, name: str, given: object, strength: object) -> None:
     """Raises where an argument is given that means nothing without a strength, and that is not."""
-    if name == "group":
-        check_group(where, given)
     if strength is None and given is not None and not (name == "group" and given == "tensor"):
         raise ValueError(lacking(where, name, given))
 

@@ -68,6 +68,11 @@ class Regularizer:
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
         terms: {text}
+            In a module also ``group="output"``, all weights that lead to an output (a neuron, a channel), and
+            ``"input"``, all that come from one, which are rows or columns by the type of the layer: of linear layers
+            and convolutions, also transposed ones, of ``MultiheadAttention``, and of embeddings, which are linear in
+            one-hot vectors: ``"output"`` is an embedding's dimension, ``"input"`` a token. Parameters of one dimension,
+            as biases, have an element for each output. Of other layers give it by a rule.
         weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
         types: a type of modules or several, ``torch.nn.Linear``; only these, of what ``include`` leaves. What a module

@@ -111,7 +111,10 @@ class Table:
                     own[kind] = others[0]
                 else:
                     own[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength)
-            entries.append(Entry(candidate.param, names, candidate.types, penalty.group, own, given))
+            group: Group = "tensor"
+            if given["l2_norm"] is not None or candidate.knows(penalty.group):
+                group = candidate.group_of("Regularizer", penalty.group)
+            entries.append(Entry(candidate.param, names, candidate.types, group, own, given))
         return entries
 
     def groups(self) -> list[list[Entry]]:
@@ -184,6 +187,9 @@ class Table:
         for kind in SHAPES.keys() & own.keys():
             if SHAPES[kind].shapes not in new and not any(e.is_given(kind) for e in own[kind]):
                 raise ValueError(lacking("set_strength: ", kind, strengths[kind]))
+        for (candidate, penalty), entry in zip(self._source.chosen, self.entries, strict=True):
+            if entry in own.get("l2_norm", ()):
+                candidate.group_of("set_strength", penalty.group)
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
         for kind, strength in new.items():
             if isinstance(strength, float):
