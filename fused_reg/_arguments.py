@@ -24,7 +24,6 @@ from fused_reg._iterators import read
 from fused_reg._terms import (
     APART,
     DEFAULTS,
-    GROUPS,
     NUMBERS,
     PLACES,
     SHAPES,
@@ -33,7 +32,9 @@ from fused_reg._terms import (
     Column,
     Strengths,
     check_group,
+    check_runs,
     check_shape,
+    group_code,
 )
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
@@ -114,7 +115,15 @@ def as_strengths(
             column = as_column(function, kind, DEFAULTS[kind] if given is None else given, params)
             check_constant(f"{function}: {kind}", column)
             columns[place] = column if is_there else ()
-    return Strengths.of(columns, GROUPS[terms.get("group", "tensor")] if _is_there(columns[2]) else 0)
+    return Strengths.of(columns, _group_of(function, params, terms) if _is_there(columns[2]) else 0)
+
+
+def _group_of(function: str, params: Sequence[Tensor], terms: Mapping[str, Any]) -> int:
+    group = terms.get("group", "tensor")
+    for i, p in enumerate(params if isinstance(group, tuple) else ()):
+        if (type(p) in PLAIN_TYPES and p.layout is torch.strided) or is_dtensor(p):  # the operators look at others
+            check_runs(f"{function}: params[{i}]", p, group)
+    return group_code(group)
 
 
 _PLAIN = (float, type(None))

@@ -57,6 +57,8 @@ LAYERS = {
     "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 3, 2), (2, 4, 5), 1),
     "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 3, 2), (2, 4, 5, 5), 1),
     "ConvTranspose3d": (lambda: nn.ConvTranspose3d(4, 3, 2), (2, 4, 3, 3, 3), 1),
+    "depthwise Conv2d": (lambda: nn.Conv2d(3, 6, 2, groups=3), (2, 3, 5, 5), 1),
+    "depthwise ConvTranspose1d": (lambda: nn.ConvTranspose1d(6, 3, 2, groups=3), (2, 6, 5), 1),
     "Embedding": (lambda: OneHot(nn.Embedding(4, 3)), (2, 4), -1),
     "EmbeddingBag": (lambda: OneHot(nn.EmbeddingBag(4, 3)), (2, 4), -1),
     "transformers' Conv1D": (lambda: Conv1D(3, 4), (2, 4), -1),
@@ -91,9 +93,12 @@ def masks_of(net, x, channels, group):
     found = []
     count = (net(x) if group == "output" else x).shape[channels]
     for i in range(count):
-        one = torch.zeros_like(x)
-        one.select(channels, i).fill_(1.0)
-        y = net(x).select(channels, i) if group == "output" else net(one) - net(torch.zeros_like(one))
+        if group == "output":
+            y = net(x).select(channels, i)
+        else:
+            one = torch.zeros_like(x)
+            one.select(channels, i).fill_(1.0)
+            y = net(one) - net(torch.zeros_like(x))
         found.append(torch.autograd.grad(y.sum(), weight)[0] != 0)
     assert sum(found).eq(1).all()  # each weight is in one group
     return found
@@ -222,12 +227,20 @@ GROUPS_OF_NET = ["row", "row", "tensor", "row"]
 @pytest.mark.parametrize(
     ("make", "group", "message"),
     [
-        (lambda: nn.Conv2d(4, 4, 3, groups=2), "input", "got Conv2d"),
-        (lambda: nn.ConvTranspose2d(4, 4, 3, groups=2), "output", "got ConvTranspose2d"),
+        (
+            lambda: nn.Conv2d(4, 4, 3, groups=2),
+            "input",
+            "got Conv2d of several groups with several channels each; give",
+        ),
+        (lambda: nn.ConvTranspose2d(4, 4, 3, groups=2), "output", "got ConvTranspose2d of several groups"),
         (lambda: nn.LSTM(3, 3), "output", "got LSTM"),
         (lambda: [nn.Parameter(torch.ones(2, 2))], "output", "needs the layer, got a list of tensors; pass the model"),
         (lambda: tied(), "output", "its layers differ, as it is tied"),
-        (lambda: nn.Linear(3, 3), "outputs", '"output" or "input", got \'outputs\''),
+        (
+            lambda: nn.Linear(3, 3),
+            "outputs",
+            '"output", "input", or a pair of "row", "column" or "block" and n >= 1, got',
+        ),
     ],
 )
 def test_what_is_no_slice(make, group, message):
@@ -243,7 +256,10 @@ def tied():
 
 def test_functions_know_no_layers():
     w = torch.ones(2, 2, requires_grad=True)
-    message = 'group must be "tensor", "row" or "column", got \'output\'; a Regularizer of a module knows its layers'
+    message = (
+        'group must be "tensor", "row", "column", or a pair of "row", "column" or "block" and n >= 1, got \'output\''
+    )
+    message += "; a Regularizer of a module knows its layers"
     with pytest.raises(ValueError, match=f"^fused_penalty: {message}$"):
         fused_penalty([w], l2_norm=0.1, group="output")
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
-from fused_reg._terms import OF_LAYERS, Group, LayerGroup
+from fused_reg._terms import OF_LAYERS, Group, LayerGroup, group_text
 from fused_reg.regularizer.keys import Named
 from fused_reg.regularizer.layers import Slices, slices_of
 from fused_reg.regularizer.marks import Mark, marks_of, marks_on
@@ -49,13 +49,18 @@ class Candidate(Named):
         """The slices that this names."""
         if self.knows(group):
             return cast(Group, next(iter(self._named(group)), group))
-        where, found = f'{function}: group="{group}" of {self.names[0]!r}', self._named(group)
+        where, found = f"{function}: {group_text(group)} of {self.names[0]!r}", self._named(group)
         hint = 'give it group="row", "column" or "tensor" by a rule'
         if not self.slices:
             raise ValueError(f"{where} needs the layer, got a list of tensors; pass the model")
         if len(found) > 1:
             raise ValueError(f"{where} must be of one kind, but its layers differ, as it is tied; {hint}")
-        layer = self.types[next(iter(self.slices))][0].__name__
+        place, slices = next(iter(self.slices.items()))
+        layer = self.types[place][0].__name__
+        if slices is not None:
+            raise ValueError(
+                f"{where} must be slices, got {layer} of several groups with several channels each; {hint}"
+            )
         raise ValueError(f"{where} must be slices of a layer that is known, got {layer}; {hint}")
 
     def _named(self, group: LayerGroup) -> list[Group | None]:

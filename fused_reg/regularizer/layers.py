@@ -43,7 +43,14 @@ def _slices_in(module: Module) -> Slices | None:
 def _slices_of_convolution(module: nn.modules.conv._ConvNd) -> Slices:
     """Its weight has the outputs of all ``groups`` in dimension 0 and the inputs of one in dimension 1; of a transposed
     convolution it is the other way round."""
-    within: Group | None = "column" if module.groups == 1 else None
+    within: Group | None = None
+    rows, others = module.out_channels, module.in_channels
+    if module.transposed:
+        rows, others = others, rows
+    if module.groups == 1:
+        within = "column"
+    elif module.groups == others:  # depthwise: the rows of a group are all that its one channel has
+        within = "row", rows // module.groups
     return Slices(within, "row") if module.transposed else Slices("row", within)
 
 

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from fused_reg import _devices
 from fused_reg._arguments import as_number, check_constant, is_known, is_number
-from fused_reg._terms import DEFAULTS, KINDS, SHAPES, TERMS, LayerGroup, check_layer_group
+from fused_reg._terms import DEFAULTS, KINDS, OF_LAYERS, SHAPES, TERMS, LayerGroup, check_group
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
@@ -110,7 +110,7 @@ def as_penalty(function: str, where: str = "", **given: Any) -> Penalty:
     """The penalty of these arguments of a function, checked; ``where`` of them begins the message of an error."""
     where = f"{function}: {where}"
     group = given.pop("group", "tensor")
-    check_layer_group(where, group)
+    check_group(where, group, OF_LAYERS)
     strengths = given_strengths(function, where, **given)
     return Penalty({kind: strengths.get(kind) for kind in KINDS}, group)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_reg import _devices
-from fused_reg._terms import SHAPES, TERM_OF, Group, lacking
+from fused_reg._terms import SHAPES, TERM_OF, Group, check_runs, lacking, misfit
 from fused_reg._warnings import warn
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, Named
@@ -111,8 +111,11 @@ class Table:
                     own[kind] = others[0]
                 else:
                     own[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength)
-            group: Group = "tensor"
-            if given["l2_norm"] is not None or candidate.knows(penalty.group):
+            group: Group = "tensor"  # where it has no norms, and others do not fit
+            if given["l2_norm"] is not None:
+                group = candidate.group_of("Regularizer", penalty.group)
+                check_runs(f"Regularizer: params[{names[0]!r}]", candidate.param, group)
+            elif candidate.knows(penalty.group) and not misfit(candidate.param, penalty.group):
                 group = candidate.group_of("Regularizer", penalty.group)
             entries.append(Entry(candidate.param, names, candidate.types, group, own, given))
         return entries
@@ -189,7 +192,8 @@ class Table:
                 raise ValueError(lacking("set_strength: ", kind, strengths[kind]))
         for (candidate, penalty), entry in zip(self._source.chosen, self.entries, strict=True):
             if entry in own.get("l2_norm", ()):
-                candidate.group_of("set_strength", penalty.group)
+                group = candidate.group_of("set_strength", penalty.group)
+                check_runs(f"set_strength: params[{entry.name!r}]", entry.param, group)
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
         for kind, strength in new.items():
             if isinstance(strength, float):
