@@ -145,6 +145,29 @@ def scheduled(name: str, schedule: Schedule, step: int) -> float:
     return as_number(f"{name}: what the schedule gives at step {step}", value)
 
 
+@dataclass(frozen=True)
+class _Weighted:
+    """A schedule whose numbers are multiplied."""
+
+    schedule: Schedule
+    weight: float
+
+    def __call__(self, step: int) -> float:
+        value: Any = self.schedule(step)
+        if is_number(value) or isinstance(value, Tensor):  # others are refused
+            value = value * self.weight
+        return cast(float, value)
+
+
+def weighted(name: str, strength: Given, weight: float | None) -> Given:
+    """A strength as given, multiplied by the weight of groups, if they have one."""
+    if strength is None or weight is None:
+        return strength
+    if isinstance(strength, Tensor):
+        raise ValueError(f"{name} must be a number or a schedule with group_weights, got a tensor")
+    return _Weighted(strength, weight) if callable(strength) else strength * weight
+
+
 def held(kind: str, name: str, strength: Given, step: int) -> Held:
     """How a strength of some kind, as given, is held from now on."""
     if strength is None:
