@@ -111,8 +111,10 @@ inline void check_needs_grad(size_t count, size_t params) {
 }
 
 inline void check_group(int64_t group) {
-  constexpr auto kLast = static_cast<int64_t>(Grouping::kColumn);
-  TORCH_CHECK_VALUE(group >= 0 && group <= kLast, "group must be 0 to ", kLast, ", got ", group);
+  constexpr auto kLast = static_cast<int64_t>(Grouping::kBlock);
+  const int64_t kind = group % kGroupings;
+  TORCH_CHECK_VALUE(group >= 0 && kind <= kLast && (group == kind || kind > 1), "group must be 0 to ", kLast,
+                    ", or of several rows, columns or elements, got ", group);
 }
 
 inline void check_grouped(Grouping group) { TORCH_CHECK_VALUE(group != Grouping::kNone, "l2_norm must be given"); }

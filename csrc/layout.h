@@ -9,23 +9,41 @@
 
 namespace fused_reg {
 
-// What l2_norm takes the norms of: nothing; whole tensors; the slices of each along a dimension, 0 (rows) and further.
-enum class Grouping : int64_t { kNone, kTensor, kRow, kColumn };
+// What l2_norm takes the norms of: nothing; whole tensors; the slices of each along a dimension, 0 (rows) or 1; runs of
+// elements. The last three also by several in a row: kRow + 8 * (n - 1) are n rows.
+enum class Grouping : int64_t { kNone, kTensor, kRow, kColumn, kBlock };
+constexpr int64_t kGroupings = 8;
 
-// The dimension whose indices are groups; -1 where the tensor is one group.
+inline Grouping kind_of(Grouping group) { return static_cast<Grouping>(static_cast<int64_t>(group) % kGroupings); }
+
+// How many slices, or elements, a group has.
+inline int64_t group_length(Grouping group) { return static_cast<int64_t>(group) / kGroupings + 1; }
+
+// The dimension whose indices, or runs of these, are groups; -1 where there is none.
 inline int64_t sliced_dim(const at::Tensor& t, Grouping group) {
-  const int64_t d = static_cast<int64_t>(group) - static_cast<int64_t>(Grouping::kRow);
-  return d < t.dim() ? std::max<int64_t>(d, -1) : -1;
+  const int64_t d = static_cast<int64_t>(kind_of(group)) - static_cast<int64_t>(Grouping::kRow);
+  return d < std::min<int64_t>(t.dim(), 2) ? std::max<int64_t>(d, -1) : -1;
 }
 
 // The groups of a tensor; an empty one has none.
 inline int64_t groups_of(const at::Tensor& t, Grouping group) {
   const int64_t d = sliced_dim(t, group);
-  return t.numel() == 0 || group == Grouping::kNone ? 0 : d < 0 ? 1 : t.size(d);
+  if (t.numel() == 0 || group == Grouping::kNone) {
+    return 0;
+  }
+  if (d < 0 && kind_of(group) != Grouping::kBlock) {
+    return 1;
+  }
+  const int64_t size = d < 0 ? t.numel() : t.size(d), length = group_length(group);
+  TORCH_CHECK_VALUE(size % length == 0, "groups of ", length, " must fill what they divide, got ", size);
+  return size / length;
 }
 
 // Each group of a dense tensor is a run of memory, and the groups follow on one another.
 inline bool has_groups_in_runs(const at::Tensor& dense, Grouping group) {
+  if (kind_of(group) == Grouping::kBlock) {
+    return dense.is_contiguous();
+  }
   const int64_t d = sliced_dim(dense, group);
   return d < 0 || dense.size(d) <= 1 || dense.numel() == 0 || dense.stride(d) == dense.numel() / dense.size(d);
 }
@@ -38,6 +56,9 @@ inline bool is_run(const at::Tensor& t, Grouping group) {
 // One like it that is. Elements keep the order of memory where that allows it.
 inline at::Tensor empty_run(const at::Tensor& t, Grouping group) {
   const int64_t d = sliced_dim(t, group);
+  if (kind_of(group) == Grouping::kBlock) {
+    return at::empty_like(t, at::MemoryFormat::Contiguous);
+  }
   return d < 0 || is_run(t, group) ? at::empty_like(t)
                                    : at::empty_like(t.movedim(d, 0), at::MemoryFormat::Contiguous).movedim(0, d);
 }
@@ -52,6 +73,9 @@ inline std::vector<int64_t> run_order(const at::Tensor& t, Grouping group) {
   const int64_t d = sliced_dim(t, group);
   std::vector<int64_t> order(t.dim());
   std::iota(order.begin(), order.end(), 0);
+  if (kind_of(group) == Grouping::kBlock) {
+    return order;
+  }
   if (d < 0 || is_run(t, group)) {
     const std::vector<int64_t> strides = at::infer_dense_strides(t.sizes(), t.strides());
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });

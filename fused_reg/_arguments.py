@@ -24,7 +24,6 @@ from fused_reg._iterators import read
 from fused_reg._terms import (
     APART,
     DEFAULTS,
-    GROUPS,
     NUMBERS,
     PLACES,
     SHAPES,
@@ -32,7 +31,10 @@ from fused_reg._terms import (
     TERM_OF,
     Column,
     Strengths,
+    check_group,
+    check_runs,
     check_shape,
+    group_code,
 )
 
 #: One strength for all parameters (a finite float >= 0, or a 0-dim tensor), or one per parameter.
@@ -91,6 +93,8 @@ def as_strengths(
     columns: list[Column] = [()] * len(NUMBERS)
     is_given = l1 is not None or l2 is not None
     for name, strength in terms.items():
+        if name == "group":
+            check_group(f"{function}: ", strength)
         if name in SHAPES:
             check_shape(f"{function}: ", name, strength, terms.get(SHAPES[name].shapes))
         elif name not in PLACES:
@@ -111,7 +115,15 @@ def as_strengths(
             column = as_column(function, kind, DEFAULTS[kind] if given is None else given, params)
             check_constant(f"{function}: {kind}", column)
             columns[place] = column if is_there else ()
-    return Strengths.of(columns, GROUPS[terms.get("group", "tensor")] if _is_there(columns[2]) else 0)
+    return Strengths.of(columns, _group_of(function, params, terms) if _is_there(columns[2]) else 0)
+
+
+def _group_of(function: str, params: Sequence[Tensor], terms: Mapping[str, Any]) -> int:
+    group = terms.get("group", "tensor")
+    for i, p in enumerate(params if isinstance(group, tuple) else ()):
+        if (type(p) in PLAIN_TYPES and p.layout is torch.strided) or is_dtensor(p):  # the operators look at others
+            check_runs(f"{function}: params[{i}]", p, group)
+    return group_code(group)
 
 
 _PLAIN = (float, type(None))

@@ -13,7 +13,7 @@ from fused_reg import _devices, _ops
 from fused_reg._arguments import as_number, check_values, is_dtensor, is_number, value_dtype
 from fused_reg._partitioned import check_whole
 from fused_reg._step_launches import MAXIMIZE, Batch, Launch, Numbers, Place
-from fused_reg._terms import GROUPS, TERM_OF
+from fused_reg._terms import TERM_OF, group_code
 from fused_reg.distributed.buckets import sharing
 from fused_reg.distributed.shards import shards_of
 from fused_reg.regularizer.share import Guest
@@ -115,7 +115,7 @@ def _batches(
                 rest[-1].append(p)
                 continue
             entry = entries.get(id(p)) if p.requires_grad else None
-            norms = GROUPS[entry.group] if entry is not None and entry.has("l2_norm") else 0
+            norms = group_code(entry.group) if entry is not None and entry.has("l2_norm") else 0
             place = _place(p)
             if place is None or (norms and place.is_cut):
                 return None

@@ -46,7 +46,9 @@ ROWS = (
         "group",
         "what the norms are of: ``'tensor'``, whole tensors; ``'row'``, the slices of each tensor along dimension 0 (a "
         "neuron's weights, an output channel); ``'column'``, those along dimension 1 (the weights of an input feature, "
-        "an input channel). A tensor without that dimension is one slice. Given with ``l2_norm``.",
+        "an input channel). A tensor without that dimension is one slice. ``('row', n)`` and ``('column', n)``: each "
+        "``n`` that follow on one another, as those of an attention head; ``('block', n)``: each ``n`` elements of the "
+        "flattened tensor, which must be contiguous. Given with ``l2_norm``.",
         "``'row'`` prunes neurons and output channels, ``'column'`` input features.",
         default="tensor",
         shapes="l2_norm",
@@ -96,11 +98,21 @@ STEP = NUMBERS.index("step")
 #: In an error: any of the strengths.
 ANY_TERM = f"{', '.join(TERMS[:-1])} or {TERMS[-1]}"
 
-#: What ``l2_norm`` takes the norm of: a whole tensor, or each of its slices along dimension 0, or 1.
-Group: TypeAlias = Literal["tensor", "row", "column"]
+#: So many rows, columns, or elements in a row.
+Runs: TypeAlias = "tuple[Literal['row', 'column', 'block'], int]"
+
+#: What ``l2_norm`` takes the norm of: a whole tensor, each of its slices along dimension 0, or 1; or runs.
+Group: TypeAlias = "Literal['tensor', 'row', 'column'] | Runs"
+
+#: The same, and what a layer's type resolves to one of these.
+LayerGroup: TypeAlias = "Literal['tensor', 'row', 'column', 'output', 'input'] | Runs"
+OF_LAYERS = ("output", "input")
 
 #: What the operators call them; 0 is no norms (``csrc/layout.h``).
-GROUPS: dict[Group | None, int] = {None: 0, "tensor": 1, "row": 2, "column": 3}
+GROUPS: dict[str | None, int] = {None: 0, "tensor": 1, "row": 2, "column": 3}
+_BLOCK = 4
+_GROUPINGS = 8
+_RUNS = {"row": GROUPS["row"], "column": GROUPS["column"], "block": _BLOCK}
 
 #: The numbers of one kind for a list: floats (none: the term is absent; one; one per parameter), or a tensor of these.
 Column: TypeAlias = "tuple[float, ...] | Tensor"
@@ -119,13 +131,14 @@ class MoreStrengths(TypedDict, Generic[S], total=False):
 class MoreTerms(MoreStrengths[S], Generic[S], total=False):
     """The arguments of functions of which ``l2_norm`` is no keyword."""
 
-    group: Group
+    group: LayerGroup
 
 
-class Terms(MoreTerms[S], Generic[S], total=False):
+class Terms(MoreStrengths[S], Generic[S], total=False):
     """Those of the others."""
 
     l2_norm: S | None
+    group: Group
 
 
 def takes_terms(item: F, without: str = "") -> F:
@@ -142,7 +155,11 @@ def takes_terms(item: F, without: str = "") -> F:
             row.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=row.default if row.name == "group" else None,
-            annotation="Group" if row.name == "group" else strength,
+            annotation=strength
+            if row.name != "group"
+            else "LayerGroup"
+            if "l2_norm" in written.parameters
+            else "Group",
         )
         for row in rows
     ]
@@ -174,21 +191,59 @@ _IS_TENSOR = -1
 _NONE = (0,) * len(NUMBERS)
 
 
-def check_group(where: str, group: object) -> None:
-    if not isinstance(group, str) or group not in GROUPS:
-        raise ValueError(f'{where}group must be "tensor", "row" or "column", got {group!r}')
+def group_code(group: Group | None) -> int:
+    """What the operators call it."""
+    return _RUNS[group[0]] + _GROUPINGS * (group[1] - 1) if isinstance(group, tuple) else GROUPS[group]
+
+
+def group_text(group: object) -> str:
+    """As it is given."""
+    return f'group=("{group[0]}", {group[1]})' if isinstance(group, tuple) else f'group="{group}"'
+
+
+def check_group(where: str, group: object, others: tuple[str, ...] = ()) -> None:
+    """``others``: what it may be beside a `Group`."""
+    if not _is_runs(group) and not (isinstance(group, str) and group in (*GROUPS, *others)):
+        known = ", ".join(f'"{name}"' for name in (*filter(None, GROUPS), *others))
+        hint = "; a Regularizer of a module knows its layers" if group in OF_LAYERS else ""
+        raise ValueError(
+            f'{where}group must be {known}, or a pair of "row", "column" or "block" and n >= 1, got {group!r}{hint}'
+        )
+
+
+def _is_runs(group: object) -> bool:
+    is_pair = isinstance(group, tuple) and len(group) == 2 and isinstance(group[0], str) and group[0] in _RUNS
+    return is_pair and type(group[1]) is int and group[1] >= 1  # type: ignore[index]
+
+
+def check_runs(name: str, p: Tensor, group: Group) -> None:
+    """Raises unless these runs fill the parameter of this name."""
+    if problem := misfit(p, group):
+        raise ValueError(f"{name} must {problem}")
+
+
+def misfit(p: Tensor, group: LayerGroup) -> str:
+    """What a parameter lacks to be filled by these runs, if anything."""
+    if not isinstance(group, tuple) or p.numel() == 0:
+        return ""
+    (kind, n), dim = group, sliced_dim(p, group_code(group))
+    size = p.numel() if kind == "block" else n if dim is None else p.shape[dim]
+    what = "elements" if kind == "block" else f"{kind}s"
+    if size % n != 0:
+        return f"have a multiple of {n} {what}, to have {group_text(group)}, got {size}"
+    if kind == "block" and not p.is_contiguous():
+        return f"be contiguous, to have {group_text(group)}, got strides {tuple(p.stride())}"
+    return ""
 
 
 def check_shape(where: str, name: str, given: object, strength: object) -> None:
     """Raises where an argument is given that means nothing without a strength, and that is not."""
-    if name == "group":
-        check_group(where, given)
     if strength is None and given is not None and not (name == "group" and given == "tensor"):
         raise ValueError(lacking(where, name, given))
 
 
 def lacking(where: str, name: str, given: object) -> str:
-    what = f'group="{given}"' if name == "group" else name
+    what = group_text(given) if name == "group" else name
     return f"{where}{what} must come with {SHAPES[name].shapes}, {SHAPES[name].about}, got none"
 
 
@@ -291,10 +346,33 @@ def group_count(p: Tensor, group: int) -> int:
 def slots(p: Tensor, group: int) -> int:
     """The same, also of an empty one."""
     dim = sliced_dim(p, group)
-    return 1 if dim is None else p.shape[dim]
+    if is_block(group):
+        return p.numel() // group_length(group)
+    return 1 if dim is None else p.shape[dim] // group_length(group)
 
 
 def sliced_dim(p: Tensor, group: int) -> int | None:
-    """The dimension whose indices are groups; None where the tensor is one group."""
-    dim = group - _ROWS
-    return dim if 0 <= dim < p.ndim else None
+    """The dimension whose indices, or runs of these, are groups; None where there is none."""
+    dim = group % _GROUPINGS - _ROWS
+    return dim if 0 <= dim < min(p.ndim, 2) else None
+
+
+def group_length(group: int) -> int:
+    """How many slices, or elements, a group has."""
+    return group // _GROUPINGS + 1
+
+
+def is_block(group: int) -> bool:
+    return group % _GROUPINGS == _BLOCK
+
+
+def in_groups(p: Tensor, group: int) -> tuple[Tensor, int | None]:
+    """The tensor with a dimension whose indices are groups, and that dimension; None: it is one group."""
+    dim, n = sliced_dim(p, group), group_length(group)
+    if is_block(group):
+        return p.reshape(-1, n), 0
+    return (
+        (p, dim)
+        if dim is None or n == 1
+        else (p.reshape(*p.shape[:dim], p.shape[dim] // n, n, *p.shape[dim + 1 :]), dim)
+    )

@@ -86,9 +86,22 @@ def _smooth_l1_prox(w: Tensor, height: float | Tensor, beta: float | Tensor) -> 
     return torch.where(w.abs() <= width, within, w - torch.sign(w) * height)
 
 
+def _in_runs(w: Tensor, group: Group) -> Tensor:
+    """With a dimension for what is in a run of rows, columns or elements."""
+    if not isinstance(group, tuple):
+        return w
+    kind, n = group
+    if kind == "block":
+        return w.reshape(-1, n)
+    dim = {"row": 0, "column": 1}[kind]
+    return w if w.ndim <= dim else w.reshape(*w.shape[:dim], w.shape[dim] // n, n, *w.shape[dim + 1 :])
+
+
 def _norms(w: Tensor, group: Group) -> Tensor:
-    """The norm of each group, in a shape that broadcasts with ``w``."""
-    kept = {"tensor": -1, "row": 0, "column": 1}[group]
+    """The norm of each group, in a shape that broadcasts with ``_in_runs(w, group)``."""
+    w = _in_runs(w, group)
+    kind = group[0] if isinstance(group, tuple) else group
+    kept = {"tensor": -1, "row": 0, "column": 1, "block": 0}[kind]
     others = [d for d in range(w.ndim) if d != kept]
     norms: Tensor = torch.linalg.vector_norm(w, dim=others, keepdim=True) if others else w.abs()
     return norms
@@ -268,7 +281,8 @@ def prox_(
         soft = torch.where(w.isnan(), w, soft)
         norms, threshold = _norms(soft, given["group"]), eta * c
         block = torch.where(norms <= threshold, 0.0, 1 - threshold / norms) if threshold != 0 else 1.0
-        x = _smooth_l1_prox(soft * block / (1 + 2 * rate * b), rate * d / (1 + 2 * rate * b), beta)
+        soft = (_in_runs(soft, given["group"]) * block).reshape(p.shape)
+        x = _smooth_l1_prox(soft / (1 + 2 * rate * b), rate * d / (1 + 2 * rate * b), beta)
         x = x if given["toward"] is None else x + given["toward"].double()
         p.copy_(x).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 

@@ -180,7 +180,11 @@ WRONG = (
     ({"l2_norm": "0.1"}, TypeError, f"l2_norm {STRENGTH}, got str"),
     ({"l2": [0.1]}, ValueError, "l2 must have one strength per parameter (3), got 1"),
     ({"l1": [0.1, 0.2, float("inf")]}, ValueError, "l1[2] must be finite and >= 0, got inf"),
-    ({"group": "x"}, ValueError, "group must be \"tensor\", \"row\" or \"column\", got 'x'"),
+    (
+        {"group": "x"},
+        ValueError,
+        'group must be "tensor", "row", "column", or a pair of "row", "column" or "block" and n >= 1, got \'x\'',
+    ),
 )  # fmt: skip
 
 

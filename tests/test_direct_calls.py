@@ -76,7 +76,8 @@ def test_numbers(values):
         ("empty_grads", ([],)),
         ("empty_grads", ([torch.ones(2, dtype=torch.int32)],)),
         ("norms", ([torch.ones(2)], *NORMS[:3], "row")),
-        ("norms", ([torch.ones(2)], *NORMS[:3], 4)),
+        ("norms", ([torch.ones(2)], *NORMS[:3], 5)),
+        ("norms", ([torch.ones(2)], *NORMS[:3], 9)),  # several tensors
         ("norms", ([torch.ones(2)], *NORMS[:3], -1)),
         ("norms", ([torch.ones(2)], *HALF)),
         ("penalty", ([torch.ones(2)], [], ["0.5"], *HALF[1:])),

@@ -322,8 +322,9 @@ def test_agrees_with_the_shipped_reference(group, dtype, device):
 
 
 def test_wrong_group():
-    for group in ("rows", None, 0, "", ["row"]):
-        text = f'fused_penalty: group must be "tensor", "row" or "column", got {group!r}'
+    for group in ("rows", None, 0, "", ["row"], "block", ("row", 0), ("row", True), ("tensor", 2), ("row",)):
+        known = '"tensor", "row", "column", or a pair of "row", "column" or "block" and n >= 1'
+        text = f"fused_penalty: group must be {known}, got {group!r}"
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             fused_penalty([torch.ones(3)], l2_norm=0.1, group=group)
 

@@ -243,7 +243,11 @@ WRONG = (
     ({"l2_norm": torch.ones(2)}, ValueError,
      "l2_norm must be 0-dim or have one strength per parameter (3), got shape (2,)"),
     ({"l1": torch.tensor(1)}, TypeError, "l1 must be floating point, got torch.int64"),
-    ({"group": "x"}, ValueError, "group must be \"tensor\", \"row\" or \"column\", got 'x'"),
+    (
+        {"group": "x"},
+        ValueError,
+        'group must be "tensor", "row", "column", or a pair of "row", "column" or "block" and n >= 1, got \'x\'',
+    ),
 )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def test_strengths(strength, error, message):
         (
             {"l1": 0.5, "group": "rows"},
             ValueError,
-            'Regularizer: group must be "tensor", "row" or "column", got \'rows\'',
+            'Regularizer: group must be "tensor", "row", "column", "output", "input", or a pair of',
         ),
         ({"l1": 0.5, "weights_only": "yes"}, TypeError, "Regularizer: weights_only must be True or False, got 'yes'"),
         ({"l1": 0.5, "weights_only": 1}, TypeError, "Regularizer: weights_only must be True or False, got 1"),
@@ -156,7 +156,7 @@ def test_strengths(strength, error, message):
         (
             {"rules": [("0.*", {"l1": 1, "group": "r"})]},
             ValueError,
-            'rules[0] \'0.*\': group must be "tensor", "row" or "column"',
+            'rules[0] \'0.*\': group must be "tensor", "row", "column", "output", "input", or a pair of',
         ),
     ],
 )
@@ -201,7 +201,7 @@ def test_choice(given, error, message):
             nn.ReLU(),
             {"l1": 1, "group": "x"},
             ValueError,
-            'regularized: group must be "tensor", "row" or "column", got \'x\'',
+            'regularized: group must be "tensor", "row", "column", "output", "input", or a pair of',
         ),
     ],
 )

@@ -139,7 +139,13 @@ W = torch.ones(2, requires_grad=True)
         ([W], W.sum(), {}, TypeError, "loss must be a function without arguments, got Tensor"),
         ([], W.sum, {}, ValueError, "params must hold a tensor, got none"),
         ([W, torch.ones(2)], W.sum, {}, ValueError, "params[1] must require grad, got one that does not"),
-        ([W], W.sum, {"group": "rows"}, ValueError, 'group must be "tensor", "row" or "column", got \'rows\''),
+        (
+            [W],
+            W.sum,
+            {"group": "rows"},
+            ValueError,
+            'group must be "tensor", "row", "column", or a pair of "row", "column" or "block" and n >= 1, got \'rows\'',
+        ),
         ([W], lambda: 3.0, {}, TypeError, "loss must give a tensor, got float"),
         ([W], lambda: W * 2, {}, ValueError, "loss must give one element, got shape (2,)"),
         (

@@ -36,7 +36,8 @@ def test_every_row_is_in_the_signature_and_in_the_docstring(function):
     strength = "Given" if function not in FUNCTIONS + REFERENCES else "Strength | None"
     for row in rows:
         assert parameters[row.name].default == (row.default if row.name == "group" else None)
-        assert parameters[row.name].annotation == ("Group" if row.name == "group" else strength)
+        group = "LayerGroup" if function in OF_MODULES else "Group"
+        assert parameters[row.name].annotation == (group if row.name == "group" else strength)
         assert len(re.findall(rf"^ +{row.name}: \S", function.__doc__, flags=re.MULTILINE)) == 1
     assert "terms" not in parameters
     assert not re.search(r"\bterms: |\{(text|prox|value|gradient)\}", function.__doc__)

@@ -71,11 +71,13 @@ class TaskList {
     if ((is_run(param, group_) && has_layout_of(stream, param)) || stream.numel() == 0) {
       return;
     }
-    const int64_t d = sliced_dim(param, group_);
+    const int64_t d = sliced_dim(param, group_), length = group_length(group_), groups = groups_of(param, group_);
+    TORCH_CHECK_VALUE(d >= 0 || groups == 1 || kind_of(group_) != Grouping::kBlock, "params[", t,
+                      "] and what belongs to it must be contiguous, to have blocks");
     Strides strides;
     for (const int64_t i : run_order(param, group_)) {
-      const Strides::Dim dim{stream.size(i), stream.stride(i)};
-      if (i == d || dim.size == 1) {
+      const Strides::Dim dim{i == d ? length : stream.size(i), stream.stride(i)};
+      if (dim.size == 1) {
         continue;
       }
       if (!strides.dims.empty() && strides.dims.back().stride == dim.size * dim.stride) {
@@ -87,7 +89,7 @@ class TaskList {
     if (strides.dims.empty()) {
       strides.dims.push_back({1, 1});
     }
-    strides.group = d < 0 || stream.size(d) == 1 ? plan_.group_size(t) : stream.stride(d);
+    strides.group = d < 0 || groups == 1 ? plan_.group_size(t) : stream.stride(d) * length;
     if (!strides.is_run()) {
       strides_.resize(tasks_.size());
       strides_[t][s] = std::move(strides);

@@ -65,7 +65,9 @@ struct Meta {
     for (const at::Tensor& p : params) {
       const int64_t d = sliced_dim(p, static_cast<Grouping>(group));
       if (p.sym_numel() != 0) {
-        count += d < 0 ? 1 : p.sym_size(d);
+        const bool is_whole = d < 0 && kind_of(static_cast<Grouping>(group)) != Grouping::kBlock;
+        const c10::SymInt size = d < 0 ? p.sym_numel() : p.sym_size(d);
+        count += is_whole ? c10::SymInt(1) : size / group_length(static_cast<Grouping>(group));
       }
     }
     return at::empty_symint({count}, params[0].options().dtype(at::kDouble));

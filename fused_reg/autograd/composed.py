@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from fused_reg import _devices, _ops
 from fused_reg._arguments import FORWARD_MODE
-from fused_reg._terms import KINDS, NUMBERS, PLACES, TERM_OF, TERMS, Strengths, group_count, sliced_dim
+from fused_reg._terms import KINDS, NUMBERS, PLACES, TERM_OF, TERMS, Strengths, group_count, in_groups
 
 
 def composed_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
@@ -108,10 +108,11 @@ def _directed(p: Tensor, norms: Tensor, weight: Tensor, group: int) -> Tensor:
     of_norm, of_weight = exponent_of(norms), exponent_of(weight)
     scale = torch.exp2((-of_norm).clamp(-511, 1023).minimum(of_weight - of_norm + 1020).double())
     factor = torch.where(is_zero, 0, weight / (norms * scale))
-    shape = [1] * p.ndim
-    if (dim := sliced_dim(p, group)) is not None:
+    w, dim = in_groups(p, group)
+    shape = [1] * w.ndim
+    if dim is not None:
         shape[dim] = -1
-    return (p.double() * scale.reshape(shape) * factor.reshape(shape)).to(p.dtype)
+    return (w.double() * scale.reshape(shape) * factor.reshape(shape)).to(p.dtype).reshape(p.shape)
 
 
 def exponent_of(x: Tensor) -> Tensor:

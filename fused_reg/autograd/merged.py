@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fused_reg import _devices, _ops
-from fused_reg._terms import Column, Strengths, sliced_dim
+from fused_reg._terms import Column, Strengths, in_groups
 
 #: Of longer lists the compiler takes minutes.
 MOST_TENSORS = 512
@@ -83,7 +83,7 @@ def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
 
 
 def _norms(w: Tensor, group: int) -> Tensor:
-    kept = sliced_dim(w, group)
+    w, kept = in_groups(w, group)
     others = [d for d in range(w.ndim) if d != kept]
     return torch.linalg.vector_norm(w, dim=others) if others else w.abs()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fused_reg import _devices, _one_device, _ops
 from fused_reg._arguments import is_dtensor, value_dtype
 from fused_reg._references import of_places, with_one_more
-from fused_reg._terms import GROUPS, Strengths, group_count, sliced_dim, slots
+from fused_reg._terms import GROUPS, Strengths, group_count, group_length, is_block, sliced_dim, slots
 from fused_reg.autograd import functions
 from fused_reg.autograd.composed import composed_penalty, group_norms, table_of
 from fused_reg.distributed.collectives import gathered, hypot, processes, scale_of, shared, total
@@ -61,9 +61,26 @@ def _cut_of(i: int, p: Any, strengths: Strengths) -> tuple[Any, Any]:
                 f"params[{i}] must be sharded or replicated, got {placement!r}; use `.redistribute(placements=...)`"
             )
         if not placement.is_replicate() and mesh.size(d) > 1:
-            cuts_groups = strengths.has_norms() and placement.dim != sliced_dim(p, strengths.group)
+            kept = 0 if is_block(strengths.group) else sliced_dim(p, strengths.group)
+            cuts_groups = strengths.has_norms() and placement.dim != kept
             (groups if cuts_groups else rest).append(d)
+    parts = 1
+    for d in rest:
+        parts *= mesh.size(d)
+    _check_cuts(i, p, strengths.group, len(groups), parts)
     return processes(mesh, tuple(groups)), processes(mesh, tuple(rest))
+
+
+def _check_cuts(i: int, p: Any, group: int, cuts: int, parts: int) -> None:
+    """Raises where a run of slices, or a block, is cut; ``cuts``: how often the slices themselves are, which a block
+    must not be."""
+    dim, n = sliced_dim(p, group), group_length(group)
+    if is_block(group):
+        is_cut = cuts > 0 or p.shape[:1].numel() % parts != 0 or p.numel() % (n * parts) != 0
+    else:
+        is_cut = n > 1 and dim is not None and p.shape[dim] % (n * parts) != 0
+    if is_cut:
+        raise ValueError(f"params[{i}] must be sharded between groups of {n}, got {p.placements} of {tuple(p.shape)}")
 
 
 def sharing(p: Any) -> Any:

@@ -205,9 +205,11 @@ def _calls(
     and where some gradients are subtracted. A parameter without any strength is not even read."""
     places = [i for i, entry in enumerate(entries) if chosen[i] and any(map(entry.has, TERMS))]
     kinds = list(dict.fromkeys(entries[i].group for i in places if entries[i].has("l2_norm"))) or ["tensor"]
+    # For what has no norms, which runs may not fill.
+    other: Group = next((kind for kind in kinds if not isinstance(kind, tuple)), "tensor")
     split: dict[tuple[bool, Group, tuple[bool, bool]], list[int]] = {}
     for i in places:
-        kind = entries[i].group if entries[i].has("l2_norm") else kinds[0]
+        kind = entries[i].group if entries[i].has("l2_norm") else other
         split.setdefault((maximized[i], kind, entries[i].relation), []).append(i)
     for (is_maximized, kind, _), own in split.items():
         kind = kind if any(entries[i].has("l2_norm") for i in own) else "tensor"

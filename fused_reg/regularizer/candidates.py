@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
+from fused_reg._terms import OF_LAYERS, Group, LayerGroup, group_text
 from fused_reg.regularizer.keys import Named
+from fused_reg.regularizer.layers import Slices, slices_of
 from fused_reg.regularizer.marks import Mark, marks_of, marks_on
 from fused_reg.regularizer.names import Place, dims, is_bias, walk
 
@@ -28,6 +30,7 @@ class Candidate(Named):
     types: dict[str, tuple[type, ...]] = field(default_factory=dict)
     marks: dict[str, Mark] = field(default_factory=dict)
     can_train: bool = True
+    slices: dict[str, Slices | None] = field(default_factory=dict)  # by its places; None: of an unknown layer
 
     @property
     def is_weight(self) -> bool:
@@ -37,6 +40,34 @@ class Candidate(Named):
     @property
     def is_bias(self) -> bool:
         return all(map(is_bias, self.names))
+
+    def knows(self, group: LayerGroup) -> bool:
+        """Whether it has one kind of slices that this names."""
+        return group not in OF_LAYERS or (len(found := self._named(group)) == 1 and None not in found)
+
+    def group_of(self, function: str, group: LayerGroup) -> Group:
+        """The slices that this names."""
+        if self.knows(group):
+            return cast(Group, next(iter(self._named(group)), group))
+        where, found = f"{function}: {group_text(group)} of {self.names[0]!r}", self._named(group)
+        hint = 'give it group="row", "column" or "tensor" by a rule'
+        if not self.slices:
+            raise ValueError(f"{where} needs the layer, got a list of tensors; pass the model")
+        if len(found) > 1:
+            raise ValueError(f"{where} must be of one kind, but its layers differ, as it is tied; {hint}")
+        place, slices = next(iter(self.slices.items()))
+        layer = self.types[place][0].__name__
+        if slices is not None:
+            raise ValueError(
+                f"{where} must be slices, got {layer} of several groups with several channels each; {hint}"
+            )
+        raise ValueError(f"{where} must be slices of a layer that is known, got {layer}; {hint}")
+
+    def _named(self, group: LayerGroup) -> list[Group | None]:
+        """What this is in each of its layers, each once."""
+        if group not in OF_LAYERS:
+            return []
+        return list(dict.fromkeys(own and own[OF_LAYERS.index(group)] for own in self.slices.values()))
 
     def remember(self, name: str, types: tuple[type, ...]) -> None:
         """A name and the types around it there, of before."""
@@ -84,10 +115,14 @@ def candidates_of(params: Any, known: Mapping[str, Mark], content: Mapping[tuple
             param = own[0].param
             names = [place.name if is_short else place.full_name for place in own]
             types = {n: tuple(type(m) for m, _ in place.around) for n, place in zip(names, own, strict=True)}
+            slices = {
+                n: slices_of([m for m, is_its in place.around if is_its], dims(param))
+                for n, place in zip(names, own, strict=True)
+            }
             names += [name for place in own for name in (place.full_name, *place.plain_names)]
             # Not so: the frozen integers of a quantized layer. A module may hold them; nothing will train them.
             can_train = param.requires_grad or param.dtype in _DTYPES
-            found[i] = Candidate(param, list(dict.fromkeys(names)), types, marks_of(own, known, new), can_train)
+            found[i] = Candidate(param, list(dict.fromkeys(names)), types, marks_of(own, known, new), can_train, slices)
         if found and not any(c.can_train for c in found.values()):
             raise ValueError("Regularizer: params must hold a dense floating point parameter, got none")
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import Unpack
 
-from fused_reg._terms import ANY_TERM, SHAPES, MoreTerms, check_shape, takes_terms
+from fused_reg._terms import ANY_TERM, SHAPES, MoreTerms, check_shape, group_text, takes_terms
 from fused_reg.regularizer.names import Place, dims, is_bias, walk
 from fused_reg.regularizer.strengths import Given, Penalty, as_penalty, checked_keys
 
@@ -188,7 +188,7 @@ def _check_shapes(where: str, penalty: Penalty) -> None:
 def _described(penalty: Penalty) -> list[str]:
     given = {kind: strength for kind, strength in penalty.given.items() if strength is not None}
     words = [f"{k}={s:g}" if isinstance(s, float) else f"{k}: {type(s).__name__}" for k, s in given.items()]
-    return words if penalty.group == "tensor" else [*words, f'group="{penalty.group}"']
+    return words if penalty.group == "tensor" else [*words, group_text(penalty.group)]
 
 
 def marks_on(module: Module) -> tuple[Mark, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from numbers import Integral
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -69,6 +69,14 @@ class Regularizer:
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
         terms: {text}
+            In a module also ``group="output"``, all weights that lead to an output (a neuron, a channel), and
+            ``"input"``, all that come from one, which are rows or columns by the type of the layer: of linear layers
+            and convolutions, also transposed ones, of ``MultiheadAttention``, and of embeddings, which are linear in
+            one-hot vectors: ``"output"`` is an embedding's dimension, ``"input"`` a token. Parameters of one dimension,
+            as biases, have an element for each output. Of other layers give it by a rule.
+        group_weights: ``"sqrt_size"`` multiplies each ``l2_norm`` by the root of the size of its groups, so that large
+            groups are not spared: ``l2_norm * sqrt(n_g) * ||w_g||`` for ``n_g`` elements (Yuan and Lin 2006). Strengths
+            in reports and states are with it; ``l2_norm`` is a number or a schedule then.
         weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
         types: a type of modules or several, ``torch.nn.Linear``; only these, of what ``include`` leaves. What a module
@@ -116,7 +124,8 @@ class Regularizer:
         >>> attachment.value.shape
         torch.Size([])
 
-    Source: as :func:`fused_penalty`.
+    Source: as :func:`fused_penalty`; Yuan and Lin 2006, "Model selection and estimation in regression with grouped
+    variables", section 2, for ``group_weights``.
     """
 
     def __init__(
@@ -126,6 +135,7 @@ class Regularizer:
         l2: Given = None,
         l2_norm: Given = None,
         *,
+        group_weights: Literal["sqrt_size"] | None = None,
         weights_only: bool = False,
         include: str | Iterable[str] | None = None,
         types: TypeKey | Iterable[TypeKey] | None = None,
@@ -142,6 +152,8 @@ class Regularizer:
             )
         as_flag("Regularizer: weights_only", weights_only)
         given = {"toward": as_weights("toward", toward), "importance": as_weights("importance", importance)}
+        if group_weights not in (None, "sqrt_size"):
+            raise ValueError(f'Regularizer: group_weights must be None or "sqrt_size", got {group_weights!r}')
         rules = None if rules is None else list(rules)
         choice = Choice(
             as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms),
@@ -157,6 +169,7 @@ class Regularizer:
             "l2_norm": l2_norm,
             "group": "tensor",
             **terms,
+            "group_weights": group_weights,
             "weights_only": weights_only,
             "include": choice.include,
             "types": choice.types,
@@ -165,7 +178,8 @@ class Regularizer:
             **given,
             "save_references": save_references,
         }
-        self._begin(Table(Source(params, choice), References(**given, is_saved=save_references)))
+        references = References(**given, is_saved=save_references)
+        self._begin(Table(Source(params, choice), references, group_weights is not None))
         self._current()
 
     def _begin(self, table: Table) -> None:

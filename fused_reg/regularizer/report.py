@@ -14,7 +14,18 @@ from torch import Tensor
 
 from fused_reg import _ops, _routes
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import DEFAULTS, GROUPS, KINDS, SHAPES, TERM_OF, TERMS, Strengths, group_count
+from fused_reg._terms import (
+    DEFAULTS,
+    GROUPS,
+    KINDS,
+    SHAPES,
+    TERM_OF,
+    TERMS,
+    Strengths,
+    group_code,
+    group_count,
+    group_text,
+)
 from fused_reg.distributed.buckets import Bucket
 from fused_reg.distributed.parts import checked_buckets
 from fused_reg.distributed.shards import shards_of
@@ -140,7 +151,7 @@ def _described(entry: Entry) -> str:
             words.append(f"{kind}={float(tensor.detach()):g} (tensor)")
         elif strength != DEFAULTS[kind]:
             words.append(f"{kind}={strength:g}")
-    return ", ".join(words if entry.group == "tensor" else [*words, f'group="{entry.group}"']) or "none"
+    return ", ".join(words if entry.group == "tensor" else [*words, group_text(entry.group)]) or "none"
 
 
 def report_of(table: Table) -> Report:
@@ -175,11 +186,9 @@ def _sum(level: str, name: str, rows: Sequence[Row]) -> Row:
 def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     """A row for each entry: some launches for each device and kind of group, and one transfer from each device."""
     measured: dict[torch.device, list[tuple[list[Entry], Tensor]]] = {}
-    for kind, group in GROUPS.items():
+    for kind in dict.fromkeys(e.group for e in entries):
         own = [e for e in entries if e.group == kind]
-        params = [e.param for e in own]
-        if not own:
-            continue
+        params, group = [e.param for e in own], group_code(kind)
         try:
             parts = _routes.run("report", _parts, _parts, params, _shapes_of(own, group), are_whole=True)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -243,7 +252,7 @@ def _row(entry: Entry, strengths: dict[str, float], measures: dict[str, float]) 
         "zero_share": zeros / max(entry.param.numel(), 1),
     }
     if entry.group != "tensor":
-        slices = group_count(entry.param, GROUPS[entry.group])
+        slices = group_count(entry.param, group_code(entry.group))
         row |= {"slices": slices, "zero_slices": min(int(measures["zero_slices"]), slices)}
     return row
 

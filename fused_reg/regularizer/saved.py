@@ -48,6 +48,8 @@ def parsed(state: Any, entries: Sequence[Entry]) -> dict[str, Wishes]:
             raise ValueError(f"load_state_dict: state_dict must have the same parameters, but {what} {min(only)!r}")
     for entry in entries:
         wishes, kind_of_group = found[own[entry.name]]
+        if isinstance(kind_of_group, list):  # as JSON has it
+            kind_of_group = tuple(kind_of_group)
         if kind_of_group != entry.group:
             raise ValueError(
                 f"load_state_dict: group of {entry.name!r} must be {entry.group!r} as here, got {kind_of_group!r}"

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from fused_reg import _devices
 from fused_reg._arguments import as_number, check_constant, is_known, is_number
-from fused_reg._terms import DEFAULTS, KINDS, SHAPES, TERMS, Group, check_group
+from fused_reg._terms import DEFAULTS, KINDS, OF_LAYERS, SHAPES, TERMS, LayerGroup, check_group
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
@@ -50,7 +50,7 @@ class Penalty:
     """What an argument list, a rule or a mark says: strengths as given, and what a norm is of."""
 
     given: Mapping[str, Given]  # for each of `KINDS`
-    group: Group = "tensor"
+    group: LayerGroup = "tensor"
 
     @property
     def is_empty(self) -> bool:
@@ -110,7 +110,7 @@ def as_penalty(function: str, where: str = "", **given: Any) -> Penalty:
     """The penalty of these arguments of a function, checked; ``where`` of them begins the message of an error."""
     where = f"{function}: {where}"
     group = given.pop("group", "tensor")
-    check_group(where, group)
+    check_group(where, group, OF_LAYERS)
     strengths = given_strengths(function, where, **given)
     return Penalty({kind: strengths.get(kind) for kind in KINDS}, group)
 
@@ -143,6 +143,29 @@ def scheduled(name: str, schedule: Schedule, step: int) -> float:
     if not is_number(value):
         raise TypeError(f"{name}: the schedule must give a number at step {step}, got {type(value).__name__}")
     return as_number(f"{name}: what the schedule gives at step {step}", value)
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """A schedule whose numbers are multiplied."""
+
+    schedule: Schedule
+    weight: float
+
+    def __call__(self, step: int) -> float:
+        value: Any = self.schedule(step)
+        if is_number(value) or isinstance(value, Tensor):  # others are refused
+            value = value * self.weight
+        return cast(float, value)
+
+
+def weighted(name: str, strength: Given, weight: float | None) -> Given:
+    """A strength as given, multiplied by the weight of groups, if they have one."""
+    if strength is None or weight is None:
+        return strength
+    if isinstance(strength, Tensor):
+        raise ValueError(f"{name} must be a number or a schedule with group_weights, got a tensor")
+    return _Weighted(strength, weight) if callable(strength) else strength * weight
 
 
 def held(kind: str, name: str, strength: Given, step: int) -> Held:

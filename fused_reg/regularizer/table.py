@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_reg import _devices
-from fused_reg._terms import SHAPES, TERM_OF, Group, lacking
+from fused_reg._terms import SHAPES, TERM_OF, Group, check_runs, group_code, group_count, lacking, misfit
 from fused_reg._warnings import warn
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, Named
@@ -25,6 +26,7 @@ from fused_reg.regularizer.strengths import (
     is_absent,
     scheduled,
     tensor_of,
+    weighted,
 )
 
 #: For each kind of strength its number, and whether a schedule goes on from there.
@@ -43,6 +45,7 @@ class Entry(Named):
     given: dict[str, Given]
     toward: Tensor | None = None
     importance: Tensor | None = None
+    weight: float | None = None  # of its groups, by which the strength of their norms is multiplied
 
     @property
     def name(self) -> str:
@@ -51,6 +54,9 @@ class Entry(Named):
     def is_given(self, kind: str) -> bool:
         """Whether its term is, also as 0 in `set_strength`."""
         return self.given[TERM_OF[kind]] is not None
+
+    def weight_of(self, kind: str) -> float | None:
+        return self.weight if kind == "l2_norm" else None
 
     def has(self, term: str) -> bool:
         """Whether a term is there. A tensor is not looked at."""
@@ -65,11 +71,12 @@ class Entry(Named):
 class Table:
     """The entries. ``version`` counts changes other than those in place."""
 
-    def __init__(self, source: Source, references: References) -> None:
+    def __init__(self, source: Source, references: References, weighs_groups: bool = False) -> None:
         self.version = 0
         self._source = source
         self.references = references
         references.read(source.candidates)
+        self._weighs_groups = weighs_groups
         self._step = 0
         self._is_led = False  # whether somebody counts or sets the step
         self._skipped: Tensor | None = None  # how many of these steps were none, which a GPU knows
@@ -107,22 +114,34 @@ class Table:
         alike: dict[object, list[Held]] = {}
         for e in self.entries:
             for kind, own_strength in e.strengths.items():
-                alike.setdefault((kind, identity(e.given[kind])), []).append(own_strength)
+                alike.setdefault((kind, identity(e.given[kind]), e.weight_of(kind)), []).append(own_strength)
         entries = []
         for candidate, penalty in self._source.chosen:
             names, given = candidate.names, self._source.given(candidate, penalty)
             before = next((known[key] for key in (id(candidate.param), *names) if key in known), None)
-            own: dict[str, Held] = {}
-            for kind, strength in given.items():
-                others = alike.get((kind, identity(strength)), [])
-                if before is not None and identity(before.given[kind]) == identity(strength):
-                    own[kind] = before.strengths[kind]
-                elif len({identity(other): other for other in others}) == 1:
-                    own[kind] = others[0]
-                else:
-                    own[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength)
+            group: Group = "tensor"  # where it has no norms, and others do not fit
+            if given["l2_norm"] is not None:
+                group = candidate.group_of("Regularizer", penalty.group)
+                check_runs(f"Regularizer: params[{names[0]!r}]", candidate.param, group)
+            elif candidate.knows(penalty.group) and not misfit(candidate.param, penalty.group):
+                group = candidate.group_of("Regularizer", penalty.group)
             references = self.references.of(candidate.param, names, before)
-            entries.append(Entry(candidate.param, names, candidate.types, penalty.group, own, given, *references))
+            entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references)
+            if self._weighs_groups:
+                entry.weight = _root_of_size(candidate.param, group)
+            for kind, strength in given.items():
+                weight = entry.weight_of(kind)
+                others = alike.get((kind, identity(strength), weight), [])
+                same = before is not None and identity(before.given[kind]) == identity(strength)
+                if before is not None and same and before.weight_of(kind) == weight:
+                    entry.strengths[kind] = before.strengths[kind]
+                elif len({identity(other): other for other in others}) == 1:
+                    entry.strengths[kind] = others[0]
+                else:
+                    entry.strengths[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength, weight)
+            entries.append(entry)
+        if self._weighs_groups and all(entry.given["l2_norm"] is None for entry in entries):
+            raise ValueError("Regularizer: group_weights must come with l2_norm, whose groups it weighs, got none")
         return entries
 
     def groups(self) -> list[list[Entry]]:
@@ -185,27 +204,36 @@ class Table:
         """Gives the entries that ``where`` means strengths of some kinds, checked before. A number is written into the
         tensor that holds the old one, if no entry or kind outside uses it."""
         hold = _holder(self.step)
-        new = {kind: hold(kind, f"set_strength: {kind}", strength) for kind, strength in strengths.items()}
         # For all is for all that have such a term, and where none has one yet, for all.
-        meant = {k: "*" if where is None and not any(e.is_given(k) for e in self.entries) else where for k in new}
+        meant = {k: "*" if where is None and not any(e.is_given(k) for e in self.entries) else where for k in strengths}
         own = {
             kind: [e for e in self.entries if (e.is_given(kind) if names is None else e.matches(names))]
             for kind, names in meant.items()
         }
         for kind in SHAPES.keys() & own.keys():
-            if SHAPES[kind].shapes not in new and not any(e.is_given(kind) for e in own[kind]):
+            if SHAPES[kind].shapes not in strengths and not any(e.is_given(kind) for e in own[kind]):
                 raise ValueError(lacking("set_strength: ", kind, strengths[kind]))
+        for (candidate, penalty), entry in zip(self._source.chosen, self.entries, strict=True):
+            if entry in own.get("l2_norm", ()):
+                group = candidate.group_of("set_strength", penalty.group)
+                check_runs(f"set_strength: params[{entry.name!r}]", entry.param, group)
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
-        for kind, strength in new.items():
+        new: list[tuple[str, list[Entry], Held]] = []  # for those of one weight at a time
+        for kind, entries in own.items():
+            for weight in dict.fromkeys(entry.weight_of(kind) for entry in entries):
+                alike = [entry for entry in entries if entry.weight_of(kind) == weight]
+                new.append((kind, alike, hold(kind, f"set_strength: {kind}", strengths[kind], weight)))
+        for kind, entries, strength in new:
             if isinstance(strength, float):
-                for old in _in_tensors(own[kind], kind):
+                for old in _in_tensors(entries, kind):
                     if self._uses(old) <= places:
                         _check_fits(f"set_strength: {kind}", old, strength)
-        for kind, strength in new.items():
-            self._replace(own[kind], kind, strength)
-            for entry in own[kind]:
+        for kind, entries, strength in new:
+            self._replace(entries, kind, strength)
+            for entry in entries:
                 entry.given[kind] = strengths[kind]
-            self._source.note(meant[kind], kind, strengths[kind])
+        for kind, strength_given in strengths.items():
+            self._source.note(meant[kind], kind, strength_given)
 
     def _replace(self, entries: Sequence[Entry], kind: str, strength: Held) -> None:
         fresh: dict[object, Held] = {}  # for what is in a tensor and shall be a number
@@ -262,16 +290,23 @@ def _schedule_of(strength: Held, keep: bool) -> Schedule | None:
     return strength.schedule if isinstance(strength, Cell) and keep else None
 
 
-def _holder(step: int) -> Callable[[str, str, Given], Held]:
-    """How strengths as given are held from this step on: one cell for each schedule, however often it is given."""
-    cells: dict[int, Held] = {}
+def _root_of_size(p: Tensor, group: Group) -> float:
+    """Of each of its groups."""
+    return math.sqrt(p.numel() / max(group_count(p, group_code(group)), 1))
 
-    def hold(kind: str, name: str, strength: Given) -> Held:
-        if not callable(strength) or isinstance(strength, Tensor):
-            return held(kind, name, strength, step)
-        if id(strength) not in cells:
-            cells[id(strength)] = held(kind, name, strength, step)
-        return cells[id(strength)]
+
+def _holder(step: int) -> Callable[[str, str, Given, float | None], Held]:
+    """How strengths as given are held from this step on: one cell for each schedule and weight, however often it is
+    given."""
+    cells: dict[tuple[int, float | None], Held] = {}
+
+    def hold(kind: str, name: str, strength: Given, weight: float | None) -> Held:
+        key, own = (id(strength), weight), weighted(name, strength, weight)
+        if not callable(own) or isinstance(own, Tensor):
+            return held(kind, name, own, step)
+        if key not in cells:
+            cells[key] = held(kind, name, own, step)
+        return cells[key]
 
     return hold
 

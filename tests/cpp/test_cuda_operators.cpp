@@ -423,6 +423,14 @@ int main(int argc, char**) {
       expect_all(rows, Given::of({0.1, 0.2, 0.3, 0.1}, group), "many groups, some of several chunks");
     }
   }
+  const Tensors runs{at::randn({6, 8}), at::randn({12, 4, 3}), at::randn({36})};
+  const auto several = [](Grouping kind, int64_t n) {
+    return Given::of({0.1, 0.2, 0.3, 0.1}, static_cast<Grouping>(static_cast<int64_t>(kind) + kGroupings * (n - 1)));
+  };
+  expect_all(runs, several(Grouping::kRow, 3), "several rows");
+  expect_all(runs, several(Grouping::kColumn, 2), "several columns");
+  expect_penalty(runs, several(Grouping::kBlock, 12), "blocks");
+  expect_prox(runs, several(Grouping::kBlock, 12), "blocks");
   if (!quick) {  // more than the arguments of a kernel hold
     Tensors many;
     for (int64_t t = 0; t < 850; ++t) {
