@@ -72,21 +72,6 @@ class Job {
   // An element that changes no sum.
   static __device__ Storage padding() { return static_cast<Storage>(Whole::kPadding); }
 
-  // Elements of the parameter to the two sums.
-  template <int count>
-  __device__ __forceinline__ void add(const Storage (&w)[count], double (&first)[count],
-                                      double (&second)[count]) const {
-    if constexpr (known == kNone) {
-      add_of<kNone>(w, first, second);
-    } else if ((terms_ & kL1L2) == kL1L2) {  // both, of one conversion to float64
-      add_of<kL1L2>(w, first, second);
-    } else if (terms_ & kL1) {
-      add_of<kL1>(w, first, second);
-    } else if (terms_ & kL2) {
-      add_of<kL2>(w, first, second);
-    }
-  }
-
   // Vectors of rows to the two sums of each lane, which are 0 if the rows are those of a block.
   template <class V, int rows, int count>
   __device__ __forceinline__ void add_rows(const V (&w)[rows], double (&first)[count], double (&second)[count]) const {
@@ -96,12 +81,14 @@ class Job {
         add_lane(w, lane, &first[lane], &second[lane]);
       }
     } else {
+      with_terms(terms_, [&](auto terms) {
 #pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        Storage x[count];
-        memcpy(x, &w[r], sizeof(V));
-        add(x, first, second);
-      }
+        for (int r = 0; r < rows; ++r) {
+          Storage x[count];
+          memcpy(x, &w[r], sizeof(V));
+          add_of<decltype(terms)::value>(x, first, second);
+        }
+      });
     }
   }
 
@@ -125,6 +112,21 @@ class Job {
   }
 
  private:
+  // body(of), where of() are these terms as a constant, if it has any.
+  template <class Body>
+  static __device__ __forceinline__ void with_terms(int terms, const Body& body) {
+    if constexpr (known == kNone) {
+      body(std::integral_constant<int, kNone>{});
+    } else if ((terms & kL1L2) == kL1L2) {  // both, of one conversion to float64
+      body(std::integral_constant<int, kL1L2>{});
+    } else if (terms & kL1) {
+      body(std::integral_constant<int, kL1>{});
+    } else if (terms & kL2) {
+      body(std::integral_constant<int, kL2>{});
+    }
+  }
+
+  // Elements of the parameter to the two sums.
   template <int terms, int count>
   __device__ __forceinline__ void add_of(const Storage (&w)[count], double (&first)[count],
                                          double (&second)[count]) const {
@@ -167,13 +169,9 @@ class Job {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const Storage x[1] = {element(r)};
-      if (others == kL1L2) {
-        add_of<kL1L2>(x, ones, twos);
-      } else if (others == kL1) {
-        add_of<kL1>(x, ones, twos);
-      } else {
-        add_of<kL2>(x, ones, twos);
-      }
+      with_terms(others, [&](auto terms) {  // row by row: it takes less code
+        add_of<decltype(terms)::value>(x, ones, twos);
+      });
     }
     *first = ones[0];
     *second = twos[0];
