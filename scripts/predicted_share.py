@@ -72,6 +72,5 @@ HEAD = """\
 
 Percent, of each kernel's slowest loop: what its instructions and its loads under way allow
 (`scripts/predicted_share.py`, a model; nothing of it is measured, and the fixed costs of a launch are not in it).
-All branches of a loop count, though an element takes one: the sums of L1, of L2, and of both, of which each converts
-once; and where float64 units are few the sums in float64, which a lane takes only if its integers are not exact.
+What runs is counted, with both terms; where float64 units are few, of lanes whose integers are exact.
 """

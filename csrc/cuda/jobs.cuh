@@ -170,6 +170,9 @@ class Job {
     for (int r = 0; r < kRows; ++r) {
       const Storage x[1] = {element(r)};
       with_terms(others, [&](auto terms) {  // row by row: it takes less code
+        if constexpr (kLimbs == 1 || decltype(terms)::value != kL2) {
+          __prof_trigger(0);  // rare, as scripts/machine_code.py reads
+        }
         add_of<decltype(terms)::value>(x, ones, twos);
       });
     }
