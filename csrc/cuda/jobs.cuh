@@ -50,7 +50,8 @@ class Job {
   // thread are 64 KB for a multiprocessor. What takes more registers has fewer.
   template <class V>
   static constexpr int rows_ahead() {
-    const int most = kSums == kL2 || kWrites == bit(0) ? (kFewDoubles ? 32 : 64) : 128;
+    const int few = kFewDoubles && (kSums == kL2 || !kFastMemory) ? 32 : 64;
+    const int most = kSums == kL2 || kWrites == bit(0) ? few : 128;
     int rows = kRows;
     while (!kIsExact && rows > 1 && rows * static_cast<int>(sizeof(V)) * streams_in(kReads) > most) {
       rows /= 2;
