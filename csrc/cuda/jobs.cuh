@@ -167,15 +167,19 @@ class Job {
       return;
     }
     double ones[1] = {is_exact ? *first : 0}, twos[1] = {0};
+    if (kLimbs == 2 && others == kL2) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const Storage x[1] = {element(r)};
-      with_terms(others, [&](auto terms) {  // row by row: it takes less code
-        if constexpr (kLimbs == 1 || decltype(terms)::value != kL2) {
-          __prof_trigger(0);  // rare, as scripts/machine_code.py reads
-        }
-        add_of<decltype(terms)::value>(x, ones, twos);
-      });
+      for (int r = 0; r < kRows; ++r) {
+        const Storage x[1] = {element(r)};
+        add_of<kL2>(x, ones, twos);
+      }
+    } else {
+      __prof_trigger(0);  // rare, as scripts/machine_code.py reads
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Storage x[1] = {element(r)};
+        with_terms(others, [&](auto terms) { add_of<decltype(terms)::value>(x, ones, twos); });  // takes less code here
+      }
     }
     *first = ones[0];
     *second = twos[0];
