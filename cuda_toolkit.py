@@ -16,7 +16,7 @@ SYSTEM_INCLUDE = Path("/usr/include")  # Debian's headers
 # What the kernels need besides; the last is of CCCL, which pip has in a wheel of its own.
 HEADERS = ["cuda_fp16.h", "cuda_bf16.h", "nv/target"]
 # Machine code for X.Y runs on every X.Z with Z >= Y; a newer X takes the PTX of the last one.
-ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"]
 # Of boards with an Arm processor (Orin, Thor), which run no code of other GPUs.
 OF_BOARDS = ["8.7", "11.0"]
 

@@ -29,7 +29,7 @@ from cuda_toolkit import Toolkit, candidates, find_toolkit
 from scripts import predicted_share
 from scripts.machine_code import Kernel, failures, parse_code, parse_report, read_record, readable, record, regressions
 
-ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)  # which GPUs have
+ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120)  # which GPUs have
 QUICK = 90
 SOURCE, RECORD = (build_config.CSRC / "cuda" / f"machine_code.{suffix}" for suffix in ("cu", "md"))
 

@@ -16,8 +16,8 @@ class Loop(NamedTuple):
 
     loads: int  # of 16 bytes
     stores: int  # likewise
-    conversions: int  # to and from float64
-    float64: int  # additions, multiplications and comparisons
+    conversions: int  # to and from float64, of what runs: see work()
+    float64: int  # additions, multiplications and comparisons, likewise
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def parse_report(text: str) -> list[Kernel]:
 
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.([^,\s]+).*$", re.MULTILINE)
 _LABEL = re.compile(r"(\.L\w+):")
-_INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)([.\w]*)\s*(.*);")
+_INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*)([.\w]*)\s*(.*);")
 _ENDS_BLOCK = ("BRA", "BRX", "JMP", "JMX", "CALL", "RET", "EXIT")
 _FLOAT64 = ("DADD", "DMUL", "DFMA", "DSETP")
 _INSTRUCTION_BYTES = 16
@@ -76,6 +76,7 @@ _INSTRUCTION_BYTES = 16
 
 class Instruction(NamedTuple):
     address: str
+    predicate: str | None
     operation: str
     modifiers: str
     operands: str
@@ -156,6 +157,30 @@ def unordered_atomics(lines: list[Line]) -> int:
     return count
 
 
+def work(body: list[Line]) -> tuple[int, int]:
+    """The conversions and operations of float64 that run in the body of a loop: on the way with most of them.
+
+    Branches exclude one another: the sums of L1 alone, of L2 alone, and of both, the usual and the longest. A way that
+    calls ``__prof_trigger`` is rare, and not taken.
+    """
+    places = {line: i for i, line in enumerate(body) if isinstance(line, str)}
+    ways: list[tuple[int, int] | None] = [(0, 0)] * (len(body) + 1)  # from each line to the end; None: rare
+    for i, line in reversed(list(enumerate(body))):
+        nexts = [ways[i + 1]]
+        if isinstance(line, Instruction) and line.operation in ("BRA", "EXIT", "BRX"):
+            target = re.search(r"\.L\w+", line.operands)
+            place = places.get(target[0], 0) if target else 0
+            to = ways[place] if place > i else (0, 0)  # or out of the body
+            is_choice = line.predicate or "," in line.operands
+            nexts = [to, *nexts] if is_choice else [to]
+        most = max((way for way in nexts if way is not None), key=sum, default=None)
+        if isinstance(line, Instruction) and most is not None:
+            most = (most[0] + line.converts, most[1] + (line.operation in _FLOAT64))
+            most = None if line.operation == "PMTRIG" else most
+        ways[i] = most
+    return ways[0] or (0, 0)
+
+
 def hot_loops(lines: list[Line]) -> tuple[Loop, ...]:
     places = {line: i for i, line in enumerate(lines) if isinstance(line, str)}
     loops = []
@@ -167,8 +192,7 @@ def hot_loops(lines: list[Line]) -> tuple[Loop, ...]:
     for begin, end in loops:
         if not any(begin <= first and last <= end and (first, last) != (begin, end) for first, last in loops):
             body = [line for line in lines[begin : end + 1] if isinstance(line, Instruction)]
-            moves = sum(x.loads for x in body), sum(x.stores for x in body)
-            found.append(Loop(*moves, sum(x.converts for x in body), sum(x.operation in _FLOAT64 for x in body)))
+            found.append(Loop(sum(x.loads for x in body), sum(x.stores for x in body), *work(lines[begin : end + 1])))
     return tuple(sorted(loop for loop in found if loop.loads))
 
 
@@ -243,8 +267,9 @@ HEAD = """\
 By nvcc {version} (`python -m scripts.check_cuda_compile --update`). Loads under way: of 16 bytes of global memory, the
 most at a time within a basic block. Conversions: instructions that convert to or from float64. Loops: the innermost
 ones that load 16 bytes at a time, at least one for each dtype (a load has 2 elements of float64, 4 of float32, 8 of 16
-bits); of each these loads and stores, its conversions, and its additions, multiplications and comparisons of float64. A
-figure that gets worse by more than a tenth, of loops per load of all, fails `make cuda-compile` where nvcc has this
+bits); of each these loads and stores, and of what runs, the conversions, and additions, multiplications and comparisons
+of float64: of branches that exclude one another the longest, the sums of both terms, and none that is rare. A figure
+that gets worse by more than a tenth, of loops per load of all, fails `make cuda-compile` where nvcc has this
 version.
 """
 

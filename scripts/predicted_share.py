@@ -14,8 +14,8 @@ from scripts.machine_code import Kernel, Loop
 
 RESIDENT_THREADS = 512  # of a multiprocessor: kCtasPerSm CTAs of kThreads
 # Of a clock and multiprocessor, by architecture (CUDA C++ programming guide, "Arithmetic Instructions").
-FLOAT64 = {75: 2, 80: 32, 86: 2, 89: 2, 90: 64, 100: 64, 120: 2}
-CONVERSIONS = {75: 2, 80: 16, 86: 2, 89: 2, 90: 16, 100: 16, 120: 2}
+FLOAT64 = {75: 2, 80: 32, 86: 2, 89: 2, 90: 64, 100: 64, 103: 2, 120: 2}
+CONVERSIONS = {75: 2, 80: 16, 86: 2, 89: 2, 90: 16, 100: 16, 103: 2, 120: 2}
 
 
 class Card(NamedTuple):
@@ -38,6 +38,7 @@ CARDS = (
     Card("H100", 90, 3352e9, 132, 1.98e9, 1300e-9),
     Card("H200", 90, 4800e9, 132, 1.98e9, 1300e-9),
     Card("B200", 100, 8000e9, 148, 1.965e9, 1200e-9),
+    Card("B300", 103, 8000e9, 148, 1.92e9, 1200e-9),
     Card("RTX 5090", 120, 1792e9, 170, 2.407e9),
 )
 
@@ -72,6 +73,5 @@ HEAD = """\
 
 Percent, of each kernel's slowest loop: what its instructions and its loads under way allow
 (`scripts/predicted_share.py`, a model; nothing of it is measured, and the fixed costs of a launch are not in it).
-All branches of a loop count, though an element takes one: the sums of L1, of L2, and of both, of which each converts
-once; and where float64 units are few the sums in float64, which a lane takes only if its integers are not exact.
+What runs is counted, with both terms; where float64 units are few, of lanes whose integers are exact.
 """

@@ -193,6 +193,43 @@ def test_figures_of_machine_code(middle, loads, conversions):
     }
 
 
+WAYS = """\
+.L_x_1:
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   DADD R12, R12, |R8| ;
+        /*0050*/                   DFMA R14, R8, R8, R14 ;
+        /*0060*/                   BRA `(.L_x_4) ;
+.L_x_2:
+        /*0070*/               @P2 BRA `(.L_x_3) ;
+        /*0080*/                   DADD R12, R12, |R8| ;
+        /*0090*/                   BRA `(.L_x_4) ;
+.L_x_3:
+        /*00a0*/                   F2F.F64.F32 R12, R4 ;
+{}
+.L_x_4:
+        /*00b0*/               @P1 BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("middle", "loop"),
+    [
+        ("", Loop(1, 0, 0, 2)),
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4", Loop(1, 0, 1, 2)),
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; PMTRIG 0x1", Loop(1, 0, 0, 2)),  # is rare
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; @P3 BRA `(.L_x_4) ; PMTRIG 0x1", Loop(1, 0, 1, 2)),
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; @P3 EXIT ; DADD R4, R4, R4", Loop(1, 0, 1, 3)),
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; EXIT ; DADD R4, R4, R4", Loop(1, 0, 1, 2)),
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; BRA.U UP0, `(.L_x_4) ; DADD R4, R4, R4", Loop(1, 0, 1, 3)),
+    ],
+)
+def test_what_runs_in_a_loop(middle, loop):
+    """Of sums of both terms, of one, and of something else: the way with most conversions and operations."""
+    more = "".join(f"        /*00a8*/                   {line} ;\n" for line in middle.split(" ; ") if line)
+    assert parse_code(CODE.format(WAYS.format(more)))["first"]["loops"] == (loop,)
+
+
 MEMBAR = "        /*0020*/                   MEMBAR.ALL.GPU ;\n"
 ATOM = "        /*0030*/              @!P0 ATOM.E.INC.STRONG.GPU PT, R8, desc[UR4][R8.64], R11 ;\n"
 CCTL = "        /*0040*/                   CCTL.IVALL ;\n"

@@ -67,6 +67,13 @@ constexpr bool kFewDoubles =
 constexpr bool kFewDoubles = false;
 #endif
 
+// Whether its memory needs as many bytes on their way as that of devices with many float64 units: B300's does.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1030
+constexpr bool kFastMemory = true;
+#else
+constexpr bool kFastMemory = !kFewDoubles;
+#endif
+
 // In float64; where the units are few by moving bits, unless one is subnormal, infinite or NaN.
 template <int count>
 __device__ __forceinline__ void to_float64(const float (&x)[count], double (&wide)[count]) {

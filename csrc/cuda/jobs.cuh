@@ -51,7 +51,8 @@ class Job {
   // thread are 64 KB for a multiprocessor. What takes more registers has fewer.
   template <class V>
   static constexpr int rows_ahead() {
-    const int most = kSums == kL2 || kWrites == bit(0) ? (kFewDoubles ? 32 : 64) : 128;
+    const int few = kFewDoubles && (kSums == kL2 || !kFastMemory) ? 32 : 64;
+    const int most = kSums == kL2 || kWrites == bit(0) ? few : 128;
     int rows = kRows;
     constexpr int kStreamsRead = kIsRelative ? __builtin_popcount(kReads) : streams_in(kReads);
     while (!kIsExact && rows > 1 && rows * static_cast<int>(sizeof(V)) * kStreamsRead > most) {
@@ -74,21 +75,6 @@ class Job {
   // An element that changes no sum.
   static __device__ Storage padding() { return static_cast<Storage>(Whole::kPadding); }
 
-  // Elements of the parameter to the two sums.
-  template <int count>
-  __device__ __forceinline__ void add(const Storage (&w)[count], double (&first)[count],
-                                      double (&second)[count]) const {
-    if constexpr (known == kNone) {
-      add_of<kNone>(w, first, second);
-    } else if ((terms_ & kL1L2) == kL1L2) {  // both, of one conversion to float64
-      add_of<kL1L2>(w, first, second);
-    } else if (terms_ & kL1) {
-      add_of<kL1>(w, first, second);
-    } else if (terms_ & kL2) {
-      add_of<kL2>(w, first, second);
-    }
-  }
-
   // Vectors of rows to the two sums of each lane, which are 0 if the rows are those of a block.
   template <class V, int rows, int count>
   __device__ __forceinline__ void add_rows(const V (&w)[rows], double (&first)[count], double (&second)[count]) const {
@@ -98,12 +84,14 @@ class Job {
         add_lane(w, lane, &first[lane], &second[lane]);
       }
     } else {
+      with_terms(terms_, [&](auto terms) {
 #pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        Storage x[count];
-        memcpy(x, &w[r], sizeof(V));
-        add(x, first, second);
-      }
+        for (int r = 0; r < rows; ++r) {
+          Storage x[count];
+          memcpy(x, &w[r], sizeof(V));
+          add_of<decltype(terms)::value>(x, first, second);
+        }
+      });
     }
   }
 
@@ -150,6 +138,21 @@ class Job {
   }
 
  private:
+  // body(of), where of() are these terms as a constant, if it has any.
+  template <class Body>
+  static __device__ __forceinline__ void with_terms(int terms, const Body& body) {
+    if constexpr (known == kNone) {
+      body(std::integral_constant<int, kNone>{});
+    } else if ((terms & kL1L2) == kL1L2) {  // both, of one conversion to float64
+      body(std::integral_constant<int, kL1L2>{});
+    } else if (terms & kL1) {
+      body(std::integral_constant<int, kL1>{});
+    } else if (terms & kL2) {
+      body(std::integral_constant<int, kL2>{});
+    }
+  }
+
+  // Elements of the parameter to the two sums.
   template <int terms, int count>
   __device__ __forceinline__ void add_of(const Storage (&w)[count], double (&first)[count],
                                          double (&second)[count]) const {
@@ -189,15 +192,18 @@ class Job {
       return;
     }
     double ones[1] = {is_exact ? *first : 0}, twos[1] = {0};
+    if (kLimbs == 2 && others == kL2) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const Storage x[1] = {element(r)};
-      if (others == kL1L2) {
-        add_of<kL1L2>(x, ones, twos);
-      } else if (others == kL1) {
-        add_of<kL1>(x, ones, twos);
-      } else {
+      for (int r = 0; r < kRows; ++r) {
+        const Storage x[1] = {element(r)};
         add_of<kL2>(x, ones, twos);
+      }
+    } else {
+      __prof_trigger(0);  // rare, as scripts/machine_code.py reads
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Storage x[1] = {element(r)};
+        with_terms(others, [&](auto terms) { add_of<decltype(terms)::value>(x, ones, twos); });  // takes less code here
       }
     }
     *first = ones[0];

@@ -157,7 +157,11 @@ class StepJob {
 
   template <class V, int rows, int count>
   __device__ __forceinline__ void add_rows(const V (&w)[rows], double (&first)[count], double (&second)[count]) const {
-    sums_.add_rows(w, first, second);
+    constexpr int kTogether = kFewDoubles ? 1 : rows;  // sums by moving bits (to_float64) take more registers
+#pragma unroll
+    for (int r = 0; r < rows; r += kTogether) {
+      sums_.add_rows(reinterpret_cast<const V(&)[kTogether]>(w[r]), first, second);
+    }
   }
 
   template <int streams, int count>
