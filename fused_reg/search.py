@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_reg._arguments import as_list, is_dtensor
-from fused_reg._terms import Group, check_group
+from fused_reg._terms import Group, check_group, check_runs
 from fused_reg.reference import _norms
 
 
@@ -37,8 +37,8 @@ def largest_strength(
         loss: a function without arguments that gives the loss from them, a tensor of one element. It is called once,
             while they are zero; they are as before afterwards, and ``.grad`` is left alone. What else a call changes
             (the statistics of batch normalization) is changed.
-        group: None: the strength of ``l1``; ``'tensor'``, ``'row'`` or ``'column'``: that of ``l2_norm`` with this
-            ``group``.
+        group: None: the strength of ``l1``; ``'tensor'``, ``'row'``, ``('row', n)`` and so on: that of ``l2_norm`` with
+            this ``group``.
 
     Returns:
         The strength, in the unit of the loss per unit of the weights. 0 if no gradient leads away from zero.
@@ -75,6 +75,8 @@ def largest_strength(
             )
         if not p.requires_grad:
             raise ValueError(f"largest_strength: params[{i}] must require grad, got one that does not")
+        if group is not None:
+            check_runs(f"largest_strength: params[{i}]", p, group)
     with _at_zero(tensors), torch.enable_grad():
         value = loss()
         if not isinstance(value, Tensor):

@@ -182,6 +182,9 @@ def test_the_largest_strength():
     slope = torch.arange(8, dtype=torch.float64).reshape(4, 2)
     found = largest_strength([w], lambda: (w * slope).sum(), group=("row", 2))
     assert found == pytest.approx(float(slope[2:].norm()))
+    message = 'largest_strength: params[0] must have a multiple of 3 rows, to have group=("row", 3), got 4'
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        largest_strength([w], lambda: (w * slope).sum(), group=("row", 3))
 
 
 @pytest.mark.parametrize(

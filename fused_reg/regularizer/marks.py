@@ -109,6 +109,8 @@ def regularized(
     counts where that layer is marked, and not where it is inside. (The arguments of a :class:`Regularizer` itself are
     for all parameters, as ``weight_decay`` is.)
 
+    ``group`` may also be ``"output"`` or ``"input"``, as of a :class:`Regularizer`.
+
     Args:
         module: any module; its submodules' weights are meant as well. A mark inside of it is stronger: the innermost
             that speaks about a parameter wins. Marking a module again replaces its mark.

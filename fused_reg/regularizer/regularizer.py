@@ -51,6 +51,12 @@ class Regularizer:
     ``load_state_dict(assign=True)``, ``fully_shard``), they have what their rules, marks and names say, from the next
     use or attached step on, and a warning says which. The parameters of a list are those that it had.
 
+    In a module ``group`` may also be ``"output"``, all weights that lead to an output (a neuron, a channel), or
+    ``"input"``, all that come from one. The layer's type says which slices these are: of linear layers and
+    convolutions, also transposed ones, of ``MultiheadAttention``, and of embeddings, which are linear in one-hot
+    vectors (an output is a dimension, an input a token). Parameters of one dimension, as biases, have an element for
+    each output. Layers of other types have a ``group`` of their own, by a rule.
+
     **The L2 convention** is ``l2 * sum(w ** 2)``, as in Keras: ``torch.optim.SGD(weight_decay=wd)`` is ``l2 = wd / 2``.
 
     Args:
@@ -69,11 +75,6 @@ class Regularizer:
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
         terms: {text}
-            In a module also ``group="output"``, all weights that lead to an output (a neuron, a channel), and
-            ``"input"``, all that come from one, which are rows or columns by the type of the layer: of linear layers
-            and convolutions, also transposed ones, of ``MultiheadAttention``, and of embeddings, which are linear in
-            one-hot vectors: ``"output"`` is an embedding's dimension, ``"input"`` a token. Parameters of one dimension,
-            as biases, have an element for each output. Of other layers give it by a rule.
         group_weights: ``"sqrt_size"`` multiplies each ``l2_norm`` by the root of the size of its groups, so that large
             groups are not spared: ``l2_norm * sqrt(n_g) * ||w_g||`` for ``n_g`` elements (Yuan and Lin 2006). Strengths
             in reports and states are with it; ``l2_norm`` is a number or a schedule then.
