@@ -56,30 +56,31 @@ FUSED_REG_INLINE TermSums unscaled(const ChunkSums& sums) {
 }
 
 // A sum whose error does not grow with its length: the error of every addition is kept and added at the end (Knuth's
-// TwoSum; Ogita, Rump and Oishi 2005, "Accurate sum and dot product").
-struct CompensatedSum {
-  double sum;
-  double error;
+// TwoSum; Ogita, Rump and Oishi 2005, "Accurate sum and dot product"). V is a double, or a vector of them.
+template <class V>
+struct CompensatedSums {
+  V sum;
+  V error;
 
-  FUSED_REG_INLINE void add(double x) {
-    const double total = sum + x;
-    const double x_part = total - sum;
+  FUSED_REG_INLINE void add(V x) {
+    const V total = sum + x;
+    const V x_part = total - sum;
     error = error + ((sum - (total - x_part)) + (x - x_part));
     sum = total;
   }
 
-  FUSED_REG_INLINE void add(const CompensatedSum& other) {
+  FUSED_REG_INLINE void add(const CompensatedSums& other) {
     add(other.sum);
     error = error + other.error;
   }
 };
+using CompensatedSum = CompensatedSums<double>;
 
 // An infinite or NaN sum has a NaN error, which says nothing: the sum alone is the result. NaN has one form.
-FUSED_REG_INLINE double result(const CompensatedSum& s) {
-  if (s.sum - s.sum == 0) {
-    return s.sum + s.error;
-  }
-  return s.sum == s.sum ? s.sum : static_cast<double>(NAN);
+template <class V>
+FUSED_REG_INLINE V result(const CompensatedSums<V>& s) {
+  const V nan = V{} + static_cast<double>(NAN);
+  return s.sum - s.sum == 0 ? s.sum + s.error : (s.sum == s.sum ? s.sum : nan);
 }
 
 // The sum of a chunk of `count` blocks, which are used up.
@@ -110,19 +111,30 @@ inline int64_t run_length(int64_t chunks) {
   return size;
 }
 
-// The sum of value(0), ..., value(count - 1), in columns.
-template <int columns, class Value>
+// The sum of `count` numbers, in columns. value(i) is number i, or a vector V from it on, with 0 behind the last one.
+template <int columns, class V = double, class Value>
 double column_sum(int64_t count, const Value& value) {
-  CompensatedSum sums[columns]{};
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i % columns].add(value(i));
+  constexpr int kWidth = sizeof(V) / sizeof(double), kVectors = columns / kWidth;
+  CompensatedSums<V> sums[kVectors]{};
+  for (int64_t i = 0; i < count; i += kWidth) {
+    sums[i / kWidth % kVectors].add(value(i));
   }
-  for (int half = columns / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half && i + half < count; ++i) {
+  for (int half = kVectors / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half && (i + half) * kWidth < count; ++i) {
       sums[i].add(sums[i + half]);
     }
   }
-  return result(sums[0]);
+  double of[2][kWidth];  // the sum of each column that is left, and its error
+  std::memcpy(of, sums, sizeof of);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      CompensatedSum column{of[0][i], of[1][i]};
+      column.add(CompensatedSum{of[0][i + half], of[1][i + half]});
+      of[0][i] = column.sum;
+      of[1][i] = column.error;
+    }
+  }
+  return result(CompensatedSum{of[0][0], of[1][0]});
 }
 
 // The sum of squares of a group, from those of its chunks.

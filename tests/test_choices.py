@@ -20,7 +20,7 @@ RULE = {"l1": 0.5}
         ({"rules": [("0.*", RULE)], "include": "[1-3].*"}, "takes all of '0.*'"),
         ({"rules": [("*", RULE), ("0.*", RULE)]}, "rules[1] must apply to a parameter, but a rule before it takes all"),
         ({"rules": [("0.w*", RULE), ("0.b*", RULE), ("0.*", RULE)]}, "rules[2] must apply to a parameter, but a rule"),
-        ({"include": ["0.*", "3.bias"], "weights_only": True}, "exclude or weights_only removes '3.bias'"),
+        ({"include": ["0.*", "3.bias"], "weights_only": True}, "types, exclude or weights_only removes '3.bias'"),
         ({"include": ["0.*", "3.*"], "exclude": "3.*"}, "exclude or weights_only removes '3.*'"),
         ({"rules": [("*", {"l2": 0.5})]}, "l2 must apply to a parameter, but rules or marks by `regularized` speak"),
         ({"l1": HALVED, "rules": [("*", RULE)]}, "l1 must apply to a parameter, but rules or marks"),
@@ -88,6 +88,18 @@ def marked(*indices: int, **mark) -> nn.Sequential:
             marked(1),
             {"weights_only": True},
             "weights_only leaves out all that the mark by `regularized` on 1 (LayerNorm)",
+        ),
+        (
+            nn.Sequential(regularized(nn.Linear(2, 2, bias=False), l1=0.5, bias={"l1": 0.25})),
+            {},
+            "the mark on 0 (Linear) must speak about biases, for which it has strengths, got none",
+        ),
+        (
+            nn.Sequential(
+                regularized(nn.ParameterDict({"bias": torch.ones(2)}), l1=0.5, bias={"l1": 0.25}), nn.Linear(2, 2)
+            ),
+            {},
+            "the mark on 0 (ParameterDict) must speak about weights, for which it has strengths, got none",
         ),
         (marked(0, 1, 2, 3, bias=True), {"l1": 0.5}, "l1 must apply to a parameter, but rules or marks"),
     ],

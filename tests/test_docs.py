@@ -127,7 +127,8 @@ def test_every_page_is_reached_from_the_first():
 
 def test_every_public_name_is_on_the_api_page():
     for name in fused_reg.__all__:
-        assert re.search(rf"auto(function|class|module):: fused_reg\.{name}$", API, flags=re.MULTILINE), name
+        entry = rf"(auto(function|class|module):: fused_reg\.|py:data:: ){name}$"
+        assert re.search(entry, API, flags=re.MULTILINE), name
     for name, function in inspect.getmembers(fused_reg.reference, inspect.isfunction):
         if function.__module__ == "fused_reg.reference" and not name.startswith("_"):
             assert inspect.getdoc(function), name  # `automodule` shows those with a docstring

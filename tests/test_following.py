@@ -115,7 +115,9 @@ def test_nothing_is_left_of_the_choice():
     net = make_net()
     regularizer = Regularizer(net, l1=0.125, include="3.*")
     net[3] = nn.Identity()
-    with pytest.raises(ValueError, match="include, exclude, weights_only and rules must leave a parameter, got none"):
+    with pytest.raises(
+        ValueError, match="include, types, exclude, weights_only and rules must leave a parameter, got none"
+    ):
         regularizer()
 
 

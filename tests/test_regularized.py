@@ -21,6 +21,22 @@ def test_weights_or_all():
         assert_penalty(regularizer, [p for n, p in net.named_parameters() if n in expected], l1=0.5)
 
 
+@pytest.mark.parametrize("before", [lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_biases_with_strengths_of_their_own(before):
+    net = make_net()
+    regularized(net[0], l1=0.5, bias={"l2": 0.25})
+    regularized(net[3], bias={"l2_norm": 0.125})
+    regularizer = Regularizer(before(net))
+    assert strengths_of(regularizer) == {"0.weight": (0.5, 0, 0), "0.bias": (0, 0.25, 0), "3.bias": (0, 0, 0.125)}
+    w, b, c = (p.detach().double() for _, p in regularizer.named_parameters())
+    expected = 0.5 * w.abs().sum() + 0.25 * b.square().sum() + 0.125 * c.norm()
+    torch.testing.assert_close(regularizer().double(), expected)
+    outer = regularized(make_net(), l1=1.0, bias=True)
+    regularized(outer[0], bias={"l1": 2.0})
+    found = strengths_of(Regularizer(before(outer)))
+    assert (found["0.weight"], found["0.bias"], found["3.bias"]) == ((1, 0, 0), (2, 0, 0), (1, 0, 0))
+
+
 def test_every_kind_of_bias():
     net = nn.ModuleList([nn.LSTM(3, 4), nn.MultiheadAttention(4, 2, add_bias_kv=True), nn.LayerNorm(3)])
     assert names_of(Regularizer(regularized(net, l1=0.5))) == [
@@ -188,6 +204,10 @@ def test_print_shows_marks():
     for each in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert shown in str(each)
     assert net[0]._get_name() == "Linear"
+    regularized(net[0], l1=0.5, bias={"l2": 0.25})
+    assert str(net[0]).startswith("Linear[l1=0.5, bias: l2=0.25](")
+    regularized(net[0], bias={"l2": 0.25})
+    assert str(net[0]).startswith("Linear[bias: l2=0.25](")
     regularized(net[0], l2=torch.tensor(0.5))
     regularized(net[0], l2=lambda step: 0.5)
     assert str(net[0]) == "Linear[l2: function](in_features=2, out_features=2, bias=True)"

@@ -134,11 +134,19 @@ def test_strengths(strength, error, message):
         (
             {"l1": 0.5, "include": "*.bias", "weights_only": True},
             ValueError,
-            "Regularizer: include, exclude, weights_only and rules must leave a parameter, got none",
+            "Regularizer: include, types, exclude, weights_only and rules must leave a parameter, got none",
         ),
-        ({"rules": ["0.*"]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got '0.*'"),
-        ({"rules": [0.5]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got 0.5"),
-        ({"rules": [("0.*", 0.5)]}, TypeError, "Regularizer: rules[0] must be a pair (pattern, dict(l1=...)), got ("),
+        (
+            {"rules": ["0.*"]},
+            TypeError,
+            "Regularizer: rules[0] must be a pair (pattern or type, dict(l1=...)), got '0.*'",
+        ),
+        ({"rules": [0.5]}, TypeError, "Regularizer: rules[0] must be a pair (pattern or type, dict(l1=...)), got 0.5"),
+        (
+            {"rules": [("0.*", 0.5)]},
+            TypeError,
+            "Regularizer: rules[0] must be a pair (pattern or type, dict(l1=...)), got (",
+        ),
         ({"rules": [("0.*", {})]}, ValueError, "Regularizer: rules[0] must give l1, l2, l2_norm or smooth_l1, got {}"),
         (
             {"rules": [("0.*", {"l3": 1})]},
@@ -162,7 +170,27 @@ def test_choice(given, error, message):
     [
         (PARAMETER, {"l1": 0.5}, TypeError, "regularized: module must be a torch.nn.Module, got Parameter"),
         (nn.ReLU(), {}, ValueError, "regularized: l1, l2, l2_norm or smooth_l1 must give a strength, got none"),
-        (nn.ReLU(), {"l1": 1, "bias": 1}, TypeError, "regularized: bias must be True or False, got 1"),
+        (nn.ReLU(), {"l1": 1, "bias": 1}, TypeError, "regularized: bias must be True, False or dict(l1=...), got 1"),
+        (nn.ReLU(), {"bias": {}}, ValueError, "regularized: bias must give l1, l2, l2_norm or smooth_l1, got {}"),
+        (
+            nn.ReLU(),
+            {"bias": {"l1": None}},
+            ValueError,
+            "regularized: bias must give l1, l2, l2_norm or smooth_l1, got {",
+        ),
+        (
+            nn.ReLU(),
+            {"bias": {"l3": 1}},
+            ValueError,
+            "regularized: bias must have keys of l1, l2, l2_norm, smooth_l1, ",
+        ),
+        (nn.ReLU(), {"bias": {"l1": -1}}, ValueError, "regularized: bias: l1 must be finite and >= 0, got -1"),
+        (
+            nn.ReLU(),
+            {"l2_norm": 1, "bias": {"l1": 1, "group": "row"}},
+            ValueError,
+            'regularized: bias: group="row" must come with l2_norm, whose norms',
+        ),
         (
             nn.ReLU(),
             {"l1": 1, "group": "row"},

@@ -308,7 +308,7 @@ def test_a_configuration_is_a_copy():
     rules, include = [("*", given)], ["[01]"]
     regularizer = Regularizer(three(), rules=rules, include=include)
     expected = {"l1": None, "l2": None, "l2_norm": None, "group": "tensor", "weights_only": False}
-    expected |= {"include": ["[01]"], "exclude": None, "rules": [("*", {"l1": 0.5})]}
+    expected |= {"include": ["[01]"], "types": None, "exclude": None, "rules": [("*", {"l1": 0.5})]}
     expected |= {"toward": None, "importance": None, "save_references": None}
     given["l1"] = 0.75
     rules.clear()

@@ -121,3 +121,20 @@ def test_nothing_trained():
 def test_only_empty_parameters():
     (row, _, total) = Regularizer([nn.Parameter(torch.zeros(0, 3))], l1=0.1).report().rows
     assert (row["elements"], row["value"], row["norm"], total["zero_share"]) == (0, 0, 0, 0)
+
+
+def test_rows_by_name():
+    """A parameter's is found before those of groups and of all."""
+    p, q, r = (torch.nn.Parameter(torch.full((n,), 2.0)) for n in (1, 2, 3))
+    regularizer = Regularizer([("group 0", p), ("a", q), ("total", r)], l1=0.5, rules=[("a", {"l1": 1.0})])
+    report = regularizer.report()
+    assert [(report[name]["level"], report[name]["elements"]) for name in ("group 0", "a", "total", "group 1")] == [
+        *[("parameter", 1), ("parameter", 2), ("parameter", 3)],
+        ("group", 2),
+    ]
+    assert (report.total["level"], report.total["elements"], report.total["value"]) == ("total", 6, 8.0)
+    with pytest.raises(KeyError, match="report: name must be that of a row, got 'group 11'; the nearest is 'group 1'"):
+        report["group 11"]
+    for _, param in regularizer.named_parameters():
+        param.requires_grad_(False)
+    assert regularizer.report()["total"]["elements"] == regularizer.report().total["elements"] == 0

@@ -24,13 +24,37 @@ struct ChunkTask {
   int64_t apart[kStreams] = {};
 };
 
-// The sums of each chunk; null: they are not asked for.
-using ChunkKernel = void (*)(const ChunkTask&, ChunkSums*);
+// Those of the chunks of a task.
+struct TaskSums {
+  double sum[kSums][kMaxVisit];
+  int exponent[kSums][kMaxVisit];
+
+  FUSED_REG_INLINE ChunkSums of(int64_t chunk) const {
+    ChunkSums sums;
+    for (int k = 0; k < kSums; ++k) {
+      sums.of[k] = {sum[k][chunk], exponent[k][chunk]};
+    }
+    return sums;
+  }
+};
+
+// Of chunks that are whole groups, from their sums: the norm of each, and what it adds to the penalty.
+struct TaskNorms {
+  double norm[kMaxVisit];
+  double penalty[kMaxVisit];
+};
+
+// What is compiled for an instruction set.
+struct Kernels {
+  void (*run)(const ChunkTask&, TaskSums*);  // null: the sums are not asked for
+  void (*finish)(const double* numbers, int64_t chunks, const TaskSums&, TaskNorms*);
+  void (*sum_runs)(const double* penalties, int64_t length, int64_t runs, double* sums);  // of so many penalties each
+  double (*sum_columns)(const double* sums, int64_t count);
+};
 
 #if defined(__x86_64__)
-void chunk_kernel_avx512(const ChunkTask&, ChunkSums*);
-void chunk_kernel_avx2(const ChunkTask&, ChunkSums*);
+extern const Kernels kernels_avx512, kernels_avx2;
 #endif
-void chunk_kernel_baseline(const ChunkTask&, ChunkSums*);
+extern const Kernels kernels_baseline;
 
 }  // namespace fused_reg

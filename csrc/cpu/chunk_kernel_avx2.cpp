@@ -12,7 +12,7 @@
 
 namespace fused_reg {
 
-void chunk_kernel_avx2(const ChunkTask& task, ChunkSums* sums) { avx2::run_pass(task, sums); }
+const Kernels kernels_avx2 = {avx2::run_pass, avx2::finish, avx2::sum_runs, avx2::sum_columns};
 
 }  // namespace fused_reg
 

@@ -13,7 +13,7 @@
 
 namespace fused_reg {
 
-void chunk_kernel_avx512(const ChunkTask& task, ChunkSums* sums) { avx512::run_pass(task, sums); }
+const Kernels kernels_avx512 = {avx512::run_pass, avx512::finish, avx512::sum_runs, avx512::sum_columns};
 
 }  // namespace fused_reg
 

@@ -5,6 +5,6 @@
 
 namespace fused_reg {
 
-void chunk_kernel_baseline(const ChunkTask& task, ChunkSums* sums) { baseline::run_pass(task, sums); }
+const Kernels kernels_baseline = {baseline::run_pass, baseline::finish, baseline::sum_runs, baseline::sum_columns};
 
 }  // namespace fused_reg

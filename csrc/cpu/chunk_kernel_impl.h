@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "../summation.h"
 #include "simd.h"
@@ -24,9 +25,14 @@ struct Kernel {
   using Storage = typename E::Storage;
   using Scalar = typename E::Scalar;
   using Factor = decltype(broadcast<Scalar>(0));
+  static constexpr int kAcross = E::kCount / kDoubles;
+  using Widened = decltype(E::widened(nullptr));
   static constexpr bool kWide = std::is_same_v<Scalar, double>;
   using MultiplyAdd = std::conditional_t<kWide, TwoRoundings, OneRounding>;
   static constexpr unsigned kRead = P::kReads | (P::kSums ? bit(0) : 0);
+
+  // Whether chunks of at most a block are taken together.
+  static constexpr bool kCanBeShort = P::kSums != 0 && !P::kHasOptions && FUSED_REG_VECTOR_BYTES > 16;
 
   // Lanes that are summed at a time: as many as half of the registers hold. A step of an optimizer, which has many
   // streams and much to do with an element, takes all, and the sums stay in the first-level cache.
@@ -67,6 +73,15 @@ struct Kernel {
     }
   }
 
+  // Where chunks have norms of their own.
+  FUSED_REG_INLINE void set_norm(const ChunkTask& task, int64_t chunk) {
+    if (P::kFactors != 0 && task.norms != nullptr) {
+      StepNumbers numbers = task.numbers;
+      numbers.norm = task.norms[chunk];
+      set_factors(numbers);
+    }
+  }
+
   // `usual`: what may be there and is rare is not.
   template <bool usual>
   FUSED_REG_INLINE bool is_there(Storage* const* streams, int s) const {
@@ -79,10 +94,25 @@ struct Kernel {
   // What is read where an optional stream is not there.
   static FUSED_REG_INLINE Factor absent(int s) { return s == kImportance ? Factor{} + 1 : Factor{}; }
 
+  // Elements as they are written, of every stream.
+  struct Written {
+    decltype(E::written(Factor{}, Factor{})) of[kStreams];
+
+    template <bool usual>
+    FUSED_REG_INLINE void write_to(const Kernel& kernel, Storage* const* streams, int64_t i) const {
+      for (int s = 0; s < kStreams; ++s) {
+        if (P::kWrites & bit(s) && kernel.template is_there<usual>(streams, s)) {
+          store(streams[s] + i, of[s]);
+        }
+      }
+    }
+  };
+
   // The factors of the parts may be so many apart.
   template <bool usual>
-  FUSED_REG_INLINE void elements(Storage* const* streams, int64_t i, const Factor* factors, int apart = 0) const {
+  FUSED_REG_INLINE Written elements(Storage* const* streams, int64_t i, const Factor* factors, int apart = 0) const {
     const unsigned known = usual ? options & P::kUsual : options;
+    Written out;
     Factor x[E::kParts][kStreams];
     for (int part = 0; part < E::kParts; ++part) {
       for (int s = 0; s < kStreams; ++s) {
@@ -100,22 +130,21 @@ struct Kernel {
     }
     for (int s = 0; s < kStreams; ++s) {
       if (P::kWrites & bit(s) && is_there<usual>(streams, s)) {
-        auto written = E::written(x[0][s], x[E::kParts - 1][s]);
+        out.of[s] = E::written(x[0][s], x[E::kParts - 1][s]);
         if constexpr (P::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
           if (s == 0 && (!P::kHasOptions || known & kProximal)) {
-            written = with_positive_zero(written);
+            out.of[s] = with_positive_zero(out.of[s]);
           }
         }
-        store(streams[s] + i, written);
       }
     }
+    return out;
   }
 
   // Adds elements of the parameter to the two sums of their lanes, which are so many vectors apart.
   template <int apart>
-  FUSED_REG_INLINE void add(Double* sums, const Storage* elements) const {
+  FUSED_REG_INLINE void add(Double* sums, Widened w) const {
     if constexpr (P::kSums != 0) {
-      const auto w = E::widened(elements);
       for (int v = 0; v < E::kCount / kDoubles; ++v) {
         Double x[2] = {sums[v], sums[apart + v]};
         P::template add<MultiplyAdd>(x, w.of[v], sum_factors,
@@ -192,10 +221,10 @@ struct Kernel {
             if constexpr (P::kIsRelative && P::kSums != 0) {
               add_relative<kVectors>(next, at, i);
             } else {
-              add<kVectors>(next, at[0] + i);
+              add<kVectors>(next, E::widened(at[0] + i));
             }
             if constexpr (P::kWrites != 0) {
-              elements<usual>(at, i, factors);
+              elements<usual>(at, i, factors).template write_to<usual>(*this, at, i);
             }
             next += E::kCount / kDoubles;
             i += E::kCount;
@@ -294,68 +323,188 @@ struct Kernel {
     }
   };
 
-  // The sum of a chunk of one block, of its lanes.
-  static FUSED_REG_INLINE double total_of(Double* lanes) {
-    typedef double Pair __attribute__((vector_size(16)));
-    double folded[kFoldedLanes];
-    fold(lanes, folded);
-    const auto pair = [&](int lane) { return load<Pair>(folded + lane); };
-    const Pair sums = (pair(0) + pair(4)) + (pair(2) + pair(6));
-    return sums[0] + sums[1];
+  // Of first and second halves, some in a vector: each two added, those of a, then those of b.
+  template <int half, size_t... i>
+  static FUSED_REG_INLINE Double halved(Double a, Double b, std::index_sequence<i...>) {
+    return shuffled<(i / half * 2 * half + i % half)...>(a, b) +
+           shuffled<(i / half * 2 * half + i % half + half)...>(a, b);
   }
 
-  struct Sums {
-    double of[kPassSums];
-
-    // Number by number: a copy would wait for the numbers to reach the cache.
-    FUSED_REG_INLINE void write_to(ChunkSums* found, int exponent) const {
-      for (int k = 0; k < kSums; ++k) {
-        found->of[k].sum = k < kPassSums ? of[k] : 0;
-        found->of[k].exponent = k < kPassSums ? exponent : 0;
+  // The tree of a chunk of one block, to a vector; of two parts each is half of it.
+  static FUSED_REG_INLINE Double folded(Double* lanes) {
+    for (int half = kLanes / kDoubles / 2; half >= E::kParts; half /= 2) {
+      for (int v = 0; v < half; ++v) {
+        lanes[v] = lanes[v] + lanes[v + half];
       }
+    }
+    return E::kParts == 1 ? lanes[0] : halved<kDoubles / 2>(lanes[0], lanes[1], std::make_index_sequence<kDoubles>());
+  }
+
+  // Its end, for as many chunks as a vector has numbers.
+  template <int left = kDoubles / 2>
+  static FUSED_REG_INLINE Double totals(Double* folded) {
+    if constexpr (left > 0) {
+      constexpr int kHalf = std::max(left / E::kParts, 1);
+      for (int i = 0; i < left; ++i) {
+        folded[i] = halved<kHalf>(folded[2 * i], folded[2 * i + 1], std::make_index_sequence<kDoubles>());
+      }
+      return totals<left / 2>(folded);
+    }
+    return folded[0];
+  }
+
+  // Of elements that are read as a whole vector, some; 0 for the others.
+  struct Mask {
+    Widened bits;
+
+    FUSED_REG_INLINE explicit Mask(int count) {
+      Storage ones[E::kCount];
+      for (int i = 0; i < E::kCount; ++i) {
+        ones[i] = i < count ? sizeof(Storage) == sizeof(uint16_t) ? 0x3c00 : 1 : 0;
+      }
+      bits = E::widened(ones);
+      for (Double& v : bits.of) {
+        v = (Double)(v != 0);
+      }
+    }
+
+    FUSED_REG_INLINE Widened of(Widened w) const {
+      for (int v = 0; v < kAcross; ++v) {
+        w.of[v] = (Double)((Bits64)w.of[v] & (Bits64)bits.of[v]);
+      }
+      return w;
     }
   };
 
-  // The chunk at these streams. Short rows, of which there are many, stay in registers.
-  FUSED_REG_INLINE Sums run(Storage* const* streams, int64_t size) {
-    constexpr bool kCanBeShort = !P::kHasOptions && FUSED_REG_VECTOR_BYTES > 16;
-    if (!kCanBeShort || size > kBlock || size % kLanes != 0) {
-      return run_blocks(streams, size);
+  // The last row, of `count` elements, of a chunk; of the task's elements there are `left` from there on.
+  FUSED_REG_INLINE void take_rest(Double* lanes, Storage* const* streams, int64_t begin, int count, int64_t left,
+                                  const Mask& mask) const {
+    if (P::kWrites != 0 || P::kPadding != 0 || P::kIsRelative ||
+        left < (count + E::kCount - 1) / E::kCount * E::kCount) {
+      Padded tail(*this, streams, begin, count);
+      take_rows<false>(lanes, tail.streams, 0, 1);
+      tail.copy_to(streams, begin, count);
+      return;
     }
-    Double lanes[kPassSums * kLanes / kDoubles];
-    take_rows<true>(lanes, streams, 0, static_cast<int>(size / kLanes));
-    Sums found;
-    for (int k = 0; k < kPassSums; ++k) {
-      found.of[k] = P::kSums & bit(k) ? total_of(lanes + k * kLanes / kDoubles) : 0;
+    for (int i = 0; i < count; i += E::kCount) {
+      const Widened w = E::widened(streams[0] + begin + i);
+      add<kLanes / kDoubles>(lanes + i / kDoubles, count - i < E::kCount ? mask.of(w) : w);
     }
-    return found;
   }
 
-  __attribute__((noinline)) Sums run_blocks(Storage* const* streams, int64_t size) {
-    int64_t i = 0;
+  static FUSED_REG_INLINE int64_t chunks_of(const ChunkTask& task) {
+    return (task.size + task.chunk_size - 1) / task.chunk_size;
+  }
+
+  // Chunks of at most a block each: the lanes stay in registers, and kDoubles chunks share the end of the tree.
+  template <bool has_rest>
+  void run_short(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
+    const Mask mask(has_rest ? static_cast<int>(task.chunk_size % E::kCount) : 0);
+    const int64_t chunks = chunks_of(task);
+    for (int64_t first = 0; first < chunks; first += kDoubles) {
+      Double ends[kPassSums][kDoubles];
+      const int count = static_cast<int>(std::min<int64_t>(kDoubles, chunks - first));
+      for (int i = 0; i < count; ++i) {
+        const int64_t begin = (first + i) * task.chunk_size, size = std::min(task.chunk_size, task.size - begin);
+        const int rest = has_rest ? static_cast<int>(size % kLanes) : 0;
+        Double lanes[kPassSums * kLanes / kDoubles];
+        set_norm(task, first + i);
+        take_rows<true>(lanes, streams, begin, static_cast<int>(size / kLanes));
+        if (rest != 0) {
+          take_rest(lanes, streams, begin + size - rest, rest, task.size - begin - size + rest, mask);
+        }
+        for (int k = 0; k < kPassSums; ++k) {
+          ends[k][i] = P::kSums & bit(k) ? folded(lanes + k * kLanes / kDoubles) : Double{};
+        }
+      }
+      for (auto& end : ends) {
+        std::fill(end + count, end + kDoubles, Double{});
+      }
+      for (int k = 0; k < kPassSums && found != nullptr; ++k) {
+        store(found->sum[k] + first, totals(ends[k]));
+      }
+    }
+  }
+
+  // A chunk that is written, without sums. The last vector may overlap the one before, so its elements are taken first.
+  void write_run(Storage* const* streams, int64_t begin, int64_t size) const {
+    const int64_t end = begin + size, last = end - E::kCount;
+    const Written of_last = elements<false>(streams, last, factors);
+    take_rows<true>(nullptr, streams, begin, static_cast<int>(size / kLanes));
+    for (int64_t i = begin + size / kLanes * kLanes; i < last; i += E::kCount) {
+      elements<false>(streams, i, factors).template write_to<false>(*this, streams, i);
+    }
+    of_last.template write_to<false>(*this, streams, last);
+  }
+
+  // How many blocks a chunk has; it leaves their sums.
+  __attribute__((noinline)) int run_blocks(Storage* const* streams, int64_t begin, int64_t size) {
+    int64_t i = begin;
+    const int64_t end = begin + size;
     int b = 0;
-    for (; i + kBlock <= size; i += kBlock) {
+    for (; i + kBlock <= end; i += kBlock) {
       block(b++, streams, i);
     }
-    const int rows = static_cast<int>(size - i) / kLanes, rest = static_cast<int>(size - i) % kLanes;
+    const int rows = static_cast<int>(end - i) / kLanes, rest = static_cast<int>(end - i) % kLanes;
     if (rest != 0) {
-      Padded tail(*this, streams, size - rest, rest);
+      Padded tail(*this, streams, end - rest, rest);
       part_of_block(b++, streams, i, rows, tail.streams);
-      tail.copy_to(streams, size - rest, rest);
+      tail.copy_to(streams, end - rest, rest);
     } else if (rows != 0) {
       part_of_block(b++, streams, i, rows, nullptr);
     }
-    Sums found;
-    for (int k = 0; k < kPassSums; ++k) {
-      found.of[k] = P::kSums & bit(k) ? total(sums[k], b) : 0;
-    }
-    return found;
+    return b;
   }
 
-  // CHUNKS SIDE BY SIDE: a vector has an element of each of E::kCount chunks, and a lane of the sums is some vectors.
-  static constexpr int kAcross = E::kCount / kDoubles;
+  // The chunks of a task, which follow on one another.
+  void run_in_turn(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
+    for (int64_t c = 0; c * task.chunk_size < task.size; ++c) {
+      const int64_t begin = c * task.chunk_size, size = std::min(task.chunk_size, task.size - begin);
+      set_norm(task, c);
+      if (P::kSums == 0 && !P::kHasOptions && size >= E::kCount) {
+        write_run(streams, begin, size);
+        continue;
+      }
+      const int blocks = run_blocks(streams, begin, size);
+      for (int k = 0; k < kPassSums && found != nullptr; ++k) {
+        found->sum[k][c] = P::kSums & bit(k) ? total(sums[k], blocks) : 0;
+      }
+    }
+  }
 
-  // Where the vectors of E have chunk i, if they are of so many numbers.
+  void run(const ChunkTask& task, TaskSums* found) {
+    Storage* streams[kStreams];
+    std::transform(task.streams, task.streams + kStreams, streams, [](void* s) { return static_cast<Storage*>(s); });
+    const bool is_short = kCanBeShort && std::min(task.chunk_size, task.size) <= kBlock;
+    if constexpr (!P::kHasOptions && !P::kIsRelative && (P::kSums == 0 || P::kWrites == 0)) {
+      if (task.apart[0] != 0) {
+        run_across(task, streams, found);
+      }
+    }
+    if constexpr (kCanBeShort) {
+      if (task.apart[0] == 0 && is_short) {
+        task.size % kLanes == 0 && (task.size <= task.chunk_size || task.chunk_size % kLanes == 0)
+            ? run_short<false>(task, streams, found)
+            : run_short<true>(task, streams, found);
+      }
+    }
+    if (task.apart[0] == 0 && !is_short) {
+      run_in_turn(task, streams, found);
+    }
+    if (found == nullptr) {
+      return;
+    }
+    const int64_t chunks = chunks_of(task);
+    for (int k = 0; k < kSums; ++k) {
+      std::fill_n(found->exponent[k], chunks, k < kPassSums ? exponent : 0);
+      if (k >= kPassSums) {
+        std::fill_n(found->sum[k], chunks, 0.0);
+      }
+    }
+  }
+
+  // CHUNKS SIDE BY SIDE: a vector has an element of each of E::kCount chunks, and a lane of the sums is kAcross
+  // vectors. Where the vectors of E have chunk i, if they are of so many numbers.
   template <unsigned vector>
   static constexpr unsigned place(unsigned i) {
     constexpr unsigned kParts = E::kParts;
@@ -408,7 +557,7 @@ struct Kernel {
         for (int i = l; i < count; i += kLanes) {
           const Storage* const at = from + (begin + i) * apart;
           fetch(at + fetched_lanes(count) * apart, fetched);
-          add<kAcross>(lane.of, at);
+          add<kAcross>(lane.of, E::widened(at));
         }
         lanes[l] = lane;
       }
@@ -435,14 +584,14 @@ struct Kernel {
           fetch(at[s] + kFetchedRows * apart[s], fetched);
         }
       }
-      elements<false>(at, 0, own, P::kFactors + 1);
+      elements<false>(at, 0, own, P::kFactors + 1).template write_to<false>(*this, at, 0);
       for (int s = 0; s < kStreams; ++s) {
         at[s] += (kRead | P::kWrites) & bit(s) && is_there<false>(at, s) ? apart[s] : 0;
       }
     }
   }
 
-  void run_across(const ChunkTask& task, Storage* const* streams, ChunkSums* found) {
+  void run_across(const ChunkTask& task, Storage* const* streams, TaskSums* found) const {
     const int64_t chunks = task.size / task.chunk_size;
     StepNumbers numbers = task.numbers;
     for (int64_t first = 0; first < chunks; first += E::kCount) {
@@ -455,10 +604,9 @@ struct Kernel {
         sums_across(at[0], task.apart[0], task.chunk_size, fetched, &sums);
         double lanes[kPassSums * E::kCount];
         std::memcpy(lanes, &sums, sizeof lanes);
-        for (int i = 0; i < count; ++i) {
-          ChunkSums& own = found[first + i] = {};
-          for (int k = 0; k < kPassSums; ++k) {
-            own.of[k] = {lanes[k * E::kCount + place<kDoubles>(i)], exponent};
+        for (int k = 0; k < kPassSums; ++k) {
+          for (int i = 0; i < count; ++i) {
+            found->sum[k][first + i] = lanes[k * E::kCount + place<kDoubles>(i)];
           }
         }
       } else {
@@ -480,8 +628,7 @@ struct Kernel {
 
 // Where sums have left the range of float64, they are taken again.
 template <Dtype dtype, class P>
-void run_kernel(const ChunkTask& task, ChunkSums* sums) {
-  using Storage = typename Element<dtype>::Storage;
+void run_kernel(const ChunkTask& task, TaskSums* sums) {
   constexpr bool kIsRescued = !std::is_void_v<typename P::Sums> && (dtype == Dtype::kFloat64 || P::kOfAnyDtype);
   if constexpr (kIsRescued && (P::kWrites & bit(0))) {
     if (sums != nullptr) {
@@ -489,55 +636,23 @@ void run_kernel(const ChunkTask& task, ChunkSums* sums) {
       sums = nullptr;
     }
   }
-  Kernel<dtype, P> kernel(task.numbers, 0, task.ahead);
-  StepNumbers numbers = task.numbers;
-  Storage* streams[kStreams];
-  for (int s = 0; s < kStreams; ++s) {
-    streams[s] = static_cast<Storage*>(task.streams[s]);
-  }
-  const double* norms = P::kFactors == 0 ? nullptr : task.norms;
-  if (task.apart[0] != 0) {  // of no relative terms
-    if constexpr (!P::kHasOptions && !P::kIsRelative && (P::kSums == 0 || P::kWrites == 0)) {
-      kernel.run_across(task, streams, sums);
-    }
-    if constexpr (kIsRescued && !P::kIsRelative && P::kWrites == 0) {
-      for (const int exponent : {-kRescueExponent, kRescueExponent}) {
-        const auto is_lost = [&](const ChunkSums& found) {
-          const auto* of = found.of;
-          return of[0].exponent == 0 && rescue_exponent(of[0].sum, of[1].sum, P::kSums & kL2) == exponent;
-        };
-        ChunkSums* const end = sums + task.size / task.chunk_size;
-        if (std::any_of(sums, end, is_lost)) {
-          ChunkSums again[kMaxVisit];
-          Kernel<dtype, P>(numbers, exponent, 0).run_across(task, streams, again);
-          std::transform(sums, end, again, sums, [&](const ChunkSums& found, const ChunkSums& other) {
-            return is_lost(found) ? other : found;
-          });
+  Kernel<dtype, P>(task.numbers, 0, task.ahead).run(task, sums);
+  if constexpr (kIsRescued) {
+    for (const int exponent : {-kRescueExponent, kRescueExponent}) {
+      TaskSums again;
+      bool is_there = false;
+      for (int64_t c = 0; sums != nullptr && c * task.chunk_size < task.size; ++c) {
+        if (sums->exponent[0][c] == 0 &&
+            rescue_exponent(sums->sum[0][c], sums->sum[1][c], P::kSums & kL2) == exponent) {
+          if (!is_there) {
+            Kernel<dtype, typename P::Sums>(task.numbers, exponent, 0).run(task, &again);
+            is_there = true;
+          }
+          for (int k = 0; k < kPassSums; ++k) {
+            sums->sum[k][c] = again.sum[k][c];
+            sums->exponent[k][c] = exponent;
+          }
         }
-      }
-    }
-    return;
-  }
-  for (int64_t left = task.size; left > 0; left -= task.chunk_size) {
-    if (norms != nullptr) {
-      numbers.norm = *norms++;
-      kernel.set_factors(numbers);
-    }
-    const int64_t size = std::min(left, task.chunk_size);
-    const auto found = kernel.run(streams, size);
-    if (sums != nullptr) {
-      const int exponent = kIsRescued ? rescue_exponent(found.of[0], found.of[1], P::kSums & kL2) : 0;
-      found.write_to(sums, 0);
-      if constexpr (kIsRescued) {
-        if (exponent != 0) {
-          Kernel<dtype, typename P::Sums>(numbers, exponent, 0).run(streams, size).write_to(sums, exponent);
-        }
-      }
-      ++sums;
-    }
-    for (int s = 0; s < kStreams; ++s) {
-      if ((kernel.kRead | P::kWrites) & bit(s)) {
-        streams[s] += streams[s] == nullptr ? 0 : size;
       }
     }
   }
@@ -549,7 +664,7 @@ constexpr int compiled(int terms, int known) {
 }
 
 template <Dtype dtype, template <int> class P, int known, int terms = 0>
-void run_compiled(const ChunkTask& task, ChunkSums* sums) {
+void run_compiled(const ChunkTask& task, TaskSums* sums) {
   if constexpr ((terms & ~known) == 0 && compiled(terms, known) == terms) {
     if (compiled(task.numbers.terms & known, known) == terms) {
       return run_kernel<dtype, P<terms>>(task, sums);
@@ -562,15 +677,15 @@ void run_compiled(const ChunkTask& task, ChunkSums* sums) {
 
 // The sum of each further term that a chunk has.
 template <Dtype dtype, int relative>
-void sum_further(const ChunkTask& task, ChunkSums* sums) {
+void sum_further(const ChunkTask& task, TaskSums* sums) {
   FurtherTerms::each([&](auto term) {
     using T = decltype(term);
     if (task.numbers.terms & T::kBit) {
-      ChunkSums found[kMaxVisit];
-      run_kernel<dtype, typename TermSum<T>::template Pass<relative>>(task, found);
+      TaskSums found;
+      run_kernel<dtype, typename TermSum<T>::template Pass<relative>>(task, &found);
       for (int64_t c = 0; c * task.chunk_size < task.size; ++c) {
-        const ScaledSum& sum = found[c].of[1];
-        sums[c].of[T::kSum] = {sum.sum, T::result_exponent(task.numbers, sum.exponent)};
+        sums->sum[T::kSum][c] = found.sum[1][c];
+        sums->exponent[T::kSum][c] = T::result_exponent(task.numbers, found.exponent[1][c]);
       }
     }
   });
@@ -578,7 +693,7 @@ void sum_further(const ChunkTask& task, ChunkSums* sums) {
 
 // A pass of relative terms, each maybe. With further ones, and in a step, first the sums, and then what is written.
 template <Dtype dtype, template <int> class P, int known>
-void run_relative(const ChunkTask& task, ChunkSums* sums) {
+void run_relative(const ChunkTask& task, TaskSums* sums) {
   if constexpr (P<known>::kHasOptions || (P<known>::kSums != 0 && known != kNone)) {
     if constexpr (!P<known>::kHasOptions) {
       if (!(task.numbers.terms & kFurther)) {
@@ -601,7 +716,7 @@ void run_relative(const ChunkTask& task, ChunkSums* sums) {
 
 // A pass; with further terms in parts, for which the chunks are still in the cache.
 template <Dtype dtype, template <int> class P, int known>
-void run_terms(const ChunkTask& task, ChunkSums* sums) {
+void run_terms(const ChunkTask& task, TaskSums* sums) {
   const bool is_relative = task.streams[kToward] != nullptr || task.streams[kImportance] != nullptr;
   if constexpr (P<known>::kHasOptions) {
     if (task.numbers.terms == kNone) {
@@ -635,7 +750,7 @@ void run_terms(const ChunkTask& task, ChunkSums* sums) {
 }
 
 template <Dtype dtype>
-void run_pass_of(const ChunkTask& task, ChunkSums* sums) {
+void run_pass_of(const ChunkTask& task, TaskSums* sums) {
   switch (task.pass) {
 #define FUSED_REG_RUN(name, terms, numbers) \
   case Pass::k##name:                       \
@@ -648,7 +763,58 @@ void run_pass_of(const ChunkTask& task, ChunkSums* sums) {
   }
 }
 
-inline void run_pass(const ChunkTask& task, ChunkSums* sums) {
+// is_plain: all exponents are 0.
+template <bool is_plain>
+void finish_of(const double* numbers, int64_t chunks, const TaskSums& sums, TaskNorms* __restrict out) {
+  double own[kNumbers];
+  std::copy_n(numbers, int{kNumbers}, own);
+  for (int64_t c = 0; c < chunks; ++c) {
+    ScaledSum of[kSums];
+    for (int k = 0; k < kSums; ++k) {
+      of[k] = {sums.sum[k][c], is_plain ? 0 : sums.exponent[k][c]};
+    }
+    out->norm[c] = norm_of(of[L2::kSum]);
+    out->penalty[c] = SummedTerms::penalty(own, of) + norm_penalty(own[kNormStrength], of[L2::kSum]);
+  }
+}
+
+inline void finish(const double* numbers, int64_t chunks, const TaskSums& sums, TaskNorms* out) {
+  int exponents = 0;
+  for (const auto& of_term : sums.exponent) {
+    for (int64_t c = 0; c < chunks; ++c) {
+      exponents |= of_term[c];
+    }
+  }
+  exponents == 0 ? finish_of<true>(numbers, chunks, sums, out) : finish_of<false>(numbers, chunks, sums, out);
+}
+
+// Some numbers as a vector; 0 behind them.
+FUSED_REG_INLINE Double some_of(const double* numbers, int64_t count, int64_t apart) {
+  Double some{};
+  for (int i = 0; i < std::min<int64_t>(count, kDoubles); ++i) {
+    some[i] = numbers[i * apart];
+  }
+  return some;
+}
+
+inline void sum_runs(const double* numbers, int64_t length, int64_t runs, double* sums) {
+  for (int64_t r = 0; r < runs; r += kDoubles) {
+    CompensatedSums<Double> run{};
+    for (int64_t i = 0; i < length; ++i) {
+      run.add(some_of(numbers + r * length + i, runs - r, length));
+    }
+    const Double found = result(run);
+    std::memcpy(sums + r, &found, std::min<int64_t>(runs - r, kDoubles) * sizeof(double));
+  }
+}
+
+inline double sum_columns(const double* numbers, int64_t count) {
+  return column_sum<kColumns, Double>(count, [&](int64_t i) __attribute__((always_inline)) {
+    return count - i < kDoubles ? some_of(numbers + i, count - i, 1) : load<Double>(numbers + i);
+  });
+}
+
+inline void run_pass(const ChunkTask& task, TaskSums* sums) {
   switch (task.dtype) {
     case Dtype::kFloat32:
       return run_pass_of<Dtype::kFloat32>(task, sums);

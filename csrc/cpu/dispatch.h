@@ -9,8 +9,8 @@ namespace fused_reg {
 
 struct CpuCapability {
   const char* name;
-  ChunkKernel kernel;
-  ChunkKernel small_kernel;  // for lists of at most kSmallList elements
+  const Kernels* kernels;
+  const Kernels* small_kernels;  // for lists of at most kSmallList elements
 };
 
 // 512-bit instructions lower the clock for a while, also for what runs next: that costs more than they gain here.
@@ -22,13 +22,13 @@ inline const CpuCapability& cpu_capability() {
 #if defined(__x86_64__)
     const std::string name = at::get_cpu_capability();
     if (name == "AVX512") {
-      return CpuCapability{"AVX512", chunk_kernel_avx512, chunk_kernel_avx2};
+      return CpuCapability{"AVX512", &kernels_avx512, &kernels_avx2};
     }
     if (name == "AVX2") {
-      return CpuCapability{"AVX2", chunk_kernel_avx2, chunk_kernel_avx2};
+      return CpuCapability{"AVX2", &kernels_avx2, &kernels_avx2};
     }
 #endif
-    return CpuCapability{"baseline", chunk_kernel_baseline, chunk_kernel_baseline};
+    return CpuCapability{"baseline", &kernels_baseline, &kernels_baseline};
   }();
   return capability;
 }

@@ -27,7 +27,7 @@ class ListPass : public TaskList {
       long_groups_ += plan_.chunks_per_group(t) > 1 ? plan_.first_group(t + 1) - plan_.first_group(t) : 0;
     }
     const CpuCapability& capability = cpu_capability();
-    kernel_ = plan_.elements() <= kSmallList ? capability.small_kernel : capability.kernel;
+    kernels_ = plan_.elements() <= kSmallList ? capability.small_kernels : capability.kernels;
   }
 
   // The value shall be float64.
@@ -193,7 +193,7 @@ class ListPass : public TaskList {
       task = prox_task(task);
     }
     if (task.pass != Pass::kPenalty) {
-      kernel_(task, nullptr);
+      kernels_->run(task, nullptr);
     }
   }
 
@@ -218,10 +218,10 @@ class ListPass : public TaskList {
   // The sums of the chunks of a visit of tensor t, the first of which is of_first.
   void take_sums(const ChunkTask& task, int64_t t, ChunkSums* of_first) const {
     const int64_t next = task.apart[0] != 0 ? plan_.chunks_per_group(t) : 1;
-    ChunkSums found[kMaxVisit];
-    kernel_(task, found);
+    TaskSums found;
+    kernels_->run(task, &found);
     for (int64_t i = 0; i * task.chunk_size < task.size; ++i) {
-      of_first[i * next] = found[i];
+      of_first[i * next] = found.of(i);
     }
   }
 
@@ -283,17 +283,20 @@ class ListPass : public TaskList {
 
   void visit_groups(const std::vector<Round>& rounds, const Visit& visit, ChunkTask& task) const {
     const int64_t t = visit.first.tensor, per_group = plan_.chunks_per_group(t);
-    ChunkSums sums[kMaxVisit];
-    double norms[kMaxVisit];
+    TaskNorms groups;
     for (const Round& round : rounds) {
-      kernel_(sums_task(task, round.sums), sums);
+      const ChunkTask sums_of = sums_task(task, round.sums);
       if (per_group == 1) {
-        finish_chunks(round, visit, sums, norms);
+        TaskSums sums;
+        kernels_->run(sums_of, &sums);
+        finish_chunks(round, visit, sums, &groups);
       } else {
-        norms[0] = finish(round, t, visit.first.group, visit.number, sums);
+        ChunkSums sums[kVisitedGroup / kChunkSize];
+        take_sums(sums_of, t, sums);
+        groups.norm[0] = finish(round, t, visit.first.group, visit.number, sums);
       }
       if (round.writes) {
-        set_norms(task, t, norms);
+        set_norms(task, t, groups.norm);
         task.ahead = visit.size;
         write(task, round.sums);
       }
@@ -301,37 +304,13 @@ class ListPass : public TaskList {
   }
 
   // The norms of groups of one chunk each.
-  void finish_chunks(const Round& round, const Visit& visit, const ChunkSums* sums, double* norms) const {
-    int exponents = 0;
-    for (int64_t i = 0; i < visit.chunks; ++i) {
-      for (const ScaledSum& sum : sums[i].of) {
-        exponents |= sum.exponent;
-      }
-    }
-    double* const penalties = round.penalties == nullptr ? nullptr : round.penalties + visit.number;
-    const double* const numbers = tasks_[visit.first.tensor].numbers.of;
-    exponents == 0 ? finish_chunks<true>(numbers, visit.chunks, sums, norms, penalties)
-                   : finish_chunks<false>(numbers, visit.chunks, sums, norms, penalties);
+  void finish_chunks(const Round& round, const Visit& visit, const TaskSums& sums, TaskNorms* groups) const {
+    kernels_->finish(tasks_[visit.first.tensor].numbers.of, visit.chunks, sums, groups);
     if (round.norms != nullptr) {
-      std::copy_n(norms, visit.chunks, round.norms + visit.first.group);
+      std::copy_n(groups->norm, visit.chunks, round.norms + visit.first.group);
     }
-  }
-
-  // is_plain: all exponents are 0.
-  template <bool is_plain>
-  static void finish_chunks(const double* numbers, int64_t count, const ChunkSums* sums, double* norms,
-                            double* penalties) {
-    double own[kNumbers];
-    std::copy_n(numbers, int{kNumbers}, own);
-    for (int64_t i = 0; i < count; ++i) {
-      ScaledSum of[kSums];
-      for (int k = 0; k < kSums; ++k) {
-        of[k] = {sums[i].of[k].sum, is_plain ? 0 : sums[i].of[k].exponent};
-      }
-      norms[i] = norm_of(of[L2::kSum]);
-      if (penalties != nullptr) {
-        penalties[i] = SummedTerms::penalty(own, of) + norm_penalty(own[kNormStrength], of[L2::kSum]);
-      }
+    if (round.penalties != nullptr) {
+      std::copy_n(groups->penalty, visit.chunks, round.penalties + visit.number);
     }
   }
 
@@ -358,9 +337,9 @@ class ListPass : public TaskList {
   Penalties run_sums() {
     Penalties penalties = some_penalties();
     for_each_task(plan_, own_streams(), [&](const Visit& visit, const ChunkTask& task) {
-      ChunkSums sums;
-      kernel_(task, &sums);
-      penalties[visit.number] = SummedTerms::penalty(task.numbers.of, sums.of);
+      TaskSums sums;
+      kernels_->run(task, &sums);
+      penalties[visit.number] = SummedTerms::penalty(task.numbers.of, sums.of(0).of);
     });
     return penalties;
   }
@@ -378,21 +357,20 @@ class ListPass : public TaskList {
   // Not yet written.
   Penalties some_penalties() const { return Penalties(new double[plan_.chunks() + long_groups_]); }
 
-  // run_length(chunks) chunks a run.
+  // run_length(chunks) chunks a run; one is its own sum.
   at::Tensor sum_of(const Penalties& penalties) const {
-    const int64_t chunks = plan_.chunks(), length = run_length(chunks), runs = (chunks + length - 1) / length;
-    std::vector<double> run_sums(runs + long_groups_);
-    in_parallel(runs, kGrainSize / length + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        CompensatedSum sum{};
-        for (int64_t c = r * length; c < std::min((r + 1) * length, chunks); ++c) {
-          sum.add(penalties[c]);
-        }
-        run_sums[r] = result(sum);
-      }
+    const int64_t chunks = plan_.chunks(), length = run_length(chunks);
+    if (length == 1) {
+      return value(kernels_->sum_columns(penalties.get(), chunks + long_groups_));
+    }
+    const int64_t whole = chunks / length, runs = whole + (chunks % length != 0);
+    std::vector<double> sums(runs + long_groups_);
+    in_parallel(whole, kGrainSize / length + 1, [&](int64_t begin, int64_t end) {
+      kernels_->sum_runs(penalties.get() + begin * length, length, end - begin, sums.data() + begin);
     });
-    std::copy_n(penalties.get() + chunks, long_groups_, run_sums.begin() + runs);
-    return value(column_sum<kColumns>(static_cast<int64_t>(run_sums.size()), [&](int64_t i) { return run_sums[i]; }));
+    kernels_->sum_runs(penalties.get() + whole * length, chunks % length, runs - whole, sums.data() + whole);
+    std::copy_n(penalties.get() + chunks, long_groups_, sums.data() + runs);
+    return value(kernels_->sum_columns(sums.data(), runs + long_groups_));
   }
 
   template <class Value>
@@ -436,7 +414,7 @@ class ListPass : public TaskList {
   std::vector<bool> adds_;           // per tensor, where gradients are asked for
   std::vector<int64_t> first_long_;  // [tensors], among the groups of several chunks
   int64_t long_groups_ = 0;
-  ChunkKernel kernel_;
+  const Kernels* kernels_;
 };
 
 }  // namespace fused_reg

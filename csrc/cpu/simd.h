@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false for _mm512_undefined_pd (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -21,6 +22,7 @@ namespace fused_reg::FUSED_REG_ISA {
 
 typedef float Float __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
 typedef double Double __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
+typedef uint64_t Bits64 __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
 typedef uint32_t Bits32 __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
 typedef uint16_t Bits16 __attribute__((vector_size(FUSED_REG_VECTOR_BYTES)));
 typedef uint16_t HalfBits16 __attribute__((vector_size(FUSED_REG_VECTOR_BYTES / 2)));
@@ -44,6 +46,16 @@ FUSED_REG_INLINE V load(const void* from) {
 template <class V>
 FUSED_REG_INLINE void store(void* to, V v) {
   std::memcpy(to, &v, sizeof(V));
+}
+
+// The numbers in these places of a and, behind it, b.
+template <size_t... place>
+FUSED_REG_INLINE Double shuffled(Double a, Double b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, place...);
+#else
+  return __builtin_shuffle(a, b, Bits64{place...});
+#endif
 }
 
 template <class S>

@@ -19,7 +19,7 @@ cudaError_t launch_kernel(Kernel kernel, uint32_t work, const Call& call, const 
 }  // namespace
 
 cudaError_t launch_relative(Pass pass, const Call& call, const void* device_table, cudaStream_t stream) {
-  constexpr int kSummed = kL1L2 | kRelative, kAll = kAllTerms | kRelative, kShrunk = kFurther | kRelative;
+  constexpr int kSummed = kL1L2 | kRelative, kAll = kAllTerms | kRelative, kShrunk = kL1 | kFurther | kRelative;
   switch (pass) {
     case Pass::kPenalty:
       return launch_kernel(sums_kernel<DeviceTable, PenaltyPass, kSummed, kNumbers>, call.runs, call, device_table,

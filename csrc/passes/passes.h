@@ -16,7 +16,7 @@ namespace fused_reg {
   apply(PenaltyAccumulate, kL1L2, kTermNumbers)  \
   apply(Gradient, kAllTerms, kTermNumbers)       \
   apply(Accumulate, kAllTerms, kNumbers)         \
-  apply(Prox, kFurther, kNumbers)                \
+  apply(Prox, kL1 | kFurther, kNumbers)          \
   apply(SoftSquares, kNone, kGroupNumbers)       \
   apply(Zeros, kNone, kGroupNumbers)
 

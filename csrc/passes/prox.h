@@ -5,11 +5,11 @@
 
 namespace fused_reg {
 
-// In place; the norm is that after the soft threshold. terms: with further ones, or none; or with further ones,
-// relative: what is left of the difference is added to the reference weight.
+// In place; the norm is that after the soft threshold. terms: L1 and further ones, L1, or neither; or L1 and further
+// ones, relative: what is left of the difference is added to the reference weight.
 template <int terms>
 struct ProxPass : AnyPass {
-  using Further = std::conditional_t<terms == kNone, TermList<>, FurtherTerms>;
+  using Further = std::conditional_t<(terms & kFurther) == 0, TermList<>, FurtherTerms>;
   static constexpr bool kIsRelative = (terms & kRelative) != 0, kPositiveZeros = true;
   static constexpr unsigned kReads = bit(0) | relative_streams(terms), kWrites = bit(0);
   static constexpr unsigned kOptional = relative_streams(terms);
@@ -56,7 +56,7 @@ struct ProxPass : AnyPass {
     if constexpr (kIsRelative) {
       return moved(w, x, [&](V d) __attribute__((always_inline)) { return of_difference(d, x[kImportance], f); });
     } else {
-      w = soft(w, f[0]) * f[1];
+      w = (terms & kL1 ? soft(w, f[0]) : w) * f[1];
       f += 2;
       Further::each([&](auto term) {
         using T = decltype(term);

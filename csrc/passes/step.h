@@ -113,7 +113,7 @@ struct StepPass : AnyPass {
   static constexpr int kRelativeBit = terms & kRelative;
   static constexpr bool kIsAny = (terms & ~kRelative) == kAllTerms, kIsRelative = kRelativeBit != 0;
   using Gradient = std::conditional_t<kIsAny, AnyGradient<kRelativeBit>, L1L2Gradient>;
-  using Prox = ProxPass<kIsAny ? kFurther | kRelativeBit : kNone>;
+  using Prox = ProxPass<kL1 | (kIsAny ? kFurther | kRelativeBit : kNone)>;
   static constexpr int kSummed = terms == kL1L2 ? kL1L2 : kNone;
   using Summed = PenaltyPass<kSummed>;
   using Sums = std::conditional_t<kSummed == kNone, void, Summed>;

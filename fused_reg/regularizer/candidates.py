@@ -11,19 +11,21 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import UninitializedParameter
 
+from fused_reg.regularizer.keys import Named
 from fused_reg.regularizer.marks import Mark, marks_of, marks_on
-from fused_reg.regularizer.names import Named, Place, dims, is_bias, walk
+from fused_reg.regularizer.names import Place, dims, is_bias, walk
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(eq=False)
 class Candidate(Named):
-    """A parameter, all of its names (a tied one has several, a wrapped or converted one those of before), and the
-    innermost marks that speak about it, by its places."""
+    """A parameter, all of its names and types (a tied one has several, a wrapped or converted one those of before), and
+    the innermost marks that speak about it, by its places."""
 
     param: Tensor
     names: list[str]
+    types: dict[str, tuple[type, ...]] = field(default_factory=dict)
     marks: dict[str, Mark] = field(default_factory=dict)
     can_train: bool = True
 
@@ -35,6 +37,13 @@ class Candidate(Named):
     @property
     def is_bias(self) -> bool:
         return all(map(is_bias, self.names))
+
+    def remember(self, name: str, types: tuple[type, ...]) -> None:
+        """A name and the types around it there, of before."""
+        if name not in self.names:
+            self.names.append(name)
+        if types:
+            self.types[name] = tuple(dict.fromkeys((*self.types.get(name, ()), *types)))
 
     def check(self) -> None:
         """Raises unless it is a parameter that can be regularized."""
@@ -74,10 +83,11 @@ def candidates_of(params: Any, known: Mapping[str, Mark], content: Mapping[tuple
         for i, own in places.items():
             param = own[0].param
             names = [place.name if is_short else place.full_name for place in own]
+            types = {n: tuple(type(m) for m, _ in place.around) for n, place in zip(names, own, strict=True)}
             names += [name for place in own for name in (place.full_name, *place.plain_names)]
             # Not so: the frozen integers of a quantized layer. A module may hold them; nothing will train them.
             can_train = param.requires_grad or param.dtype in _DTYPES
-            found[i] = Candidate(param, list(dict.fromkeys(names)), marks_of(own, known, new), can_train)
+            found[i] = Candidate(param, list(dict.fromkeys(names)), types, marks_of(own, known, new), can_train)
         if found and not any(c.can_train for c in found.values()):
             raise ValueError("Regularizer: params must hold a dense floating point parameter, got none")
     else:

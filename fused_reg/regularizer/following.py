@@ -18,6 +18,7 @@ from fused_reg._warnings import warn
 from fused_reg.distributed.shards import cuts
 from fused_reg.regularizer import marks
 from fused_reg.regularizer.candidates import Candidate, candidates_of
+from fused_reg.regularizer.keys import Key
 from fused_reg.regularizer.marks import Mark
 from fused_reg.regularizer.selection import Choice
 from fused_reg.regularizer.strengths import Given, Penalty
@@ -56,7 +57,7 @@ class Source:
         self._module: Module | weakref.ref[Module] | None = params if isinstance(params, Module) else None
         self._is_copy = False  # whose parameters may be nobody's
         self._lonely: str | None = None  # the name of one that is
-        self._changes: dict[tuple[str | None, str], Given] = {}  # by where and kind, in their order
+        self._changes: dict[tuple[Key | None, str], Given] = {}  # by where and kind, in their order
         self._said: set[str] = set()
         self._marks: dict[str, Mark] = {}  # by the names
         self.candidates: list[Candidate] = []
@@ -115,10 +116,13 @@ class Source:
         """Keeps what it has read only if all of it is right."""
         seen = _Snapshot(list(params.modules()) if isinstance(params, Module) else [], self._seen)
         candidates = candidates_of(params, self._marks, seen.places)
-        taken = {name for c in candidates for name in c.names}
-        known = {id(c.param): c.names for c in self.candidates}
-        for c in candidates:
-            c.names += [name for name in known.get(id(c.param), []) if name not in taken]
+        owners = {name: c for c in candidates for name in c.names}
+        known = {id(c.param): c for c in self.candidates}
+        for c in candidates:  # the names of before that no other one has by now, and what was around it there
+            before = known.get(id(c.param), c)
+            for name in before.names if before is not c else ():
+                if owners.get(name, c) is c:
+                    c.remember(name, before.types.get(name, ()))
         self.chosen = self._choice.of(params, candidates, *complain)
         self.candidates = candidates
         self._idle = [c.param for c in candidates if not c.can_train]
@@ -140,7 +144,7 @@ class Source:
                 given[kind] = strength
         return given
 
-    def note(self, where: str | None, kind: str, strength: Given) -> None:
+    def note(self, where: Key | None, kind: str, strength: Given) -> None:
         """That these were given a strength."""
         self._changes.pop((where, kind), None)
         self._changes[where, kind] = strength

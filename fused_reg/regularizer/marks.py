@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from fused_reg._terms import ANY_TERM, SHAPES, MoreTerms, check_shape, takes_terms
 from fused_reg.regularizer.names import Place, dims, is_bias, walk
-from fused_reg.regularizer.strengths import Given, Penalty, as_flag, as_penalty
+from fused_reg.regularizer.strengths import Given, Penalty, as_penalty, checked_keys
 
 M = TypeVar("M", bound=Module)
 
@@ -28,8 +28,8 @@ class Mark:
     """What a module says about the parameters in it. These have a note of it, so that it is found again where a
     conversion puts them into another module. (No weak reference: torch cannot swap a tensor that has one.)"""
 
-    def __init__(self, module: Module, penalty: Penalty, bias: bool) -> None:
-        self.penalty = penalty
+    def __init__(self, module: Module, penalty: Penalty, bias: Penalty) -> None:
+        self.penalty = penalty  # of the weights
         self.bias = bias
         self.is_replaced = False
         self._module: weakref.ref[Module] = weakref.ref(module)
@@ -49,8 +49,18 @@ class Mark:
         module = state.pop("_module")
         vars(self).update(state, _module=weakref.ref(module) if module is not None else lambda: None)
 
+    @property
+    def has_both(self) -> bool:
+        """Whether weights and biases have strengths of their own."""
+        return self.penalty is not self.bias and not self.penalty.is_empty and not self.bias.is_empty
+
+    def penalty_of(self, name: str) -> Penalty:
+        """That of the parameter at the place of this name."""
+        return self.bias if is_bias(name) else self.penalty
+
     def speaks_about(self, place: Place, is_of_the_module: bool) -> bool:
-        return self.bias if is_bias(place.name) else is_of_the_module or dims(place.param) >= 2
+        is_meant = is_bias(place.name) or is_of_the_module or dims(place.param) >= 2
+        return is_meant and not self.penalty_of(place.name).is_empty
 
 
 class _Note:
@@ -82,7 +92,7 @@ def regularized(
     l2: Given = None,
     l2_norm: Given = None,
     *,
-    bias: bool = False,
+    bias: bool | Mapping[str, Any] = False,
     **terms: Unpack[MoreTerms[Given]],
 ) -> M:
     r"""Marks a module: its weights carry this penalty, whichever :class:`Regularizer` is built from a net that has it.
@@ -107,15 +117,16 @@ def regularized(
         l2: the strength of the sum of squares, likewise. ``l2 * sum(w ** 2)``, as in Keras.
         l2_norm: the strength of the sum of norms, likewise.
         terms: {text}
-        bias: also the biases.
+        bias: what the biases carry: True, the same as the weights; a dictionary, ``dict(l2=1e-3)``, strengths of their
+            own, with the names of the arguments above as keys; False, nothing.
 
     Returns:
         The same module.
 
     Raises:
-        TypeError: ``module`` is no module, a strength no number, or ``bias`` no bool.
+        TypeError: ``module`` is no module, a strength no number, or ``bias`` neither bool nor dictionary.
         ValueError: no strength is given, or one is negative, infinite or NaN; an unknown group, or one without
-            ``l2_norm``.
+            ``l2_norm``; an unknown key of ``bias``.
 
     Example:
         >>> import torch
@@ -127,6 +138,8 @@ def regularized(
         tensor(6., grad_fn=<...>)
         >>> layer
         Linear[l1=0.5](in_features=2, out_features=2, bias=True)
+        >>> regularized(torch.nn.Linear(2, 2), l1=0.5, bias=dict(l2=0.1))
+        Linear[l1=0.5, bias: l2=0.1](in_features=2, out_features=2, bias=True)
 
     Source: the ``kernel_regularizer`` and ``bias_regularizer`` of Keras layers.
     """
@@ -134,14 +147,11 @@ def regularized(
     if not isinstance(module, Module):
         raise TypeError(f"regularized: module must be a torch.nn.Module, got {type(module).__name__}")
     penalty = as_penalty("regularized", l1=l1, l2=l2, l2_norm=l2_norm, **terms)
-    if penalty.is_empty:
+    of_biases = _as_bias(bias, penalty)
+    if penalty.is_empty and of_biases.is_empty:
         raise ValueError(f"regularized: {ANY_TERM} must give a strength, got none")
-    for name, row in SHAPES.items():
-        given = penalty.group if name == "group" else penalty.given[name]
-        check_shape("regularized: ", name, given, penalty.given[row.shapes])
-    as_flag("regularized: bias", bias)
     holder: Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps holds the attributes
-    mark = Mark(holder, penalty, bias)
+    mark = Mark(holder, penalty, of_biases)
     for old in marks_on(holder):
         old.is_replaced = True
     setattr(holder, _ATTRIBUTE, mark)
@@ -149,9 +159,30 @@ def regularized(
     count += 1
     if type(holder)._get_name is Module._get_name:
         name = _Name(type(holder).__name__)
-        name.mark = ", ".join([*_described(penalty), *(["bias"] if bias else [])])
+        own = [] if of_biases.is_empty else ["bias"] if bias is True else [f"bias: {', '.join(_described(of_biases))}"]
+        name.mark = ", ".join([*_described(penalty), *own])
         vars(holder)["_get_name"] = name
     return module
+
+
+def _as_bias(given: Any, penalty: Penalty) -> Penalty:
+    """The penalty of biases, beside that of the weights; and both checked."""
+    _check_shapes("regularized: ", penalty)
+    if isinstance(given, bool):
+        return penalty if given else Penalty(dict.fromkeys(penalty.given))
+    if not isinstance(given, Mapping):
+        raise TypeError(f"regularized: bias must be True, False or dict(l1=...), got {given!r}")
+    found = as_penalty("regularized", "bias: ", **checked_keys("regularized: bias", given))
+    if found.is_empty:
+        raise ValueError(f"regularized: bias must give {ANY_TERM}, got {dict(given)!r}")
+    _check_shapes("regularized: bias: ", found)
+    return found
+
+
+def _check_shapes(where: str, penalty: Penalty) -> None:
+    for name, row in SHAPES.items():
+        given = penalty.group if name == "group" else penalty.given[name]
+        check_shape(where, name, given, penalty.given[row.shapes])
 
 
 def _described(penalty: Penalty) -> list[str]:

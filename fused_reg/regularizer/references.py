@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_reg._arguments import is_dtensor
 from fused_reg._references import check_importance, check_like
-from fused_reg.regularizer.names import Named
+from fused_reg.regularizer.keys import Named
 
 #: By name, as a state dict; or one for each parameter, in their order.
 Weights: TypeAlias = "Mapping[str, Tensor] | Iterable[Tensor]"

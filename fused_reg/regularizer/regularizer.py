@@ -21,11 +21,11 @@ from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
-from fused_reg.regularizer.names import check_matches
+from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
 from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
-from fused_reg.regularizer.selection import Choice, as_patterns, as_rules
+from fused_reg.regularizer.selection import Choice, as_rules
 from fused_reg.regularizer.strengths import Given, as_flag, as_penalty, given_strengths
 from fused_reg.regularizer.table import Entry, Table
 
@@ -57,21 +57,27 @@ class Regularizer:
         params: a module (every parameter once, also where it is tied), an iterable of tensors (named "0", "1", ...), or
             an iterable of (name, tensor) pairs, read once and kept. Names are without the parts that wrappers as
             ``torch.compile`` and ``DistributedDataParallel`` add; a tied parameter has the names of all its places.
-            Patterns may be of the whole names too, and of those before ``weight_norm`` or pruning.
+            Patterns may be of the whole names too, and of those before ``weight_norm`` or pruning. A type of modules
+            (or a union, ``nn.Conv1d | nn.Conv2d``) means what is in modules of that type and its subclasses, also
+            before a conversion as that to ``SyncBatchNorm``; one of a tied parameter's places is enough.
         l1: the strength of the sum of absolute values (lasso): a finite float >= 0, a 0-dim tensor, or a schedule.
             A tensor may change between calls, and gets its gradient from the differentiable penalty if it requires one.
-            A schedule is a function of the number of optimizer steps taken, from 0, as for ``LambdaLR``; its strength
-            is kept in a tensor on the parameters' device that `advance` fills. Strengths are for all parameters, also
-            biases, as ``weight_decay`` is; see ``weights_only``.
+            A schedule is a function of the number of optimizer steps taken, from 0, as for ``LambdaLR``, or one of
+            :mod:`fused_reg.schedules`, which can be pickled; its strength is kept in a tensor on the parameters' device
+            that `advance` fills. Strengths are for all parameters, also biases, as ``weight_decay`` is; see
+            ``weights_only``.
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
         terms: {text}
         weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
-        exclude: likewise; these are not.
-        rules: pairs of a pattern and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, with the names of
-            the strengths above and of ``group`` as keys; the first that matches counts. What it does not name is
-            inherited, as in a parameter group of an optimizer, and 0.0 drops a term.
+        types: a type of modules or several, ``torch.nn.Linear``; only these, of what ``include`` leaves. What a module
+            holds itself is of its own type: the ``in_proj_weight`` of ``MultiheadAttention`` is in no ``Linear``.
+        exclude: patterns and types; these are not. ``fused_reg.NORMS`` is the type of all normalization layers of
+            torch; of other packages, where they are no subclasses, give the types or names (``"*norm*"``) beside it.
+        rules: pairs of a pattern or type and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, ``(torch.nn.Conv2d,
+            dict(l1=1e-4))``, with the names of the strengths above and of ``group`` as keys; the first that matches
+            counts. What it does not name is inherited, as in a parameter group of an optimizer, and 0.0 drops a term.
         toward: reference weights: every term is of ``w - toward`` (L2-SP, FedProx). ``"start"``: the weights as they
             are now, of a parameter that its module gets later those that it has then; or a state dict, or a list with
             one for each of ``params``. What is regularized has one, of its shape, dtype and device; they are kept, not
@@ -82,11 +88,11 @@ class Regularizer:
             ``"start"``, because a regularizer that is built when training goes on would begin elsewhere.
 
     Raises:
-        TypeError: chosen parameters are of no supported kind, or a strength is no number.
-        ValueError: something has no effect: a pattern that matches no parameter or none that is left, a rule behind
-            others, a term, ``group`` or mark that is nobody's; a tied parameter with two marks; a strength that is
-            negative, infinite or NaN; ``toward`` lacks a parameter, ``importance`` names none, or one of them is not of
-            its shape, dtype and device.
+        TypeError: chosen parameters are of no supported kind, a strength is no number, or a type none of modules.
+        ValueError: something has no effect: a pattern or type that matches no parameter or none that is left, a rule
+            behind others, a term, ``group`` or mark that is nobody's; a tied parameter with two marks; a strength that
+            is negative, infinite or NaN; ``toward`` lacks a parameter, ``importance`` names none, or one of them is
+            not of its shape, dtype and device.
 
     Warns:
         UserWarning: its module has changed; a schedule is never advanced; it was copied without its module.
@@ -122,23 +128,27 @@ class Regularizer:
         *,
         weights_only: bool = False,
         include: str | Iterable[str] | None = None,
-        exclude: str | Iterable[str] | None = None,
-        rules: Iterable[tuple[str, Mapping[str, Any]]] | None = None,
+        types: TypeKey | Iterable[TypeKey] | None = None,
+        exclude: Key | Iterable[Key] | None = None,
+        rules: Iterable[tuple[Key, Mapping[str, Any]]] | None = None,
         toward: Toward | None = None,
         importance: Weights | None = None,
         save_references: bool | None = None,
         **terms: Unpack[MoreTerms[Given]],
     ) -> None:
         if rules is not None and not isinstance(rules, Iterable):
-            raise TypeError(f"Regularizer: rules must be pairs (pattern, dict(l1=...)), got {type(rules).__name__}")
+            raise TypeError(
+                f"Regularizer: rules must be pairs (pattern or type, dict(l1=...)), got {type(rules).__name__}"
+            )
         as_flag("Regularizer: weights_only", weights_only)
         given = {"toward": as_weights("toward", toward), "importance": as_weights("importance", importance)}
         rules = None if rules is None else list(rules)
         choice = Choice(
             as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms),
             weights_only,
-            as_patterns("include", include),
-            as_patterns("exclude", exclude) or [],
+            as_keys("include", include),
+            as_keys("types", types),
+            as_keys("exclude", exclude) or [],
             as_rules(rules),
         )
         self._config: dict[str, Any] = {
@@ -149,8 +159,9 @@ class Regularizer:
             **terms,
             "weights_only": weights_only,
             "include": choice.include,
+            "types": choice.types,
             "exclude": choice.exclude or None,
-            "rules": None if rules is None else [(pattern, dict(given)) for pattern, given in rules],
+            "rules": None if rules is None else [(key, dict(given)) for key, given in rules],
             **given,
             "save_references": save_references,
         }
@@ -278,7 +289,7 @@ class Regularizer:
         l2: Given = None,
         l2_norm: Given = None,
         *,
-        where: str | None = None,
+        where: Key | None = None,
         **terms: Unpack[MoreStrengths[Given]],
     ) -> None:
         """Changes strengths; what is not given stays as it is.
@@ -293,8 +304,9 @@ class Regularizer:
             l2: likewise.
             l2_norm: likewise.
             terms: likewise.
-            where: a pattern of names (``fnmatch``): these parameters, and "*" is all. None: all that have such a term
-                (not those that a rule gives 0, or that have rules or marks without it); where none has one, all.
+            where: a pattern of names (``fnmatch``) or a type of modules: these parameters, and "*" is all. None: all
+                that have such a term (not those that a rule gives 0, or that have rules or marks without it); where
+                none has one, all.
 
         Raises:
             TypeError: a strength is no number; none is given.
@@ -473,7 +485,7 @@ class Regularizer:
         """The constructor's arguments but for the parameters; tensors and schedules as the objects that they are."""
         config = {key: type(x)(x) if isinstance(x, list | dict) else x for key, x in self._config.items()}
         if self._config["rules"] is not None:
-            config["rules"] = [(pattern, dict(given)) for pattern, given in self._config["rules"]]
+            config["rules"] = [(key, dict(given)) for key, given in self._config["rules"]]
         return config
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
@@ -43,6 +44,24 @@ class Report:
     """
 
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def total(self) -> dict[str, Any]:
+        """The row of all parameters; ``report.total["value"]`` is the penalty."""
+        return self.rows[-1]
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """The row of this name, of a parameter first: ``report["0.weight"]["zeros"]``, ``report["group 0"]["l1"]``.
+
+        Raises:
+            KeyError: there is none.
+        """
+        rows = sorted(self.rows, key=lambda row: row["level"] != "parameter")
+        found = next((row for row in rows if row["name"] == name), None)
+        if found is None:
+            near = get_close_matches(str(name), [row["name"] for row in rows], n=1, cutoff=0)
+            raise KeyError(f"report: name must be that of a row, got {name!r}; the nearest is {near[0]!r}")
+        return found
 
     def scalars(self, prefix: str = "regularizer") -> dict[str, float]:
         """The changing numbers under tags, for any logger: ``for tag, x in report.scalars().items():

@@ -9,14 +9,14 @@ from typing import Any, NoReturn
 from torch.nn import Module
 
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import ANY_TERM, KINDS, SHAPES, TERMS, lacking
+from fused_reg._terms import ANY_TERM, SHAPES, TERMS, lacking
 from fused_reg.regularizer.candidates import Candidate, marked_modules
+from fused_reg.regularizer.keys import Key, check_matches, is_type, shown
 from fused_reg.regularizer.marks import Mark
-from fused_reg.regularizer.names import check_matches
-from fused_reg.regularizer.strengths import Penalty, as_penalty, is_absent
+from fused_reg.regularizer.strengths import Penalty, as_penalty, checked_keys, is_absent
 
-#: A rule: its pattern, and what it names of a penalty.
-Rule = tuple[str, dict[str, Any]]
+#: A rule: its key, and what it names of a penalty.
+Rule = tuple[Key, dict[str, Any]]
 
 
 def _refuse(problem: str) -> NoReturn:
@@ -29,8 +29,9 @@ class Choice:
 
     default: Penalty
     weights_only: bool = False
-    include: list[str] | None = None
-    exclude: list[str] = field(default_factory=list)
+    include: list[Key] | None = None
+    types: list[Key] | None = None
+    exclude: list[Key] = field(default_factory=list)
     rules: list[Rule] = field(default_factory=list)
 
     def of(
@@ -45,8 +46,9 @@ class Choice:
         marked = marked_modules(params) if isinstance(params, Module) else {}
         if self.default.is_empty and not self.rules and not marked and not any(c.marks for c in candidates):
             _refuse(f"Regularizer: {', '.join(TERMS)}, rules or marks by `regularized` must give a strength, got none")
-        if self.include == []:
-            _refuse("Regularizer: include must have a pattern, got an empty list; leave it out for all")
+        for argument, what in (("include", "pattern"), ("types", "type")):
+            if getattr(self, argument) == []:
+                _refuse(f"Regularizer: {argument} must have a {what}, got an empty list; leave it out for all")
         problems = (*self._unmatched(candidates), *self._idle_marks(marked, candidates))
         for problem in (*problems, *([] if chosen else [_NOTHING]), *self._idle(candidates)):
             complain(problem)
@@ -60,8 +62,8 @@ class Choice:
         return self._is_meant(candidate) and (candidate.is_weight or not self.weights_only)
 
     def _is_meant(self, candidate: Candidate) -> bool:
-        included = self.include is None or any(map(candidate.matches, self.include))
-        return candidate.can_train and included and not any(map(candidate.matches, self.exclude))
+        chosen = all(keys is None or any(map(candidate.matches, keys)) for keys in (self.include, self.types))
+        return candidate.can_train and chosen and not any(map(candidate.matches, self.exclude))
 
     def _rule_of(self, candidate: Candidate) -> Rule | None:
         return next((rule for rule in self.rules if candidate.matches(rule[0])), None)
@@ -76,47 +78,45 @@ class Choice:
         return Penalty({**base.given, **kept}, given.get("group", base.group))
 
     def _base_of(self, candidate: Candidate) -> Penalty:
-        marks = {mark.penalty.key: name for name, mark in candidate.marks.items()}
+        penalties = {name: mark.penalty_of(name) for name, mark in candidate.marks.items()}
+        marks = {penalty.key: name for name, penalty in penalties.items()}
         if len(marks) > 1:
             one, other, *_ = marks.values()
             _refuse(
                 f"Regularizer: a tied parameter must have one mark by `regularized`, got one as {one!r} and another as "
                 f"{other!r}"
             )
-        return next((mark.penalty for mark in candidate.marks.values()), self.default)
+        return next(iter(penalties.values()), self.default)
 
     def _unmatched(self, candidates: Sequence[Candidate]) -> Iterable[str]:
-        for argument, pattern in self._patterns():
+        rules = [key for key, _ in self.rules]
+        given = {"include": self.include, "types": self.types, "exclude": self.exclude, "rules": rules}
+        for argument, key in ((argument, key) for argument, keys in given.items() for key in keys or ()):
             try:
-                check_matches("Regularizer", argument, pattern, candidates)
+                check_matches("Regularizer", argument, key, candidates)
             except ValueError as error:
                 yield str(error)
-
-    def _patterns(self) -> list[tuple[str, str]]:
-        given = {
-            "include": self.include or [],
-            "exclude": self.exclude,
-            "rules": [pattern for pattern, _ in self.rules],
-        }
-        return [(argument, pattern) for argument, patterns in given.items() for pattern in patterns]
 
     def _idle(self, candidates: Sequence[Candidate]) -> Iterable[str]:
         """What is given and has no effect."""
         chosen = [c for c in candidates if self._includes(c)]
-        for pattern in self.include or []:
-            if _only(candidates, pattern) and not _only(chosen, pattern):
-                yield f"Regularizer: include must leave a parameter, but exclude or weights_only removes {pattern!r}"
+        for argument, other, keys in (("include", "types", self.include), ("types", "include", self.types)):
+            for key in keys or ():
+                if _only(candidates, key) and not _only(chosen, key):
+                    others = f"{other}, exclude or weights_only"
+                    yield f"Regularizer: {argument} must leave a parameter, but {others} removes {shown(key)}"
         for i, rule in enumerate(self.rules):
-            pattern, given = rule
-            if not _only(candidates, pattern) or all(_is_nothing(*item) for item in given.items()):
+            key, given = rule
+            if not _only(candidates, key) or all(_is_nothing(*item) for item in given.items()):
                 continue  # said already, or nothing to lose
-            own = [c for c in _only(chosen, pattern) if self._rule_of(c) is rule]
+            own = [c for c in _only(chosen, key) if self._rule_of(c) is rule]
             if not own:
-                other = "a rule before it" if _only(chosen, pattern) else "weights_only, include, exclude or a dtype"
-                yield f"Regularizer: rules[{i}] must apply to a parameter, but {other} takes all of {pattern!r}"
+                others = "weights_only, include, types, exclude or a dtype"
+                other = "a rule before it" if _only(chosen, key) else others
+                yield f"Regularizer: rules[{i}] must apply to a parameter, but {other} takes all of {shown(key)}"
             for name in SHAPES:
                 if own and name in given and all(self._is_without(c, name) for c in own):
-                    yield lacking(f"Regularizer: rules[{i}] {pattern!r}: ", name, given[name])
+                    yield lacking(f"Regularizer: rules[{i}] {shown(key)}: ", name, given[name])
         yield from self._idle_defaults(chosen)
 
     def _idle_defaults(self, chosen: Sequence[Candidate]) -> Iterable[str]:
@@ -152,50 +152,36 @@ class Choice:
             meant = [c for c in own if self._is_meant(c)] if self.weights_only else []
             if meant and not any(c.is_weight for c in meant):
                 yield f"Regularizer: weights_only leaves out all that the mark by `regularized` on {where} speaks about"
-            elif mark.bias and any(c.is_bias for c in meant):
-                yield f"Regularizer: weights_only leaves out the biases that the mark on {where} names by bias=True"
+            elif not mark.bias.is_empty and any(c.is_bias for c in meant):
+                yield f"Regularizer: weights_only leaves out the biases that the mark on {where} names by bias="
+            kinds = {c.is_bias for c in own}
+            if own and mark.has_both and kinds != {True, False}:
+                what = "weights" if True in kinds else "biases"
+                yield f"Regularizer: the mark on {where} must speak about {what}, for which it has strengths, got none"
 
 
-_NOTHING = "Regularizer: include, exclude, weights_only and rules must leave a parameter, got none"
+_NOTHING = "Regularizer: include, types, exclude, weights_only and rules must leave a parameter, got none"
 
 
-def _only(candidates: Iterable[Candidate], pattern: str) -> list[Candidate]:
-    return [c for c in candidates if c.matches(pattern)]
+def _only(candidates: Iterable[Candidate], key: Key) -> list[Candidate]:
+    return [c for c in candidates if c.matches(key)]
 
 
 def _is_nothing(name: str, given: Any) -> bool:
     return given is None or (name in TERMS and is_absent(given))
 
 
-def as_patterns(argument: str, patterns: str | Iterable[str] | None) -> list[str] | None:
-    if patterns is None:
-        return None
-    if not isinstance(patterns, Iterable):
-        raise TypeError(f"Regularizer: {argument} must be a pattern or a list of them, got {type(patterns).__name__}")
-    found = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in found:
-        if not isinstance(pattern, str):
-            raise TypeError(
-                f"Regularizer: {argument} must be a pattern or a list of them, got {type(pattern).__name__}"
-            )
-    return found
-
-
-def as_rules(rules: Iterable[tuple[str, Mapping[str, Any]]] | None) -> list[Rule]:
-    allowed = [*KINDS, "group"]
+def as_rules(rules: Iterable[tuple[Key, Mapping[str, Any]]] | None) -> list[Rule]:
     checked_rules = []
     for i, rule in enumerate(rules or ()):
-        if not (isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[0], str)) or not isinstance(
-            rule[1], Mapping
-        ):
-            raise TypeError(f"Regularizer: rules[{i}] must be a pair (pattern, dict(l1=...)), got {rule!r}")
-        pattern, given = rule
-        unknown = [key for key in given if key not in allowed]
-        if unknown:
-            raise ValueError(f"Regularizer: rules[{i}] must have keys of {', '.join(allowed)}, got {unknown[0]!r}")
-        penalty = as_penalty("Regularizer", f"rules[{i}] {pattern!r}: ", **given)
-        named = {key: {**penalty.given, "group": penalty.group}[key] for key in given if given[key] is not None}
+        is_pair = isinstance(rule, Sequence) and len(rule) == 2 and isinstance(rule[1], Mapping)
+        if not is_pair or not (isinstance(rule[0], str) or is_type(rule[0])):
+            raise TypeError(f"Regularizer: rules[{i}] must be a pair (pattern or type, dict(l1=...)), got {rule!r}")
+        key, given = rule
+        checked_keys(f"Regularizer: rules[{i}]", given)
+        penalty = as_penalty("Regularizer", f"rules[{i}] {shown(key)}: ", **given)
+        named = {k: {**penalty.given, "group": penalty.group}[k] for k in given if given[k] is not None}
         if not named:
             raise ValueError(f"Regularizer: rules[{i}] must give {ANY_TERM}, got {dict(given)!r}")
-        checked_rules.append((pattern, named))
+        checked_rules.append((key, named))
     return checked_rules

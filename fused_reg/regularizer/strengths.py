@@ -115,6 +115,15 @@ def as_penalty(function: str, where: str = "", **given: Any) -> Penalty:
     return Penalty({kind: strengths.get(kind) for kind in KINDS}, group)
 
 
+def checked_keys(where: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A dictionary of strengths, checked for names that are no arguments; ``where`` begins the message of an error."""
+    allowed = [*KINDS, "group"]
+    unknown = [key for key in given if key not in allowed]
+    if unknown:
+        raise ValueError(f"{where} must have keys of {', '.join(allowed)}, got {unknown[0]!r}")
+    return given
+
+
 def given_strengths(function: str, where: str, **given: Any) -> dict[str, Given]:
     """Those that are given, checked."""
     for name in given:

@@ -13,7 +13,7 @@ from fused_reg import _devices
 from fused_reg._terms import SHAPES, TERM_OF, Group, lacking
 from fused_reg._warnings import warn
 from fused_reg.regularizer.following import Source
-from fused_reg.regularizer.names import Named
+from fused_reg.regularizer.keys import Key, Named
 from fused_reg.regularizer.references import References
 from fused_reg.regularizer.strengths import (
     Cell,
@@ -37,6 +37,7 @@ class Entry(Named):
 
     param: Tensor
     names: list[str]
+    types: dict[str, tuple[type, ...]]
     group: Group
     strengths: dict[str, Held]
     given: dict[str, Given]
@@ -121,7 +122,8 @@ class Table:
                 else:
                     own[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength)
             references = self.references.of(candidate.param, names, before)
-            entries.append(Entry(candidate.param, names, penalty.group, own, given, *references))
+            own_types, group = candidate.types, penalty.group
+            entries.append(Entry(candidate.param, names, own_types, group, own, given, *references))
         return entries
 
     def groups(self) -> list[list[Entry]]:
@@ -180,7 +182,7 @@ class Table:
         for cell, asked in due:
             _fill(cell.value, values[asked])
 
-    def change(self, strengths: Mapping[str, Given], where: str | None) -> None:
+    def change(self, strengths: Mapping[str, Given], where: Key | None) -> None:
         """Gives the entries that ``where`` means strengths of some kinds, checked before. A number is written into the
         tensor that holds the old one, if no entry or kind outside uses it."""
         hold = _holder(self.step)

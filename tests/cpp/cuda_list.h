@@ -250,9 +250,9 @@ class List {
   static constexpr double kZero = 0;
 
   static ChunkSums kernel(const ChunkTask& task) {
-    ChunkSums sums{};
-    chunk_kernel_baseline(task, &sums);
-    return sums;
+    TaskSums sums;
+    kernels_baseline.run(task, &sums);
+    return sums.of(0);
   }
 
   ChunkNumbers numbers(size_t t) const {

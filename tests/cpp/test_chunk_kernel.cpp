@@ -19,25 +19,25 @@ namespace {
 
 struct Variant {
   std::string name;
-  ChunkKernel kernel;
+  Kernels kernels;
 
   // Of a task that is one chunk.
   ChunkSums sums(const ChunkTask& task) const {
-    ChunkSums sums{};
-    kernel(task, &sums);
-    return sums;
+    TaskSums sums{};
+    kernels.run(task, &sums);
+    return sums.of(0);
   }
 };
 
 std::vector<Variant> variants() {
-  std::vector<Variant> out = {{"baseline", chunk_kernel_baseline}};
+  std::vector<Variant> out = {{"baseline", kernels_baseline}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    out.push_back({"avx2", chunk_kernel_avx2});
+    out.push_back({"avx2", kernels_avx2});
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    out.push_back({"avx512", chunk_kernel_avx512});
+    out.push_back({"avx512", kernels_avx512});
   }
 #endif
   return out;
@@ -305,7 +305,7 @@ void expect_positive_zeros(const Variant& variant) {
     task.streams[0] = out.data();
     task.numbers.of[kL2Strength] = 0.75;  // shrinks to 0.4
     task.numbers.of[kStep] = 1;
-    variant.kernel(task, nullptr);
+    variant.kernels.run(task, nullptr);
     EXPECT((out == std::vector<uint16_t>{0, 0, 0, 0, 0x8001, static_cast<uint16_t>(out[5])}), variant.name, out[2]);
     EXPECT(out[5] > 0x8000, variant.name);
   }
@@ -313,9 +313,9 @@ void expect_positive_zeros(const Variant& variant) {
 
 // Some chunks at once, each with its norm, are what they are one by one.
 void expect_together(const Variant& variant, std::mt19937_64& random) {
-  constexpr int64_t kChunks = 7, kLast = 5;
+  constexpr int64_t kChunks = 19, kLast = 5;
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
-    for (const int64_t chunk : {5, 64, 100, 1500}) {
+    for (const int64_t chunk : {5, 23, 64, 65, 100, 448, 1023, 1500}) {
       for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kGradient, Pass::kAccumulate, Pass::kProx,
                               Pass::kSoftSquares}) {
         ChunkTask task{};
@@ -331,11 +331,16 @@ void expect_together(const Variant& variant, std::mt19937_64& random) {
         std::vector<char> streams[2], expected[2];
         for (int s = 0; s < 2; ++s) {
           streams[s] = random_bits(dtype, task.size, false, random);
+          if (dtype == Dtype::kFloat64) {  // sums that leave the range of float64, to either side
+            const double extremes[] = {1e200, 1e-200};
+            std::fill_n(reinterpret_cast<double*>(streams[s].data()) + 3 * chunk, chunk, extremes[0]);
+            std::fill_n(reinterpret_cast<double*>(streams[s].data()) + 11 * chunk, chunk, extremes[1]);
+          }
           expected[s] = streams[s];
           task.streams[s] = streams[s].data();
         }
-        ChunkSums sums[kChunks]{};
-        variant.kernel(task, sums);
+        TaskSums sums{};
+        variant.kernels.run(task, &sums);
         for (int64_t c = 0; c < kChunks; ++c) {
           ChunkTask one = task;
           one.size = c == kChunks - 1 ? kLast : chunk;
@@ -347,10 +352,61 @@ void expect_together(const Variant& variant, std::mt19937_64& random) {
           }
           const ChunkSums of_one = variant.sums(one);
           for (int k = 0; k < kSums; ++k) {
-            EXPECT(same_bits(of_one.of[k].sum, sums[c].of[k].sum), variant.name, static_cast<int>(pass), c, k);
+            EXPECT(same_bits(of_one.of[k].sum, sums.sum[k][c]) && of_one.of[k].exponent == sums.exponent[k][c],
+                   variant.name, static_cast<int>(pass), chunk, c, k);
           }
         }
         EXPECT(streams[0] == expected[0] && streams[1] == expected[1], variant.name, static_cast<int>(pass), chunk);
+      }
+    }
+  }
+}
+
+// What follows on the sums of chunks is the maths of penalty.h and summation.h, number by number.
+void expect_finished(const Variant& variant, std::mt19937_64& random) {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
+  std::uniform_real_distribution<double> uniform;
+  for (const bool is_plain : {true, false}) {
+    for (const double l1 : {0.0, 0.3}) {
+      const double numbers[kNumbers] = {l1, 0.2, 0.7, 0, 0.4, 0.6};
+      TaskSums sums{};
+      for (int k = 0; k < kSums; ++k) {
+        for (int c = 0; c < kMaxVisit; ++c) {
+          sums.sum[k][c] = c == 5 ? kNan : c == 6 ? kInfinity : c == 7 ? 0 : uniform(random);
+          sums.exponent[k][c] = is_plain || c % 3 == 0 ? 0 : c % 3 == 1 ? kRescueExponent : -kRescueExponent;
+        }
+      }
+      for (const int count : {1, 13, kMaxVisit}) {
+        TaskNorms norms{};
+        variant.kernels.finish(numbers, count, sums, &norms);
+        for (int c = 0; c < count; ++c) {
+          const ChunkSums own = sums.of(c);
+          const double penalty =
+              SummedTerms::penalty(numbers, own.of) + norm_penalty(numbers[kNormStrength], own.of[L2::kSum]);
+          EXPECT(same_bits(norms.norm[c], norm_of(own.of[L2::kSum])), variant.name, is_plain, c);
+          EXPECT(same_bits(norms.penalty[c], penalty) || (c == 5 && std::isnan(norms.penalty[c])), variant.name,
+                 is_plain, c);
+        }
+      }
+    }
+  }
+  for (const double last : {0.5, kInfinity, kNan}) {
+    for (const int64_t length : {1, 4, 7}) {
+      for (const int64_t runs : {1, 5, 8, 300}) {
+        std::vector<double> penalties(length * runs), sums(runs), expected(runs);
+        std::generate(penalties.begin(), penalties.end(), [&] { return std::ldexp(uniform(random), random() % 40); });
+        penalties.back() = last;
+        for (int64_t r = 0; r < runs; ++r) {
+          CompensatedSum sum{};
+          for (int64_t i = 0; i < length; ++i) {
+            sum.add(penalties[r * length + i]);
+          }
+          expected[r] = result(sum);
+        }
+        variant.kernels.sum_runs(penalties.data(), length, runs, sums.data());
+        EXPECT(std::equal(sums.begin(), sums.end(), expected.begin(), same_bits), variant.name, length, runs, last);
+        const double sum = column_sum<kColumns>(runs, [&](int64_t i) { return expected[i]; });
+        EXPECT(same_bits(variant.kernels.sum_columns(sums.data(), runs), sum), variant.name, runs, last);
       }
     }
   }
@@ -387,9 +443,9 @@ void expect_across(const Variant& variant, std::mt19937_64& random) {
           }
         }
         const std::vector<char> before[] = {streams[0], streams[1]};
-        ChunkSums sums[kMaxVisit]{};
+        TaskSums sums{};
         const bool has_sums = pass == Pass::kPenalty || pass == Pass::kSoftSquares;
-        variant.kernel(task, has_sums ? sums : nullptr);
+        variant.kernels.run(task, has_sums ? &sums : nullptr);
         for (int64_t c = 0; c < kChunks; ++c) {
           ChunkTask one = task;
           one.size = chunk;
@@ -405,10 +461,10 @@ void expect_across(const Variant& variant, std::mt19937_64& random) {
             }
             one.streams[s] = run[s].data();
           }
-          ChunkSums of_one{};
-          variant.kernel(one, has_sums ? &of_one : nullptr);
+          TaskSums of_one{};
+          variant.kernels.run(one, has_sums ? &of_one : nullptr);
           for (int k = 0; k < kSums; ++k) {
-            EXPECT(same_bits(of_one.of[k].sum, sums[c].of[k].sum) && of_one.of[k].exponent == sums[c].of[k].exponent,
+            EXPECT(same_bits(of_one.sum[k][0], sums.sum[k][c]) && of_one.exponent[k][0] == sums.exponent[k][c],
                    variant.name, static_cast<int>(pass), chunk, c, k);
           }
           for (int s = 0; s < 2; ++s) {
@@ -458,6 +514,7 @@ int main() {
     expect_positive_zeros(variant);
     expect_across(variant, random);
     expect_together(variant, random);
+    expect_finished(variant, random);
   }
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
     for (const int64_t size : {1,   2,   3,   15,  16,   17,   31,   33,   63,   64,    65,    127,

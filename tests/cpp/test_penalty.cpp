@@ -174,7 +174,7 @@ void expect_soft() {
 void expect_zeros_are_positive() {
   const auto prox = [](double w, double threshold, double shrinkage) {
     const double f[] = {threshold, shrinkage};
-    ProxPass<kNone>::element(&w, f);
+    ProxPass<kL1>::element(&w, f);
     return w;
   };
   EXPECT(!std::signbit(prox(-1e-300, 0.0, 1e-300)) && !std::signbit(prox(-0.0, 0.0, 1.0)));
