@@ -334,7 +334,8 @@ void expect_terms_at_run_time() {
 
 template <class S>
 S smooth_prox(S w, const ChunkNumbers& numbers) {
-  using Pass = ProxPass<kFurther>;
+  constexpr int kTerms = kL1 | kFurther;
+  using Pass = ProxPass<kTerms>;
   S f[Pass::kFactors];
   Pass::factors(numbers, f);
   Pass::element(&w, f);
