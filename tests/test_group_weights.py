@@ -51,7 +51,7 @@ def test_values_gradients_and_reports():
     value, expected = regularizer(), penalty_of(net, 0.3)
     assert_near(value.detach(), expected.detach())
     assert_near(torch.autograd.grad(value, [*net.parameters()]), torch.autograd.grad(expected, [*net.parameters()]))
-    assert regularizer.report().total["value"] == pytest.approx(float(expected), rel=1e-12)
+    assert regularizer.report().total["value"] == pytest.approx(expected.item(), rel=1e-12)
     assert strengths_of(regularizer) == expected_strengths(0.3)
 
 

@@ -210,8 +210,8 @@ def test_overlapping_views(upstream, dtype, device):
 
 
 def test_signature_and_names():
-    functions = ["accumulate_grad_", "fused_penalty", "optim", "prox_", "reference", "regularized", "value_and_grad"]
-    assert sorted(fused_reg.__all__) == ["Regularizer", *functions]
+    functions = ["accumulate_grad_", "fused_penalty", "largest_strength", "prox_", "regularized", "value_and_grad"]
+    assert sorted(fused_reg.__all__) == sorted([*functions, "NORMS", "Regularizer", "optim", "reference", "schedules"])
     w = torch.ones(2)
     assert fused_penalty(w, 3.0, 5.0) == fused_penalty(w, l2=5.0, l1=3.0) == 16
     assert value_and_grad(w, 3.0, 5.0)[0] == 16
