@@ -105,3 +105,16 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """A device mesh of this process alone, of CPUs."""
+    dist = torch.distributed
+    if not dist.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()

@@ -224,17 +224,11 @@ def test_marks_are_no_business_of_torchscript():
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed's own
-def test_fully_shard(tmp_path):
-    dist = torch.distributed
-    if not dist.is_available():
-        pytest.skip("torch is built without torch.distributed")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        net = make_net()
-        regularized(net[0], l1=0.5)
-        dist.fsdp.fully_shard(net[0], mesh=mesh)
-        dist.fsdp.fully_shard(net, mesh=mesh)
-        assert repr(Regularizer(net)) == "Regularizer(\n  l1=0.5: 1 parameter, 35 elements: 0.weight\n)"
-    finally:
-        dist.destroy_process_group()
+def test_fully_shard(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    net = make_net()
+    regularized(net[0], l1=0.5)
+    fully_shard(net[0], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    assert repr(Regularizer(net)) == "Regularizer(\n  l1=0.5: 1 parameter, 35 elements: 0.weight\n)"

@@ -111,23 +111,14 @@ def test_without_grad_around_unused_and_empty_ones():
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed's own
-def test_sharded_ones(tmp_path):
+def test_sharded_ones(mesh):
     """Their gradients come by hooks of `backward`, and never here."""
-    dist = torch.distributed
-    if not dist.is_available():
-        pytest.skip("torch is built without torch.distributed")
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        net = nn.Linear(3, 2)
-        fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
-        with pytest.raises(
-            TypeError, match=r"params\[0\] must be a plain tensor, got a DTensor; search before sharding"
-        ):
-            largest_strength(net.parameters(), lambda: net(torch.ones(3)).sum())
-    finally:
-        dist.destroy_process_group()
+    net = nn.Linear(3, 2)
+    fully_shard(net, mesh=mesh)
+    with pytest.raises(TypeError, match=r"params\[0\] must be a plain tensor, got a DTensor; search before sharding"):
+        largest_strength(net.parameters(), lambda: net(torch.ones(3)).sum())
 
 
 W = torch.ones(2, requires_grad=True)

@@ -233,22 +233,14 @@ def test_copies_and_configurations(copied):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed's own
-def test_fully_shard(tmp_path):
-    dist = torch.distributed
-    if not dist.is_available():
-        pytest.skip("torch is built without torch.distributed")
+def test_fully_shard(mesh):
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        net = nn.Sequential(nn.Linear(3, 3), Scaled(3, 3), nn.BatchNorm1d(3))
-        for part in (*net, net):
-            fully_shard(part, mesh=mesh)
-        assert names_of(Regularizer(net, l1=0.5, types=Scaled)) == ["1.weight", "1.bias"]
-        assert names_of(Regularizer(net, l1=0.5, exclude=[NORMS, Scaled])) == ["0.weight", "0.bias"]
-    finally:
-        dist.destroy_process_group()
+    net = nn.Sequential(nn.Linear(3, 3), Scaled(3, 3), nn.BatchNorm1d(3))
+    for part in (*net, net):
+        fully_shard(part, mesh=mesh)
+    assert names_of(Regularizer(net, l1=0.5, types=Scaled)) == ["1.weight", "1.bias"]
+    assert names_of(Regularizer(net, l1=0.5, exclude=[NORMS, Scaled])) == ["0.weight", "0.bias"]
 
 
 @pytest.mark.parametrize(
