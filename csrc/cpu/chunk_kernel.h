@@ -24,7 +24,7 @@ struct ChunkTask {
   int64_t apart[kStreams] = {};
 };
 
-// Those of the chunks of a task.
+// The sums of the chunks of a task.
 struct TaskSums {
   double sum[kSums][kMaxVisit];
   int exponent[kSums][kMaxVisit];
