@@ -35,8 +35,8 @@ def as_relative(
         f"{function}: ",
         params,
         strengths,
-        _as_tensors(function, "toward", toward, len(params)),
-        _as_tensors(function, "importance", importance, len(params)),
+        as_tensors(f"{function}: ", "toward", toward, len(params)),
+        as_tensors(f"{function}: ", "importance", importance, len(params)),
     )
 
 
@@ -57,10 +57,11 @@ def relative(
     return strengths.relative([x.detach() for x in toward], [x.detach() for x in importance])
 
 
-def _as_tensors(function: str, name: str, given: Any, count: int) -> list[Tensor]:
+def as_tensors(where: str, name: str, given: Any, count: int) -> list[Tensor]:
+    """What is given, read once: one for each of so many parameters; none where it is None."""
     if given is None:
         return []
-    where = f"{function}: {name}"
+    where = f"{where}{name}"
     if isinstance(given, Mapping | Module | str) or not isinstance(given, Tensor | Iterable):
         hint = "; a Regularizer takes names" if isinstance(given, Mapping) else ""
         raise TypeError(f"{where} must be tensors, one for each parameter, got {type(given).__name__}{hint}")
