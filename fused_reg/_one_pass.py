@@ -52,7 +52,7 @@ _ARGUMENTS = """
             ``"start"``, copies of the weights as they are now. Lists are options of a group where there are several.
             They are kept as tuples and not copied, constants, and a part of the state dict: with ``"start"`` a training
             goes on toward the weights of its beginning. See :doc:`/guides/reference_weights`.
-        importance: factors of the strengths by element, likewise; finite and >= 0.
+        importance: factors of the strengths by element, or by row as ``(rows, 1)``, likewise; finite and >= 0.
         lazy_rows: whether a parameter with a sparse gradient (``Embedding(sparse=True)``) has the penalty of the rows
             that the batch has touched alone, each once; ``penalty`` counts these rows then. Such a gradient is an error
             otherwise. Of :class:`SGD` and :class:`Adagrad`, whose classes of torch take sparse gradients. Such a step

@@ -48,13 +48,14 @@ def relative(
         raise ValueError(
             f"{where}importance must come without l2_norm, which has one strength for all elements of a group"
         )
-    for name, given in (("toward", toward), ("importance", importance)):
+    whole = [expanded(x, p) for p, x in zip(params, importance, strict=True)] if importance else []
+    for name, given in (("toward", toward), ("importance", whole)):
         for i, (p, x) in enumerate(zip(params, given, strict=True) if given else ()):
             if isinstance(p, Tensor) and not p.is_nested:  # others are named where the list's way is chosen
                 check_like(f"{where}{name}[{i}]", x, p, f"params[{i}]")
     for i, x in enumerate(importance):
         check_importance(f"{where}importance[{i}]", x)
-    return strengths.relative([x.detach() for x in toward], [x.detach() for x in importance])
+    return strengths.relative([x.detach() for x in toward], [x.detach() for x in whole])
 
 
 def as_tensors(where: str, name: str, given: Any, count: int) -> list[Tensor]:
@@ -72,6 +73,14 @@ def as_tensors(where: str, name: str, given: Any, count: int) -> list[Tensor]:
     if len(tensors) != count:
         raise ValueError(f"{where} must have one tensor per parameter ({count}), got {len(tensors)}")
     return tensors
+
+
+def expanded(x: Any, p: Tensor) -> Any:
+    """An importance of rows, (rows, 1, ...), or of other slices, as one of every element: a view."""
+    if not isinstance(x, Tensor) or not isinstance(p, Tensor) or p.is_nested or is_dtensor(x):
+        return x
+    fits = x.ndim == p.ndim and all(n in (1, m) for n, m in zip(x.shape, p.shape, strict=True))
+    return x.expand(p.shape) if fits and x.shape != p.shape else x
 
 
 def check_like(name: str, x: Any, p: Any, of: str) -> None:

@@ -62,8 +62,7 @@ def read_references(where: str, group: dict[str, Any], is_loaded: bool = False) 
     lists = [as_tensors(where, name, group[name], len(params)) for name in REFERENCES]
     if is_loaded:
         lists = [[x.to(p.device, p.dtype) for x, p in zip(xs, params, strict=bool(xs))] for xs in lists]
-    if any(lists):
-        relative(where, params, Strengths(), *lists)
-    for name, xs in zip(REFERENCES, lists, strict=True):
+    own = relative(where, params, Strengths(), *lists).references() if any(lists) else ((), ())
+    for name, xs in zip(REFERENCES, own, strict=True):
         if is_loaded or type(group[name]) not in (tuple, type(None)):
-            group[name] = tuple(x.detach() for x in xs) or None
+            group[name] = xs or None

@@ -91,8 +91,8 @@ class Regularizer:
             are now, of a parameter that its module gets later those that it has then; or a state dict, or a list with
             one for each of ``params``. What is regularized has one, of its shape, dtype and device; they are kept, not
             copied. See :doc:`/guides/reference_weights`.
-        importance: tensors by which the strengths are multiplied element by element, finite and >= 0, not with
-            ``l2_norm``: a dictionary by names, or a list. What it does not name has 1.
+        importance: tensors by which the strengths are multiplied element by element, or by row as ``(rows, 1)``, finite
+            and >= 0, not with ``l2_norm``: a dictionary by names, or a list. What it does not name has 1.
         save_references: whether ``toward`` and ``importance`` are in :meth:`state_dict`. ``None``: where ``toward`` is
             ``"start"``, because a regularizer that is built when training goes on would begin elsewhere.
 
