@@ -257,6 +257,22 @@ def test_strengths_by_row(shape, where):
     assert_same_bits(*found)
 
 
+def test_strengths_by_row_take_no_memory():
+    """Nothing as large as the parameter is allocated on the CPU."""
+    p = torch.nn.Parameter(torch.ones(300, 500))
+    p.grad = torch.zeros_like(p)
+    rows = torch.rand(300, 1)
+
+    def largest(call):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+        return max([abs(event.cpu_memory_usage) for event in profile.events()], default=0)
+
+    assert largest(lambda: accumulate_grad_([p], l1=0.1, importance=[rows.expand(300, 500).clone()])) >= 4 * p.numel()
+    assert largest(lambda: accumulate_grad_([p], l1=0.1, importance=[rows])) < 1e5
+    assert largest(lambda: prox_([p], l1=0.1, step=0.1, importance=[rows])) < 1e5
+
+
 def test_a_negative_strength_of_a_row():
     with pytest.raises(ValueError, match=r"importance\[0\] must be finite and >= 0, got -1.0"):
         fused_penalty(torch.ones(2, 3), l1=0.1, importance=[torch.tensor([[1.0], [-1.0]])])
