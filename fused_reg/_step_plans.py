@@ -136,8 +136,8 @@ def _batches(
                 lists = list(inspect.signature(optimizer._init_group).parameters)[1:]
                 optimizer._init_group(group, *([] for _ in lists))
             strengths = _strengths([entries.get(id(p)) if p.requires_grad else None for p in params]) if guest else {}
-            present = [name if has else None for name, has in zip(REFERENCES, relation, strict=True)]
-            references: list[Any] = [[getattr(x, name) for _, x in pairs] if name else [] for name in present]
+            present = zip(REFERENCES, relation, strict=True)
+            references: list[Any] = [[getattr(x, name) for _, x in pairs] if has else [] for name, has in present]
             batches.append(Batch(i, place, norms, params, states, keys, strengths, *map(shards_of, references)))
     own_memory = [p for batch in batches if not batch.place.is_cut for p in batch.params]
     return None if _share_memory(own_memory) else (batches, rest)

@@ -147,6 +147,18 @@ def test_the_value_counts_these_rows():
     torch.testing.assert_close(regularizer(), 0.5 * net.weight.abs().sum())
 
 
+def test_a_schedule():
+    net = table()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    attachment = Regularizer(net, l1=lambda step: 0.5 * step).attach(optimizer, lazy_rows=True)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(net, [step, 5])
+        expected = 0.5 * step * net.weight.detach()[[step, 5]].abs().sum()
+        optimizer.step()
+        torch.testing.assert_close(attachment.value, expected)
+
+
 @MODES
 def test_dense_and_sparse_gradients_may_alternate(mode):
     """Also where a step repeats the last one."""

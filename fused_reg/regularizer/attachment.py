@@ -100,9 +100,10 @@ class Attachment:
     def value(self) -> Tensor:
         """The penalty of the parameters that the optimizer holds, 0-dim, on their device, without a graph or a
         synchronization. With mode "grad" that of the last step, before it changed them (with a closure: of its last
-        evaluation). With mode "prox", which needs no value for its step, and before the first step, the penalty now:
-        each look is a pass over the parameters. In the pass of an optimizer of :mod:`fused_reg.optim`: in every mode
-        before the step; of DTensors it is reduced when it is looked at, and every process must look."""
+        evaluation; with ``lazy_rows`` of the rows that the batch had). With mode "prox", which needs no value for its
+        step, and before the first step, the penalty now: each look is a pass over the parameters. In the pass of an
+        optimizer of :mod:`fused_reg.optim`: in every mode before the step; of DTensors it is reduced when it is looked
+        at, and every process must look."""
         if self._value is None:
             return self._share.penalty()
         value: Tensor = self._value if isinstance(self._value, Tensor) else self._value.total()
