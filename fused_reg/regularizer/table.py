@@ -226,12 +226,16 @@ class Table:
                 due.append((cell, id(schedule)))
                 if id(schedule) not in values:
                     values[id(schedule)] = scheduled(f"Regularizer: {name}", schedule, step)
-        shares = [aim.at(step) for aim in self._aims]
+        shares = self._shares(step)
         self._step, self._skipped, self._is_led = step, None, True
         for cell, asked in due:
             _fill(cell.value, values[asked])
-        for aim, share in zip(self._aims, shares, strict=True):
+        for aim, share in shares:
             aim.share = share
+
+    def _shares(self, step: int) -> list[tuple[Aim, float]]:
+        """What each aim is at this step, checked."""
+        return [(aim, aim.at(step)) for aim in self._aims]
 
     def change(self, strengths: Mapping[str, Given], where: Key | None) -> None:
         """Gives the entries that ``where`` means strengths of some kinds, checked before. A number is written into the
@@ -301,7 +305,7 @@ class Table:
                     values[id(schedule)] = scheduled(name, schedule, step)
                 if len(wanted[identity(old)]) == 1:
                     _check_fits(name, old, values.get(id(schedule), value))
-        shares = [aim.at(step) for aim in self._aims]
+        shares = self._shares(step)
         for wishes in wanted.values():
             for (value, keep), old in list(wishes.items()):
                 schedule = _schedule_of(old, keep)
@@ -316,7 +320,7 @@ class Table:
             for kind, old in e.strengths.items():
                 e.strengths[kind] = wanted[identity(old)][saved[e.name][kind]]
         self.references.load(references, self.entries)
-        for aim, share in zip(self._aims, shares, strict=True):
+        for aim, share in shares:
             aim.share = share
         self._step, self._skipped = step, None
         self.version += 1
