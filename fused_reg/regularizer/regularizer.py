@@ -18,12 +18,13 @@ from typing_extensions import Unpack
 from fused_reg._arguments import is_number
 from fused_reg._terms import ANY_TERM, KINDS, MoreStrengths, MoreTerms, takes_terms
 from fused_reg._warnings import warn
-from fused_reg.regularizer.aims import checked_zeros, project_
+from fused_reg.regularizer.aims import checked_zeros
 from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
+from fused_reg.regularizer.projection import project_
 from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
