@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fused_reg._arguments import is_dtensor, is_number
 from fused_reg._terms import LayerGroup, group_code, group_count, group_text
-from fused_reg.regularizer.strengths import Schedule, Zeros, check_signature, scheduled
+from fused_reg.regularizer.strengths import Schedule, ZeroShare, check_signature, scheduled
 from fused_reg.schedules import PatternRamp, Ramp, parsed_pattern
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.table import Entry
 
 
-def checked_zeros(name: str, zeros: Any) -> Zeros:
+def checked_zeros(name: str, zeros: Any) -> ZeroShare:
     """What is given, checked; ``name`` begins the message of an error."""
     if isinstance(zeros, str):
         parsed_pattern(name, zeros)
@@ -31,7 +31,7 @@ def checked_zeros(name: str, zeros: Any) -> Zeros:
         check_signature(name, zeros)
     else:
         raise TypeError(f'{name} must be a share, a schedule of it or a pattern as "2:4", got {type(zeros).__name__}')
-    return cast(Zeros, zeros)
+    return cast(ZeroShare, zeros)
 
 
 def _as_share(name: str, share: float) -> float:
@@ -45,12 +45,12 @@ class Aim:
     """One aim, which the entries that have it reach together, or each by itself. ``share``: of now; of a pattern the
     share of what it leaves to be zero."""
 
-    given: Zeros
+    given: ZeroShare
     group: LayerGroup  # as given; "tensor": elements are counted, not groups
     is_each: bool
     share: float = 0.0
 
-    def is_of(self, given: Zeros, group: LayerGroup) -> bool:
+    def is_of(self, given: ZeroShare, group: LayerGroup) -> bool:
         is_same = self.given == given if isinstance(given, float | str) else self.given is given
         return is_same and self.group == group
 

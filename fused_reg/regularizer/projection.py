@@ -31,10 +31,6 @@ _SAMPLE = 2**16
 def project_(entries: Sequence[Entry], found_inf: Tensor | None = None) -> None:
     """Makes so many of these zero that each aim is reached by those that have it; nothing where the step was none,
     which a GPU may know alone."""
-    if found_inf is not None and _devices.is_at_hand(found_inf):
-        if bool(found_inf):
-            return
-        found_inf = None
     for aim, own in aims_of(entries):
         for pool in aim.pools(own):
             if aim.group == "tensor":
@@ -57,6 +53,8 @@ def _project_elements(aim: Aim, params: list[Tensor], found_inf: Tensor | None) 
         for piece in (piece for p in params for piece in _pieces(p, m)):
             _make_zero(piece, _is_behind(piece.reshape(-1), n, m).reshape(piece.shape), found_inf)
     elif all(map(_devices.is_at_hand, params)):
+        if found_inf is not None and found_inf != 0:
+            return
         pieces = [piece for p in params for piece in _pieces(p, m)]
         _make_smallest_zero(pieces, key, *largest_of(pieces, key, count))
     else:
