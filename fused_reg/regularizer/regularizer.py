@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import Any, Literal, NoReturn
@@ -17,16 +18,18 @@ from typing_extensions import Unpack
 from fused_reg._arguments import is_number
 from fused_reg._terms import ANY_TERM, KINDS, MoreStrengths, MoreTerms, takes_terms
 from fused_reg._warnings import warn
+from fused_reg.regularizer.aims import checked_zeros
 from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
+from fused_reg.regularizer.projection import project_
 from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
 from fused_reg.regularizer.selection import Choice, as_rules
-from fused_reg.regularizer.strengths import Given, as_flag, as_penalty, given_strengths
+from fused_reg.regularizer.strengths import Given, ZeroShare, as_flag, as_penalty, given_strengths
 from fused_reg.regularizer.table import Entry, Table
 
 
@@ -75,9 +78,15 @@ class Regularizer:
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
         terms: {text}
+        zeros: a share of zeros as the aim of proximal steps, in place of a strength or beside it: from 0 to below 1, a
+            schedule of it, ``CubicRamp(0.0, 0.8, steps=1000)``, or a pattern, ``"2:4"`` (at most 2 of each 4 elements
+            that follow on one another in a row) or :class:`.PatternRamp`. After each step the smallest of all
+            parameters with this aim become zero, elements, or with a ``group`` other than ``"tensor"`` its groups; the
+            others stay as they are. Of plain tensors without ``toward`` and ``importance``. See :doc:`/guides/zeros`.
+        zeros_per: ``"parameter"``: each has this share by itself.
         group_weights: ``"sqrt_size"`` multiplies each ``l2_norm`` by the root of the size of its groups, so that large
             groups are not spared: ``l2_norm * sqrt(n_g) * ||w_g||`` for ``n_g`` elements (Yuan and Lin 2006). Strengths
-            in reports and states are with it; ``l2_norm`` is a number or a schedule then.
+            in reports and states are with it; ``l2_norm`` is a number or a schedule then. ``zeros`` divide norms by it.
         weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
         types: a type of modules or several, ``torch.nn.Linear``; only these, of what ``include`` leaves. What a module
@@ -85,8 +94,9 @@ class Regularizer:
         exclude: patterns and types; these are not. ``fused_reg.NORMS`` is the type of all normalization layers of
             torch; of other packages, where they are no subclasses, give the types or names (``"*norm*"``) beside it.
         rules: pairs of a pattern or type and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, ``(torch.nn.Conv2d,
-            dict(l1=1e-4))``, with the names of the strengths above and of ``group`` as keys; the first that matches
-            counts. What it does not name is inherited, as in a parameter group of an optimizer, and 0.0 drops a term.
+            dict(l1=1e-4))``, with the names of the strengths above, of ``zeros`` and ``group`` as keys; the first that
+            matches counts. What it does not name is inherited, as in a parameter group of an optimizer, and 0.0 drops a
+            term.
         toward: reference weights: every term is of ``w - toward`` (L2-SP, FedProx). ``"start"``: the weights as they
             are now, of a parameter that its module gets later those that it has then; or a state dict, or a list with
             one for each of ``params``. What is regularized has one, of its shape, dtype and device; they are kept, not
@@ -100,8 +110,8 @@ class Regularizer:
         TypeError: chosen parameters are of no supported kind, a strength is no number, or a type none of modules.
         ValueError: something has no effect: a pattern or type that matches no parameter or none that is left, a rule
             behind others, a term, ``group`` or mark that is nobody's; a tied parameter with two marks; a strength that
-            is negative, infinite or NaN; ``toward`` lacks a parameter, ``importance`` names none, or one of them is not
-            of its shape, dtype and device.
+            is negative, infinite or NaN; ``zeros`` that are no share, or that these parameters cannot have; ``toward``
+            lacks a parameter, ``importance`` names none, or one of them is not of its shape, dtype and device.
 
     Warns:
         UserWarning: its module has changed; a schedule is never advanced; it was copied without its module.
@@ -136,6 +146,8 @@ class Regularizer:
         l2: Given = None,
         l2_norm: Given = None,
         *,
+        zeros: ZeroShare | None = None,
+        zeros_per: Literal["parameter"] | None = None,
         group_weights: Literal["sqrt_size"] | None = None,
         weights_only: bool = False,
         include: str | Iterable[str] | None = None,
@@ -155,9 +167,12 @@ class Regularizer:
         given = {"toward": as_weights("toward", toward), "importance": as_weights("importance", importance)}
         if group_weights not in (None, "sqrt_size"):
             raise ValueError(f'Regularizer: group_weights must be None or "sqrt_size", got {group_weights!r}')
+        if zeros_per not in (None, "parameter"):
+            raise ValueError(f'Regularizer: zeros_per must be None or "parameter", got {zeros_per!r}')
         rules = None if rules is None else list(rules)
+        aim = None if zeros is None else checked_zeros("Regularizer: zeros", zeros)
         choice = Choice(
-            as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms),
+            replace(as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms), zeros=aim or None),
             weights_only,
             as_keys("include", include),
             as_keys("types", types),
@@ -170,6 +185,8 @@ class Regularizer:
             "l2_norm": l2_norm,
             "group": "tensor",
             **terms,
+            "zeros": zeros,
+            "zeros_per": zeros_per,
             "group_weights": group_weights,
             "weights_only": weights_only,
             "include": choice.include,
@@ -180,7 +197,9 @@ class Regularizer:
             "save_references": save_references,
         }
         references = References(**given, is_saved=save_references)
-        self._begin(Table(Source(params, choice), references, group_weights is not None))
+        self._begin(Table(Source(params, choice), references, group_weights is not None, zeros_per is not None))
+        if zeros_per is not None and not self._table.has_aims():
+            raise ValueError(f'Regularizer: zeros_per="{zeros_per}" must come with zeros, which it is about, got none')
         self._current()
 
     def _begin(self, table: Table) -> None:
@@ -197,15 +216,20 @@ class Regularizer:
             self._table.follow()
         return self._table
 
-    def _used(self) -> Part:
+    def _used(self, is_proximal: bool = False) -> Part:
         """All of it as it is now, to train with."""
+        if not is_proximal and self._table.has_aims():
+            raise ValueError(
+                'Regularizer: zeros must be reached by proximal steps, as regularizer.attach(optimizer, mode="prox"), '
+                "got a call for a value or gradient, in which they have no part; `attachment.value` is the penalty"
+            )
         if is_compiling():
             self._current_while_tracing()
             self._table.look_at_all()
             return self._whole
         self._table.claim()
         self._attachments.miss_nothing()
-        if self._states is not None and self._table.cells():
+        if self._states is not None and (self._table.cells() or self._table.has_aims()):
             self._watch_schedules(self._states)
         return self._current()
 
@@ -240,7 +264,8 @@ class Regularizer:
             )
 
     def __call__(self) -> Tensor:
-        """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
+        """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it. Not with ``zeros``, which have no
+        part in it."""
         return self._attachments.watched(self._used().penalty())
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -263,7 +288,7 @@ class Regularizer:
         return part.accumulate_grad_(scale)[0]
 
     def prox_(self, step: float | Tensor) -> None:
-        """The proximal operator of ``step * penalty``, in place, as :func:`prox_` takes it.
+        """The proximal operator of ``step * penalty``, in place, as :func:`prox_` takes it, and then ``zeros``.
 
         Args:
             step: the learning rate: a finite float >= 0 or a 0-dim tensor.
@@ -271,9 +296,13 @@ class Regularizer:
         if not is_number(step) and not (isinstance(step, Tensor) and step.ndim == 0):
             got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
             raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
-        part = self._used()
+        part = self._used(is_proximal=True)
         self._attachments.warn_of_twice("by prox_")
         part.prox_(step)
+        if self._table.has_aims():
+            if is_compiling():
+                raise NotImplementedError("prox_: zeros must be reached outside of compiled code, got a call within it")
+            project_([entry for entry in part.entries if entry.param.requires_grad])
 
     @property
     def step(self) -> int:
@@ -354,7 +383,8 @@ class Regularizer:
         """The step count and the strengths as they are now, in plain numbers and names; with ``save_references`` the
         reference weights and importances, too.
 
-        ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets.
+        ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets;
+        so are ``zeros``, whose ramp goes on from the step.
         """
         table = self._followed()
         state: dict[str, Any] = {"step": self.step, "groups": state_of(table)}
@@ -457,9 +487,10 @@ class Regularizer:
 
         Raises:
             TypeError: ``optimizer`` is no torch optimizer, and wraps none.
-            ValueError: an unknown mode; the optimizer holds none of the parameters; it is attached already; a strength
-                requires grad, which it would never get; with mode "prox", a learning rate is missing, negative,
-                infinite or NaN (also before each step), or the optimizer would undo proximal steps.
+            ValueError: an unknown mode, or "grad" with ``zeros``; the optimizer holds none of the parameters; it is
+                attached already; a strength requires grad, which it would never get; with mode "prox", a learning rate
+                is missing, negative, infinite or NaN (also before each step), or the optimizer would undo proximal
+                steps.
 
         Warns:
             UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2`` toward 0; it

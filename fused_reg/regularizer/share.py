@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 from dataclasses import replace
+from itertools import compress
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from fused_reg._arguments import value_dtype
 from fused_reg._lazy_rows import lend_grad, put_back, rows_of, touched
 from fused_reg._terms import GROUPS, TERMS, group_code, group_text
 from fused_reg.regularizer.calls import Part
+from fused_reg.regularizer.projection import project_
 from fused_reg.regularizer.strengths import identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
 
@@ -84,6 +86,8 @@ class Share:
                         f"attach: {kind} of {entry.name!r} must be a constant, got a tensor that requires grad, and an "
                         "attached penalty gives it none; add regularizer() to the loss"
                     )
+        if self._mode == "grad" and (aimed := next((e for e in entries if e.aim is not None), None)) is not None:
+            raise ValueError(f'attach: mode must be "prox" where parameters have zeros, as {aimed.name!r}, got "grad"')
         self.entries, self.params = entries, [entry.param for entry in entries]
         self.group_of = [groups[id(p)] for p in self.params]
         self._groups = sorted(set(self.group_of))
@@ -165,6 +169,11 @@ class Share:
     def in_step(self) -> list[bool]:
         """Which parameters a step changes now."""
         return [p.grad is not None and p.requires_grad for p in self.params]
+
+    def project_(self, chosen: list[bool] | None, found_inf: Tensor | None) -> None:
+        """Makes those zero that an aim wants to be; ``chosen``: which entries a step has changed; None: all."""
+        used = [p.requires_grad for p in self.params] if chosen is None else chosen
+        project_(list(compress(self.entries, used)), found_inf)
 
     def check_rates(self, optimizer: Optimizer) -> None:
         """Raises unless each of the groups has a rate that a proximal step can have. A GPU is not waited for."""
