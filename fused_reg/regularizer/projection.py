@@ -131,7 +131,7 @@ def _between(pieces: Sequence[Tensor], key: _Key, low: Tensor, high: Tensor) -> 
 
 
 def _project_groups(aim: Aim, pool: Sequence[Entry], found_inf: Tensor | None) -> None:
-    parts = [(entry, part) for entry in pool for part in entry.param.detach().chunk(entry.runs)]
+    parts = [(entry, part) for entry in pool for part in entry.cut(entry.param.detach())]
     norms = _norms(parts)
     size = sum(map(len, norms))
     for (entry, part), mask in zip(parts, smallest(norms, min(round(aim.share * size), size - 1)), strict=True):

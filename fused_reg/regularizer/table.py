@@ -53,8 +53,8 @@ class Entry(Named):
     runs: int = 1  # of rows, each of which has groups of its own: those of a convolution with groups
 
     def cut(self, x: Tensor) -> Sequence[Tensor]:
-        """A tensor of its shape as tensors whose groups are those of its norms."""
-        if self.runs == 1 or not self.has("l2_norm"):
+        """A tensor of its shape as tensors whose groups are those of its norms, and of its aim."""
+        if self.runs == 1 or not (self.has("l2_norm") or (self.aim is not None and self.aim.group != "tensor")):
             return (x,)
         if is_dtensor(x):
             raise ValueError(
