@@ -31,6 +31,21 @@ namespace fused_reg {
 enum Number : int { kL1Strength, kL2Strength, kNormStrength, kStep, kSmoothL1Strength, kBeta, kNumbers };
 constexpr const char* kNumberNames[] = {"l1", "l2", "l2_norm", "step", "smooth_l1", "beta"};
 static_assert(sizeof kNumberNames / sizeof *kNumberNames == kNumbers);
+
+// What a number may be: from the least on, or above it, up to the most.
+struct NumberRule {
+  double least;
+  bool is_above;
+  double most;
+  const char* text;
+};
+constexpr NumberRule rule_of(int number) {
+  constexpr double kLargest = std::numeric_limits<double>::max();
+  switch (number) {
+    default:
+      return {0, false, kLargest, "finite and >= 0"};
+  }
+}
 constexpr int kTermNumbers = kNormStrength, kGroupNumbers = kStep + 1;
 
 // The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN. Beside them
@@ -80,12 +95,32 @@ FUSED_REG_INLINE V magnitude(V w) {
   }
 }
 
+// sgn(w) * max(0, |w| - threshold): w without its part between -threshold and threshold. NaN stays NaN, and so it is by
+// a threshold that is; a zero is +0.
+template <class V>
+FUSED_REG_INLINE V soft(V w, V threshold) {
+  const V below = w < threshold ? w : threshold, part = below > -threshold ? below : -threshold;
+  return w == part ? V{} : w - part;
+}
+
 struct TwoRoundings {
   template <class V>
   static FUSED_REG_INLINE V of(V a, V b, V c) {
     return a * b + c;
   }
 };
+
+template <class V>
+FUSED_REG_INLINE V square_root(V x) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return std::sqrt(x);
+  } else {
+    for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) {
+      x[i] = std::sqrt(x[i]);
+    }
+    return x;
+  }
+}
 
 // A sum over elements that were divided by 2^exponent.
 struct ScaledSum {
@@ -355,14 +390,6 @@ FUSED_REG_INLINE double norm_of(const ScaledSum& squares) {
 
 FUSED_REG_INLINE double norm_penalty(double l2_norm, const ScaledSum& squares) {
   return l2_norm == 0 ? 0 : scaled_product(l2_norm, std::sqrt(squares.sum), squares.exponent);
-}
-
-// sgn(w) * max(0, |w| - threshold): w without its part between -threshold and threshold. NaN stays NaN, and so it is by
-// a threshold that is; a zero is +0.
-template <class V>
-FUSED_REG_INLINE V soft(V w, V threshold) {
-  const V below = w < threshold ? w : threshold, part = below > -threshold ? below : -threshold;
-  return w == part ? V{} : w - part;
 }
 
 // What the elements of a group whose norm after soft() is this are multiplied by. A NaN norm makes the group NaN.

@@ -23,6 +23,7 @@ from fused_reg import _devices
 from fused_reg._iterators import read
 from fused_reg._terms import (
     APART,
+    BOUNDS,
     DEFAULTS,
     NUMBERS,
     PLACES,
@@ -193,13 +194,24 @@ def check_values(numbers: Mapping[str, Tensor | None]) -> None:
     for name, number in numbers.items():
         if number is None or name == "scale" or not is_known(number):
             continue
+        kind = name.rpartition(" ")[2]  # behind the name of a function
         for i, value in enumerate(number.detach().reshape(-1).tolist()):
-            if not 0 <= value < math.inf:
+            if not is_allowed(kind, value):
                 place = f"[{i}]" if number.ndim > 0 else ""
-                raise ValueError(f"{name}{place} must be finite and >= 0, got {value}")
+                raise ValueError(f"{name}{place} must be {_rule(kind)}, got {value}")
 
 
-_APART = [(PLACES[one], PLACES[other]) for one, other in APART.items()]
+def is_allowed(kind: str, value: float) -> bool:
+    """Whether a number of some kind may be this."""
+    bound = BOUNDS.get(kind)
+    return (value >= 0 if bound is None else bound < value) and value < math.inf
+
+
+def _rule(kind: str) -> str:
+    return f"finite and > {BOUNDS[kind]:g}" if kind in BOUNDS else "finite and >= 0"
+
+
+_APART = [(PLACES[one], PLACES[other]) for one, other in APART]
 
 
 def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
@@ -241,12 +253,12 @@ def are_run(tensors: Iterable[Tensor]) -> bool:
 def as_column(function: str, name: str, strength: Strength | None, params: Sequence[Tensor]) -> Column:
     if strength is None:
         return ()
-    if type(strength) is float and 0 < strength < math.inf:  # first: short calls and compiled code feel the rest
+    if type(strength) is float and 0 < strength < math.inf and name not in BOUNDS:  # first: short calls feel the rest
         return _in_graph(strength, params) if is_compiling() else (strength,)
     if isinstance(strength, Tensor):
         return _tensor_strength(function, name, strength, len(params))
     if is_number(strength):
-        value = as_number(f"{function}: {name}", strength)
+        value = as_number(f"{function}: {name}", strength, name)
         if value == 0:
             return ()
         return _in_graph(value, params) if is_compiling() else (value,)
@@ -259,7 +271,7 @@ def as_column(function: str, name: str, strength: Strength | None, params: Seque
     items: list[Any] = list(strength)
     if len(items) != len(params):
         raise ValueError(f"{function}: {name} must have one strength per parameter ({len(params)}), got {len(items)}")
-    checked = [_item_strength(function, f"{name}[{i}]", item) for i, item in enumerate(items)]
+    checked = [_item_strength(function, f"{name}[{i}]", item, name) for i, item in enumerate(items)]
     tensors = [item for item in checked if isinstance(item, Tensor)]
     if not tensors:
         return tuple(item for item in checked if not isinstance(item, Tensor))
@@ -280,14 +292,14 @@ def _as_float64(item: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), item, dtype=torch.float64, device=device)  # no copy that a GPU would wait for
 
 
-def _item_strength(function: str, name: str, item: Any) -> float | Tensor:
+def _item_strength(function: str, name: str, item: Any, kind: str) -> float | Tensor:
     if isinstance(item, Tensor):
         if not item.is_nested and item.ndim != 0:
             hint = "; use `.reshape(())`" if item.numel() == 1 else ""
             raise ValueError(f"{function}: {name} must be 0-dim, got shape {tuple(item.shape)}{hint}")
         return _tensor_strength(function, name, item, 1)
     if is_number(item):
-        return as_number(f"{function}: {name}", item)
+        return as_number(f"{function}: {name}", item, kind)
     raise TypeError(f"{function}: {name} must be a float or a 0-dim tensor, got {type(item).__name__}")
 
 
@@ -327,11 +339,11 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         )
 
 
-def as_number(name: str, strength: Any) -> float:
-    """A strength that is a number, checked; ``name`` begins the message of an error."""
+def as_number(name: str, strength: Any, kind: str = "") -> float:
+    """A number of some kind, as a strength, checked; ``name`` begins the message of an error."""
     value = _as_float(strength)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {strength}")
+    if not is_allowed(kind, value):
+        raise ValueError(f"{name} must be {_rule(kind)}, got {strength}")
     return value
 
 

@@ -26,7 +26,9 @@ class Row(NamedTuple):
     default: float | str | None = None
     shapes: str = ""  # the term whose shape it gives, without which it means nothing;
     about: str = ""  # and how an error says so
-    apart: str = ""  # a term with which it has no proximal operator in closed form
+    apart: tuple[str, ...] = ()  # terms with which it has no proximal operator in closed form
+    bound: float | None = None  # what a number must be above; others are at least 0
+    is_bent: bool = False  # the value is not proportional to the strength
 
 
 #: The terms: all that Python knows of them, but for what they are (`reference`). An argument that a row adds has a type
@@ -63,7 +65,7 @@ ROWS = (
         "which has no closed form.",
         r"smooth\_l1_t \sum_i s_t(w_{t,i})",
         r"smooth\_l1_t\, s_t'(w_{t,i})",
-        apart="l2_norm",
+        apart=("l2_norm",),
     ),
     Row(
         "beta",
@@ -85,7 +87,11 @@ TERM_OF = {row.name: row.shapes or row.name for row in ROWS if row.name in KINDS
 DEFAULTS = {row.name: row.default if isinstance(row.default, float) else 0.0 for row in ROWS if row.name in KINDS}
 
 #: Pairs of terms that together have no proximal operator in closed form.
-APART = {row.name: row.apart for row in ROWS if row.apart}
+APART = [(row.name, other) for row in ROWS for other in row.apart]
+
+#: What numbers must be above, and terms whose value is not proportional to their strength.
+BOUNDS = {row.name: row.bound for row in ROWS if row.bound is not None}
+BENT = tuple(row.name for row in ROWS if row.is_bent)
 
 #: The arguments that are no strengths.
 SHAPES = {row.name: row for row in ROWS if row.shapes}
@@ -322,6 +328,10 @@ class Strengths(NamedTuple):
 
     def has_norms(self) -> bool:
         return self.group != 0
+
+    def has_bent(self) -> bool:
+        """Whether a term may be there whose value is not proportional to its strength."""
+        return any(self.counts[PLACES[term]] != 0 for term in BENT)
 
     def are_trained(self) -> bool:
         return len(self.tensors) > 0 and any(t.requires_grad for t in self.tensors)

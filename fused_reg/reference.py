@@ -282,7 +282,8 @@ def prox_(
         norms, threshold = _norms(soft, given["group"]), eta * c
         block = torch.where(norms <= threshold, 0.0, 1 - threshold / norms) if threshold != 0 else 1.0
         soft = (_in_runs(soft, given["group"]) * block).reshape(p.shape)
-        x = _smooth_l1_prox(soft / (1 + 2 * rate * b), rate * d / (1 + 2 * rate * b), beta)
+        rest = rate / (1 + 2 * rate * b)
+        x = _smooth_l1_prox(soft / (1 + 2 * rate * b), rest * d, beta)
         x = x if given["toward"] is None else x + given["toward"].double()
         p.copy_(x).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 

@@ -134,10 +134,10 @@ class ListPass : public TaskList {
     return sum_of(penalties);
   }
 
-  // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
+  // [tensors, kSums] float64: the sums of L1 and L2, and those of further terms that are there.
   at::Tensor run_term_sums() {
     for (ChunkTask& task : tasks_) {
-      task.numbers.terms = kL1L2 | (has_further_ ? kFurther : kNone);
+      task.numbers.terms = kL1L2 | (AllTerms::present(task.numbers.of) & kFurther);
     }
     const std::vector<ChunkSums> sums = chunk_sums();
     at::Tensor out = at::empty({plan_.tensors(), kSums}, at::kDouble);

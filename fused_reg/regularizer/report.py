@@ -18,7 +18,6 @@ from fused_reg._terms import (
     DEFAULTS,
     GROUPS,
     KINDS,
-    SHAPES,
     TERM_OF,
     TERMS,
     Strengths,
@@ -190,7 +189,7 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
         own = [e for e in entries if e.group == kind]
         params, group = [e.param for e in own], group_code(kind)
         try:
-            parts = _routes.run("report", _parts, _parts, params, _shapes_of(own, group), are_whole=True)
+            parts = _routes.run("report", _parts, _parts, params, _numbers_of(own, group), are_whole=True)
         except (TypeError, ValueError, RuntimeError) as error:
             raise named(error, [e.name for e in own]) from error
         for places, columns in parts:
@@ -198,19 +197,19 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     return {id(e): row for device, parts in measured.items() for e, row in _rows_on(device, parts)}
 
 
-def _parts(params: list[Tensor], shapes: Strengths) -> list[tuple[list[int], Tensor]]:
+def _parts(params: list[Tensor], numbers: Strengths) -> list[tuple[list[int], Tensor]]:
     """The places of the parameters of each bucket, and what is measured of them."""
-    return [(b.places, _columns(b)) for b in checked_buckets(params, shards_of(params), shapes)]
+    return [(b.places, _columns(b)) for b in checked_buckets(params, shards_of(params), numbers)]
 
 
-def _shapes_of(entries: Sequence[Entry], group: int) -> Strengths:
-    """What the sums of their terms need beside the parameters."""
-    shapes = {}
-    for kind, term in TERM_OF.items():
-        if kind in SHAPES and any(e.has(term) for e in entries):
+def _numbers_of(entries: Sequence[Entry], group: int) -> Strengths:
+    """What the sums of their terms need beside the parameters: the numbers of all but the first three."""
+    numbers = {}
+    for kind in KINDS[3:]:
+        if any(e.has(TERM_OF[kind]) for e in entries):
             column = Column([e.strengths[kind] for e in entries]).get()
-            shapes[kind] = column if isinstance(column, Tensor) else (column,)
-    return Strengths(group=group).having(**shapes)
+            numbers[kind] = column if isinstance(column, Tensor) else (column,)
+    return Strengths(group=group).having(**numbers)
 
 
 def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) -> Iterator[tuple[Entry, Row]]:

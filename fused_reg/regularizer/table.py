@@ -195,7 +195,8 @@ class Table:
             if (schedule := cell.schedule) is not None:
                 due.append((cell, id(schedule)))
                 if id(schedule) not in values:
-                    values[id(schedule)] = scheduled(f"Regularizer: {name}", schedule, step)
+                    kind = name.partition(" ")[0]
+                    values[id(schedule)] = scheduled(kind, f"Regularizer: {name}", schedule, step)
         self._step, self._skipped, self._is_led = step, None, True
         for cell, asked in due:
             _fill(cell.value, values[asked])
@@ -265,7 +266,7 @@ class Table:
                 (value, keep), name = saved[e.name][kind], f"load_state_dict: {kind} of {e.name!r}"
                 schedule = _schedule_of(old, keep)
                 if schedule is not None and id(schedule) not in values:
-                    values[id(schedule)] = scheduled(name, schedule, step)
+                    values[id(schedule)] = scheduled(kind, name, schedule, step)
                 if len(wanted[identity(old)]) == 1:
                     _check_fits(name, old, values.get(id(schedule), value))
         for wishes in wanted.values():
