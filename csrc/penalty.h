@@ -28,8 +28,18 @@ namespace fused_reg {
 
 // The numbers of a tensor, and their names as arguments: the columns of the operators, in their order. L1 and L2 alone
 // need the first kTermNumbers; a list without further terms the first kGroupNumbers.
-enum Number : int { kL1Strength, kL2Strength, kNormStrength, kStep, kSmoothL1Strength, kBeta, kNumbers };
-constexpr const char* kNumberNames[] = {"l1", "l2", "l2_norm", "step", "smooth_l1", "beta"};
+enum Number : int {
+  kL1Strength,
+  kL2Strength,
+  kNormStrength,
+  kStep,
+  kSmoothL1Strength,
+  kBeta,
+  kMcpStrength,
+  kMcpGamma,
+  kNumbers
+};
+constexpr const char* kNumberNames[] = {"l1", "l2", "l2_norm", "step", "smooth_l1", "beta", "mcp", "mcp_gamma"};
 static_assert(sizeof kNumberNames / sizeof *kNumberNames == kNumbers);
 
 // What a number may be: from the least on, or above it, up to the most.
@@ -42,6 +52,8 @@ struct NumberRule {
 constexpr NumberRule rule_of(int number) {
   constexpr double kLargest = std::numeric_limits<double>::max();
   switch (number) {
+    case kMcpGamma:
+      return {1, true, kLargest, "finite and > 1"};
     default:
       return {0, false, kLargest, "finite and >= 0"};
   }
@@ -50,7 +62,16 @@ constexpr int kTermNumbers = kNormStrength, kGroupNumbers = kStep + 1;
 
 // The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN. Beside them
 // kRelative: they are of the difference from a reference weight, times the importance of each element.
-enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kSmoothL1 = 8, kRelative = 16 };
+enum Terms : int {
+  kNone = 0,
+  kL1 = 1,
+  kL2 = 2,
+  kL1L2 = kL1 | kL2,
+  kNorm = 4,
+  kSmoothL1 = 8,
+  kRelative = 16,
+  kMcp = 32
+};
 
 // What is known of a chunk.
 struct ChunkNumbers {
@@ -296,6 +317,103 @@ struct SmoothL1 : Term<kSmoothL1, kSmoothL1Strength> {
   }
 };
 
+// A penalty that begins as L1 does and grows ever less, to a constant:
+//
+//   strength * m - max(0, m - knee)^2 / (2 * width)   with m = min(|w|, end), end = knee + width * strength
+//
+// in which the strength is more than a factor. knee = kKnee * strength and width = shape - kKnee, of 0 or 1.
+template <Terms bit, Number strength, Number shape, int knee>
+struct Concave : Term<bit, strength> {
+  static constexpr int kDegree = 1, kFactors = 5, kSumFactors = 5, kProxFactors = 4, kProxNumbers = 2;
+
+  static FUSED_REG_INLINE int result_exponent(const ChunkNumbers&, int exponent) { return exponent; }
+
+  // Of w * 2^-exponent, and of a strength that is likewise.
+  static FUSED_REG_INLINE void sum_factors(const ChunkNumbers& n, int exponent, double* f) {
+    constexpr double kLargest = std::numeric_limits<double>::max();
+    const double height = std::ldexp(n.of[strength], -exponent), width = n.of[shape] - knee;
+    const double end = height * n.of[shape], slope = end <= kLargest ? 0.5 / (height * width) : 0.5 / height / width;
+    f[0] = std::ldexp(1.0, -exponent);
+    f[1] = end > kLargest ? kLargest : end;
+    f[2] = knee * height;
+    f[3] = slope <= kLargest ? slope : kLargest;
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V add(V sum, V w, const V* f) {
+    const V size = magnitude(w * f[0]), m = size > f[1] ? f[1] : size;
+    if constexpr (knee == 0) {
+      return sum + m * (1 - m * f[3]);
+    }
+    const V over = m > f[2] ? m - f[2] : V{};
+    return sum + (m - over * (over * f[3]));
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers& n, S* f) {
+    f[0] = static_cast<S>(n.factor);
+    f[1] = static_cast<S>(n.of[strength]);
+    f[2] = static_cast<S>(knee * n.of[strength]);
+    f[3] = static_cast<S>(1 / (n.of[shape] - knee));
+    f[4] = static_cast<S>(n.of[strength] * n.of[shape]);
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V gradient(V w, const V* f) {
+    const V size = magnitude(w), over = size < f[2] ? V{} : size - f[2], left = f[1] - over * f[3];
+    const V slope = f[0] * (size >= f[4] ? V{} : left < 0 ? V{} : left);
+    return w > 0 ? slope : (w < 0 ? -slope : f[0] * w);
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void prox_factors(const ChunkNumbers& n, S* f) {
+    double own[kProxFactors];
+    set_prox(L2::prox(n.of[kStep], n.of[kStep], n.of[kL2Strength]), n.of[strength], n.of[shape], own);
+    for (int i = 0; i < kProxFactors; ++i) {
+      f[i] = static_cast<S>(own[i]);
+    }
+    f[3] = f[3] <= std::numeric_limits<S>::max() ? f[3] : std::numeric_limits<S>::max();
+  }
+
+  // The minimum over x of (x - w)^2 / 2 + step * penalty(x): w beyond f[3], else the soft threshold f[0], of which what
+  // is more than the knee f[1] grows by the share f[2]. Where step < width, that is firm thresholding, which has no
+  // jump. Else there are two minima, the other one at w, and beyond f[3] that is the lower one: hard thresholding.
+  template <class V>
+  static FUSED_REG_INLINE V prox(V w, const V* f) {
+    const V near = soft(w, f[0]), rest = soft(near, f[1]);
+    return magnitude(w) > f[3] ? w : near + rest * f[2];
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void prox_numbers(const ChunkNumbers& n, S* f) {
+    f[0] = static_cast<S>(n.of[strength]);
+    f[1] = static_cast<S>(n.of[shape]);
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V prox_with(V w, V step, const V* f) {
+    V own[kProxFactors];
+    set_prox(step, f[0], f[1], own);
+    return prox(w, own);
+  }
+
+ private:
+  template <class V>
+  static FUSED_REG_INLINE void set_prox(V step, V height, V end, V* f) {
+    const V none{}, ratio = step / (end - knee), q = end + knee;
+    const V jump = step < q ? (step + q) / 2 : square_root(step) * square_root(q);
+    f[0] = height * step;
+    f[1] = height * knee;
+    f[2] = ratio < 1 ? ratio / (1 - ratio) : none - 1;
+    f[3] = height * (ratio < 1 ? end : jump);
+  }
+};
+
+// The minimax concave penalty (Zhang 2010): strength * |w| - w^2 / (2 gamma) up to gamma * strength.
+struct Mcp : Concave<kMcp, kMcpStrength, kMcpGamma, 0> {
+  static constexpr int kSum = 3;
+};
+
 // l2_norm * ||w_g||, which comes from the sum of L2: its gradient as (w * f[0]) * f[1]. f[0], a power of two, keeps
 // w / ||w_g|| from overflow where the norm is tiny, and f[1] from underflow where the norm is large or l2_norm small.
 struct Norm : Term<kNorm, kNormStrength> {
@@ -357,9 +475,9 @@ struct TermList {
   }
 };
 
-using FurtherTerms = TermList<SmoothL1>;
-using SummedTerms = TermList<L1, L2, SmoothL1>;
-using AllTerms = TermList<L1, L2, SmoothL1, Norm>;
+using FurtherTerms = TermList<SmoothL1, Mcp>;
+using SummedTerms = TermList<L1, L2, SmoothL1, Mcp>;
+using AllTerms = TermList<L1, L2, SmoothL1, Mcp, Norm>;
 constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits;
 constexpr int kAnyTerms = kNorm | kL1;  // of a pass: L1, L2 and the norm, each chosen at run time
 constexpr int kSums = SummedTerms::kCount;

@@ -76,6 +76,28 @@ ROWS = (
         shapes="smooth_l1",
         about="whose width it is",
     ),
+    Row(
+        "mcp",
+        "the strength of the minimax concave penalty (MCP), likewise: it begins as ``mcp * |w|``, grows ever less, and "
+        "from ``|w| = mcp_gamma * mcp`` on it is ``mcp_gamma * mcp ** 2 / 2``. Its gradient is ``sgn(w) * max(0, mcp - "
+        "|w| / mcp_gamma)``: what is large is not shrunk.",
+        "the firm threshold, and where ``step >= mcp_gamma`` the hard threshold at ``mcp * sqrt(step * mcp_gamma)``: "
+        "the minimum always. Not with ``l2_norm`` or ``smooth_l1`` on one parameter.",
+        r"mcp_t \sum_i c_t(w_{t,i})",
+        r"mcp_t\, c_t'(w_{t,i})",
+        apart=("l2_norm", "smooth_l1"),
+        is_bent=True,
+    ),
+    Row(
+        "mcp_gamma",
+        "how long ``mcp`` grows: a number > 1 as the strengths are, but a constant; 3 if it is not given. A large one "
+        "is L1. Given with ``mcp``.",
+        "where weights stay as they are.",
+        default=3.0,
+        shapes="mcp",
+        about="whose concavity it is",
+        bound=1.0,
+    ),
 )
 
 #: The numbers of the terms, in the order of the arguments, and those of them that are strengths.
@@ -132,6 +154,8 @@ class MoreStrengths(TypedDict, Generic[S], total=False):
 
     smooth_l1: S | None
     beta: S | None
+    mcp: S | None
+    mcp_gamma: S | None
 
 
 class MoreTerms(MoreStrengths[S], Generic[S], total=False):

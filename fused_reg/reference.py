@@ -22,6 +22,7 @@ _SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     "l2": lambda w, given: _sum(w.square(), given),
     "l2_norm": lambda w, given: _norms(w, given["group"]).sum(),
     "smooth_l1": lambda w, given: _sum(_smooth_l1(w, given["beta"]), given),
+    "mcp": lambda w, given: _sum(_mcp(w, given["mcp"], given["mcp_gamma"]), given),
 }
 
 
@@ -38,6 +39,13 @@ def _smooth_l1(w: Tensor, beta: float | Tensor) -> Tensor:
     width = torch.as_tensor(beta, dtype=w.dtype, device=w.device)
     slope = 0.5 / torch.where(width > 0, width, 1)
     return torch.where(w.abs() < width, w * w * slope, w.abs() - width / 2)
+
+
+def _mcp(w: Tensor, strength: float | Tensor, gamma: float | Tensor) -> Tensor:
+    """Zhang 2010, equation 2.1, divided by the strength."""
+    end = torch.as_tensor(strength * gamma, dtype=w.dtype, device=w.device)
+    slope = 0.5 / torch.where(end > 0, end, 1)
+    return torch.where(w.abs() <= end, w.abs() - w * w * slope, end / 2)
 
 
 def _with_terms(
@@ -84,6 +92,18 @@ def _smooth_l1_prox(w: Tensor, height: float | Tensor, beta: float | Tensor) -> 
     width = torch.as_tensor(beta + height, dtype=w.dtype, device=w.device)
     within = w * beta / torch.where(width > 0, width, 1)
     return torch.where(w.abs() <= width, within, w - torch.sign(w) * height)
+
+
+def _mcp_prox(w: Tensor, step: float | Tensor, strength: float | Tensor, gamma: float | Tensor) -> Tensor:
+    """The best of the points where the minimum can be: the corner, on the curve, and beyond, where it is flat."""
+    on_curve = (w.abs() - step * strength) / torch.as_tensor(1 - step / gamma, dtype=w.dtype, device=w.device)
+    end = torch.as_tensor(strength * gamma, dtype=w.dtype, device=w.device)
+    inside = on_curve.nan_to_num(posinf=0.0, neginf=0.0).clamp(min=0).minimum(end)
+    found = [torch.zeros_like(w), inside, w.abs()]
+    costs = [(x - w.abs()) ** 2 / 2 + step * strength * _mcp(x, strength, gamma) for x in found]
+    best = torch.stack(costs).argmin(0, keepdim=True)
+    x = torch.sign(w) * torch.stack(found).gather(0, best)[0]
+    return torch.where(w.isfinite(), x, w)
 
 
 def _in_runs(w: Tensor, group: Group) -> Tensor:
@@ -274,7 +294,7 @@ def prox_(
     """
     own = _with_terms(params, l1, l2, terms, toward, importance)
     for (p, given), eta in zip(own, _per_parameter(step, 0.0, len(own)), strict=True):
-        a, b, c, d, beta = (given[kind] for kind in KINDS)
+        a, b, c, d, beta, mcp, mcp_gamma = (given[kind] for kind in KINDS)
         rate = eta if given["importance"] is None else eta * given["importance"].double()
         w = _difference(p.double(), given)
         soft = torch.where(w.abs() <= rate * a, 0.0, w - torch.sign(w) * rate * a)
@@ -284,6 +304,7 @@ def prox_(
         soft = (_in_runs(soft, given["group"]) * block).reshape(p.shape)
         rest = rate / (1 + 2 * rate * b)
         x = _smooth_l1_prox(soft / (1 + 2 * rate * b), rest * d, beta)
+        x = _mcp_prox(x, rest, mcp, mcp_gamma) if _is_present(mcp) else x
         x = x if given["toward"] is None else x + given["toward"].double()
         p.copy_(x).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 

@@ -92,6 +92,14 @@ def _smooth_l1(w: Tensor, own: _Own) -> Tensor:
     return torch.where(w.abs() < width, within, w.abs() - width / 2)
 
 
+def _concave(w: Tensor, strength: float | Tensor | None, shape: float | Tensor | None, knee: int) -> Tensor:
+    """Of MCP or SCAD, whose curve begins at 0 or at the strength."""
+    height, end = _as_tensor(strength, w), _as_tensor(shape, w)
+    size = torch.minimum(w.abs(), height * end)
+    curved = height * (end - knee)
+    return size - (size - knee * height).clamp(min=0).square() / (2 * torch.where(curved > 0, curved, 1))
+
+
 def _as_tensor(number: float | Tensor | None, like: Tensor) -> Tensor:
     return torch.as_tensor(0.0 if number is None else number, dtype=like.dtype, device=like.device)
 
@@ -101,6 +109,7 @@ _ELEMENTS: dict[str, Callable[[Tensor, _Own], Tensor]] = {
     "l1": lambda w, own: w.abs(),
     "l2": lambda w, own: w.square(),
     "smooth_l1": _smooth_l1,
+    "mcp": lambda w, own: _concave(w, own["mcp"], own["mcp_gamma"], 0),
 }
 
 
