@@ -59,7 +59,7 @@ TORCH_LIBRARY(fused_reg, m) {
   m.def("norms(Tensor[] params, " NUMBERS ") -> Tensor", tags);
 
   // [number of params, terms (+ 1)] float64: the sum of each term over each parameter, that of |w|, of w^2, and of smooth
-  // L1 and MCP where their strengths are given, else 0; and how many of its elements are 0, if that is asked for.
+  // L1, MCP and SCAD where their strengths are given, else 0; and how many of its elements are 0, if that is asked for.
   m.def("sums(Tensor[] params, bool with_zeros, " NUMBERS ") -> Tensor", tags);
 }
 

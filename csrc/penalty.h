@@ -37,9 +37,12 @@ enum Number : int {
   kBeta,
   kMcpStrength,
   kMcpGamma,
+  kScadStrength,
+  kScadA,
   kNumbers
 };
-constexpr const char* kNumberNames[] = {"l1", "l2", "l2_norm", "step", "smooth_l1", "beta", "mcp", "mcp_gamma"};
+constexpr const char* kNumberNames[] = {"l1",   "l2",  "l2_norm",   "step", "smooth_l1",
+                                        "beta", "mcp", "mcp_gamma", "scad", "scad_a"};
 static_assert(sizeof kNumberNames / sizeof *kNumberNames == kNumbers);
 
 // What a number may be: from the least on, or above it, up to the most.
@@ -54,6 +57,8 @@ constexpr NumberRule rule_of(int number) {
   switch (number) {
     case kMcpGamma:
       return {1, true, kLargest, "finite and > 1"};
+    case kScadA:
+      return {2, true, kLargest, "finite and > 2"};
     default:
       return {0, false, kLargest, "finite and >= 0"};
   }
@@ -70,7 +75,8 @@ enum Terms : int {
   kNorm = 4,
   kSmoothL1 = 8,
   kRelative = 16,
-  kMcp = 32
+  kMcp = 32,
+  kScad = 64
 };
 
 // What is known of a chunk.
@@ -324,7 +330,7 @@ struct SmoothL1 : Term<kSmoothL1, kSmoothL1Strength> {
 // in which the strength is more than a factor. knee = kKnee * strength and width = shape - kKnee, of 0 or 1.
 template <Terms bit, Number strength, Number shape, int knee>
 struct Concave : Term<bit, strength> {
-  static constexpr int kDegree = 1, kFactors = 5, kSumFactors = 5, kProxFactors = 4, kProxNumbers = 2;
+  static constexpr int kDegree = 1, kFactors = 5, kSumFactors = 4, kProxFactors = 4, kProxNumbers = 2;
 
   static FUSED_REG_INLINE int result_exponent(const ChunkNumbers&, int exponent) { return exponent; }
 
@@ -414,6 +420,11 @@ struct Mcp : Concave<kMcp, kMcpStrength, kMcpGamma, 0> {
   static constexpr int kSum = 3;
 };
 
+// Smoothly clipped absolute deviation (Fan and Li 2001): L1 up to the strength, from a * strength on constant.
+struct Scad : Concave<kScad, kScadStrength, kScadA, 1> {
+  static constexpr int kSum = 4;
+};
+
 // l2_norm * ||w_g||, which comes from the sum of L2: its gradient as (w * f[0]) * f[1]. f[0], a power of two, keeps
 // w / ||w_g|| from overflow where the norm is tiny, and f[1] from underflow where the norm is large or l2_norm small.
 struct Norm : Term<kNorm, kNormStrength> {
@@ -475,9 +486,9 @@ struct TermList {
   }
 };
 
-using FurtherTerms = TermList<SmoothL1, Mcp>;
-using SummedTerms = TermList<L1, L2, SmoothL1, Mcp>;
-using AllTerms = TermList<L1, L2, SmoothL1, Mcp, Norm>;
+using FurtherTerms = TermList<SmoothL1, Mcp, Scad>;
+using SummedTerms = TermList<L1, L2, SmoothL1, Mcp, Scad>;
+using AllTerms = TermList<L1, L2, SmoothL1, Mcp, Scad, Norm>;
 constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits;
 constexpr int kAnyTerms = kNorm | kL1;  // of a pass: L1, L2 and the norm, each chosen at run time
 constexpr int kSums = SummedTerms::kCount;

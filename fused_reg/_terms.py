@@ -98,6 +98,28 @@ ROWS = (
         about="whose concavity it is",
         bound=1.0,
     ),
+    Row(
+        "scad",
+        "the strength of the smoothly clipped absolute deviation (SCAD), likewise: it is ``scad * |w|`` up to ``|w| = "
+        "scad``, grows ever less from there on, and from ``scad_a * scad`` on it is ``scad ** 2 * (scad_a + 1) / 2``. "
+        "Its gradient is ``scad * sgn(w)``, then ``sgn(w) * max(0, scad_a * scad - |w|) / (scad_a - 1)``.",
+        "the soft threshold for small weights, none for large ones, and between them what joins these; where ``step >= "
+        "scad_a - 1`` a jump: the minimum always. Not with ``l2_norm``, ``smooth_l1`` or ``mcp`` on one parameter.",
+        r"scad_t \sum_i d_t(w_{t,i})",
+        r"scad_t\, d_t'(w_{t,i})",
+        apart=("l2_norm", "smooth_l1", "mcp"),
+        is_bent=True,
+    ),
+    Row(
+        "scad_a",
+        "from which multiple of ``scad`` on it is constant: a number > 2 as the strengths are, but a constant; 3.7 if "
+        "it is not given. Given with ``scad``.",
+        "where weights stay as they are.",
+        default=3.7,
+        shapes="scad",
+        about="whose concavity it is",
+        bound=2.0,
+    ),
 )
 
 #: The numbers of the terms, in the order of the arguments, and those of them that are strengths.
@@ -156,6 +178,8 @@ class MoreStrengths(TypedDict, Generic[S], total=False):
     beta: S | None
     mcp: S | None
     mcp_gamma: S | None
+    scad: S | None
+    scad_a: S | None
 
 
 class MoreTerms(MoreStrengths[S], Generic[S], total=False):

@@ -23,6 +23,7 @@ _SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     "l2_norm": lambda w, given: _norms(w, given["group"]).sum(),
     "smooth_l1": lambda w, given: _sum(_smooth_l1(w, given["beta"]), given),
     "mcp": lambda w, given: _sum(_mcp(w, given["mcp"], given["mcp_gamma"]), given),
+    "scad": lambda w, given: _sum(_scad(w, given["scad"], given["scad_a"]), given),
 }
 
 
@@ -46,6 +47,14 @@ def _mcp(w: Tensor, strength: float | Tensor, gamma: float | Tensor) -> Tensor:
     end = torch.as_tensor(strength * gamma, dtype=w.dtype, device=w.device)
     slope = 0.5 / torch.where(end > 0, end, 1)
     return torch.where(w.abs() <= end, w.abs() - w * w * slope, end / 2)
+
+
+def _scad(w: Tensor, strength: float | Tensor, a: float | Tensor) -> Tensor:
+    """The integral of Fan and Li 2001, equation 2.7, divided by the strength."""
+    knee, end = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (strength, strength * a))
+    over = w.abs() - knee
+    bent = w.abs() - over * over * (0.5 / torch.where(end > knee, end - knee, 1))
+    return torch.where(w.abs() <= knee, w.abs(), torch.where(w.abs() <= end, bent, (end + knee) / 2))
 
 
 def _with_terms(
@@ -101,6 +110,20 @@ def _mcp_prox(w: Tensor, step: float | Tensor, strength: float | Tensor, gamma: 
     inside = on_curve.nan_to_num(posinf=0.0, neginf=0.0).clamp(min=0).minimum(end)
     found = [torch.zeros_like(w), inside, w.abs()]
     costs = [(x - w.abs()) ** 2 / 2 + step * strength * _mcp(x, strength, gamma) for x in found]
+    best = torch.stack(costs).argmin(0, keepdim=True)
+    x = torch.sign(w) * torch.stack(found).gather(0, best)[0]
+    return torch.where(w.isfinite(), x, w)
+
+
+def _scad_prox(w: Tensor, step: float | Tensor, strength: float | Tensor, a: float | Tensor) -> Tensor:
+    """Likewise: the soft threshold up to the knee, on the curve, and beyond."""
+    knee, end = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (strength, strength * a))
+    soft = (w.abs() - step * knee).clamp(min=0).minimum(knee)
+    ratio = torch.as_tensor(step / (a - 1), dtype=w.dtype, device=w.device)
+    on_curve = (w.abs() - ratio * end) / (1 - ratio)
+    curved = on_curve.nan_to_num(posinf=0.0, neginf=0.0).maximum(knee).minimum(end)
+    found = [soft, curved, w.abs()]
+    costs = [(x - w.abs()) ** 2 / 2 + step * strength * _scad(x, strength, a) for x in found]
     best = torch.stack(costs).argmin(0, keepdim=True)
     x = torch.sign(w) * torch.stack(found).gather(0, best)[0]
     return torch.where(w.isfinite(), x, w)
@@ -294,7 +317,7 @@ def prox_(
     """
     own = _with_terms(params, l1, l2, terms, toward, importance)
     for (p, given), eta in zip(own, _per_parameter(step, 0.0, len(own)), strict=True):
-        a, b, c, d, beta, mcp, mcp_gamma = (given[kind] for kind in KINDS)
+        a, b, c, d, beta, mcp, mcp_gamma, scad, scad_a = (given[kind] for kind in KINDS)
         rate = eta if given["importance"] is None else eta * given["importance"].double()
         w = _difference(p.double(), given)
         soft = torch.where(w.abs() <= rate * a, 0.0, w - torch.sign(w) * rate * a)
@@ -305,6 +328,7 @@ def prox_(
         rest = rate / (1 + 2 * rate * b)
         x = _smooth_l1_prox(soft / (1 + 2 * rate * b), rest * d, beta)
         x = _mcp_prox(x, rest, mcp, mcp_gamma) if _is_present(mcp) else x
+        x = _scad_prox(x, rest, scad, scad_a) if _is_present(scad) else x
         x = x if given["toward"] is None else x + given["toward"].double()
         p.copy_(x).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 

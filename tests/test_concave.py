@@ -13,7 +13,7 @@ from fused_reg import Regularizer, accumulate_grad_, fused_penalty, prox_, refer
 
 COUNT = len(mixed_list())
 #: Each term with its shape, that shape's default, and what it must be above.
-SHAPES = {"mcp": ("mcp_gamma", 3.0, 1)}
+SHAPES = {"mcp": ("mcp_gamma", 3.0, 1), "scad": ("scad_a", 3.7, 2)}
 EVERY_TERM = pytest.mark.parametrize("term", SHAPES)
 
 

@@ -110,6 +110,7 @@ _ELEMENTS: dict[str, Callable[[Tensor, _Own], Tensor]] = {
     "l2": lambda w, own: w.square(),
     "smooth_l1": _smooth_l1,
     "mcp": lambda w, own: _concave(w, own["mcp"], own["mcp_gamma"], 0),
+    "scad": lambda w, own: _concave(w, own["scad"], own["scad_a"], 1),
 }
 
 

@@ -229,7 +229,7 @@ void expect_reports(const Tensors& list, const std::string& what) {
       EXPECT(same_bits(OnCuda::norms(list, GIVEN(norms)), OnCpu::norms(list, GIVEN(norms)), true), what, norms.group);
     }
   }
-  for (const Given& given : {Given::of({}), Given::of({0, 0, 0, 0, 0.1, 0.3, 0.5, 3})}) {
+  for (const Given& given : {Given::of({}), Given::of({0, 0, 0, 0, 0.1, 0.3, 0.5, 3, 0.5, 4})}) {
     for (const bool with_zeros : {false, true}) {
       const auto run = [&](auto op) { return op(list, with_zeros, GIVEN(given)); };
       EXPECT(same_bits(run(OnCuda::sums), run(OnCpu::sums), true), what, with_zeros);

@@ -504,6 +504,7 @@ struct OfConcave {
 
 int main() {
   OfConcave<Mcp>{kMcpStrength, kMcpGamma, 0}.expect_all();
+  OfConcave<Scad>{kScadStrength, kScadA, 1}.expect_all();
   expect_smooth_penalty();
   expect_smooth_gradient<float>();
   expect_smooth_gradient<double>();
