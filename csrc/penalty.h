@@ -39,10 +39,13 @@ enum Number : int {
   kMcpGamma,
   kScadStrength,
   kScadA,
+  kLower,
+  kUpper,
+  kMaxNorm,
   kNumbers
 };
-constexpr const char* kNumberNames[] = {"l1",   "l2",  "l2_norm",   "step", "smooth_l1",
-                                        "beta", "mcp", "mcp_gamma", "scad", "scad_a"};
+constexpr const char* kNumberNames[] = {"l1",        "l2",   "l2_norm", "step",  "smooth_l1", "beta",    "mcp",
+                                        "mcp_gamma", "scad", "scad_a",  "lower", "upper",     "max_norm"};
 static_assert(sizeof kNumberNames / sizeof *kNumberNames == kNumbers);
 
 // What a number may be: from the least on, or above it, up to the most.
@@ -53,20 +56,25 @@ struct NumberRule {
   const char* text;
 };
 constexpr NumberRule rule_of(int number) {
-  constexpr double kLargest = std::numeric_limits<double>::max();
+  constexpr double kLargest = std::numeric_limits<double>::max(), kInfinity = std::numeric_limits<double>::infinity();
   switch (number) {
     case kMcpGamma:
       return {1, true, kLargest, "finite and > 1"};
     case kScadA:
       return {2, true, kLargest, "finite and > 2"};
+    case kLower:
+    case kUpper:
+      return {-kInfinity, false, kInfinity, "a number"};
+    case kMaxNorm:
+      return {0, true, kInfinity, "> 0"};
     default:
       return {0, false, kLargest, "finite and >= 0"};
   }
 }
 constexpr int kTermNumbers = kNormStrength, kGroupNumbers = kStep + 1;
 
-// The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN. Beside them
-// kRelative: they are of the difference from a reference weight, times the importance of each element.
+// The terms that a tensor has, and its box. A term whose strength is 0 is absent: 0 * inf must not become NaN. Beside
+// them kRelative: they are of the difference from a reference weight, times the importance of each element.
 enum Terms : int {
   kNone = 0,
   kL1 = 1,
@@ -76,7 +84,8 @@ enum Terms : int {
   kSmoothL1 = 8,
   kRelative = 16,
   kMcp = 32,
-  kScad = 64
+  kScad = 64,
+  kBox = 128
 };
 
 // What is known of a chunk.
@@ -425,6 +434,38 @@ struct Scad : Concave<kScad, kScadStrength, kScadA, 1> {
   static constexpr int kSum = 4;
 };
 
+// lower <= w <= upper: no value, and a proximal operator that clips. Two numbers that are 0 are none.
+struct Box {
+  static constexpr int kProxFactors = 2, kProxNumbers = 2;
+
+  static FUSED_REG_INLINE int present(const double* numbers) {
+    return numbers[kLower] != 0 || numbers[kUpper] != 0 ? kBox : kNone;
+  }
+
+  // A step of 0 moves nothing.
+  template <class S>
+  static FUSED_REG_INLINE void prox_factors(const ChunkNumbers& n, S* f) {
+    const bool is_there = present(n.of) != kNone && n.of[kStep] != 0;
+    f[0] = static_cast<S>(is_there ? n.of[kLower] : -std::numeric_limits<double>::infinity());
+    f[1] = static_cast<S>(is_there ? n.of[kUpper] : std::numeric_limits<double>::infinity());
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V prox(V w, const V* f) {
+    return w < f[0] ? f[0] : (w > f[1] ? f[1] : w);
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void prox_numbers(const ChunkNumbers& n, S* f) {
+    prox_factors(n, f);
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V prox_with(V w, V step, const V* f) {
+    return step == 0 ? w : prox(w, f);
+  }
+};
+
 // l2_norm * ||w_g||, which comes from the sum of L2: its gradient as (w * f[0]) * f[1]. f[0], a power of two, keeps
 // w / ||w_g|| from overflow where the norm is tiny, and f[1] from underflow where the norm is large or l2_norm small.
 struct Norm : Term<kNorm, kNormStrength> {
@@ -489,9 +530,13 @@ struct TermList {
 using FurtherTerms = TermList<SmoothL1, Mcp, Scad>;
 using SummedTerms = TermList<L1, L2, SmoothL1, Mcp, Scad>;
 using AllTerms = TermList<L1, L2, SmoothL1, Mcp, Scad, Norm>;
-constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits;
+using FurtherProx = TermList<SmoothL1, Mcp, Scad, Box>;  // what follows on L1, L2 and the norm
+constexpr int kFurther = FurtherTerms::kBits | kBox, kAllTerms = AllTerms::kBits | kBox;
 constexpr int kAnyTerms = kNorm | kL1;  // of a pass: L1, L2 and the norm, each chosen at run time
 constexpr int kSums = SummedTerms::kCount;
+
+// Those that are there, by the numbers.
+FUSED_REG_INLINE int terms_of(const double* numbers) { return AllTerms::present(numbers) | Box::present(numbers); }
 
 // The sums of a chunk's terms. Those of float64 elements may be too large or too small for a double where the penalty
 // or the norm is not: they are first taken with exponent 0, and where digits may have been lost, once more of the
@@ -521,11 +566,16 @@ FUSED_REG_INLINE double norm_penalty(double l2_norm, const ScaledSum& squares) {
   return l2_norm == 0 ? 0 : scaled_product(l2_norm, std::sqrt(squares.sum), squares.exponent);
 }
 
-// What the elements of a group whose norm after soft() is this are multiplied by. A NaN norm makes the group NaN.
-FUSED_REG_INLINE double shrinkage(double l2, double l2_norm, double step, double norm) {
+// What the elements of a group whose norm after soft() is this are multiplied by, before L2: by the norm's strength, or
+// so that it is max_norm after L2, which is 0 if there is none. A NaN norm makes the group NaN, but for max_norm alone.
+FUSED_REG_INLINE double share_of_norm(double l2, double l2_norm, double max_norm, double step, double norm) {
   const double threshold = step * l2_norm;
   const double block = threshold == 0 ? 1 : norm <= threshold ? 0 : 1 - threshold / norm;
-  return L2::prox(block, step, l2);
+  if (max_norm == 0 || step == 0) {
+    return block;
+  }
+  const double most = norm > max_norm ? max_norm / norm * (1 + 2 * (step * l2)) : 1;
+  return most < block ? most : block;
 }
 
 // Of the bits of a half type, of which -0 comes from the last rounding.

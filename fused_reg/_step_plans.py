@@ -115,7 +115,7 @@ def _batches(
                 rest[-1].append(p)
                 continue
             entry = entries.get(id(p)) if p.requires_grad else None
-            norms = group_code(entry.group) if entry is not None and entry.has("l2_norm") else 0
+            norms = group_code(entry.group) if entry is not None and entry.has_norms() else 0
             place = _place(p)
             if place is None or (norms and place.is_cut):
                 return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
@@ -28,6 +29,7 @@ class Row(NamedTuple):
     about: str = ""  # and how an error says so
     apart: tuple[str, ...] = ()  # terms with which it has no proximal operator in closed form
     bound: float | None = None  # what a number must be above; others are at least 0
+    is_constraint: bool = False  # no value and no gradient, and what it is by default is none
     is_bent: bool = False  # the value is not proportional to the strength
 
 
@@ -50,7 +52,7 @@ ROWS = (
         "neuron's weights, an output channel); ``'column'``, those along dimension 1 (the weights of an input feature, "
         "an input channel). A tensor without that dimension is one slice. ``('row', n)`` and ``('column', n)``: each "
         "``n`` that follow on one another, as those of an attention head; ``('block', n)``: each ``n`` elements of the "
-        "flattened tensor, which must be contiguous. Given with ``l2_norm``.",
+        "flattened tensor, which must be contiguous. Given with ``l2_norm`` or ``max_norm``.",
         "``'row'`` prunes neurons and output channels, ``'column'`` input features.",
         default="tensor",
         shapes="l2_norm",
@@ -120,11 +122,39 @@ ROWS = (
         about="whose concavity it is",
         bound=2.0,
     ),
+    Row(
+        "lower",
+        "a bound, in proximal steps alone: no value, no gradient.",
+        "no element is below it afterwards (0: non-negative); a number or one per parameter, as the strengths but of "
+        "any sign; without it ``-inf``. With ``l1``, ``l2`` and ``smooth_l1``.",
+        default=-math.inf,
+        apart=("l2_norm", "mcp", "scad"),
+        is_constraint=True,
+    ),
+    Row(
+        "upper",
+        "likewise.",
+        "no element is above it; greater than ``lower``; without it ``inf``.",
+        default=math.inf,
+        apart=("l2_norm", "mcp", "scad"),
+        is_constraint=True,
+    ),
+    Row(
+        "max_norm",
+        "likewise.",
+        "the largest Euclidean norm of each ``group``, to which larger ones are scaled; > 0, without it ``inf``. With "
+        "``l1``, ``l2`` and ``l2_norm``.",
+        default=math.inf,
+        apart=("smooth_l1", "mcp", "scad", "lower", "upper"),
+        bound=0.0,
+        is_constraint=True,
+    ),
 )
 
 #: The numbers of the terms, in the order of the arguments, and those of them that are strengths.
 KINDS = tuple(row.name for row in ROWS if row.name != "group")
-TERMS = tuple(row.name for row in ROWS if not row.shapes)
+TERMS = tuple(row.name for row in ROWS if not row.shapes and not row.is_constraint)
+CONSTRAINTS = tuple(row.name for row in ROWS if row.is_constraint)
 
 #: Of each of them the term without which it means nothing, and what it is where it is not given.
 TERM_OF = {row.name: row.shapes or row.name for row in ROWS if row.name in KINDS}
@@ -137,7 +167,12 @@ APART = [(row.name, other) for row in ROWS for other in row.apart]
 BOUNDS = {row.name: row.bound for row in ROWS if row.bound is not None}
 BENT = tuple(row.name for row in ROWS if row.is_bent)
 
-#: The arguments that are no strengths.
+#: The number with which each term or constraint is none, and what is there if any of some is: a box has two bounds.
+ABSENT = {kind: DEFAULTS[kind] if kind in CONSTRAINTS else 0.0 for kind in (*TERMS, *CONSTRAINTS)}
+TOGETHER = {kind: ("lower", "upper") if kind in ("lower", "upper") else (kind,) for kind in ABSENT}
+OF_GROUPS = ("l2_norm", "max_norm")
+
+#: The arguments that shape a term.
 SHAPES = {row.name: row for row in ROWS if row.shapes}
 
 #: What the operators take of a list, in this order (``csrc/penalty.h``).
@@ -146,7 +181,7 @@ PLACES = {kind: NUMBERS.index(kind) for kind in KINDS}
 STEP = NUMBERS.index("step")
 
 #: In an error: any of the strengths.
-ANY_TERM = f"{', '.join(TERMS[:-1])} or {TERMS[-1]}"
+ANY_TERM = f"{', '.join(list(ABSENT)[:-1])} or {[*ABSENT][-1]}"
 
 #: So many rows, columns, or elements in a row.
 Runs: TypeAlias = "tuple[Literal['row', 'column', 'block'], int]"
@@ -180,6 +215,9 @@ class MoreStrengths(TypedDict, Generic[S], total=False):
     mcp_gamma: S | None
     scad: S | None
     scad_a: S | None
+    lower: S | None
+    upper: S | None
+    max_norm: S | None
 
 
 class MoreTerms(MoreStrengths[S], Generic[S], total=False):
@@ -290,15 +328,20 @@ def misfit(p: Tensor, group: LayerGroup) -> str:
     return ""
 
 
-def check_shape(where: str, name: str, given: object, strength: object) -> None:
-    """Raises where an argument is given that means nothing without a strength, and that is not."""
-    if strength is None and given is not None and not (name == "group" and given == "tensor"):
+def is_without(name: str, given: Mapping[str, object]) -> bool:
+    """Whether these lack what an argument of this name shapes."""
+    return all(given.get(term) is None for term in (OF_GROUPS if name == "group" else (SHAPES[name].shapes,)))
+
+
+def check_shape(where: str, name: str, given: object, others: Mapping[str, object]) -> None:
+    """Raises where an argument is given that means nothing without others, and these are not."""
+    if is_without(name, others) and given is not None and not (name == "group" and given == "tensor"):
         raise ValueError(lacking(where, name, given))
 
 
 def lacking(where: str, name: str, given: object) -> str:
-    what = group_text(given) if name == "group" else name
-    return f"{where}{what} must come with {SHAPES[name].shapes}, {SHAPES[name].about}, got none"
+    what, terms = (group_text(given), " or ".join(OF_GROUPS)) if name == "group" else (name, SHAPES[name].shapes)
+    return f"{where}{what} must come with {terms}, {SHAPES[name].about}, got none"
 
 
 class Strengths(NamedTuple):
@@ -376,6 +419,10 @@ class Strengths(NamedTuple):
 
     def has_norms(self) -> bool:
         return self.group != 0
+
+    def constraint(self) -> str:
+        """The name of one, if there may be any."""
+        return next((kind for kind in CONSTRAINTS if self.counts[PLACES[kind]] != 0), "")
 
     def has_bent(self) -> bool:
         """Whether a term may be there whose value is not proportional to its strength."""

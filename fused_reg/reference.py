@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_reg._arguments import Strength
-from fused_reg._terms import DEFAULTS, KINDS, ROWS, TERMS, Group, Terms, takes_terms
+from fused_reg._terms import CONSTRAINTS, DEFAULTS, KINDS, ROWS, TERMS, Group, Terms, takes_terms
 
 #: Of each term what its strength is a factor of, for a parameter and the other arguments of its terms.
 _SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
@@ -70,7 +70,7 @@ def _with_terms(
     given: dict[str, Any] = {"l1": l1, "l2": l2, **terms}
     if unknown := given.keys() - {row.name for row in ROWS}:
         raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
-    if all(given.get(term) is None for term in TERMS):
+    if all(given.get(term) is None for term in (*TERMS, *CONSTRAINTS)):
         given["l2"] = 1.0
     columns = [_per_parameter(given.get(kind), default, len(tensors)) for kind, default in DEFAULTS.items()]
     rest = {"group": "tensor"} | {key: x for key, x in given.items() if key not in DEFAULTS}
@@ -127,6 +127,10 @@ def _scad_prox(w: Tensor, step: float | Tensor, strength: float | Tensor, a: flo
     best = torch.stack(costs).argmin(0, keepdim=True)
     x = torch.sign(w) * torch.stack(found).gather(0, best)[0]
     return torch.where(w.isfinite(), x, w)
+
+
+def _like(x: float | Tensor, other: Tensor) -> Tensor:
+    return torch.as_tensor(x, dtype=other.dtype, device=other.device)
 
 
 def _in_runs(w: Tensor, group: Group) -> Tensor:
@@ -186,6 +190,9 @@ def fused_penalty(
     """
     total: Tensor | None = None
     dtype = torch.float32
+    for name in CONSTRAINTS:
+        if terms.get(name) is not None:
+            raise ValueError(f"{name} has no value")
     for p, given in _with_terms(params, l1, l2, terms, toward, importance):
         dtype = torch.promote_types(dtype, p.dtype)
         w = _difference(p.double(), given)
@@ -317,7 +324,7 @@ def prox_(
     """
     own = _with_terms(params, l1, l2, terms, toward, importance)
     for (p, given), eta in zip(own, _per_parameter(step, 0.0, len(own)), strict=True):
-        a, b, c, d, beta, mcp, mcp_gamma, scad, scad_a = (given[kind] for kind in KINDS)
+        a, b, c, d, beta, mcp, mcp_gamma, scad, scad_a, lower, upper, max_norm = (given[kind] for kind in KINDS)
         rate = eta if given["importance"] is None else eta * given["importance"].double()
         w = _difference(p.double(), given)
         soft = torch.where(w.abs() <= rate * a, 0.0, w - torch.sign(w) * rate * a)
@@ -329,6 +336,11 @@ def prox_(
         x = _smooth_l1_prox(soft / (1 + 2 * rate * b), rest * d, beta)
         x = _mcp_prox(x, rest, mcp, mcp_gamma) if _is_present(mcp) else x
         x = _scad_prox(x, rest, scad, scad_a) if _is_present(scad) else x
+        moves = torch.as_tensor(rate != 0, device=x.device)  # a step of 0 moves nothing
+        x = torch.where(moves, torch.maximum(torch.minimum(x, _like(upper, x)), _like(lower, x)), x)
+        norms = _norms(x, given["group"])
+        scale = torch.where(moves & (norms > max_norm), max_norm / norms, 1.0)
+        x = (_in_runs(x, given["group"]) * scale).reshape(p.shape)
         x = x if given["toward"] is None else x + given["toward"].double()
         p.copy_(x).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 

@@ -9,7 +9,7 @@ from test_regularizer import make_net
 from torch import nn
 
 from fused_reg import Regularizer, regularized
-from fused_reg._terms import ANY_TERM, KINDS, TERMS
+from fused_reg._terms import ABSENT, ANY_TERM, KINDS
 
 PARAMETER = nn.Parameter(torch.ones(3))
 
@@ -121,7 +121,7 @@ def test_strengths(strength, error, message):
         (
             {},
             ValueError,
-            f"Regularizer: {', '.join(TERMS)}, rules or marks by `regularized` must give a strength, got none",
+            f"Regularizer: {', '.join(ABSENT)}, rules or marks by `regularized` must give a strength, got none",
         ),
         (
             {"l1": 0.5, "group": "rows"},
@@ -190,13 +190,13 @@ def test_choice(given, error, message):
             nn.ReLU(),
             {"l2_norm": 1, "bias": {"l1": 1, "group": "row"}},
             ValueError,
-            'regularized: bias: group="row" must come with l2_norm, whose norms',
+            'regularized: bias: group="row" must come with l2_norm or max_norm, whose norms',
         ),
         (
             nn.ReLU(),
             {"l1": 1, "group": "row"},
             ValueError,
-            'regularized: group="row" must come with l2_norm, whose norms',
+            'regularized: group="row" must come with l2_norm or max_norm, whose norms',
         ),
         (
             nn.ReLU(),

@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_reg import _ops, _routes
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import (
+    ABSENT,
     DEFAULTS,
     GROUPS,
     KINDS,
@@ -109,7 +110,7 @@ class Report:
 
     def _kinds(self) -> list[str]:
         """The strengths to show: the first three, and of the others those that any parameter has."""
-        used = {kind for row in self.rows for kind, term in TERM_OF.items() if row.get(term)}
+        used = {k for row in self.rows for k, term in TERM_OF.items() if row.get(term, ABSENT[term]) != ABSENT[term]}
         return [kind for i, kind in enumerate(KINDS) if i < 3 or kind in used]
 
 
@@ -206,7 +207,7 @@ def _numbers_of(entries: Sequence[Entry], group: int) -> Strengths:
     """What the sums of their terms need beside the parameters: the numbers of all but the first three."""
     numbers = {}
     for kind in KINDS[3:]:
-        if any(e.has(TERM_OF[kind]) for e in entries):
+        if TERM_OF[kind] in TERMS and any(e.has(TERM_OF[kind]) for e in entries):
             column = Column([e.strengths[kind] for e in entries]).get()
             numbers[kind] = column if isinstance(column, Tensor) else (column,)
     return Strengths(group=group).having(**numbers)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fused_reg import _devices
 from fused_reg._arguments import value_dtype
-from fused_reg._terms import TERMS
+from fused_reg._terms import ABSENT
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.strengths import identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
@@ -93,11 +93,12 @@ class Share:
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
             self.part = Part(self.table, entries, [maximized[i] for i in self.group_of])
+            self.part.refuse_constraints("attach: ")
         self._options = options
 
     def _check_by_element(self) -> None:
         for entry in self.entries if self._mode == "preconditioned" else ():
-            if (term := next((t for t in TERMS if t not in ("l1", "l2") and entry.has(t)), None)) is not None:
+            if (term := next((t for t in ABSENT if t not in ("l1", "l2") and entry.has(t)), None)) is not None:
                 raise ValueError(
                     f'attach: mode "preconditioned" must have no term but l1 and l2, got {term} of {entry.name!r}'
                 )

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from fused_reg import _devices
 from fused_reg._arguments import as_number, check_constant, is_known, is_number
-from fused_reg._terms import DEFAULTS, KINDS, OF_LAYERS, SHAPES, TERMS, LayerGroup, check_group
+from fused_reg._terms import ABSENT, CONSTRAINTS, DEFAULTS, KINDS, OF_LAYERS, SHAPES, LayerGroup, check_group
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
@@ -54,7 +54,7 @@ class Penalty:
 
     @property
     def is_empty(self) -> bool:
-        return all(self.given[term] is None for term in TERMS)
+        return all(self.given[term] is None for term in ABSENT)
 
     @property
     def key(self) -> object:
@@ -130,7 +130,7 @@ def given_strengths(function: str, where: str, **given: Any) -> dict[str, Given]
         if name not in KINDS:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
     strengths: dict[str, Given] = {k: checked(k, where + k, given[k]) for k in KINDS if given.get(k) is not None}
-    for kind in SHAPES.keys() & strengths.keys():
+    for kind in {*SHAPES, *CONSTRAINTS} & strengths.keys():
         check_constant(where + kind, strengths[kind])
     return strengths
 
@@ -192,9 +192,9 @@ def as_saved(kind: str, name: str, strength: Any) -> float:
     return as_number(name, strength, kind)
 
 
-def is_absent(strength: Held) -> bool:
-    """Whether it is the number 0, which drops its term. A tensor is not looked at."""
-    return isinstance(strength, float) and strength == 0
+def is_absent(kind: str, strength: Held) -> bool:
+    """Whether it is the number that drops its term, 0, or its constraint. A tensor is not looked at."""
+    return isinstance(strength, float) and strength == ABSENT[kind]
 
 
 def is_scheduled(strength: Held) -> bool:

@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from fused_reg import _devices
-from fused_reg._terms import SHAPES, TERM_OF, Group, check_runs, group_code, group_count, lacking, misfit
+from fused_reg._terms import (
+    CONSTRAINTS,
+    OF_GROUPS,
+    SHAPES,
+    TERM_OF,
+    TOGETHER,
+    Group,
+    check_runs,
+    group_code,
+    group_count,
+    lacking,
+    misfit,
+)
 from fused_reg._warnings import warn
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, Named
@@ -59,8 +71,15 @@ class Entry(Named):
         return self.weight if kind == "l2_norm" else None
 
     def has(self, term: str) -> bool:
-        """Whether a term is there. A tensor is not looked at."""
-        return not is_absent(self.strengths[term])
+        """Whether a term, or a constraint, is there. A tensor is not looked at."""
+        return any(not is_absent(kind, self.strengths[kind]) for kind in TOGETHER[term])
+
+    def has_norms(self) -> bool:
+        return any(map(self.has, OF_GROUPS))
+
+    def constraints(self) -> list[str]:
+        """Those that are given."""
+        return [kind for kind in CONSTRAINTS if not is_absent(kind, self.strengths[kind])]
 
     @property
     def relation(self) -> tuple[bool, bool]:
@@ -120,7 +139,7 @@ class Table:
             names, given = candidate.names, self._source.given(candidate, penalty)
             before = next((known[key] for key in (id(candidate.param), *names) if key in known), None)
             group: Group = "tensor"  # where it has no norms, and others do not fit
-            if given["l2_norm"] is not None:
+            if any(given[term] is not None for term in OF_GROUPS):
                 group = candidate.group_of("Regularizer", penalty.group)
                 check_runs(f"Regularizer: params[{names[0]!r}]", candidate.param, group)
             elif candidate.knows(penalty.group) and not misfit(candidate.param, penalty.group):
@@ -215,7 +234,7 @@ class Table:
             if SHAPES[kind].shapes not in strengths and not any(e.is_given(kind) for e in own[kind]):
                 raise ValueError(lacking("set_strength: ", kind, strengths[kind]))
         for (candidate, penalty), entry in zip(self._source.chosen, self.entries, strict=True):
-            if entry in own.get("l2_norm", ()):
+            if any(entry in own.get(term, ()) for term in OF_GROUPS):
                 group = candidate.group_of("set_strength", penalty.group)
                 check_runs(f"set_strength: params[{entry.name!r}]", entry.param, group)
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}

@@ -344,7 +344,7 @@ void expect_together(const Variant& variant, std::mt19937_64& random) {
         task.pass = pass;
         task.size = (kChunks - 1) * chunk + kLast;
         task.chunk_size = chunk;
-        task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6, 0.3, 4, 0.25, 3.7}, 0.7, 2, kL1L2 | kFurther};
+        task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6, 0.3, 4, 0.25, 3.7, -0.9, 1.1}, 0.7, 2, kL1L2 | kFurther};
         task.numbers.terms |= pass == Pass::kGradient || pass == Pass::kAccumulate ? kNorm : kNone;
         std::vector<double> norms(kChunks);
         std::generate(norms.begin(), norms.end(), [&] { return 1 + static_cast<double>(random() % 8); });
@@ -389,7 +389,7 @@ void expect_finished(const Variant& variant, std::mt19937_64& random) {
   std::uniform_real_distribution<double> uniform;
   for (const bool is_plain : {true, false}) {
     for (const double l1 : {0.0, 0.3}) {
-      const double numbers[kNumbers] = {l1, 0.2, 0.7, 0, 0.4, 0.6, 0.3, 4, 0.25, 3.7};
+      const double numbers[kNumbers] = {l1, 0.2, 0.7, 0, 0.4, 0.6, 0.3, 4, 0.25, 3.7, -0.9, 1.1};
       TaskSums sums{};
       for (int k = 0; k < kSums; ++k) {
         for (int c = 0; c < kMaxVisit; ++c) {
@@ -445,7 +445,7 @@ void expect_across(const Variant& variant, std::mt19937_64& random) {
         task.pass = pass;
         task.size = kChunks * chunk;
         task.chunk_size = chunk;
-        task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6, 0.3, 4, 0.25, 3.7}, 0.7, 2, kL1L2 | kFurther};
+        task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6, 0.3, 4, 0.25, 3.7, -0.9, 1.1}, 0.7, 2, kL1L2 | kFurther};
         task.numbers.terms |= pass == Pass::kGradient || pass == Pass::kAccumulate ? kNorm : kNone;
         std::vector<double> norms(kChunks);
         std::generate(norms.begin(), norms.end(), [&] { return 1 + static_cast<double>(random() % 8); });
@@ -543,7 +543,7 @@ int main() {
       ChunkTask task{};
       task.dtype = dtype;
       task.size = size;
-      task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6, 0.3, 4, 0.25, 3.7}, 0.7, 2, kNone};
+      task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6, 0.3, 4, 0.25, 3.7, -0.9, 1.1}, 0.7, 2, kNone};
       check(all, task, /*any_bits=*/false, random);
       check(all, task, /*any_bits=*/true, random);
       check_relative(all, task, random);

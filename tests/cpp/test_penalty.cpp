@@ -65,7 +65,7 @@ void expect_special_values() {
   EXPECT(gradient<kNone>(kNan, 1.0, 1.0) == 0);
   for (const int terms : {kNone, kL1, kL2, kL1L2}) {
     const double numbers[kNumbers] = {terms & kL1 ? 0.5 : 0, terms & kL2 ? 0.5 : 0, 1, 1};
-    EXPECT(AllTerms::present(numbers) == (terms | kNorm), terms);
+    EXPECT(terms_of(numbers) == (terms | kNorm), terms);
   }
 }
 
@@ -185,12 +185,16 @@ void expect_zeros_are_positive() {
   }
 }
 
-void expect_shrinkage() {
-  EXPECT(shrinkage(0, 0, 0.5, 0) == 1 && shrinkage(0, 0, 0.5, 3) == 1);
-  EXPECT(shrinkage(1, 0, 0.5, 3) == 0.5);
-  EXPECT(shrinkage(0, 2, 0.5, 4) == 0.75 && shrinkage(1, 2, 0.5, 4) == 0.375);
-  EXPECT(shrinkage(0, 2, 0.5, 1) == 0 && shrinkage(0, 2, 0.5, 0) == 0);
-  EXPECT(std::isnan(shrinkage(0, 2, 0.5, kNan)) && shrinkage(0, 2, 0.5, kInf) == 1);
+void expect_share_of_norm() {
+  EXPECT(share_of_norm(0, 0, 0, 0.5, 0) == 1 && share_of_norm(0, 0, 0, 0.5, 3) == 1);
+  EXPECT(share_of_norm(0, 2, 0, 0.5, 4) == 0.75 && share_of_norm(1, 2, 0, 0.5, 4) == 0.75);
+  EXPECT(share_of_norm(0, 2, 0, 0.5, 1) == 0 && share_of_norm(0, 2, 0, 0.5, 0) == 0);
+  EXPECT(std::isnan(share_of_norm(0, 2, 0, 0.5, kNan)) && share_of_norm(0, 2, 0, 0.5, kInf) == 1);
+  EXPECT(share_of_norm(0, 0, 1, 0.5, 4) == 0.25 && share_of_norm(0, 2, 1, 0.5, 4) == 0.25);
+  EXPECT(share_of_norm(0, 2, 3.5, 0.5, 4) == 0.75 && share_of_norm(0, 0, kInf, 0.5, kInf) == 1);
+  EXPECT(share_of_norm(0, 0, 4, 0.5, 4) == 1 && share_of_norm(0, 0, 1, 0.5, 0) == 1);
+  EXPECT(share_of_norm(1, 0, 1, 0.5, 4) == 0.5, "halved once more by L2");
+  EXPECT(share_of_norm(0, 0, 1, 0, 4) == 1 && share_of_norm(0, 0, 1, 0.5, kNan) == 1);
 }
 
 // What smooth L1 is compared with: its value and slope where a strength of 1 is meant.
@@ -500,6 +504,22 @@ struct OfConcave {
   }
 };
 
+void expect_box() {
+  const auto clipped = [](double w, double lower, double upper, double step = 0.5) {
+    ChunkNumbers n{};
+    n.of[kLower] = lower;
+    n.of[kUpper] = upper;
+    n.of[kStep] = step;
+    n.of[kL1Strength] = 0.5;
+    return smooth_prox<double>(w, n);
+  };
+  EXPECT(clipped(2, -0.5, 1) == 1 && clipped(-2, -0.5, 1) == -0.5 && clipped(0.75, -0.5, 1) == 0.5);
+  EXPECT(clipped(-2, 0, kInf) == 0 && clipped(2, 0, kInf) == 1.75 && clipped(2, -kInf, 0) == 0);
+  EXPECT(clipped(0.1, 0.25, 1) == 0.25 && clipped(kInf, -1, 1) == 1 && std::isnan(clipped(kNan, -1, 1)));
+  EXPECT(clipped(2, 0, 0) == 1.75, "none");
+  EXPECT(clipped(2, -1, 1, 0) == 2, "no step");
+}
+
 }  // namespace
 
 int main() {
@@ -523,6 +543,7 @@ int main() {
   expect_squares_without_overflow();
   expect_soft();
   expect_zeros_are_positive();
-  expect_shrinkage();
+  expect_share_of_norm();
+  expect_box();
   return fused_reg::testing::report();
 }
