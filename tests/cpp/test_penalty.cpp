@@ -415,8 +415,8 @@ struct OfConcave {
   }
 
   void expect_penalty() const {
-    for (const double height : {5e-324, 1e-310, 1e-200, 0.3, 1.0, 1e150, 1e300, 1.7e308}) {
-      for (const double end : {2.1, 3.7, 1e10, 1e300}) {
+    for (const double height : {5e-324, 1e-310, 1e-200, 0.3, 1.0, 1e3, 1e150, 1e300, 1.7e308}) {
+      for (const double end : {2.1, 3.7, 1e10, 1e300, 1e306}) {
         for (const double w : {0.0, 5e-324, 1e-310, 1e-200, 1e-30, 0.1, 1.0, 3e38, 1e150, 1e300, 1.7e308}) {
           const std::vector<double> elements{w, -w, w / 3, -w / 3};
           long double exact = 0;
@@ -494,6 +494,12 @@ struct OfConcave {
       return own;
     }();
     EXPECT(smooth_prox<float>(static_cast<float>(kInf), huge) == kInf && smooth_prox<float>(3e38f, huge) == 0);
+    ChunkNumbers square = numbers(1, 5);  // whose thresholds are the same but for a rounding: nothing is between them
+    square.of[kStep] = 5;
+    for (double w = 4.999999999999996; w < 5.000000000000005; w = std::nextafter(w, 6)) {
+      const double p = smooth_prox<double>(w, square);
+      EXPECT(knee == 1 || p == 0 || p == w, w, p);
+    }
   }
 
   void expect_all() const {
