@@ -359,9 +359,10 @@ struct Concave : Term<bit, strength> {
     const V size = magnitude(w * f[0]), m = size > f[1] ? f[1] : size;
     if constexpr (knee == 0) {
       return sum + m * (1 - m * f[3]);
+    } else {
+      const V over = m > f[2] ? m - f[2] : V{};
+      return sum + (m - over * (over * f[3]));
     }
-    const V over = m > f[2] ? m - f[2] : V{};
-    return sum + (m - over * (over * f[3]));
   }
 
   template <class S>

@@ -13,7 +13,7 @@ from fused_reg import _devices, _ops
 from fused_reg._arguments import as_number, check_values, is_dtensor, is_number, value_dtype
 from fused_reg._partitioned import check_whole
 from fused_reg._step_launches import MAXIMIZE, Batch, Launch, Numbers, Place
-from fused_reg._terms import TERM_OF, group_code
+from fused_reg._terms import DEFAULTS, TERM_OF, group_code
 from fused_reg.distributed.buckets import sharing
 from fused_reg.distributed.shards import shards_of
 from fused_reg.regularizer.share import Guest
@@ -163,7 +163,7 @@ def _strengths(entries: Sequence[Entry | None]) -> dict[str, list[Held]]:
     for kind, term in TERM_OF.items():
         if not any(entry is not None and entry.has(term) for entry in entries):
             continue
-        held = [0.0 if entry is None else entry.strengths[kind] for entry in entries]
+        held = [DEFAULTS[kind] if entry is None else entry.strengths[kind] for entry in entries]
         found[kind] = held[:1] if len(set(map(identity, held))) == 1 else held
     return found
 

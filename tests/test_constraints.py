@@ -262,6 +262,26 @@ def test_attached(name, ours):
         assert all((p >= given["lower"]).all() for p in model.parameters())
 
 
+def test_in_the_pass_of_an_optimizer_that_holds_others_too():
+    """Parameters without a constraint, and bounds of some of them."""
+    models = [net(), net()]
+    rules = [("0.weight", {"lower": 0.0, "upper": 0.2}), ("1.weight", {"upper": 0.0})]
+    for model, kind in zip(models, (optim, torch.optim), strict=True):
+        params = list(model.parameters())
+        optimizer = kind.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+        Regularizer(model, l1=0.01, exclude="0.bias", rules=rules).attach(optimizer, mode="prox")
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(3)).sum().backward()
+            optimizer.step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # torch's own kernels round otherwise
+    first, _, last, _ = models[0].parameters()
+    assert first.min() == 0
+    assert first.max() <= 0.2 + 1e-7
+    assert last.max() == 0
+
+
 def test_a_schedule_narrows_a_box():
     w = torch.nn.Parameter(torch.tensor([-3.0, 0.5, 3.0]))
     regularizer = Regularizer([w], lower=lambda step: -2.0 + step, upper=2.0)
