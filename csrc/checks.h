@@ -97,11 +97,11 @@ inline void check_strength(const char* name, size_t count, size_t params) {
                     "), got ", count);
 }
 
-inline void check_values(const char* name, Floats values) {
+inline void check_values(const char* name, Floats values, const NumberRule& rule) {
   for (const auto i : c10::irange(values.size())) {
-    TORCH_CHECK_VALUE(values[i] >= 0 && values[i] <= std::numeric_limits<double>::max(), name,
-                      values.size() > 1 ? "[" + std::to_string(i) + "]" : "", " must be finite and >= 0, got ",
-                      values[i]);
+    const double x = values[i];
+    TORCH_CHECK_VALUE((rule.is_above ? x > rule.least : x >= rule.least) && x <= rule.most, name,
+                      values.size() > 1 ? "[" + std::to_string(i) + "]" : "", " must be ", rule.text, ", got ", x);
   }
 }
 

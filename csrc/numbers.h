@@ -37,6 +37,7 @@ struct ColumnArg {
   Floats floats;
   const at::Tensor* tensor = nullptr;
   bool is_any = false;  // not only finite numbers >= 0
+  NumberRule rule{};
 };
 
 struct NumbersArg {
@@ -53,6 +54,7 @@ struct NumbersArg {
     size_t first = 0, next = 0;
     for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
       columns[c].name = kNumberNames[c];
+      columns[c].rule = rule_of(c);
       if (counts[c] == kIsTensor) {
         TORCH_CHECK_VALUE(next < tensors.size(), "tensors must be as many as counts says, got ", tensors.size());
         columns[c].tensor = &tensors[next++];
@@ -197,7 +199,7 @@ class HostColumn {
   void fill(at::ArrayRef<double> values, const ColumnArg& arg, const Selection& selection) {
     check_strength(arg.name, values.size(), selection.list);
     if (!arg.is_any) {
-      check_values(arg.name, values);
+      check_values(arg.name, values, arg.rule);
     }
     if (values.size() <= 1) {
       one_ = values.empty() ? 0 : values[0];

@@ -28,14 +28,65 @@ namespace fused_reg {
 
 // The numbers of a tensor, and their names as arguments: the columns of the operators, in their order. L1 and L2 alone
 // need the first kTermNumbers; a list without further terms the first kGroupNumbers.
-enum Number : int { kL1Strength, kL2Strength, kNormStrength, kStep, kSmoothL1Strength, kBeta, kNumbers };
-constexpr const char* kNumberNames[] = {"l1", "l2", "l2_norm", "step", "smooth_l1", "beta"};
+enum Number : int {
+  kL1Strength,
+  kL2Strength,
+  kNormStrength,
+  kStep,
+  kSmoothL1Strength,
+  kBeta,
+  kMcpStrength,
+  kMcpGamma,
+  kScadStrength,
+  kScadA,
+  kLower,
+  kUpper,
+  kMaxNorm,
+  kNumbers
+};
+constexpr const char* kNumberNames[] = {"l1",        "l2",   "l2_norm", "step",  "smooth_l1", "beta",    "mcp",
+                                        "mcp_gamma", "scad", "scad_a",  "lower", "upper",     "max_norm"};
 static_assert(sizeof kNumberNames / sizeof *kNumberNames == kNumbers);
+
+// What a number may be: from the least on, or above it, up to the most.
+struct NumberRule {
+  double least;
+  bool is_above;
+  double most;
+  const char* text;
+};
+constexpr NumberRule rule_of(int number) {
+  constexpr double kLargest = std::numeric_limits<double>::max(), kInfinity = std::numeric_limits<double>::infinity();
+  switch (number) {
+    case kMcpGamma:
+      return {1, true, kLargest, "finite and > 1"};
+    case kScadA:
+      return {2, true, kLargest, "finite and > 2"};
+    case kLower:
+    case kUpper:
+      return {-kInfinity, false, kInfinity, "a number"};
+    case kMaxNorm:
+      return {0, true, kInfinity, "> 0"};
+    default:
+      return {0, false, kLargest, "finite and >= 0"};
+  }
+}
 constexpr int kTermNumbers = kNormStrength, kGroupNumbers = kStep + 1;
 
-// The terms that a tensor has. A term whose strength is 0 is absent: 0 * inf must not become NaN. Beside them
-// kRelative: they are of the difference from a reference weight, times the importance of each element.
-enum Terms : int { kNone = 0, kL1 = 1, kL2 = 2, kL1L2 = kL1 | kL2, kNorm = 4, kSmoothL1 = 8, kRelative = 16 };
+// The terms that a tensor has, and its box. A term whose strength is 0 is absent: 0 * inf must not become NaN. Beside
+// them kRelative: they are of the difference from a reference weight, times the importance of each element.
+enum Terms : int {
+  kNone = 0,
+  kL1 = 1,
+  kL2 = 2,
+  kL1L2 = kL1 | kL2,
+  kNorm = 4,
+  kSmoothL1 = 8,
+  kRelative = 16,
+  kMcp = 32,
+  kScad = 64,
+  kBox = 128
+};
 
 // What is known of a chunk.
 struct ChunkNumbers {
@@ -80,12 +131,32 @@ FUSED_REG_INLINE V magnitude(V w) {
   }
 }
 
+// sgn(w) * max(0, |w| - threshold): w without its part between -threshold and threshold. NaN stays NaN, and so it is by
+// a threshold that is; a zero is +0.
+template <class V>
+FUSED_REG_INLINE V soft(V w, V threshold) {
+  const V below = w < threshold ? w : threshold, part = below > -threshold ? below : -threshold;
+  return w == part ? V{} : w - part;
+}
+
 struct TwoRoundings {
   template <class V>
   static FUSED_REG_INLINE V of(V a, V b, V c) {
     return a * b + c;
   }
 };
+
+template <class V>
+FUSED_REG_INLINE V square_root(V x) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return std::sqrt(x);
+  } else {
+    for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) {
+      x[i] = std::sqrt(x[i]);
+    }
+    return x;
+  }
+}
 
 // A sum over elements that were divided by 2^exponent.
 struct ScaledSum {
@@ -261,6 +332,141 @@ struct SmoothL1 : Term<kSmoothL1, kSmoothL1Strength> {
   }
 };
 
+// A penalty that begins as L1 does and grows ever less, to a constant:
+//
+//   strength * m - max(0, m - knee)^2 / (2 * width)   with m = min(|w|, end), end = knee + width * strength
+//
+// in which the strength is more than a factor. knee = kKnee * strength and width = shape - kKnee, of 0 or 1.
+template <Terms bit, Number strength, Number shape, int knee>
+struct Concave : Term<bit, strength> {
+  static constexpr int kDegree = 1, kFactors = 5, kSumFactors = 4, kProxFactors = 4, kProxNumbers = 2;
+
+  static FUSED_REG_INLINE int result_exponent(const ChunkNumbers&, int exponent) { return exponent; }
+
+  // Of w * 2^-exponent, and of a strength that is likewise.
+  static FUSED_REG_INLINE void sum_factors(const ChunkNumbers& n, int exponent, double* f) {
+    constexpr double kLargest = std::numeric_limits<double>::max();
+    const double height = std::ldexp(n.of[strength], -exponent), width = n.of[shape] - knee;
+    const double end = height * n.of[shape], slope = end <= kLargest ? 0.5 / (height * width) : 0.5 / height / width;
+    f[0] = std::ldexp(1.0, -exponent);
+    f[1] = end > kLargest ? kLargest : end;
+    f[2] = knee * height;
+    f[3] = slope <= kLargest ? slope : kLargest;
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V add(V sum, V w, const V* f) {
+    const V size = magnitude(w * f[0]), m = size > f[1] ? f[1] : size;
+    if constexpr (knee == 0) {
+      return sum + m * (1 - m * f[3]);
+    } else {
+      const V over = m > f[2] ? m - f[2] : V{};
+      return sum + (m - over * (over * f[3]));
+    }
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void gradient_factors(const ChunkNumbers& n, S* f) {
+    f[0] = static_cast<S>(n.factor);
+    f[1] = static_cast<S>(n.of[strength]);
+    f[2] = static_cast<S>(knee * n.of[strength]);
+    f[3] = static_cast<S>(1 / (n.of[shape] - knee));
+    f[4] = static_cast<S>(n.of[strength] * n.of[shape]);
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V gradient(V w, const V* f) {
+    const V size = magnitude(w), over = size < f[2] ? V{} : size - f[2], left = f[1] - over * f[3];
+    const V slope = f[0] * (size >= f[4] ? V{} : left < 0 ? V{} : left);
+    return w > 0 ? slope : (w < 0 ? -slope : f[0] * w);
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void prox_factors(const ChunkNumbers& n, S* f) {
+    double own[kProxFactors];
+    set_prox(L2::prox(n.of[kStep], n.of[kStep], n.of[kL2Strength]), n.of[strength], n.of[shape], own);
+    for (int i = 0; i < kProxFactors; ++i) {
+      f[i] = static_cast<S>(own[i]);
+    }
+    f[3] = f[3] <= std::numeric_limits<S>::max() ? f[3] : std::numeric_limits<S>::max();
+  }
+
+  // The minimum over x of (x - w)^2 / 2 + step * penalty(x): w beyond f[3], else the soft threshold f[0], of which what
+  // is more than the knee f[1] grows by the share f[2]. Where step < width, that is firm thresholding, which has no
+  // jump. Else there are two minima, the other one at w, and beyond f[3] that is the lower one: hard thresholding.
+  template <class V>
+  static FUSED_REG_INLINE V prox(V w, const V* f) {
+    const V near = soft(w, f[0]), rest = soft(near, f[1]);
+    return magnitude(w) > f[3] ? w : near + rest * f[2];
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void prox_numbers(const ChunkNumbers& n, S* f) {
+    f[0] = static_cast<S>(n.of[strength]);
+    f[1] = static_cast<S>(n.of[shape]);
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V prox_with(V w, V step, const V* f) {
+    V own[kProxFactors];
+    set_prox(step, f[0], f[1], own);
+    return prox(w, own);
+  }
+
+ private:
+  template <class V>
+  static FUSED_REG_INLINE void set_prox(V step, V height, V end, V* f) {
+    const V none{}, ratio = step / (end - knee), q = end + knee;
+    const V jump = step < q ? (step + q) / 2 : square_root(step) * square_root(q);
+    f[0] = height * step;
+    f[1] = height * knee;
+    f[2] = ratio < 1 ? ratio / (1 - ratio) : none - 1;
+    f[3] = height * (ratio < 1 ? end : jump);
+  }
+};
+
+// The minimax concave penalty (Zhang 2010): strength * |w| - w^2 / (2 gamma) up to gamma * strength.
+struct Mcp : Concave<kMcp, kMcpStrength, kMcpGamma, 0> {
+  static constexpr int kSum = 3;
+};
+
+// Smoothly clipped absolute deviation (Fan and Li 2001): L1 up to the strength, from a * strength on constant.
+struct Scad : Concave<kScad, kScadStrength, kScadA, 1> {
+  static constexpr int kSum = 4;
+};
+
+// lower <= w <= upper: no value, and a proximal operator that clips. Two numbers that are 0 are none.
+struct Box {
+  static constexpr int kProxFactors = 2, kProxNumbers = 2;
+
+  static FUSED_REG_INLINE int present(const double* numbers) {
+    return numbers[kLower] != 0 || numbers[kUpper] != 0 ? kBox : kNone;
+  }
+
+  // A step of 0 moves nothing.
+  template <class S>
+  static FUSED_REG_INLINE void prox_factors(const ChunkNumbers& n, S* f) {
+    const bool is_there = present(n.of) != kNone && n.of[kStep] != 0;
+    f[0] = static_cast<S>(is_there ? n.of[kLower] : -std::numeric_limits<double>::infinity());
+    f[1] = static_cast<S>(is_there ? n.of[kUpper] : std::numeric_limits<double>::infinity());
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V prox(V w, const V* f) {
+    return w < f[0] ? f[0] : (w > f[1] ? f[1] : w);
+  }
+
+  template <class S>
+  static FUSED_REG_INLINE void prox_numbers(const ChunkNumbers& n, S* f) {
+    prox_factors(n, f);
+  }
+
+  template <class V>
+  static FUSED_REG_INLINE V prox_with(V w, V step, const V* f) {
+    return step == 0 ? w : prox(w, f);
+  }
+};
+
 // l2_norm * ||w_g||, which comes from the sum of L2: its gradient as (w * f[0]) * f[1]. f[0], a power of two, keeps
 // w / ||w_g|| from overflow where the norm is tiny, and f[1] from underflow where the norm is large or l2_norm small.
 struct Norm : Term<kNorm, kNormStrength> {
@@ -322,12 +528,16 @@ struct TermList {
   }
 };
 
-using FurtherTerms = TermList<SmoothL1>;
-using SummedTerms = TermList<L1, L2, SmoothL1>;
-using AllTerms = TermList<L1, L2, SmoothL1, Norm>;
-constexpr int kFurther = FurtherTerms::kBits, kAllTerms = AllTerms::kBits;
+using FurtherTerms = TermList<SmoothL1, Mcp, Scad>;
+using SummedTerms = TermList<L1, L2, SmoothL1, Mcp, Scad>;
+using AllTerms = TermList<L1, L2, SmoothL1, Mcp, Scad, Norm>;
+using FurtherProx = TermList<SmoothL1, Mcp, Scad, Box>;  // what follows on L1, L2 and the norm
+constexpr int kFurther = FurtherTerms::kBits | kBox, kAllTerms = AllTerms::kBits | kBox;
 constexpr int kAnyTerms = kNorm | kL1;  // of a pass: L1, L2 and the norm, each chosen at run time
 constexpr int kSums = SummedTerms::kCount;
+
+// Those that are there, by the numbers.
+FUSED_REG_INLINE int terms_of(const double* numbers) { return AllTerms::present(numbers) | Box::present(numbers); }
 
 // The sums of a chunk's terms. Those of float64 elements may be too large or too small for a double where the penalty
 // or the norm is not: they are first taken with exponent 0, and where digits may have been lost, once more of the
@@ -357,19 +567,16 @@ FUSED_REG_INLINE double norm_penalty(double l2_norm, const ScaledSum& squares) {
   return l2_norm == 0 ? 0 : scaled_product(l2_norm, std::sqrt(squares.sum), squares.exponent);
 }
 
-// sgn(w) * max(0, |w| - threshold): w without its part between -threshold and threshold. NaN stays NaN, and so it is by
-// a threshold that is; a zero is +0.
-template <class V>
-FUSED_REG_INLINE V soft(V w, V threshold) {
-  const V below = w < threshold ? w : threshold, part = below > -threshold ? below : -threshold;
-  return w == part ? V{} : w - part;
-}
-
-// What the elements of a group whose norm after soft() is this are multiplied by. A NaN norm makes the group NaN.
-FUSED_REG_INLINE double shrinkage(double l2, double l2_norm, double step, double norm) {
+// What the elements of a group whose norm after soft() is this are multiplied by, before L2: by the norm's strength, or
+// so that it is max_norm after L2, which is 0 if there is none. A NaN norm makes the group NaN, but for max_norm alone.
+FUSED_REG_INLINE double share_of_norm(double l2, double l2_norm, double max_norm, double step, double norm) {
   const double threshold = step * l2_norm;
   const double block = threshold == 0 ? 1 : norm <= threshold ? 0 : 1 - threshold / norm;
-  return L2::prox(block, step, l2);
+  if (max_norm == 0 || step == 0) {
+    return block;
+  }
+  const double most = norm > max_norm ? max_norm / norm * (1 + 2 * (step * l2)) : 1;
+  return most < block ? most : block;
 }
 
 // Of the bits of a half type, of which -0 comes from the last rounding.

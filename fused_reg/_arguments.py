@@ -22,9 +22,13 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from fused_reg import _devices
 from fused_reg._iterators import read
 from fused_reg._terms import (
+    ABSENT,
     APART,
+    BOUNDS,
+    CONSTRAINTS,
     DEFAULTS,
     NUMBERS,
+    OF_GROUPS,
     PLACES,
     SHAPES,
     STEP,
@@ -81,9 +85,13 @@ def as_strengths(
     l1: Strength | None,
     l2: Strength | None,
     terms: Mapping[str, Any],
-    step: Column = (),
+    step: Column | None = None,
+    may_constrain: bool = False,
 ) -> Strengths:
-    """The strengths, checked, for these parameters; ``step``: of a proximal operator, checked before."""
+    """The strengths, checked, for these parameters; ``step``: of a proximal operator, checked before;
+    ``may_constrain``: it is for one, whose step comes later."""
+    may_constrain = may_constrain or step is not None
+    step = () if step is None else step
     if not terms:  # first, for short calls
         if l1 is None and l2 is None:
             return SUM_OF_SQUARES.with_step(step)
@@ -96,10 +104,12 @@ def as_strengths(
         if name == "group":
             check_group(f"{function}: ", strength)
         if name in SHAPES:
-            check_shape(f"{function}: ", name, strength, terms.get(SHAPES[name].shapes))
+            check_shape(f"{function}: ", name, strength, terms)
         elif name not in PLACES:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
         elif strength is not None:
+            if name in CONSTRAINTS and not may_constrain:
+                raise ValueError(f"{function}: {no_value(name)}")
             columns[PLACES[name]] = as_column(function, name, strength, params)
             is_given = True
     if not is_given:
@@ -115,7 +125,14 @@ def as_strengths(
             column = as_column(function, kind, DEFAULTS[kind] if given is None else given, params)
             check_constant(f"{function}: {kind}", column)
             columns[place] = column if is_there else ()
-    return Strengths.of(columns, _group_of(function, params, terms) if _is_there(columns[2]) else 0)
+    if may_constrain:
+        for kind in CONSTRAINTS:
+            check_constant(f"{function}: {kind}", columns[PLACES[kind]])
+        if _is_there(columns[_LOWER]) or _is_there(columns[_UPPER]):  # both of them, or none
+            for place, kind in ((_LOWER, "lower"), (_UPPER, "upper")):
+                columns[place] = columns[place] if _is_there(columns[place]) else (DEFAULTS[kind],)
+    has_norms = any(_is_there(columns[PLACES[term]]) for term in OF_GROUPS)
+    return Strengths.of(columns, _group_of(function, params, terms) if has_norms else 0)
 
 
 def _group_of(function: str, params: Sequence[Tensor], terms: Mapping[str, Any]) -> int:
@@ -127,6 +144,14 @@ def _group_of(function: str, params: Sequence[Tensor], terms: Mapping[str, Any])
 
 
 _PLAIN = (float, type(None))
+_LOWER, _UPPER = PLACES["lower"], PLACES["upper"]
+
+
+def no_value(constraint: str) -> str:
+    return (
+        f"{constraint} must be for proximal steps (prox_, attach with mode='prox'), because a constraint has no value "
+        "and no gradient"
+    )
 
 
 @lru_cache(maxsize=256)
@@ -193,13 +218,28 @@ def check_values(numbers: Mapping[str, Tensor | None]) -> None:
     for name, number in numbers.items():
         if number is None or name == "scale" or not is_known(number):
             continue
+        kind = name.rpartition(" ")[2]  # behind the name of a function
         for i, value in enumerate(number.detach().reshape(-1).tolist()):
-            if not 0 <= value < math.inf:
+            if not is_allowed(kind, value):
                 place = f"[{i}]" if number.ndim > 0 else ""
-                raise ValueError(f"{name}{place} must be finite and >= 0, got {value}")
+                raise ValueError(f"{name}{place} must be {_rule(kind)}, got {value}")
 
 
-_APART = [(PLACES[one], PLACES[other]) for one, other in APART.items()]
+def is_allowed(kind: str, value: float) -> bool:
+    """Whether a number of some kind may be this."""
+    if kind in CONSTRAINTS:
+        return not math.isnan(value) if kind not in BOUNDS else value > BOUNDS[kind]
+    bound = BOUNDS.get(kind)
+    return (value >= 0 if bound is None else bound < value) and value < math.inf
+
+
+def _rule(kind: str) -> str:
+    if kind in CONSTRAINTS:
+        return "a number, not NaN" if kind not in BOUNDS else f"> {BOUNDS[kind]:g}"
+    return f"finite and > {BOUNDS[kind]:g}" if kind in BOUNDS else "finite and >= 0"
+
+
+_APART = [(PLACES[one], PLACES[other]) for one, other in APART]
 
 
 def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
@@ -209,18 +249,32 @@ def check_closed_form(where: str, strengths: Strengths, count: int) -> None:
     for one, other in _APART:
         if counts[one] and counts[other]:
             columns = strengths.columns()
-            both = zip(_on_host(columns[one], count), _on_host(columns[other], count), strict=True)
-            if (i := next((i for i, numbers in enumerate(both) if all(numbers)), None)) is not None:
+            both = zip(
+                *(_on_host(columns[place], count, ABSENT[NUMBERS[place]]) for place in (one, other)), strict=True
+            )
+            if (i := next((i for i, are_there in enumerate(both) if all(are_there)), None)) is not None:
                 raise ValueError(
                     f"{where}{NUMBERS[one]} and {NUMBERS[other]} of one parameter have no proximal operator in closed "
                     f"form, got both for params[{i}]"
                 )
 
+    if counts[_LOWER]:
+        columns = strengths.columns()
+        bounds = zip(*(_numbers(columns[place], count, math.nan) for place in (_LOWER, _UPPER)), strict=True)
+        for i, (lower, upper) in enumerate(bounds):
+            if lower >= upper:
+                raise ValueError(f"{where}lower must be less than upper, got {lower} and {upper} for params[{i}]")
 
-def _on_host(column: Column, count: int) -> list[float]:
-    """The numbers for each parameter, 1 where the host does not know them."""
+
+def _on_host(column: Column, count: int, absent: float) -> list[bool]:
+    """Of each parameter whether a number is there, also where the host does not know it."""
+    return [x != absent for x in _numbers(column, count, math.nan)]
+
+
+def _numbers(column: Column, count: int, unknown: float) -> list[float]:
+    """Those of each parameter."""
     if isinstance(column, Tensor):
-        column = tuple(column.detach().reshape(-1).tolist()) if is_known(column) else (1.0,)
+        column = tuple(column.detach().reshape(-1).tolist()) if is_known(column) else (unknown,)
     return [*column] * (count if len(column) == 1 else 1)
 
 
@@ -241,13 +295,15 @@ def are_run(tensors: Iterable[Tensor]) -> bool:
 def as_column(function: str, name: str, strength: Strength | None, params: Sequence[Tensor]) -> Column:
     if strength is None:
         return ()
-    if type(strength) is float and 0 < strength < math.inf:  # first: short calls and compiled code feel the rest
+    if (
+        type(strength) is float and 0 < strength < math.inf and name not in _OWN_RULE
+    ):  # first: short calls feel the rest
         return _in_graph(strength, params) if is_compiling() else (strength,)
     if isinstance(strength, Tensor):
         return _tensor_strength(function, name, strength, len(params))
     if is_number(strength):
-        value = as_number(f"{function}: {name}", strength)
-        if value == 0:
+        value = as_number(f"{function}: {name}", strength, name)
+        if value == ABSENT.get(name, 0):
             return ()
         return _in_graph(value, params) if is_compiling() else (value,)
     if not _is_sequence(strength):
@@ -259,12 +315,15 @@ def as_column(function: str, name: str, strength: Strength | None, params: Seque
     items: list[Any] = list(strength)
     if len(items) != len(params):
         raise ValueError(f"{function}: {name} must have one strength per parameter ({len(params)}), got {len(items)}")
-    checked = [_item_strength(function, f"{name}[{i}]", item) for i, item in enumerate(items)]
+    checked = [_item_strength(function, f"{name}[{i}]", item, name) for i, item in enumerate(items)]
     tensors = [item for item in checked if isinstance(item, Tensor)]
     if not tensors:
         return tuple(item for item in checked if not isinstance(item, Tensor))
     device = _devices.joint(tensors)
     return torch.stack([_as_float64(item, device) for item in checked])
+
+
+_OWN_RULE = {*BOUNDS, *CONSTRAINTS}
 
 
 def _in_graph(number: float, params: Sequence[Tensor]) -> Tensor:
@@ -280,14 +339,14 @@ def _as_float64(item: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), item, dtype=torch.float64, device=device)  # no copy that a GPU would wait for
 
 
-def _item_strength(function: str, name: str, item: Any) -> float | Tensor:
+def _item_strength(function: str, name: str, item: Any, kind: str) -> float | Tensor:
     if isinstance(item, Tensor):
         if not item.is_nested and item.ndim != 0:
             hint = "; use `.reshape(())`" if item.numel() == 1 else ""
             raise ValueError(f"{function}: {name} must be 0-dim, got shape {tuple(item.shape)}{hint}")
         return _tensor_strength(function, name, item, 1)
     if is_number(item):
-        return as_number(f"{function}: {name}", item)
+        return as_number(f"{function}: {name}", item, kind)
     raise TypeError(f"{function}: {name} must be a float or a 0-dim tensor, got {type(item).__name__}")
 
 
@@ -327,11 +386,11 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         )
 
 
-def as_number(name: str, strength: Any) -> float:
-    """A strength that is a number, checked; ``name`` begins the message of an error."""
+def as_number(name: str, strength: Any, kind: str = "") -> float:
+    """A number of some kind, as a strength, checked; ``name`` begins the message of an error."""
     value = _as_float(strength)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {strength}")
+    if not is_allowed(kind, value):
+        raise ValueError(f"{name} must be {_rule(kind)}, got {strength}")
     return value
 
 

@@ -45,6 +45,8 @@ def relative(
 ) -> Strengths:
     """The same of lists, which may be empty."""
     if importance and strengths.has_norms():
+        if strengths.constraint() == "max_norm":
+            raise ValueError(f"{where}importance must come without max_norm, which is of all elements of a group")
         raise ValueError(
             f"{where}importance must come without l2_norm, which has one strength for all elements of a group"
         )

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from fused_reg import _devices, _ops
 from fused_reg._arguments import check_values, is_dtensor
-from fused_reg._terms import NUMBERS, Strengths
+from fused_reg._terms import DEFAULTS, NUMBERS, Strengths
 from fused_reg.distributed.shards import laid_out_as
 from fused_reg.regularizer.strengths import Column, Held, identity, tensor_of
 
@@ -163,7 +163,10 @@ _toward_of, _importance_of = attrgetter("toward"), attrgetter("importance")
 
 def _column(parts: Sequence[tuple[Batch, Numbers]], kind: str) -> Any:
     """The numbers of a kind, as the operators take them; or where they have to be gathered at each step, how."""
-    held = [batch.strengths.get(kind) or [numbers.own.get(kind, 0.0)] for batch, numbers in parts]
+    if not any(kind in batch.strengths or kind in numbers.own for batch, numbers in parts):
+        return ()
+    default = DEFAULTS.get(kind, 0.0)
+    held = [batch.strengths.get(kind) or [numbers.own.get(kind, default)] for batch, numbers in parts]
     distinct = list({identity(x): x for xs in held for x in xs}.values())
     first = distinct[0]
     if len(distinct) == 1:

@@ -15,7 +15,7 @@ from fused_reg._arguments import as_number, check_values, is_dtensor, is_number,
 from fused_reg._partitioned import check_whole
 from fused_reg._step_launches import MAXIMIZE, Batch, Launch, Numbers, Place
 from fused_reg._step_references import REFERENCES, Penalized, params_of, penalized, read_references
-from fused_reg._terms import TERM_OF, group_code
+from fused_reg._terms import DEFAULTS, TERM_OF, group_code
 from fused_reg.distributed.buckets import sharing
 from fused_reg.distributed.shards import shards_of
 from fused_reg.regularizer.share import Guest
@@ -121,7 +121,7 @@ def _batches(
                 rest[-1].append(own)
                 continue
             entry = entries.get(id(p)) if p.requires_grad else None
-            norms = group_code(entry.group) if entry is not None and entry.has("l2_norm") else 0
+            norms = group_code(entry.group) if entry is not None and entry.has_norms() else 0
             place = _place(p)
             if place is None or (norms and (place.is_cut or (entry is not None and entry.runs > 1))):
                 return None
@@ -171,7 +171,7 @@ def _strengths(entries: Sequence[Entry | None]) -> dict[str, list[Held]]:
     for kind, term in TERM_OF.items():
         if not any(entry is not None and entry.has(term) for entry in entries):
             continue
-        held = [0.0 if entry is None else entry.strengths[kind] for entry in entries]
+        held = [DEFAULTS[kind] if entry is None else entry.strengths[kind] for entry in entries]
         found[kind] = held[:1] if len(set(map(identity, held))) == 1 else held
     return found
 

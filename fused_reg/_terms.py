@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
@@ -26,7 +27,10 @@ class Row(NamedTuple):
     default: float | str | None = None
     shapes: str = ""  # the term whose shape it gives, without which it means nothing;
     about: str = ""  # and how an error says so
-    apart: str = ""  # a term with which it has no proximal operator in closed form
+    apart: tuple[str, ...] = ()  # terms with which it has no proximal operator in closed form
+    bound: float | None = None  # what a number must be above; others are at least 0
+    is_constraint: bool = False  # no value and no gradient, and what it is by default is none
+    is_bent: bool = False  # the value is not proportional to the strength
 
 
 #: The terms: all that Python knows of them, but for what they are (`reference`). An argument that a row adds has a type
@@ -48,7 +52,7 @@ ROWS = (
         "neuron's weights, an output channel); ``'column'``, those along dimension 1 (the weights of an input feature, "
         "an input channel). A tensor without that dimension is one slice. ``('row', n)`` and ``('column', n)``: each "
         "``n`` that follow on one another, as those of an attention head; ``('block', n)``: each ``n`` elements of the "
-        "flattened tensor, which must be contiguous. Given with ``l2_norm``.",
+        "flattened tensor, which must be contiguous. Given with ``l2_norm`` or ``max_norm``.",
         "``'row'`` prunes neurons and output channels, ``'column'`` input features.",
         default="tensor",
         shapes="l2_norm",
@@ -63,7 +67,7 @@ ROWS = (
         "which has no closed form.",
         r"smooth\_l1_t \sum_i s_t(w_{t,i})",
         r"smooth\_l1_t\, s_t'(w_{t,i})",
-        apart="l2_norm",
+        apart=("l2_norm",),
     ),
     Row(
         "beta",
@@ -74,20 +78,101 @@ ROWS = (
         shapes="smooth_l1",
         about="whose width it is",
     ),
+    Row(
+        "mcp",
+        "the strength of the minimax concave penalty (MCP), likewise: it begins as ``mcp * |w|``, grows ever less, and "
+        "from ``|w| = mcp_gamma * mcp`` on it is ``mcp_gamma * mcp ** 2 / 2``. Its gradient is ``sgn(w) * max(0, mcp - "
+        "|w| / mcp_gamma)``: what is large is not shrunk.",
+        "the firm threshold, and where ``step >= mcp_gamma`` the hard threshold at ``mcp * sqrt(step * mcp_gamma)``: "
+        "the minimum always. Not with ``l2_norm`` or ``smooth_l1`` on one parameter.",
+        r"mcp_t \sum_i c_t(w_{t,i})",
+        r"mcp_t\, c_t'(w_{t,i})",
+        apart=("l2_norm", "smooth_l1"),
+        is_bent=True,
+    ),
+    Row(
+        "mcp_gamma",
+        "how long ``mcp`` grows: a number > 1 as the strengths are, but a constant; 3 if it is not given. A large one "
+        "is L1. Given with ``mcp``.",
+        "where weights stay as they are.",
+        default=3.0,
+        shapes="mcp",
+        about="whose concavity it is",
+        bound=1.0,
+    ),
+    Row(
+        "scad",
+        "the strength of the smoothly clipped absolute deviation (SCAD), likewise: it is ``scad * |w|`` up to ``|w| = "
+        "scad``, grows ever less from there on, and from ``scad_a * scad`` on it is ``scad ** 2 * (scad_a + 1) / 2``. "
+        "Its gradient is ``scad * sgn(w)``, then ``sgn(w) * max(0, scad_a * scad - |w|) / (scad_a - 1)``.",
+        "the soft threshold for small weights, none for large ones, and between them what joins these; where ``step >= "
+        "scad_a - 1`` a jump: the minimum always. Not with ``l2_norm``, ``smooth_l1`` or ``mcp`` on one parameter.",
+        r"scad_t \sum_i d_t(w_{t,i})",
+        r"scad_t\, d_t'(w_{t,i})",
+        apart=("l2_norm", "smooth_l1", "mcp"),
+        is_bent=True,
+    ),
+    Row(
+        "scad_a",
+        "from which multiple of ``scad`` on it is constant: a number > 2 as the strengths are, but a constant; 3.7 if "
+        "it is not given. Given with ``scad``.",
+        "where weights stay as they are.",
+        default=3.7,
+        shapes="scad",
+        about="whose concavity it is",
+        bound=2.0,
+    ),
+    Row(
+        "lower",
+        "a bound, in proximal steps alone: no value, no gradient.",
+        "no element is below it afterwards (0: non-negative); a number or one per parameter, as the strengths but of "
+        "any sign; without it ``-inf``. With ``l1``, ``l2`` and ``smooth_l1``.",
+        default=-math.inf,
+        apart=("l2_norm", "mcp", "scad"),
+        is_constraint=True,
+    ),
+    Row(
+        "upper",
+        "likewise.",
+        "no element is above it; greater than ``lower``; without it ``inf``.",
+        default=math.inf,
+        apart=("l2_norm", "mcp", "scad"),
+        is_constraint=True,
+    ),
+    Row(
+        "max_norm",
+        "likewise.",
+        "the largest Euclidean norm of each ``group``, to which larger ones are scaled; > 0, without it ``inf``. With "
+        "``l1``, ``l2`` and ``l2_norm``.",
+        default=math.inf,
+        apart=("smooth_l1", "mcp", "scad", "lower", "upper"),
+        bound=0.0,
+        is_constraint=True,
+    ),
 )
 
 #: The numbers of the terms, in the order of the arguments, and those of them that are strengths.
 KINDS = tuple(row.name for row in ROWS if row.name != "group")
-TERMS = tuple(row.name for row in ROWS if not row.shapes)
+TERMS = tuple(row.name for row in ROWS if not row.shapes and not row.is_constraint)
+CONSTRAINTS = tuple(row.name for row in ROWS if row.is_constraint)
 
 #: Of each of them the term without which it means nothing, and what it is where it is not given.
 TERM_OF = {row.name: row.shapes or row.name for row in ROWS if row.name in KINDS}
 DEFAULTS = {row.name: row.default if isinstance(row.default, float) else 0.0 for row in ROWS if row.name in KINDS}
 
 #: Pairs of terms that together have no proximal operator in closed form.
-APART = {row.name: row.apart for row in ROWS if row.apart}
+APART = [(row.name, other) for row in ROWS for other in row.apart]
 
-#: The arguments that are no strengths.
+#: What numbers must be above, and terms whose value is not proportional to their strength.
+BOUNDS = {row.name: row.bound for row in ROWS if row.bound is not None}
+BENT = tuple(row.name for row in ROWS if row.is_bent)
+
+#: The number with which each term or constraint is none, and what is there if any of some is: a box has two bounds.
+ABSENT = {kind: DEFAULTS[kind] if kind in CONSTRAINTS else 0.0 for kind in (*TERMS, *CONSTRAINTS)}
+TOGETHER = {kind: ("lower", "upper") if kind in ("lower", "upper") else (kind,) for kind in ABSENT}
+OF_GROUPS = ("l2_norm", "max_norm")
+
+#: The arguments that shape a term.
 SHAPES = {row.name: row for row in ROWS if row.shapes}
 
 #: What the operators take of a list, in this order (``csrc/penalty.h``).
@@ -96,7 +181,7 @@ PLACES = {kind: NUMBERS.index(kind) for kind in KINDS}
 STEP = NUMBERS.index("step")
 
 #: In an error: any of the strengths.
-ANY_TERM = f"{', '.join(TERMS[:-1])} or {TERMS[-1]}"
+ANY_TERM = f"{', '.join(list(ABSENT)[:-1])} or {[*ABSENT][-1]}"
 
 #: So many rows, columns, or elements in a row.
 Runs: TypeAlias = "tuple[Literal['row', 'column', 'block'], int]"
@@ -126,6 +211,13 @@ class MoreStrengths(TypedDict, Generic[S], total=False):
 
     smooth_l1: S | None
     beta: S | None
+    mcp: S | None
+    mcp_gamma: S | None
+    scad: S | None
+    scad_a: S | None
+    lower: S | None
+    upper: S | None
+    max_norm: S | None
 
 
 class MoreTerms(MoreStrengths[S], Generic[S], total=False):
@@ -236,15 +328,20 @@ def misfit(p: Tensor, group: LayerGroup) -> str:
     return ""
 
 
-def check_shape(where: str, name: str, given: object, strength: object) -> None:
-    """Raises where an argument is given that means nothing without a strength, and that is not."""
-    if strength is None and given is not None and not (name == "group" and given == "tensor"):
+def is_without(name: str, given: Mapping[str, object]) -> bool:
+    """Whether these lack what an argument of this name shapes."""
+    return all(given.get(term) is None for term in (OF_GROUPS if name == "group" else (SHAPES[name].shapes,)))
+
+
+def check_shape(where: str, name: str, given: object, others: Mapping[str, object]) -> None:
+    """Raises where an argument is given that means nothing without others, and these are not."""
+    if is_without(name, others) and given is not None and not (name == "group" and given == "tensor"):
         raise ValueError(lacking(where, name, given))
 
 
 def lacking(where: str, name: str, given: object) -> str:
-    what = group_text(given) if name == "group" else name
-    return f"{where}{what} must come with {SHAPES[name].shapes}, {SHAPES[name].about}, got none"
+    what, terms = (group_text(given), " or ".join(OF_GROUPS)) if name == "group" else (name, SHAPES[name].shapes)
+    return f"{where}{what} must come with {terms}, {SHAPES[name].about}, got none"
 
 
 class Strengths(NamedTuple):
@@ -322,6 +419,14 @@ class Strengths(NamedTuple):
 
     def has_norms(self) -> bool:
         return self.group != 0
+
+    def constraint(self) -> str:
+        """The name of one, if there may be any."""
+        return next((kind for kind in CONSTRAINTS if self.counts[PLACES[kind]] != 0), "")
+
+    def has_bent(self) -> bool:
+        """Whether a term may be there whose value is not proportional to its strength."""
+        return any(self.counts[PLACES[term]] != 0 for term in BENT)
 
     def are_trained(self) -> bool:
         return len(self.tensors) > 0 and any(t.requires_grad for t in self.tensors)

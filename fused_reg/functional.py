@@ -88,7 +88,7 @@ def fused_penalty(
         tensor(1.)
 
     Source: Tibshirani 1996 (L1), Hoerl and Kennard 1970 (L2), Zou and Hastie 2005 (elastic net), Yuan and Lin 2006
-    (group lasso).
+    (group lasso), Zhang 2010 (MCP), Fan and Li 2001 (SCAD).
     """
     tensors = as_list("fused_penalty", params)
     is_plain = not terms and toward is None and importance is None

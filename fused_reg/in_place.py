@@ -137,7 +137,8 @@ def prox_(
         tensor([ 0.3333, -1.0000,  0.0000])
 
     Source: Parikh and Boyd 2014, "Proximal Algorithms", sections 2.2, 6.5.2 and 6.5.4; Yu 2013, "On decomposing the
-    proximal map", for the order of the two thresholds.
+    proximal map", for the order of the two thresholds; Breheny and Huang 2011, "Coordinate descent algorithms for
+    nonconvex penalized regression", for the firm threshold.
     """
     name = "prox_"
     tensors = as_list(name, params)

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_reg._arguments import Strength
-from fused_reg._terms import DEFAULTS, KINDS, ROWS, TERMS, Group, Terms, takes_terms
+from fused_reg._terms import CONSTRAINTS, DEFAULTS, KINDS, ROWS, TERMS, Group, Terms, takes_terms
 
 #: Of each term what its strength is a factor of, for a parameter and the other arguments of its terms.
 _SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
@@ -22,6 +22,8 @@ _SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     "l2": lambda w, given: _sum(w.square(), given),
     "l2_norm": lambda w, given: _norms(w, given["group"]).sum(),
     "smooth_l1": lambda w, given: _sum(_smooth_l1(w, given["beta"]), given),
+    "mcp": lambda w, given: _sum(_mcp(w, given["mcp"], given["mcp_gamma"]), given),
+    "scad": lambda w, given: _sum(_scad(w, given["scad"], given["scad_a"]), given),
 }
 
 
@@ -40,6 +42,21 @@ def _smooth_l1(w: Tensor, beta: float | Tensor) -> Tensor:
     return torch.where(w.abs() < width, w * w * slope, w.abs() - width / 2)
 
 
+def _mcp(w: Tensor, strength: float | Tensor, gamma: float | Tensor) -> Tensor:
+    """Zhang 2010, equation 2.1, divided by the strength."""
+    end = torch.as_tensor(strength * gamma, dtype=w.dtype, device=w.device)
+    slope = 0.5 / torch.where(end > 0, end, 1)
+    return torch.where(w.abs() <= end, w.abs() - w * w * slope, end / 2)
+
+
+def _scad(w: Tensor, strength: float | Tensor, a: float | Tensor) -> Tensor:
+    """The integral of Fan and Li 2001, equation 2.7, divided by the strength."""
+    knee, end = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (strength, strength * a))
+    over = w.abs() - knee
+    bent = w.abs() - over * over * (0.5 / torch.where(end > knee, end - knee, 1))
+    return torch.where(w.abs() <= knee, w.abs(), torch.where(w.abs() <= end, bent, (end + knee) / 2))
+
+
 def _with_terms(
     params: Iterable[Tensor] | Tensor,
     l1: Strength | None,
@@ -53,7 +70,7 @@ def _with_terms(
     given: dict[str, Any] = {"l1": l1, "l2": l2, **terms}
     if unknown := given.keys() - {row.name for row in ROWS}:
         raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
-    if all(given.get(term) is None for term in TERMS):
+    if all(given.get(term) is None for term in (*TERMS, *CONSTRAINTS)):
         given["l2"] = 1.0
     columns = [_per_parameter(given.get(kind), default, len(tensors)) for kind, default in DEFAULTS.items()]
     rest = {"group": "tensor"} | {key: x for key, x in given.items() if key not in DEFAULTS}
@@ -84,6 +101,36 @@ def _smooth_l1_prox(w: Tensor, height: float | Tensor, beta: float | Tensor) -> 
     width = torch.as_tensor(beta + height, dtype=w.dtype, device=w.device)
     within = w * beta / torch.where(width > 0, width, 1)
     return torch.where(w.abs() <= width, within, w - torch.sign(w) * height)
+
+
+def _mcp_prox(w: Tensor, step: float | Tensor, strength: float | Tensor, gamma: float | Tensor) -> Tensor:
+    """The best of the points where the minimum can be: the corner, on the curve, and beyond, where it is flat."""
+    on_curve = (w.abs() - step * strength) / torch.as_tensor(1 - step / gamma, dtype=w.dtype, device=w.device)
+    end = torch.as_tensor(strength * gamma, dtype=w.dtype, device=w.device)
+    inside = on_curve.nan_to_num(posinf=0.0, neginf=0.0).clamp(min=0).minimum(end)
+    found = [torch.zeros_like(w), inside, w.abs()]
+    costs = [(x - w.abs()) ** 2 / 2 + step * strength * _mcp(x, strength, gamma) for x in found]
+    best = torch.stack(costs).argmin(0, keepdim=True)
+    x = torch.sign(w) * torch.stack(found).gather(0, best)[0]
+    return torch.where(w.isfinite(), x, w)
+
+
+def _scad_prox(w: Tensor, step: float | Tensor, strength: float | Tensor, a: float | Tensor) -> Tensor:
+    """Likewise: the soft threshold up to the knee, on the curve, and beyond."""
+    knee, end = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (strength, strength * a))
+    soft = (w.abs() - step * knee).clamp(min=0).minimum(knee)
+    ratio = torch.as_tensor(step / (a - 1), dtype=w.dtype, device=w.device)
+    on_curve = (w.abs() - ratio * end) / (1 - ratio)
+    curved = on_curve.nan_to_num(posinf=0.0, neginf=0.0).maximum(knee).minimum(end)
+    found = [soft, curved, w.abs()]
+    costs = [(x - w.abs()) ** 2 / 2 + step * strength * _scad(x, strength, a) for x in found]
+    best = torch.stack(costs).argmin(0, keepdim=True)
+    x = torch.sign(w) * torch.stack(found).gather(0, best)[0]
+    return torch.where(w.isfinite(), x, w)
+
+
+def _like(x: float | Tensor, other: Tensor) -> Tensor:
+    return torch.as_tensor(x, dtype=other.dtype, device=other.device)
 
 
 def _in_runs(w: Tensor, group: Group) -> Tensor:
@@ -143,6 +190,9 @@ def fused_penalty(
     """
     total: Tensor | None = None
     dtype = torch.float32
+    for name in CONSTRAINTS:
+        if terms.get(name) is not None:
+            raise ValueError(f"{name} has no value")
     for p, given in _with_terms(params, l1, l2, terms, toward, importance):
         dtype = torch.promote_types(dtype, p.dtype)
         w = _difference(p.double(), given)
@@ -274,7 +324,7 @@ def prox_(
     """
     own = _with_terms(params, l1, l2, terms, toward, importance)
     for (p, given), eta in zip(own, _per_parameter(step, 0.0, len(own)), strict=True):
-        a, b, c, d, beta = (given[kind] for kind in KINDS)
+        a, b, c, d, beta, mcp, mcp_gamma, scad, scad_a, lower, upper, max_norm = (given[kind] for kind in KINDS)
         rate = eta if given["importance"] is None else eta * given["importance"].double()
         w = _difference(p.double(), given)
         soft = torch.where(w.abs() <= rate * a, 0.0, w - torch.sign(w) * rate * a)
@@ -282,7 +332,15 @@ def prox_(
         norms, threshold = _norms(soft, given["group"]), eta * c
         block = torch.where(norms <= threshold, 0.0, 1 - threshold / norms) if threshold != 0 else 1.0
         soft = (_in_runs(soft, given["group"]) * block).reshape(p.shape)
-        x = _smooth_l1_prox(soft / (1 + 2 * rate * b), rate * d / (1 + 2 * rate * b), beta)
+        rest = rate / (1 + 2 * rate * b)
+        x = _smooth_l1_prox(soft / (1 + 2 * rate * b), rest * d, beta)
+        x = _mcp_prox(x, rest, mcp, mcp_gamma) if _is_present(mcp) else x
+        x = _scad_prox(x, rest, scad, scad_a) if _is_present(scad) else x
+        moves = torch.as_tensor(rate != 0, device=x.device)  # a step of 0 moves nothing
+        x = torch.where(moves, torch.maximum(torch.minimum(x, _like(upper, x)), _like(lower, x)), x)
+        norms = _norms(x, given["group"])
+        scale = torch.where(moves & (norms > max_norm), max_norm / norms, 1.0)
+        x = (_in_runs(x, given["group"]) * scale).reshape(p.shape)
         x = x if given["toward"] is None else x + given["toward"].double()
         p.copy_(x).add_(0.0)  # a zero is +0, also one that comes from the last rounding
 

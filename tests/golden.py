@@ -19,8 +19,9 @@ from fused_reg import Regularizer, _ops, accumulate_grad_, fused_penalty, prox_,
 
 FILE = Path(__file__).with_name("golden.csv")
 KINDS = ("value", "gradient", "accumulated", "proximal step", "norms", "report")
-SMOOTH = 512  # the blocks of 0.1; from here on, lists have smooth_l1, too
-BLOCKS = SMOOTH + 32  # lines of the file
+SMOOTH = 512  # the blocks of 0.1; from here on, lists have smooth_l1, too,
+CONCAVE = SMOOTH + 32  # and from here on mcp or scad, or proximal steps with constraints
+BLOCKS = CONCAVE + 32  # lines of the file
 LISTS = 8  # of each
 
 _SMALL = ((), (0,), (1,), (3,), (17,), (64,), (257,), (5, 7), (0, 4), (9, 64), (33, 65), (1, 3000), (3000, 1))
@@ -52,6 +53,9 @@ class Draw:
         if seed >= SMOOTH * LISTS:
             self.strengths["smooth_l1"] = self.strength()
             self.strengths |= {"beta": self.strength()} if self.rng.randint(4) else {}
+        self.constraints = {}
+        if seed >= CONCAVE * LISTS:
+            self.add_concave()
 
     def one_of(self, items):
         return items[self.rng.randint(len(items))]
@@ -100,6 +104,27 @@ class Draw:
         given = {kind: self.strength() for kind in ("l1", "l2", "l2_norm") if self.rng.randint(5) < 3}
         return given | {"group": self.one_of(("tensor", "row"))} if "l2_norm" in given else given
 
+    def add_concave(self) -> None:
+        kind, number = self.one_of(("mcp", "scad", "box", "max_norm")), self.positive()
+        if kind == "box":
+            self.constraints = {"lower": self.one_of((0.0, -number, -math.inf)), "upper": number}
+        elif kind == "max_norm":
+            self.constraints = {"max_norm": number, "group": self.one_of(("tensor", "row", "column"))}
+        else:
+            shape, bound = {"mcp": ("mcp_gamma", 1.5), "scad": ("scad_a", 2.5)}[kind]
+            self.strengths |= {kind: self.strength()} | ({shape: bound + number} if self.rng.randint(2) else {})
+
+    def shrunk(self) -> dict:
+        """The arguments of a proximal step, without what has none together."""
+        left = dict(self.strengths)
+        if left.keys() & {"mcp", "scad"} or "max_norm" in self.constraints:
+            for key in ("smooth_l1", "beta"):
+                left.pop(key, None)
+        if left.keys() & {"mcp", "scad", "smooth_l1"} or "lower" in self.constraints:
+            for key in ("l2_norm", "group"):
+                left.pop(key, None)
+        return left | self.constraints
+
     def results(self) -> dict[str, list[torch.Tensor]]:
         """By kind, what is computed."""
         params, strengths = self.params, self.strengths
@@ -109,9 +134,7 @@ class Draw:
             p.grad_dtype = None  # any
             p.grad = None if grad is None else grad.clone()
         accumulated = accumulate_grad_(trained, **strengths, scale=self.scale)
-        # Smooth L1 and norms together have no proximal step.
-        without = ("l2_norm", "group") if "smooth_l1" in strengths else ()
-        prox_(stepped, **{k: s for k, s in strengths.items() if k not in without}, step=self.step)
+        prox_(stepped, **self.shrunk(), step=self.step)
         with torch.no_grad():
             values = [value, fused_penalty(params, **strengths)]
         return {
@@ -125,9 +148,10 @@ class Draw:
 
     def report(self) -> list[torch.Tensor]:
         numbers = {k: s for k, s in self.strengths.items() if isinstance(s, float) or k == "group"}
-        if "smooth_l1" not in numbers:
-            numbers.pop("beta", None)
-        if not numbers.keys() & {"l1", "l2", "l2_norm", "smooth_l1"}:
+        for term, shape in (("smooth_l1", "beta"), ("mcp", "mcp_gamma"), ("scad", "scad_a")):
+            if term not in numbers:
+                numbers.pop(shape, None)
+        if not numbers.keys() & {"l1", "l2", "l2_norm", "smooth_l1", "mcp", "scad"}:
             numbers = {"l2": 1.0}
         if "l2_norm" not in numbers:
             numbers.pop("group", None)

@@ -24,11 +24,11 @@ RULE = {"l1": 0.5}
         ({"include": ["0.*", "3.*"], "exclude": "3.*"}, "exclude or weights_only removes '3.*'"),
         ({"rules": [("*", {"l2": 0.5})]}, "l2 must apply to a parameter, but rules or marks by `regularized` speak"),
         ({"l1": HALVED, "rules": [("*", RULE)]}, "l1 must apply to a parameter, but rules or marks"),
-        ({"group": "row"}, 'group="row" must come with l2_norm, whose norms it is about, got none'),
+        ({"group": "row"}, 'group="row" must come with l2_norm or max_norm, whose norms it is about, got none'),
         ({"group": "row", "rules": [("*", {"l2_norm": 1.0, "group": "tensor"})]}, 'group="row" must come with l2_norm'),
         (
             {"rules": [("0.*", {"l1": 0.5, "group": "row"})]},
-            "rules[0] '0.*': group=\"row\" must come with l2_norm, whose norms",
+            "rules[0] '0.*': group=\"row\" must come with l2_norm or max_norm, whose norms",
         ),
     ],
 )

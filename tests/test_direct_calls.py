@@ -7,9 +7,16 @@ from samples import draw
 from torch.overrides import TorchFunctionMode
 
 from fused_reg import _ops
+from fused_reg._terms import NUMBERS
 
-HALF = ([0.5], [], [1, 0, 0, 0, 0, 0], 0)
-NORMS = ([0.5], [], [0, 0, 1, 0, 0, 0], 1)
+
+def counts(*first):
+    """Of every column; 0 behind the first ones."""
+    return [*first, *[0] * (len(NUMBERS) - len(first))]
+
+
+HALF = ([0.5], [], counts(1), 0)
+NORMS = ([0.5], [], counts(0, 0, 1), 1)
 
 
 def general(name):
@@ -40,7 +47,7 @@ def test_a_mode_sees_the_call(name, numbers):
 def test_lists_and_numbers(strength, sequence):
     """A float is taken, and torch.ops converts what else is a number."""
     params = sequence([draw(5, torch.float32), draw(7, torch.float64, seed=1)])
-    arguments = (params, sequence([]), sequence([strength]), sequence([]), sequence([1, 0, 0, 0, 0, 0]), 0)
+    arguments = (params, sequence([]), sequence([strength]), sequence([]), sequence(counts(1)), 0)
     expected, *_ = general("penalty")(list(params), [], [float(strength)], *HALF[1:])
     assert_same_bits([_ops.penalty(*arguments)[0]], [expected])
 
@@ -82,10 +89,10 @@ def test_numbers(values):
         ("norms", ([torch.ones(2)], *HALF)),
         ("penalty", ([torch.ones(2)], [], ["0.5"], *HALF[1:])),
         ("penalty", ([torch.ones(2)], [], 0.5, *HALF[1:])),
-        ("penalty", ([torch.ones(2)], [], [0.5, 0.5], [], [2, 0, 0, 0, 0, 0], 0)),
+        ("penalty", ([torch.ones(2)], [], [0.5, 0.5], [], counts(2), 0)),
         ("penalty", ([torch.ones(2)], [], [], *HALF[1:])),  # fewer floats than counted
-        ("penalty", ([torch.ones(2)], [], [0.5], [], [-1, 0, 0, 0, 0, 0], 0)),  # fewer tensors
-        ("penalty", ([torch.ones(2)], [], [0.5], [], [-2, 0, 0, 0, 0, 0], 0)),
+        ("penalty", ([torch.ones(2)], [], [0.5], [], counts(-1), 0)),  # fewer tensors
+        ("penalty", ([torch.ones(2)], [], [0.5], [], counts(-2), 0)),
         ("penalty", ([torch.ones(2)], [], [0.5], [], [1, 0], 0)),  # fewer counts
         ("prox_", ([torch.ones(2)], None, [1 << 70], *HALF)),
         ("rescale_grad_", (torch.tensor(2.0), [torch.ones(2)], [torch.ones(2)], [True], None, (), *NORMS)),

@@ -136,7 +136,7 @@ def test_gradients_of_strengths(device):
             exact = float(exact_penalty(params, **{kind: 1.0}))
             assert strength.grad.item() == pytest.approx(exact, rel=1e-14, abs=5e-323)
     params = weights(1e-160, device)
-    for p, (_, squares, _) in zip(params, _ops.sums(params, False, *numbers()).tolist(), strict=True):
+    for p, (_, squares, *_) in zip(params, _ops.sums(params, False, *numbers()).tolist(), strict=True):
         assert squares == pytest.approx(float(exact_penalty([p], l2=1.0)), rel=0, abs=5e-324)
 
 

@@ -9,6 +9,7 @@ from test_regularizer import make_net
 from torch import nn
 
 from fused_reg import Regularizer, regularized
+from fused_reg._terms import ABSENT, ANY_TERM, KINDS
 
 PARAMETER = nn.Parameter(torch.ones(3))
 
@@ -120,7 +121,7 @@ def test_strengths(strength, error, message):
         (
             {},
             ValueError,
-            "Regularizer: l1, l2, l2_norm, smooth_l1, rules or marks by `regularized` must give a strength, got none",
+            f"Regularizer: {', '.join(ABSENT)}, rules or marks by `regularized` must give a strength, got none",
         ),
         (
             {"l1": 0.5, "group": "rows"},
@@ -147,11 +148,11 @@ def test_strengths(strength, error, message):
             TypeError,
             "Regularizer: rules[0] must be a pair (pattern or type, dict(l1=...)), got (",
         ),
-        ({"rules": [("0.*", {})]}, ValueError, "Regularizer: rules[0] must give l1, l2, l2_norm or smooth_l1, got {}"),
+        ({"rules": [("0.*", {})]}, ValueError, f"Regularizer: rules[0] must give {ANY_TERM}, got {{}}"),
         (
             {"rules": [("0.*", {"l3": 1})]},
             ValueError,
-            "Regularizer: rules[0] must have keys of l1, l2, l2_norm, smooth_l1, beta, group, zeros, got 'l3'",
+            f"Regularizer: rules[0] must have keys of {', '.join(KINDS)}, group, zeros, got 'l3'",
         ),
         (
             {"rules": [("0.*", {"l1": 1, "group": "r"})]},
@@ -169,14 +170,14 @@ def test_choice(given, error, message):
     ("module", "given", "error", "message"),
     [
         (PARAMETER, {"l1": 0.5}, TypeError, "regularized: module must be a torch.nn.Module, got Parameter"),
-        (nn.ReLU(), {}, ValueError, "regularized: l1, l2, l2_norm or smooth_l1 must give a strength, got none"),
+        (nn.ReLU(), {}, ValueError, f"regularized: {ANY_TERM} must give a strength, got none"),
         (nn.ReLU(), {"l1": 1, "bias": 1}, TypeError, "regularized: bias must be True, False or dict(l1=...), got 1"),
-        (nn.ReLU(), {"bias": {}}, ValueError, "regularized: bias must give l1, l2, l2_norm or smooth_l1, got {}"),
+        (nn.ReLU(), {"bias": {}}, ValueError, f"regularized: bias must give {ANY_TERM}, got {{}}"),
         (
             nn.ReLU(),
             {"bias": {"l1": None}},
             ValueError,
-            "regularized: bias must give l1, l2, l2_norm or smooth_l1, got {",
+            f"regularized: bias must give {ANY_TERM}, got {{",
         ),
         (
             nn.ReLU(),
@@ -189,13 +190,13 @@ def test_choice(given, error, message):
             nn.ReLU(),
             {"l2_norm": 1, "bias": {"l1": 1, "group": "row"}},
             ValueError,
-            'regularized: bias: group="row" must come with l2_norm, whose norms',
+            'regularized: bias: group="row" must come with l2_norm or max_norm, whose norms',
         ),
         (
             nn.ReLU(),
             {"l1": 1, "group": "row"},
             ValueError,
-            'regularized: group="row" must come with l2_norm, whose norms',
+            'regularized: group="row" must come with l2_norm or max_norm, whose norms',
         ),
         (
             nn.ReLU(),
@@ -212,7 +213,7 @@ def test_regularized(module, given, error, message):
 
 def test_set_strength():
     regularizer = Regularizer(make_net(), l1=0.5)
-    with pytest.raises(TypeError, match="set_strength: l1, l2, l2_norm or smooth_l1 must be given, got none"):
+    with pytest.raises(TypeError, match=f"set_strength: {ANY_TERM} must be given, got none"):
         regularizer.set_strength()
     with pytest.raises(ValueError, match=r"set_strength: where must match the name of a parameter, got '9\.\*'"):
         regularizer.set_strength(l1=0.25, where="9.*")
@@ -296,7 +297,7 @@ def test_wrong_state_dicts_change_nothing():
         (state(params=[*first, "3.weight"]), "groups must name each parameter once, got '3.weight' twice"),
         (
             state(l3=0.5),
-            "groups[0] must have the keys params, l1, l2, l2_norm, smooth_l1, beta, group, scheduled, got",
+            f"groups[0] must have the keys params, {', '.join(KINDS)}, group, scheduled, got",
         ),
         (
             {"step": 1, "groups": ["0.weight"]},

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_reg import Regularizer
+from fused_reg._terms import DEFAULTS, KINDS
 
 
 def three(device="cpu") -> list[nn.Parameter]:
@@ -175,7 +176,7 @@ def test_state_dict():
     torch.save(regularizer.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    others = {"smooth_l1": 0, "beta": 1, "group": "tensor"}
+    others = {kind: DEFAULTS[kind] for kind in KINDS[3:]} | {"group": "tensor"}
     assert state == {
         "step": 2,
         "groups": [

@@ -7,7 +7,9 @@ import torch
 from oracle import exact_norms, exact_sum
 from samples import DTYPES, LAYOUTS, SIZES, draw, draw_list, mixed_list, numbers
 
-from fused_reg import _ops
+from fused_reg import _ops, _terms
+
+TERMS = len(_terms.TERMS) - 1  # that are sums over elements
 
 
 def with_zeros(n, dtype, device) -> torch.Tensor:
@@ -24,7 +26,7 @@ def with_zeros(n, dtype, device) -> torch.Tensor:
 def test_zero_counts(dtype, device):
     params = [with_zeros(n, dtype, device) for n in (0, *range(1, 140), *SIZES, 100_003)]
     sums = _ops.sums(params, True, *numbers())
-    assert (sums.dtype, sums.shape) == (torch.float64, (len(params), 4))
+    assert (sums.dtype, sums.shape) == (torch.float64, (len(params), TERMS + 1))
     assert sums[:, -1].tolist() == [int((p == 0).sum()) for p in params]
 
 
@@ -41,7 +43,7 @@ def relative_error(number: float, exact) -> float:
 def test_term_sums(dtype, device):
     params = mixed_list(device) if dtype is None else draw_list(dtype, device)
     sums = _ops.sums(params, False, *numbers())
-    assert (sums.dtype, sums.shape) == (torch.float64, (len(params), 3))
+    assert (sums.dtype, sums.shape) == (torch.float64, (len(params), TERMS))
     for p, row in zip(params, sums[:, :2].tolist(), strict=True):
         for degree, number in enumerate(row, start=1):
             assert relative_error(number, exact_sum(p, degree)) < 4e-15

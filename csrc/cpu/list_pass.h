@@ -116,7 +116,7 @@ class ListPass : public TaskList {
         }
       }
       task.numbers.factor = 1;
-      task.numbers.terms = is_followed ? kNone : AllTerms::present(task.numbers.of);
+      task.numbers.terms = is_followed ? kNone : terms_of(task.numbers.of);
       task.numbers.options = row.options;
       std::copy(row.rates, row.rates + kRates, task.numbers.step);
       task.numbers.step[kCount] = row.count == nullptr ? 0 : counted(*row.count);
@@ -134,10 +134,10 @@ class ListPass : public TaskList {
     return sum_of(penalties);
   }
 
-  // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
+  // [tensors, kSums] float64: the sums of L1 and L2, and those of further terms that are there.
   at::Tensor run_term_sums() {
     for (ChunkTask& task : tasks_) {
-      task.numbers.terms = kL1L2 | (has_further_ ? kFurther : kNone);
+      task.numbers.terms = kL1L2 | (terms_of(task.numbers.of) & kFurther);
     }
     const std::vector<ChunkSums> sums = chunk_sums();
     at::Tensor out = at::empty({plan_.tensors(), kSums}, at::kDouble);
@@ -177,14 +177,14 @@ class ListPass : public TaskList {
 
   static ChunkTask prox_task(ChunkTask task) {
     task.pass = Pass::kProx;
-    task.numbers.terms = AllTerms::present(task.numbers.of);
+    task.numbers.terms = terms_of(task.numbers.of);
     return task;
   }
 
   // Where the threshold is 0, soft(w) is w.
   static ChunkTask sums_task(ChunkTask task, Pass sums) {
     task.pass = task.numbers.of[kStep] * task.numbers.of[kL1Strength] == 0 ? Pass::kPenalty : sums;
-    task.numbers.terms = kL2 | (sums == Pass::kPenalty ? AllTerms::present(task.numbers.of) : kNone);
+    task.numbers.terms = kL2 | (sums == Pass::kPenalty ? terms_of(task.numbers.of) : kNone);
     return task;
   }
 
@@ -402,7 +402,7 @@ class ListPass : public TaskList {
   void set_passes(double factor, Pass write, Pass add) {
     for (const auto t : c10::irange(tasks_.size())) {
       ChunkTask& task = tasks_[t];
-      task.numbers.terms = AllTerms::present(task.numbers.of);
+      task.numbers.terms = terms_of(task.numbers.of);
       task.pass = adds_.empty() || task.streams[1] == nullptr ? Pass::kPenalty : adds_[t] ? add : write;
       task.numbers.factor = factor;
     }

@@ -44,7 +44,7 @@ class TaskList {
       for (const auto c : c10::irange(used)) {
         task.numbers.of[c] = columns[c][t];
       }
-      task.numbers.terms = AllTerms::present(task.numbers.of);
+      task.numbers.terms = terms_of(task.numbers.of);
       task.size = dense(t).numel();
       sizes.push_back(task.size);
       groups.push_back(group_ == Grouping::kNone ? 1 : groups_of(params[t], group_));

@@ -142,7 +142,7 @@ class Cursor {
     }
     found.factor = factor;
     found.norm = norm;
-    found.terms = AllTerms::present(found.of);
+    found.terms = terms_of(found.of);
     return found;
   }
 

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kSummingCtasPerSm) sums_kernel(const
       const auto chunk = cursor.at(c);
       ChunkNumbers numbers = cursor.numbers(1, 0);
       const bool is_report = call.norms == nullptr && call.value == nullptr;
-      numbers.terms |= is_report ? kL1L2 | kFurther : call.norms != nullptr ? kL2 : kNone;
+      numbers.terms |= is_report ? kL1L2 : call.norms != nullptr ? kL2 : kNone;
       ChunkSums sums = sums_of<P, known>(chunk, blocks, team, numbers, kHasSecond || (numbers.terms & kL2), &filled);
       if constexpr (numbers_of_pass > kGroupNumbers) {
         FurtherTerms::each([&](auto term) {

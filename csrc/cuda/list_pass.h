@@ -30,8 +30,7 @@ class ListPass {
         launch_(next_launch()),
         group_(numbers.group),
         value_dtype_(value_dtype(params)),
-        is_relative_(numbers.is_relative()),
-        has_further_(numbers.has_further()) {
+        is_relative_(numbers.is_relative()) {
     check_relative(params, selection, numbers);
     for (const auto c : c10::irange(static_cast<int>(kNumbers))) {
       columns_[c] = ColumnRefs(numbers.columns[c], selection, device_);
@@ -69,7 +68,7 @@ class ListPass {
     call_.team = plan_.elements() < plan_.chunks() * (kChunkSize / 2) ? 1 : kWarps;
     call_.factor.value = 1;
     call_.factor_source = Source::kValue;
-    call_.has_further = has_further_ || is_relative_;  // such a table has all numbers
+    call_.has_further = numbers.has_further() || is_relative_;  // such a table has all numbers
   }
 
   Grouping group() const { return group_; }
@@ -261,21 +260,13 @@ class ListPass {
     return value;
   }
 
-  // [tensors, kSums] float64: the sum of each term; of further ones 0, where the list has none of their numbers.
-  at::Tensor run_term_sums() {
-    at::Tensor sums = tensor_sums(Pass::kPenalty);
-    if (call_.has_further && !has_further_) {  // the table has their numbers, and the list has not
-      sums.narrow(1, kFirstFurther, kSums - kFirstFurther).zero_();
-    }
-    return sums;
-  }
+  // [tensors, kSums] float64: the sums of L1 and L2, and those of further terms that are there.
+  at::Tensor run_term_sums() { return tensor_sums(Pass::kPenalty); }
 
   // [tensors] float64: how many elements are 0.
   at::Tensor run_zero_counts() { return tensor_sums(Pass::kZeros).select(1, 1); }
 
  private:
-  static constexpr int kFirstFurther = kSums - FurtherTerms::kCount;  // of the sums
-
   at::Tensor fresh(at::IntArrayRef size, at::ScalarType dtype) const {
     return at::detail::empty_cuda(size, dtype, device_, std::nullopt);
   }
@@ -462,7 +453,7 @@ class ListPass {
   std::vector<GroupInfo> groups_;  // of a launch that knows groups
   Call call_{};
   bool adds_ = false, has_grads_ = false;
-  bool is_relative_, has_further_;
+  bool is_relative_;
 };
 
 }  // namespace fused_reg::cuda

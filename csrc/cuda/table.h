@@ -76,7 +76,8 @@ struct Call {
 };
 
 // nvcc and the C++ compiler agree on the layout.
-static_assert(sizeof(Entry) == 8 && sizeof(NumberRef) == 8 && sizeof(GroupInfo) == 16 && sizeof(Call) == 80);
+static_assert(sizeof(Entry) == 8 && sizeof(NumberRef) == 8 && sizeof(GroupInfo) == 16);
+static_assert(sizeof(Call) == ((kNumbers + 25) / 4 + 2) / 2 * 8 + 48);
 
 constexpr size_t kArgumentBytes = 32764;  // of a kernel; sm_70 and later
 constexpr size_t kSmallTable = 4096 - sizeof(Call);
@@ -124,7 +125,7 @@ struct StepCall {
   bool is_alone;        // without the penalty
   NumberRef found_inf;  // not 0: nothing is done
 };
-static_assert(sizeof(StepNumbersRow) == 96 && sizeof(StepOfTensor) == 16 && sizeof(StepCall) == 32);
+static_assert(sizeof(StepNumbersRow) == 48 + 8 * kNumbers && sizeof(StepOfTensor) == 16 && sizeof(StepCall) == 32);
 
 constexpr size_t kSmallStep = kSmallTable - sizeof(StepCall);
 constexpr size_t kMediumStep = kMediumTable - sizeof(StepCall);

@@ -9,7 +9,7 @@ namespace fused_reg {
 // these, relative: what is left of the difference is added to the reference weight.
 template <int terms>
 struct ProxPass : AnyPass {
-  using Further = std::conditional_t<(terms & kFurther) == 0, TermList<>, FurtherTerms>;
+  using Further = std::conditional_t<(terms & kFurther) == 0, TermList<>, FurtherProx>;
   static constexpr bool kIsRelative = (terms & kRelative) != 0, kPositiveZeros = true;
   static constexpr unsigned kReads = bit(0) | relative_streams(terms), kWrites = bit(0);
   static constexpr unsigned kOptional = relative_streams(terms);
@@ -27,7 +27,7 @@ struct ProxPass : AnyPass {
     if constexpr (kIsRelative) {
       *f++ = static_cast<S>(n.of[kStep] * n.of[kL1Strength]);
       *f++ = static_cast<S>(n.of[kStep]);
-      *f++ = static_cast<S>(shrinkage(0, n.of[kNormStrength], n.of[kStep], n.norm));
+      *f++ = static_cast<S>(share_of_norm(n));
       *f++ = static_cast<S>(n.of[kL2Strength]);
       Further::each([&](auto term) {
         using T = decltype(term);
@@ -37,7 +37,7 @@ struct ProxPass : AnyPass {
       return;
     }
     *f++ = static_cast<S>(n.of[kStep] * n.of[kL1Strength]);
-    *f++ = static_cast<S>(shrinkage(n.of[kL2Strength], n.of[kNormStrength], n.of[kStep], n.norm));
+    *f++ = static_cast<S>(L2::prox(share_of_norm(n), n.of[kStep], n.of[kL2Strength]));
     Further::each([&](auto term) {
       using T = decltype(term);
       T::prox_factors(n, f);
@@ -75,6 +75,10 @@ struct ProxPass : AnyPass {
   }
 
  private:
+  static FUSED_REG_INLINE double share_of_norm(const ChunkNumbers& n) {
+    return fused_reg::share_of_norm(n.of[kL2Strength], n.of[kNormStrength], n.of[kMaxNorm], n.of[kStep], n.norm);
+  }
+
   template <class V>
   static FUSED_REG_INLINE V of_difference(V d, V importance, const V* f) {
     const V step = f[1] * importance;

@@ -52,18 +52,6 @@ FUSED_REG_INLINE double power(double base, double count) {
   return result;
 }
 
-template <class V>
-FUSED_REG_INLINE V square_root(V x) {
-  if constexpr (std::is_arithmetic_v<V>) {
-    return std::sqrt(x);
-  } else {
-    for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) {
-      x[i] = std::sqrt(x[i]);
-    }
-    return x;
-  }
-}
-
 // a + weight * (b - a), from the end that is nearer, as torch has it.
 template <class V>
 FUSED_REG_INLINE V lerp(V a, V b, V weight) {

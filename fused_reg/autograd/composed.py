@@ -202,8 +202,9 @@ class _TermSums(_Reverse):
 
     @staticmethod
     def forward(table: Tensor, *params: Tensor) -> Tensor:
-        shapes = {_COLUMNS[i]: table[:, i] for i in _SHAPES if i < table.shape[1]}
-        sums = iter(_ops.sums(params, False, *Strengths().having(**shapes)).unbind(1))
+        ones = torch.ones_like(table[:, 0])  # so that each term is there
+        given = {_COLUMNS[i]: table[:, i] if i in _SHAPES else ones for i in range(2, table.shape[1])}
+        sums = iter(_ops.sums(params, False, *Strengths().having(**given)).unbind(1))
         columns = [torch.zeros_like(table[:, i]) if i in _SHAPES else next(sums) for i in range(table.shape[1])]
         return torch.stack(columns, dim=1)
 

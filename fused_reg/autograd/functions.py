@@ -7,7 +7,8 @@ Two ways lead to the same numbers:
   norms), and one launch in the backward the gradients. In compiled code many lists are merged with the model
   (`merged`).
 - `composed_penalty` is the general one (`composed`), for strengths that require grad and for ``torch.func``. The fast
-  one falls back on it for higher derivatives.
+  one falls back on it for higher derivatives. Where terms are relative, or not proportional to their strengths,
+  `specified_penalty` stands in its place.
 """
 
 from __future__ import annotations
@@ -50,15 +51,12 @@ def penalty(
     if measure is not None:
         return _in_two_launches(params, strengths, measure)
     if _transforms_active():
-        is_specified = is_traced or strengths.is_relative()
-        return specified_penalty(params, strengths) if is_specified else composed_penalty(params, strengths)
+        return specified_penalty(params, strengths) if is_traced else general_penalty(params, strengths)
     if not torch.is_grad_enabled():
         return _ops.penalty(params, (), *strengths)[0]
     if strengths.are_trained():
         check_values(strengths.named_tensors())
-        if strengths.is_relative():
-            return specified_penalty(params, strengths)
-        return composed_penalty(params, strengths)
+        return general_penalty(params, strengths)
     if is_traced and can_merge(params, strengths):
         return merged_penalty(params, strengths, are_positive)
     # Compiled code comes here with shards only.
@@ -66,6 +64,15 @@ def penalty(
     if is_traced or is_compiling() or not gives_all:
         return _in_two_launches(params, strengths, None)
     return _apply_penalty(strengths, *params)
+
+
+def general_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
+    """The penalty of any list, differentiable to any order, also in its strengths."""
+    return (composed_penalty if _is_composed(strengths) else specified_penalty)(params, strengths)
+
+
+def _is_composed(strengths: Strengths) -> bool:
+    return not strengths.is_relative() and not strengths.has_bent()
 
 
 class _Penalty(Function):
@@ -143,7 +150,7 @@ def _differentiable(
     upstream: Tensor, params: Sequence[Tensor], needs_grad: Sequence[bool], strengths: Strengths
 ) -> Sequence[Tensor]:
     """The gradients of those of a list that need one, themselves differentiable."""
-    if strengths.is_relative():
+    if not _is_composed(strengths):
         own = strengths.at([i for i, needed in enumerate(needs_grad) if needed], upstream.device)
         own = own.relative(*(list(compress(x, needs_grad)) for x in strengths.references()))
         value = specified_penalty(params, own)

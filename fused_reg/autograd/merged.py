@@ -7,15 +7,15 @@ value is summed in float64 too, in another order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from fused_reg import _devices, _ops
-from fused_reg._terms import Column, Strengths, in_groups
+from fused_reg._terms import NUMBERS, TERMS, Column, Strengths, in_groups
 
 #: Of longer lists the compiler takes minutes.
 MOST_TENSORS = 512
@@ -63,21 +63,15 @@ def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     columns = (_one_each(column, len(params), torch.float64) for column in strengths.columns())
     references = (x or [None] * len(params) for x in strengths.references())
     total: Any = 0
-    for p, toward, importance, a, b, c, _, d, beta in zip(params, *references, *columns, strict=True):
+    for p, toward, importance, *numbers in zip(params, *references, *columns, strict=True):
         w = p.double() if toward is None else p.double() - toward.double()
-
-        def summed(x: Tensor, importance: Tensor | None = importance) -> Tensor:
-            return x.sum() if importance is None else (importance.double() * x).sum()
-
+        own = dict(zip(NUMBERS, numbers, strict=True))
         value = w.new_zeros(())
-        if a is not None:
-            value = value + a * summed(w.abs())
-        if b is not None:
-            value = value + b * summed(w.square())
-        if c is not None:
-            value = value + c * _norms(w, strengths.group).sum()
-        if d is not None:
-            value = value + d * summed(_smooth_l1(w, beta))
+        for term in TERMS:
+            if (strength := own[term]) is not None:
+                x = _norms(w, strengths.group) if term == "l2_norm" else _ELEMENTS[term](w, own)
+                weighted = x if importance is None else importance.double() * x
+                value = value + strength * weighted.sum()
         total = total + value
     return total if any(p.dtype is torch.float64 for p in params) else total.float()  # type: ignore[no-any-return]
 
@@ -88,10 +82,36 @@ def _norms(w: Tensor, group: int) -> Tensor:
     return torch.linalg.vector_norm(w, dim=others) if others else w.abs()
 
 
-def _smooth_l1(w: Tensor, beta: float | Tensor | None) -> Tensor:
-    width = torch.as_tensor(0.0 if beta is None else beta, dtype=w.dtype, device=w.device)
+#: The numbers of a parameter; None: 0.
+_Own: TypeAlias = "dict[str, float | Tensor | None]"
+
+
+def _smooth_l1(w: Tensor, own: _Own) -> Tensor:
+    width = _as_tensor(own["beta"], w)
     within = w.square() / (2 * torch.where(width > 0, width, 1))
     return torch.where(w.abs() < width, within, w.abs() - width / 2)
+
+
+def _concave(w: Tensor, strength: float | Tensor | None, shape: float | Tensor | None, knee: int) -> Tensor:
+    """Of MCP or SCAD, whose curve begins at 0 or at the strength."""
+    height, end = _as_tensor(strength, w), _as_tensor(shape, w)
+    size = torch.minimum(w.abs(), height * end)
+    curved = height * (end - knee)
+    return size - (size - knee * height).clamp(min=0).square() / (2 * torch.where(curved > 0, curved, 1))
+
+
+def _as_tensor(number: float | Tensor | None, like: Tensor) -> Tensor:
+    return torch.as_tensor(0.0 if number is None else number, dtype=like.dtype, device=like.device)
+
+
+#: Of each term but the norm what its strength is a factor of, by element.
+_ELEMENTS: dict[str, Callable[[Tensor, _Own], Tensor]] = {
+    "l1": lambda w, own: w.abs(),
+    "l2": lambda w, own: w.square(),
+    "smooth_l1": _smooth_l1,
+    "mcp": lambda w, own: _concave(w, own["mcp"], own["mcp_gamma"], 0),
+    "scad": lambda w, own: _concave(w, own["scad"], own["scad_a"], 1),
+}
 
 
 class _ValueFrom(Function):

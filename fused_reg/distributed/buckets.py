@@ -21,7 +21,7 @@ from fused_reg._arguments import is_dtensor, value_dtype
 from fused_reg._references import of_places, with_one_more
 from fused_reg._terms import GROUPS, Strengths, group_count, group_length, is_block, sliced_dim, slots
 from fused_reg.autograd import functions
-from fused_reg.autograd.composed import composed_penalty, group_norms, table_of
+from fused_reg.autograd.composed import group_norms, table_of
 from fused_reg.distributed.collectives import gathered, hypot, processes, scale_of, shared, total
 from fused_reg.distributed.shards import shards_of
 
@@ -171,7 +171,7 @@ class Bucket(NamedTuple):
         own = self._in_slots(group_norms(self.shards, self.strengths.group))
         scale = scale_of(gathered(own.detach(), self.sharing_groups))
         squares = (own * scale).square()
-        sums = total(torch.cat((composed_penalty(self.shards, pieces)[None], squares)), self.sharing_groups)
+        sums = total(torch.cat((functions.general_penalty(self.shards, pieces)[None], squares)), self.sharing_groups)
         is_zero = sums[1:] == 0
         norms = torch.where(is_zero, 0, torch.where(is_zero, 1, sums[1:]).sqrt()) / scale
         return sums[0] + (self._weights_of_slots(strengths) * norms).sum()

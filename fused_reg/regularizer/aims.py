@@ -70,7 +70,7 @@ class Aim:
             return 1.0
         if isinstance(self.given, float):
             return self.given
-        share = scheduled("Regularizer: zeros", self.given, step)
+        share = scheduled("", "Regularizer: zeros", self.given, step)
         return share if self.pattern else _as_share(f"Regularizer: zeros at step {step}", share)
 
     @property

@@ -10,10 +10,18 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg import _ops, _routes
-from fused_reg._arguments import as_scale, as_step, as_strengths, check_closed_form, relabelled
+from fused_reg._arguments import (
+    as_scale,
+    as_step,
+    as_strengths,
+    check_closed_form,
+    no_value,
+    relabelled,
+    value_dtype,
+)
 from fused_reg._partitioned import check_whole
 from fused_reg._references import relative, with_one_more
-from fused_reg._terms import TERM_OF, TERMS, Group, Strengths
+from fused_reg._terms import ABSENT, CONSTRAINTS, TERM_OF, Group, Strengths
 from fused_reg.distributed.buckets import value_of
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.strengths import Column
@@ -66,7 +74,8 @@ class _Call:
 
     def _as_strengths(self) -> Strengths:
         given, params = self._given(), self._tensors()
-        strengths = as_strengths("Regularizer", params, given.pop("l1", None), given.pop("l2", None), given)
+        l1, l2 = given.pop("l1", None), given.pop("l2", None)
+        strengths = as_strengths("Regularizer", params, l1, l2, given, may_constrain=True)
         if not self._references:
             return strengths
         return relative("Regularizer: ", params, strengths, *(self._references.get(x, []) for x in _REFERENCES))
@@ -80,7 +89,12 @@ class _Call:
         return self._fixed or self._as_strengths()
 
     def penalty(self) -> Tensor:
-        return self._run(lambda: fused_penalty(self._tensors(), **self._given(), **self._references))
+        given = {name: x for name, x in self._given().items() if name not in CONSTRAINTS}
+        if given.keys() <= {"group"}:  # nothing but constraints
+            return torch.zeros((), dtype=value_dtype(self._params), device=self._params[0].device)
+        if "l2_norm" not in given:
+            given.pop("group", None)
+        return self._run(lambda: fused_penalty(self._tensors(), **given, **self._references))
 
     def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool) -> Tensor:
         factor = self._factor(scale)
@@ -171,6 +185,7 @@ class Part:
         self._version = -1
         self._chosen: list[bool] = []
         self._device: torch.device | None = None
+        self._constrained = ""  # the first of its constraints
         self.calls: list[_Call] = []
         self._current_calls()  # now, not inside a graph that is being compiled
 
@@ -182,6 +197,7 @@ class Part:
             self._table.place_cells()
             self.calls = list(_calls(self.entries, chosen, self._maximized, self._is_one_of))
             self._chosen, self._version, self._device = chosen, self._table.version, self.params[0].device
+            self._constrained = next((f"{k} of {e.name!r}" for e in self.entries for k in e.constraints()), "")
         return self.calls
 
     def penalty(self) -> Tensor:
@@ -192,6 +208,7 @@ class Part:
         """Returns the penalty, and what of it belongs to the objective, negative where that is maximized.
 
         ``scale``: None is 1. ``skip_missing``: a parameter whose gradient is None gets none."""
+        self.refuse_constraints("accumulate_grad_: ")
         calls = self._current_calls()
         if len(calls) == 1:
             value = calls[0].accumulate_grad_(scale, skip_missing)
@@ -204,11 +221,18 @@ class Part:
 
     def objective(self) -> Tensor:
         """The second of these, without a gradient and with a graph."""
+        self.refuse_constraints("attach: ")
         calls = self._current_calls()
         return self._signed(calls, [call.penalty() for call in calls])
 
     def _signed(self, calls: Sequence[_Call], values: list[Tensor]) -> Tensor:
         return self._total(calls, [v if call.sign > 0 else -v for call, v in zip(calls, values, strict=True)])
+
+    def refuse_constraints(self, where: str) -> None:
+        """Before a use of values or gradients, which a constraint has not."""
+        self._current_calls()
+        if self._constrained:
+            raise ValueError(f"{where}{no_value(self._constrained)}")
 
     def check_closed_form(self, where: str) -> None:
         """Raises where the strengths of now have no proximal step."""
@@ -237,14 +261,14 @@ def _calls(
 ) -> Iterator[_Call]:
     """One call; more where there are norms of rows beside norms of tensors, reference weights or importances of some,
     and where some gradients are subtracted. A parameter without any strength is not even read."""
-    places = [i for i, entry in enumerate(entries) if chosen[i] and any(map(entry.has, TERMS))]
-    kinds = list(dict.fromkeys(entries[i].group for i in places if entries[i].has("l2_norm"))) or ["tensor"]
+    places = [i for i, entry in enumerate(entries) if chosen[i] and any(map(entry.has, ABSENT))]
+    kinds = list(dict.fromkeys(entries[i].group for i in places if entries[i].has_norms())) or ["tensor"]
     # For what has no norms, which runs may not fill.
     other: Group = next((kind for kind in kinds if not isinstance(kind, tuple)), "tensor")
     split: dict[tuple[bool, Group, tuple[bool, bool]], list[int]] = {}
     for i in places:
-        kind = entries[i].group if entries[i].has("l2_norm") else other
+        kind = entries[i].group if entries[i].has_norms() else other
         split.setdefault((maximized[i], kind, entries[i].relation), []).append(i)
     for (is_maximized, kind, _), own in split.items():
-        kind = kind if any(entries[i].has("l2_norm") for i in own) else "tensor"
+        kind = kind if any(entries[i].has_norms() for i in own) else "tensor"
         yield _Call(entries, own, kind, -1.0 if is_maximized else 1.0, is_one_of or len(split) > 1)

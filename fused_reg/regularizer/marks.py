@@ -182,9 +182,9 @@ def _as_bias(given: Any, penalty: Penalty) -> Penalty:
 
 
 def _check_shapes(where: str, penalty: Penalty) -> None:
-    for name, row in SHAPES.items():
+    for name in SHAPES:
         given = penalty.group if name == "group" else penalty.given[name]
-        check_shape(where, name, given, penalty.given[row.shapes])
+        check_shape(where, name, given, penalty.given)
 
 
 def _described(penalty: Penalty) -> list[str]:

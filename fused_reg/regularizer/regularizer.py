@@ -266,7 +266,9 @@ class Regularizer:
     def __call__(self) -> Tensor:
         """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it. Not with ``zeros``, which have no
         part in it."""
-        return self._attachments.watched(self._used().penalty())
+        part = self._used()
+        part.refuse_constraints("Regularizer: ")
+        return self._attachments.watched(part.penalty())
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The regularized parameters with their (first) names, also those that are frozen now."""

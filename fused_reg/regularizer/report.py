@@ -16,10 +16,10 @@ from torch import Tensor
 from fused_reg import _ops, _routes
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import (
+    ABSENT,
     DEFAULTS,
     GROUPS,
     KINDS,
-    SHAPES,
     TERM_OF,
     TERMS,
     Strengths,
@@ -120,7 +120,7 @@ class Report:
 
     def _kinds(self) -> list[str]:
         """The strengths to show: the first three, and of the others those that any parameter has."""
-        used = {kind for row in self.rows for kind, term in TERM_OF.items() if row.get(term)}
+        used = {k for row in self.rows for k, term in TERM_OF.items() if row.get(term, ABSENT[term]) != ABSENT[term]}
         return [kind for i, kind in enumerate(KINDS) if i < 3 or kind in used]
 
 
@@ -211,7 +211,7 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
         cut = [(e, part) for e in entries if e.group == kind for part in e.cut(e.param)]
         own, params, group = [e for e, _ in cut], [part for _, part in cut], group_code(kind)
         try:
-            parts = _routes.run("report", _parts, _parts, params, _shapes_of(own, group), are_whole=True)
+            parts = _routes.run("report", _parts, _parts, params, _numbers_of(own, group), are_whole=True)
         except (TypeError, ValueError, RuntimeError) as error:
             raise named(error, [e.name for e in own]) from error
         for places, columns in parts:
@@ -219,19 +219,19 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     return {id(e): row for device, parts in measured.items() for e, row in _rows_on(device, parts)}
 
 
-def _parts(params: list[Tensor], shapes: Strengths) -> list[tuple[list[int], Tensor]]:
+def _parts(params: list[Tensor], numbers: Strengths) -> list[tuple[list[int], Tensor]]:
     """The places of the parameters of each bucket, and what is measured of them."""
-    return [(b.places, _columns(b)) for b in checked_buckets(params, shards_of(params), shapes)]
+    return [(b.places, _columns(b)) for b in checked_buckets(params, shards_of(params), numbers)]
 
 
-def _shapes_of(entries: Sequence[Entry], group: int) -> Strengths:
-    """What the sums of their terms need beside the parameters."""
-    shapes = {}
-    for kind, term in TERM_OF.items():
-        if kind in SHAPES and any(e.has(term) for e in entries):
+def _numbers_of(entries: Sequence[Entry], group: int) -> Strengths:
+    """What the sums of their terms need beside the parameters: the numbers of all but the first three."""
+    numbers = {}
+    for kind in KINDS[3:]:
+        if TERM_OF[kind] in TERMS and any(e.has(TERM_OF[kind]) for e in entries):
             column = Column([e.strengths[kind] for e in entries]).get()
-            shapes[kind] = column if isinstance(column, Tensor) else (column,)
-    return Strengths(group=group).having(**shapes)
+            numbers[kind] = column if isinstance(column, Tensor) else (column,)
+    return Strengths(group=group).having(**numbers)
 
 
 def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) -> Iterator[tuple[Entry, Row]]:

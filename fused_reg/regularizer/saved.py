@@ -74,6 +74,9 @@ def _wishes(where: str, group: Any) -> Wishes:
             raise ValueError(f"{where}: {key} must be a list of {what}, got {given!r}")
     first = group["params"][0]
     return {
-        kind: (as_saved(f"load_state_dict: {kind} of {first!r}", group.get(kind, default)), kind in group["scheduled"])
+        kind: (
+            as_saved(kind, f"load_state_dict: {kind} of {first!r}", group.get(kind, default)),
+            kind in group["scheduled"],
+        )
         for kind, default in DEFAULTS.items()
     }

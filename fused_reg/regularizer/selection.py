@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch.nn import Module
 
 from fused_reg._partitioned import check_whole
-from fused_reg._terms import ANY_TERM, SHAPES, TERMS, lacking
+from fused_reg._terms import ABSENT, ANY_TERM, SHAPES, is_without, lacking
 from fused_reg.regularizer.aims import checked_zeros
 from fused_reg.regularizer.candidates import Candidate, marked_modules
 from fused_reg.regularizer.keys import Key, check_matches, is_type, shown
@@ -46,7 +46,7 @@ class Choice:
         chosen = [(c, penalty) for c in meant if self._includes(c) and (penalty := self._penalty_of(c))]
         marked = marked_modules(params) if isinstance(params, Module) else {}
         if self.default.is_empty and not self.rules and not marked and not any(c.marks for c in candidates):
-            _refuse(f"Regularizer: {', '.join(TERMS)}, rules or marks by `regularized` must give a strength, got none")
+            _refuse(f"Regularizer: {', '.join(ABSENT)}, rules or marks by `regularized` must give a strength, got none")
         for argument, what in (("include", "pattern"), ("types", "type")):
             if getattr(self, argument) == []:
                 _refuse(f"Regularizer: {argument} must have a {what}, got an empty list; leave it out for all")
@@ -75,7 +75,7 @@ class Choice:
             return None if base.is_empty else base
         given = rule[1]
         # A rule's number 0 drops the term: `set_strength` for all that have it passes by.
-        kept = {k: None if k in TERMS and is_absent(s) else s for k, s in given.items() if k != "group"}
+        kept = {k: None if k in ABSENT and is_absent(k, s) else s for k, s in given.items() if k != "group"}
         zeros = kept.pop("zeros", base.zeros)
         return Penalty({**base.given, **kept}, given.get("group", base.group), zeros or None)
 
@@ -136,10 +136,9 @@ class Choice:
 
     def _is_without(self, candidate: Candidate, name: str) -> bool:
         """Whether it lacks the term that an argument of this name shapes, and for a group an aim, too."""
-        term, rule = SHAPES[name].shapes, (self._rule_of(candidate) or ("", {}))[1]
-        base = self._base_of(candidate)
+        base, rule = self._base_of(candidate), (self._rule_of(candidate) or ("", {}))[1]
         has_aim = name == "group" and bool(rule.get("zeros", base.zeros))
-        return rule.get(term, base.given[term]) is None and not has_aim
+        return is_without(name, {**base.given, **rule}) and not has_aim
 
     def _idle_marks(self, marked: Mapping[Mark, str], candidates: Sequence[Candidate]) -> Iterable[str]:
         owned: dict[Mark, list[Candidate]] = {mark: [] for mark in marked}
@@ -172,7 +171,7 @@ def _only(candidates: Iterable[Candidate], key: Key) -> list[Candidate]:
 
 
 def _is_nothing(name: str, given: Any) -> bool:
-    return given is None or (name in TERMS and is_absent(given))
+    return given is None or (name in ABSENT and is_absent(name, given))
 
 
 def as_rules(rules: Iterable[tuple[Key, Mapping[str, Any]]] | None) -> list[Rule]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from fused_reg import _devices
 from fused_reg._arguments import value_dtype
 from fused_reg._lazy_rows import lend_grad, put_back, rows_of, touched
-from fused_reg._terms import GROUPS, TERMS, group_code, group_text
+from fused_reg._terms import ABSENT, GROUPS, OF_GROUPS, group_code, group_text
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.projection import project_
 from fused_reg.regularizer.strengths import identity, tensor_of
@@ -100,11 +100,12 @@ class Share:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
             self._maximized = [maximized[i] for i in self.group_of]
             self.part = Part(self.table, entries, self._maximized)
+            self.part.refuse_constraints("attach: ")
         self._options = options
 
     def _check_by_element(self) -> None:
         for entry in self.entries if self._mode == "preconditioned" else ():
-            if (term := next((t for t in TERMS if t not in ("l1", "l2") and entry.has(t)), None)) is not None:
+            if (term := next((t for t in ABSENT if t not in ("l1", "l2") and entry.has(t)), None)) is not None:
                 raise ValueError(
                     f'attach: mode "preconditioned" must have no term but l1 and l2, got {term} of {entry.name!r}'
                 )
@@ -119,9 +120,10 @@ class Share:
         for i, entry in enumerate(self.entries):
             if (index := touched(f"attach: params[{entry.name!r}]", entry.param)) is None:
                 continue
-            if entry.has("l2_norm") and group_code(entry.group) != GROUPS["row"]:
+            norm = next(filter(entry.has, OF_GROUPS), None)
+            if norm is not None and group_code(entry.group) != GROUPS["row"]:
                 raise ValueError(
-                    f"attach: l2_norm of {entry.name!r} must be of rows where its gradient is sparse, because a batch "
+                    f"attach: {norm} of {entry.name!r} must be of rows where its gradient is sparse, because a batch "
                     f"has other groups in part, got {group_text(entry.group)}"
                 )
             found[i] = index

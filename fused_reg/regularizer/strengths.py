@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from fused_reg import _devices
 from fused_reg._arguments import as_number, check_constant, is_known, is_number
-from fused_reg._terms import DEFAULTS, KINDS, OF_LAYERS, SHAPES, TERMS, LayerGroup, check_group
+from fused_reg._terms import ABSENT, CONSTRAINTS, DEFAULTS, KINDS, OF_LAYERS, SHAPES, LayerGroup, check_group
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
@@ -58,7 +58,7 @@ class Penalty:
 
     @property
     def is_empty(self) -> bool:
-        return self.zeros is None and all(self.given[term] is None for term in TERMS)
+        return self.zeros is None and all(self.given[term] is None for term in ABSENT)
 
     @property
     def key(self) -> object:
@@ -66,8 +66,8 @@ class Penalty:
         return (*map(identity, self.given.values()), self.group)
 
 
-def checked(name: str, strength: Any) -> float | Tensor | Schedule:
-    """A strength as given, checked; ``name`` begins the message of an error."""
+def checked(kind: str, name: str, strength: Any) -> float | Tensor | Schedule:
+    """A strength of some kind as given, checked; ``name`` begins the message of an error."""
     if isinstance(strength, Tensor):
         if strength.ndim != 0:
             hint = "give its `reshape(())`" if strength.numel() == 1 else "for strengths per parameter give rules"
@@ -78,10 +78,10 @@ def checked(name: str, strength: Any) -> float | Tensor | Schedule:
         if not strength.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {strength.dtype}")
         if is_known(strength):
-            as_number(name, strength.item())
+            as_number(name, strength.item(), kind)
         return strength
     if is_number(strength):
-        return as_number(name, strength)
+        return as_number(name, strength, kind)
     if callable(strength):
         if not is_compiling():
             check_signature(name, strength)
@@ -133,20 +133,20 @@ def given_strengths(function: str, where: str, **given: Any) -> dict[str, Given]
     for name in given:
         if name not in KINDS:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
-    strengths: dict[str, Given] = {k: checked(where + k, given[k]) for k in KINDS if given.get(k) is not None}
-    for kind in SHAPES.keys() & strengths.keys():
+    strengths: dict[str, Given] = {k: checked(k, where + k, given[k]) for k in KINDS if given.get(k) is not None}
+    for kind in {*SHAPES, *CONSTRAINTS} & strengths.keys():
         check_constant(where + kind, strengths[kind])
     return strengths
 
 
-def scheduled(name: str, schedule: Schedule, step: int) -> float:
+def scheduled(kind: str, name: str, schedule: Schedule, step: int) -> float:
     """What the schedule gives for this step, checked."""
     value: Any = schedule(step)
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
     if not is_number(value):
         raise TypeError(f"{name}: the schedule must give a number at step {step}, got {type(value).__name__}")
-    return as_number(f"{name}: what the schedule gives at step {step}", value)
+    return as_number(f"{name}: what the schedule gives at step {step}", value, kind)
 
 
 @dataclass(frozen=True)
@@ -176,11 +176,13 @@ def held(kind: str, name: str, strength: Given, step: int) -> Held:
     """How a strength of some kind, as given, is held from now on."""
     if strength is None:
         return DEFAULTS[kind]
-    strength = checked(name, strength)
-    return strength if isinstance(strength, float | Tensor) else Cell.holding(scheduled(name, strength, step), strength)
+    strength = checked(kind, name, strength)
+    if isinstance(strength, float | Tensor):
+        return strength
+    return Cell.holding(scheduled(kind, name, strength, step), strength)
 
 
-def as_saved(name: str, strength: Any) -> float:
+def as_saved(kind: str, name: str, strength: Any) -> float:
     """A strength of a state dict, checked: a number, also in a 0-dim tensor."""
     if (
         isinstance(strength, Tensor)
@@ -191,12 +193,12 @@ def as_saved(name: str, strength: Any) -> float:
         strength = strength.item()
     if not is_number(strength):
         raise ValueError(f"{name} must be a number, got {type(strength).__name__}")
-    return as_number(name, strength)
+    return as_number(name, strength, kind)
 
 
-def is_absent(strength: Held) -> bool:
-    """Whether it is the number 0, which drops its term. A tensor is not looked at."""
-    return isinstance(strength, float) and strength == 0
+def is_absent(kind: str, strength: Held) -> bool:
+    """Whether it is the number that drops its term, 0, or its constraint. A tensor is not looked at."""
+    return isinstance(strength, float) and strength == ABSENT[kind]
 
 
 def is_scheduled(strength: Held) -> bool:

@@ -12,7 +12,20 @@ from torch import Tensor
 
 from fused_reg import _devices
 from fused_reg._arguments import is_dtensor
-from fused_reg._terms import SHAPES, TERM_OF, Group, LayerGroup, check_runs, group_code, group_count, lacking, misfit
+from fused_reg._terms import (
+    CONSTRAINTS,
+    OF_GROUPS,
+    SHAPES,
+    TERM_OF,
+    TOGETHER,
+    Group,
+    LayerGroup,
+    check_runs,
+    group_code,
+    group_count,
+    lacking,
+    misfit,
+)
 from fused_reg._warnings import warn
 from fused_reg.regularizer.aims import Aim, aims_of
 from fused_reg.regularizer.following import Source
@@ -54,7 +67,7 @@ class Entry(Named):
 
     def cut(self, x: Tensor) -> Sequence[Tensor]:
         """A tensor of its shape as tensors whose groups are those of its norms, and of its aim."""
-        if self.runs == 1 or not (self.has("l2_norm") or (self.aim is not None and self.aim.group != "tensor")):
+        if self.runs == 1 or not (self.has_norms() or (self.aim is not None and self.aim.group != "tensor")):
             return (x,)
         if is_dtensor(x):
             raise ValueError(
@@ -79,8 +92,15 @@ class Entry(Named):
         return self.weight if kind == "l2_norm" else None
 
     def has(self, term: str) -> bool:
-        """Whether a term is there. A tensor is not looked at."""
-        return not is_absent(self.strengths[term])
+        """Whether a term, or a constraint, is there. A tensor is not looked at."""
+        return any(not is_absent(kind, self.strengths[kind]) for kind in TOGETHER[term])
+
+    def has_norms(self) -> bool:
+        return any(map(self.has, OF_GROUPS))
+
+    def constraints(self) -> list[str]:
+        """Those that are given."""
+        return [kind for kind in CONSTRAINTS if not is_absent(kind, self.strengths[kind])]
 
     def references(self) -> list[tuple[str, Tensor | None]]:
         return [("toward", self.toward), ("importance", self.importance)]
@@ -155,7 +175,7 @@ class Table:
             before = next((known[key] for key in (id(candidate.param), *names) if key in known), None)
             group: Group = "tensor"  # where it has no norms, and others do not fit
             aim = None if penalty.zeros is None else self._aim_of(penalty.zeros, penalty.group, aims)
-            if given["l2_norm"] is not None or aim is not None:
+            if aim is not None or any(given[term] is not None for term in OF_GROUPS):
                 group = candidate.group_of("Regularizer", penalty.group)
                 check_runs(f"Regularizer: params[{names[0]!r}]", candidate.param, group)
             elif candidate.knows(penalty.group) and not misfit(candidate.param, penalty.group):
@@ -246,7 +266,8 @@ class Table:
             if (schedule := cell.schedule) is not None:
                 due.append((cell, id(schedule)))
                 if id(schedule) not in values:
-                    values[id(schedule)] = scheduled(f"Regularizer: {name}", schedule, step)
+                    kind = name.partition(" ")[0]
+                    values[id(schedule)] = scheduled(kind, f"Regularizer: {name}", schedule, step)
         shares = self._shares(step)
         self._step, self._skipped, self._is_led = step, None, True
         for cell, asked in due:
@@ -272,7 +293,7 @@ class Table:
             if SHAPES[kind].shapes not in strengths and not any(e.is_given(kind) for e in own[kind]):
                 raise ValueError(lacking("set_strength: ", kind, strengths[kind]))
         for (candidate, penalty), entry in zip(self._source.chosen, self.entries, strict=True):
-            if entry in own.get("l2_norm", ()):
+            if any(entry in own.get(term, ()) for term in OF_GROUPS):
                 group = candidate.group_of("set_strength", penalty.group)
                 check_runs(f"set_strength: params[{entry.name!r}]", entry.param, group)
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
@@ -323,7 +344,7 @@ class Table:
                 (value, keep), name = saved[e.name][kind], f"load_state_dict: {kind} of {e.name!r}"
                 schedule = _schedule_of(old, keep)
                 if schedule is not None and id(schedule) not in values:
-                    values[id(schedule)] = scheduled(name, schedule, step)
+                    values[id(schedule)] = scheduled(kind, name, schedule, step)
                 if len(wanted[identity(old)]) == 1:
                     _check_fits(name, old, values.get(id(schedule), value))
         shares = self._shares(step)

@@ -257,7 +257,7 @@ class List {
 
   ChunkNumbers numbers(size_t t) const {
     ChunkNumbers numbers{{tensors_[t].l1, tensors_[t].l2}, 1, 0, kNone};
-    numbers.terms = AllTerms::present(numbers.of);
+    numbers.terms = terms_of(numbers.of);
     return numbers;
   }
 

@@ -135,7 +135,7 @@ struct Given {
     Given given;
     for (int column = 0; column < kNumbers; ++column) {
       if (column == kL1Strength || column == kL2Strength || column == kStep) {
-        given.add_any(count, column != kStep);
+        given.add_any(count, column);
       } else {
         given.counts.push_back(0);
       }
@@ -155,7 +155,7 @@ struct Given {
   static Given any(size_t count) {
     Given given;
     for (int column = 0; column < kNumbers; ++column) {
-      given.add_any(count, column != kStep);
+      given.add_any(count, column);
     }
     given.group = given.counts[kNormStrength] == 0 ? 0 : 1 + below(3);
     return given;
@@ -176,15 +176,17 @@ struct Given {
   }
 
  private:
-  void add_any(size_t count, bool may_be_absent) {
-    const int64_t kind = below(may_be_absent ? 5 : 4);
+  void add_any(size_t count, int column) {
+    const int64_t kind = below(column == kStep ? 4 : 5);
+    const NumberRule rule = rule_of(column);
+    const double least = rule.is_above ? 1.5 * rule.least + 0.01 : 0;
     if (kind == 4) {
       counts.push_back(0);
       return;
     }
     std::vector<double> values;
     for (size_t i = 0; i < (kind % 2 == 0 ? 1 : count); ++i) {
-      values.push_back(below(5) == 0 ? 0 : std::pow(10.0, uniform(-6, 2)));
+      values.push_back(least + (below(5) == 0 ? 0 : std::pow(10.0, uniform(-6, 2))));
     }
     if (kind < 2) {
       counts.push_back(values.size());

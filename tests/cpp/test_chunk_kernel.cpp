@@ -146,6 +146,15 @@ void expect_sums(const Variant& variant, const ChunkTask& task, const std::vecto
     const long double w = element(task.dtype, &param[i * bytes_of(task.dtype)]), beta = task.numbers.of[kBeta];
     smooth += std::abs(w) < beta ? w * w / (2 * beta) : std::abs(w) - beta / 2;
   }
+  const auto concave = [&](double strength, double shape, double knee) {
+    long double sum = 0;
+    for (int64_t i = 0; i < task.size; ++i) {
+      const long double w = element(task.dtype, &param[i * bytes_of(task.dtype)]);
+      const long double m = std::min(std::abs(w), static_cast<long double>(strength * shape));
+      sum += m - std::pow(std::max(m - knee, 0.0L), 2) / (2 * (strength * shape - knee));
+    }
+    return sum;
+  };
   const bool has_l1 = task.pass <= Pass::kPenaltyAccumulate && (task.numbers.terms & kL1);
   const bool has_l2 = task.pass <= Pass::kPenaltyAccumulate ? task.numbers.terms & kL2 : true;
   // A threshold is subtracted in the compute type, float32 for all but float64.
@@ -157,6 +166,15 @@ void expect_sums(const Variant& variant, const ChunkTask& task, const std::vecto
   const bool has_smooth = task.pass <= Pass::kPenaltyAccumulate && (task.numbers.terms & kSmoothL1);
   const ScaledSum& of_smooth = sums.of[SmoothL1::kSum];
   EXPECT(!has_smooth || close(of_smooth.sum, std::ldexp(smooth, -of_smooth.exponent)), variant.name, task.size);
+  const auto expect_concave = [&](Terms bit, const ScaledSum& of, Number strength, Number shape, int knee) {
+    const double height = task.numbers.of[strength];
+    const long double sum = concave(height, task.numbers.of[shape], knee * height);
+    EXPECT(!(task.pass <= Pass::kPenaltyAccumulate && (task.numbers.terms & bit)) ||
+               close(of.sum, std::ldexp(sum, -of.exponent)),
+           variant.name, task.size, of.sum, static_cast<double>(sum));
+  };
+  expect_concave(kMcp, sums.of[Mcp::kSum], kMcpStrength, kMcpGamma, 0);
+  expect_concave(kScad, sums.of[Scad::kSum], kScadStrength, kScadA, 1);
   EXPECT(!has_l2 || close(sums.of[1].sum, scaled(l2, 2)), variant.name, task.size, sums.of[1].sum,
          static_cast<double>(l2));
 }
@@ -171,6 +189,9 @@ void check(const std::vector<Variant>& all, ChunkTask task, bool any_bits, std::
     for (int terms = 0; terms <= kAllTerms; ++terms) {
       if ((terms & kNorm) && pass != Pass::kGradient && pass != Pass::kAccumulate) {
         continue;  // the gradient of a norm needs the norm first
+      }
+      if ((terms & kRelative) || ((terms & kFurther) != kNone && (terms & kFurther) != kFurther)) {
+        continue;  // further terms: all or none
       }
       task.pass = pass;
       task.numbers.terms = terms;
@@ -214,7 +235,7 @@ void check_relative(const std::vector<Variant>& all, ChunkTask task, std::mt1993
   }
   for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kPenaltyAccumulate, Pass::kGradient,
                           Pass::kAccumulate, Pass::kProx, Pass::kSoftSquares}) {
-    for (const int terms : {int{kL1}, int{kL2}, int{kL1L2}, kL1L2 | kSmoothL1}) {
+    for (const int terms : {int{kL1}, int{kL2}, int{kL1L2}, kL1L2 | kFurther}) {
       task.pass = pass;
       task.numbers.terms = terms;
       if (pass == Pass::kProx) {  // whose terms are those of its numbers
@@ -324,7 +345,7 @@ void expect_together(const Variant& variant, std::mt19937_64& random) {
         const int64_t last = random() % 2 == 0 ? 5 : std::min<int64_t>(chunk, 16);
         task.size = (kChunks - 1) * chunk + last;
         task.chunk_size = chunk;
-        task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6}, 0.7, 2, kL1L2 | kSmoothL1};
+        task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6, 0.3, 4, 0.25, 3.7, -0.9, 1.1}, 0.7, 2, kL1L2 | kFurther};
         task.numbers.terms |= pass == Pass::kGradient || pass == Pass::kAccumulate ? kNorm : kNone;
         std::vector<double> norms(kChunks);
         std::generate(norms.begin(), norms.end(), [&] { return 1 + static_cast<double>(random() % 8); });
@@ -369,7 +390,7 @@ void expect_finished(const Variant& variant, std::mt19937_64& random) {
   std::uniform_real_distribution<double> uniform;
   for (const bool is_plain : {true, false}) {
     for (const double l1 : {0.0, 0.3}) {
-      const double numbers[kNumbers] = {l1, 0.2, 0.7, 0, 0.4, 0.6};
+      const double numbers[kNumbers] = {l1, 0.2, 0.7, 0, 0.4, 0.6, 0.3, 4, 0.25, 3.7, -0.9, 1.1};
       TaskSums sums{};
       for (int k = 0; k < kSums; ++k) {
         for (int c = 0; c < kMaxVisit; ++c) {
@@ -425,7 +446,7 @@ void expect_across(const Variant& variant, std::mt19937_64& random) {
         task.pass = pass;
         task.size = kChunks * chunk;
         task.chunk_size = chunk;
-        task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6}, 0.7, 2, kL1L2 | kSmoothL1};
+        task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6, 0.3, 4, 0.25, 3.7, -0.9, 1.1}, 0.7, 2, kL1L2 | kFurther};
         task.numbers.terms |= pass == Pass::kGradient || pass == Pass::kAccumulate ? kNorm : kNone;
         std::vector<double> norms(kChunks);
         std::generate(norms.begin(), norms.end(), [&] { return 1 + static_cast<double>(random() % 8); });
@@ -523,7 +544,7 @@ int main() {
       ChunkTask task{};
       task.dtype = dtype;
       task.size = size;
-      task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6}, 0.7, 2, kNone};
+      task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6, 0.3, 4, 0.25, 3.7, -0.9, 1.1}, 0.7, 2, kNone};
       check(all, task, /*any_bits=*/false, random);
       check(all, task, /*any_bits=*/true, random);
       check_relative(all, task, random);

@@ -197,7 +197,7 @@ struct Step {
 
 void expect_step_of(const Tensors& list, const Given& s, const std::string& what) {
   Step there(list);
-  if (s.group != 0 || s.counts[kSmoothL1Strength] != 0 || s.counts[kBeta] != 0) {
+  if (s.group != 0 || std::any_of(&s.counts[kGroupNumbers], &s.counts[kNumbers], [](int64_t n) { return n != 0; })) {
     there.options &= ~kPreconditioned;
   }
   const Step here = there.again(), before = there.again();
@@ -229,7 +229,7 @@ void expect_reports(const Tensors& list, const std::string& what) {
       EXPECT(same_bits(OnCuda::norms(list, GIVEN(norms)), OnCpu::norms(list, GIVEN(norms)), true), what, norms.group);
     }
   }
-  for (const Given& given : {Given::of({}), Given::of({0, 0, 0, 0, 0, 0.3})}) {
+  for (const Given& given : {Given::of({}), Given::of({0, 0, 0, 0, 0.1, 0.3, 0.5, 3, 0.5, 4})}) {
     for (const bool with_zeros : {false, true}) {
       const auto run = [&](auto op) { return op(list, with_zeros, GIVEN(given)); };
       EXPECT(same_bits(run(OnCuda::sums), run(OnCpu::sums), true), what, with_zeros);

@@ -60,7 +60,7 @@ Given numbers_for_each(size_t count, Grouping group) {
     const bool is_absent = column == kNormStrength && group == Grouping::kNone;
     given.counts.push_back(is_absent ? 0 : count);
     for (size_t t = 0; t < count && !is_absent; ++t) {
-      given.floats.push_back(uniform(0.01, 0.1));
+      given.floats.push_back(std::max(rule_of(column).least, 0.0) + uniform(0.01, 0.1));
     }
   }
   return given;

@@ -65,7 +65,7 @@ void expect_special_values() {
   EXPECT(gradient<kNone>(kNan, 1.0, 1.0) == 0);
   for (const int terms : {kNone, kL1, kL2, kL1L2}) {
     const double numbers[kNumbers] = {terms & kL1 ? 0.5 : 0, terms & kL2 ? 0.5 : 0, 1, 1};
-    EXPECT(AllTerms::present(numbers) == (terms | kNorm), terms);
+    EXPECT(terms_of(numbers) == (terms | kNorm), terms);
   }
 }
 
@@ -185,12 +185,16 @@ void expect_zeros_are_positive() {
   }
 }
 
-void expect_shrinkage() {
-  EXPECT(shrinkage(0, 0, 0.5, 0) == 1 && shrinkage(0, 0, 0.5, 3) == 1);
-  EXPECT(shrinkage(1, 0, 0.5, 3) == 0.5);
-  EXPECT(shrinkage(0, 2, 0.5, 4) == 0.75 && shrinkage(1, 2, 0.5, 4) == 0.375);
-  EXPECT(shrinkage(0, 2, 0.5, 1) == 0 && shrinkage(0, 2, 0.5, 0) == 0);
-  EXPECT(std::isnan(shrinkage(0, 2, 0.5, kNan)) && shrinkage(0, 2, 0.5, kInf) == 1);
+void expect_share_of_norm() {
+  EXPECT(share_of_norm(0, 0, 0, 0.5, 0) == 1 && share_of_norm(0, 0, 0, 0.5, 3) == 1);
+  EXPECT(share_of_norm(0, 2, 0, 0.5, 4) == 0.75 && share_of_norm(1, 2, 0, 0.5, 4) == 0.75);
+  EXPECT(share_of_norm(0, 2, 0, 0.5, 1) == 0 && share_of_norm(0, 2, 0, 0.5, 0) == 0);
+  EXPECT(std::isnan(share_of_norm(0, 2, 0, 0.5, kNan)) && share_of_norm(0, 2, 0, 0.5, kInf) == 1);
+  EXPECT(share_of_norm(0, 0, 1, 0.5, 4) == 0.25 && share_of_norm(0, 2, 1, 0.5, 4) == 0.25);
+  EXPECT(share_of_norm(0, 2, 3.5, 0.5, 4) == 0.75 && share_of_norm(0, 0, kInf, 0.5, kInf) == 1);
+  EXPECT(share_of_norm(0, 0, 4, 0.5, 4) == 1 && share_of_norm(0, 0, 1, 0.5, 0) == 1);
+  EXPECT(share_of_norm(1, 0, 1, 0.5, 4) == 0.5, "halved once more by L2");
+  EXPECT(share_of_norm(0, 0, 1, 0, 4) == 1 && share_of_norm(0, 0, 1, 0.5, kNan) == 1);
 }
 
 // What smooth L1 is compared with: its value and slope where a strength of 1 is meant.
@@ -370,9 +374,163 @@ void expect_smooth_prox() {
   }
 }
 
+// What MCP, and SCAD with a knee, are compared with: where a strength of 1 is meant, the value and the slope.
+template <class Term>
+struct OfConcave {
+  Number strength, shape;
+  int knee;
+
+  ChunkNumbers numbers(double height, double end, double factor = 1) const {
+    ChunkNumbers numbers{{}, factor, 0, Term::kBit};
+    numbers.of[strength] = height;
+    numbers.of[shape] = end;
+    return numbers;
+  }
+
+  static long double value(long double w, long double height, long double shape, int knee) {
+    const long double m = std::min(std::abs(w), height * shape), over = std::max(m - knee * height, 0.0L);
+    return height * m - over * over / (2 * (shape - knee));
+  }
+
+  static long double slope(long double w, long double height, long double shape, int knee) {
+    const long double over = std::max(std::abs(w) - knee * height, 0.0L);
+    return ((w > 0) - (w < 0)) * std::max(height - over / (shape - knee), 0.0L);
+  }
+
+  double penalty(const std::vector<double>& elements, double height, double end) const {
+    const ChunkNumbers own = numbers(height, end);
+    const auto sum_with = [&](int exponent) {
+      double f[Term::kSumFactors], sum = 0;
+      Term::sum_factors(own, exponent, f);
+      for (const double w : elements) {
+        sum = Term::add(sum, w, f);
+      }
+      return sum;
+    };
+    const double first = sum_with(0);
+    const int exponent = rescue_exponent(0, first, true);
+    ScaledSum sums[kSums]{};
+    sums[Term::kSum] = {exponent == 0 ? first : sum_with(exponent), Term::result_exponent(own, exponent)};
+    return SummedTerms::penalty(own.of, sums);
+  }
+
+  void expect_penalty() const {
+    for (const double height : {5e-324, 1e-310, 1e-200, 0.3, 1.0, 1e3, 1e150, 1e300, 1.7e308}) {
+      for (const double end : {2.1, 3.7, 1e10, 1e300, 1e306}) {
+        for (const double w : {0.0, 5e-324, 1e-310, 1e-200, 1e-30, 0.1, 1.0, 3e38, 1e150, 1e300, 1.7e308}) {
+          const std::vector<double> elements{w, -w, w / 3, -w / 3};
+          long double exact = 0;
+          for (const double x : elements) {
+            exact += value(x, height, end, knee);
+          }
+          const double found = penalty(elements, height, end);
+          EXPECT(exact > 1.79e308L ? found > 1.78e308 : std::abs(found - exact) <= 4e-15L * exact + 5e-324L, height,
+                 end, w, found, static_cast<double>(exact));
+        }
+      }
+    }
+    EXPECT(penalty({kInf}, 2, 3) == static_cast<double>(value(1e9L, 2, 3, knee)) && std::isnan(penalty({kNan}, 2, 3)));
+    EXPECT(penalty({kInf}, 1.7e308, 3) == kInf && penalty({kNan, kInf}, 0, 3) == 0);
+  }
+
+  template <class S>
+  void expect_gradient() const {
+    const S smallest = std::numeric_limits<S>::denorm_min(), largest = std::numeric_limits<S>::max();
+    for (const double end : {2.1, 3.7, 1e10, 1e300}) {
+      for (const S height : {S(1), S(0.3), S(1e-30), S(1e30), smallest * 1000}) {
+        for (const S size : {S(0), smallest, S(1e-30), S(0.05), S(1), S(2.5), S(1e30), largest}) {
+          for (const S w : {size, -size}) {
+            const long double exact = slope(w, height, end, knee);
+            const S found = gradient<kAnyAndFurther>(w, numbers(height, end));
+            EXPECT(std::abs(found - exact) <= 4 * std::numeric_limits<S>::epsilon() * static_cast<long double>(height) +
+                                                  2 * static_cast<long double>(smallest),
+                   end, height, w, found, static_cast<double>(exact));
+          }
+        }
+      }
+      const S inf = std::numeric_limits<S>::infinity();
+      EXPECT(gradient<kAnyAndFurther>(inf, numbers(2, end)) == 0, end);
+      EXPECT(std::isnan(gradient<kAnyAndFurther>(std::numeric_limits<S>::quiet_NaN(), numbers(2, end))), end);
+      EXPECT(std::isnan(gradient<kAnyAndFurther>(S(0), numbers(2, end, kInf))), end);
+      EXPECT(gradient<kAnyAndFurther>(smallest, numbers(2, end, -0.5)) == -1, end);
+    }
+  }
+
+  // No point of a grid is lower than where the proximal operator ends, also where there are two minima.
+  void expect_prox() const {
+    for (const double l1 : {0.0, 0.2}) {
+      for (const double l2 : {0.0, 0.3}) {
+        for (const double end : {2.1, 3.7, 1e10}) {
+          for (const double height : {0.0, 0.5}) {
+            for (const double step : {0.0, 0.7, 2.0, 3.0, 4.5, 30.0}) {
+              ChunkNumbers own = numbers(height, end);
+              own.of[kL1Strength] = l1;
+              own.of[kL2Strength] = l2;
+              own.of[kStep] = step;
+              const auto cost = [&](long double x, double w) {
+                return (x - w) * (x - w) / 2 +
+                       step * (l1 * std::abs(x) + l2 * x * x + (height == 0 ? 0 : value(x, height, end, knee)));
+              };
+              for (const double w : {-9.0, -3.0, -0.8, -0.05, 0.4, 1.2, 2.0, 3.1}) {
+                const double p = smooth_prox<double>(w, own);
+                for (int i = -200; i <= 200; ++i) {
+                  EXPECT(cost(p, w) <= cost(i * 0.05L, w) + 1e-13L, l1, l2, end, height, step, w, p, i * 0.05);
+                }
+                for (const double near : {p * (1 - 1e-4), p * (1 + 1e-4), p + 1e-5, p - 1e-5}) {
+                  EXPECT(cost(p, w) <= cost(near, w) + 1e-13L, l1, l2, end, height, step, w, p, near);
+                }
+                EXPECT(std::abs(smooth_prox<float>(static_cast<float>(w), own) - p) < 1e-5, end, height, step, w);
+              }
+              EXPECT(!std::signbit(smooth_prox<double>(-0.0, own)) && smooth_prox<double>(0.0, own) == 0);
+              EXPECT(std::isnan(smooth_prox<double>(kNan, own)) && smooth_prox<double>(-kInf, own) == -kInf, step);
+            }
+          }
+        }
+      }
+    }
+    const ChunkNumbers huge = [&] {
+      ChunkNumbers own = numbers(1e38, 4);
+      own.of[kStep] = 100;
+      return own;
+    }();
+    EXPECT(smooth_prox<float>(static_cast<float>(kInf), huge) == kInf && smooth_prox<float>(3e38f, huge) == 0);
+    ChunkNumbers square = numbers(1, 5);  // whose thresholds are the same but for a rounding: nothing is between them
+    square.of[kStep] = 5;
+    for (double w = 4.999999999999996; w < 5.000000000000005; w = std::nextafter(w, 6)) {
+      const double p = smooth_prox<double>(w, square);
+      EXPECT(knee == 1 || p == 0 || p == w, w, p);
+    }
+  }
+
+  void expect_all() const {
+    expect_penalty();
+    expect_gradient<float>();
+    expect_gradient<double>();
+    expect_prox();
+  }
+};
+
+void expect_box() {
+  const auto clipped = [](double w, double lower, double upper, double step = 0.5) {
+    ChunkNumbers n{};
+    n.of[kLower] = lower;
+    n.of[kUpper] = upper;
+    n.of[kStep] = step;
+    n.of[kL1Strength] = 0.5;
+    return smooth_prox<double>(w, n);
+  };
+  EXPECT(clipped(2, -0.5, 1) == 1 && clipped(-2, -0.5, 1) == -0.5 && clipped(0.75, -0.5, 1) == 0.5);
+  EXPECT(clipped(-2, 0, kInf) == 0 && clipped(2, 0, kInf) == 1.75 && clipped(2, -kInf, 0) == 0);
+  EXPECT(clipped(0.1, 0.25, 1) == 0.25 && clipped(kInf, -1, 1) == 1 && std::isnan(clipped(kNan, -1, 1)));
+  EXPECT(clipped(2, 0, 0) == 1.75, "none");
+  EXPECT(clipped(2, -1, 1, 0) == 2, "no step");
+}
+
 }  // namespace
 
 int main() {
+  OfConcave<Mcp>{kMcpStrength, kMcpGamma, 0}.expect_all();
+  OfConcave<Scad>{kScadStrength, kScadA, 1}.expect_all();
   expect_smooth_penalty();
   expect_smooth_gradient<float>();
   expect_smooth_gradient<double>();
@@ -391,6 +549,7 @@ int main() {
   expect_squares_without_overflow();
   expect_soft();
   expect_zeros_are_positive();
-  expect_shrinkage();
+  expect_share_of_norm();
+  expect_box();
   return fused_reg::testing::report();
 }
