@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import Any, Literal, NoReturn
@@ -17,16 +18,18 @@ from typing_extensions import Unpack
 from fused_reg._arguments import is_number
 from fused_reg._terms import ANY_TERM, KINDS, MoreStrengths, MoreTerms, takes_terms
 from fused_reg._warnings import warn
+from fused_reg.regularizer.aims import checked_zeros
 from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
+from fused_reg.regularizer.projection import project_
 from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
 from fused_reg.regularizer.selection import Choice, as_rules
-from fused_reg.regularizer.strengths import Given, as_flag, as_penalty, given_strengths
+from fused_reg.regularizer.strengths import Given, ZeroShare, as_flag, as_penalty, given_strengths
 from fused_reg.regularizer.table import Entry, Table
 
 
@@ -75,9 +78,15 @@ class Regularizer:
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
         terms: {text}
+        zeros: a share of zeros as the aim of proximal steps, in place of a strength or beside it: from 0 to below 1, a
+            schedule of it, ``CubicRamp(0.0, 0.8, steps=1000)``, or a pattern, ``"2:4"`` (at most 2 of each 4 elements
+            that follow on one another in a row) or :class:`.PatternRamp`. After each step the smallest of all
+            parameters with this aim become zero, elements, or with a ``group`` other than ``"tensor"`` its groups; the
+            others stay as they are. Of plain tensors without ``toward`` and ``importance``. See :doc:`/guides/zeros`.
+        zeros_per: ``"parameter"``: each has this share by itself.
         group_weights: ``"sqrt_size"`` multiplies each ``l2_norm`` by the root of the size of its groups, so that large
             groups are not spared: ``l2_norm * sqrt(n_g) * ||w_g||`` for ``n_g`` elements (Yuan and Lin 2006). Strengths
-            in reports and states are with it; ``l2_norm`` is a number or a schedule then.
+            in reports and states are with it; ``l2_norm`` is a number or a schedule then. ``zeros`` divide norms by it.
         weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
         types: a type of modules or several, ``torch.nn.Linear``; only these, of what ``include`` leaves. What a module
@@ -85,14 +94,15 @@ class Regularizer:
         exclude: patterns and types; these are not. ``fused_reg.NORMS`` is the type of all normalization layers of
             torch; of other packages, where they are no subclasses, give the types or names (``"*norm*"``) beside it.
         rules: pairs of a pattern or type and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, ``(torch.nn.Conv2d,
-            dict(l1=1e-4))``, with the names of the strengths above and of ``group`` as keys; the first that matches
-            counts. What it does not name is inherited, as in a parameter group of an optimizer, and 0.0 drops a term.
+            dict(l1=1e-4))``, with the names of the strengths above, of ``zeros`` and ``group`` as keys; the first that
+            matches counts. What it does not name is inherited, as in a parameter group of an optimizer, and 0.0 drops a
+            term.
         toward: reference weights: every term is of ``w - toward`` (L2-SP, FedProx). ``"start"``: the weights as they
             are now, of a parameter that its module gets later those that it has then; or a state dict, or a list with
             one for each of ``params``. What is regularized has one, of its shape, dtype and device; they are kept, not
             copied. See :doc:`/guides/reference_weights`.
-        importance: tensors by which the strengths are multiplied element by element, finite and >= 0, not with
-            ``l2_norm``: a dictionary by names, or a list. What it does not name has 1.
+        importance: tensors by which the strengths are multiplied element by element, or by row as ``(rows, 1)``, finite
+            and >= 0, not with ``l2_norm``: a dictionary by names, or a list. What it does not name has 1.
         save_references: whether ``toward`` and ``importance`` are in :meth:`state_dict`. ``None``: where ``toward`` is
             ``"start"``, because a regularizer that is built when training goes on would begin elsewhere.
 
@@ -100,8 +110,8 @@ class Regularizer:
         TypeError: chosen parameters are of no supported kind, a strength is no number, or a type none of modules.
         ValueError: something has no effect: a pattern or type that matches no parameter or none that is left, a rule
             behind others, a term, ``group`` or mark that is nobody's; a tied parameter with two marks; a strength that
-            is negative, infinite or NaN; ``toward`` lacks a parameter, ``importance`` names none, or one of them is not
-            of its shape, dtype and device.
+            is negative, infinite or NaN; ``zeros`` that are no share, or that these parameters cannot have; ``toward``
+            lacks a parameter, ``importance`` names none, or one of them is not of its shape, dtype and device.
 
     Warns:
         UserWarning: its module has changed; a schedule is never advanced; it was copied without its module.
@@ -136,6 +146,8 @@ class Regularizer:
         l2: Given = None,
         l2_norm: Given = None,
         *,
+        zeros: ZeroShare | None = None,
+        zeros_per: Literal["parameter"] | None = None,
         group_weights: Literal["sqrt_size"] | None = None,
         weights_only: bool = False,
         include: str | Iterable[str] | None = None,
@@ -155,9 +167,12 @@ class Regularizer:
         given = {"toward": as_weights("toward", toward), "importance": as_weights("importance", importance)}
         if group_weights not in (None, "sqrt_size"):
             raise ValueError(f'Regularizer: group_weights must be None or "sqrt_size", got {group_weights!r}')
+        if zeros_per not in (None, "parameter"):
+            raise ValueError(f'Regularizer: zeros_per must be None or "parameter", got {zeros_per!r}')
         rules = None if rules is None else list(rules)
+        aim = None if zeros is None else checked_zeros("Regularizer: zeros", zeros)
         choice = Choice(
-            as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms),
+            replace(as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms), zeros=aim or None),
             weights_only,
             as_keys("include", include),
             as_keys("types", types),
@@ -170,6 +185,8 @@ class Regularizer:
             "l2_norm": l2_norm,
             "group": "tensor",
             **terms,
+            "zeros": zeros,
+            "zeros_per": zeros_per,
             "group_weights": group_weights,
             "weights_only": weights_only,
             "include": choice.include,
@@ -180,7 +197,9 @@ class Regularizer:
             "save_references": save_references,
         }
         references = References(**given, is_saved=save_references)
-        self._begin(Table(Source(params, choice), references, group_weights is not None))
+        self._begin(Table(Source(params, choice), references, group_weights is not None, zeros_per is not None))
+        if zeros_per is not None and not self._table.has_aims():
+            raise ValueError(f'Regularizer: zeros_per="{zeros_per}" must come with zeros, which it is about, got none')
         self._current()
 
     def _begin(self, table: Table) -> None:
@@ -197,15 +216,20 @@ class Regularizer:
             self._table.follow()
         return self._table
 
-    def _used(self) -> Part:
+    def _used(self, is_proximal: bool = False) -> Part:
         """All of it as it is now, to train with."""
+        if not is_proximal and self._table.has_aims():
+            raise ValueError(
+                'Regularizer: zeros must be reached by proximal steps, as regularizer.attach(optimizer, mode="prox"), '
+                "got a call for a value or gradient, in which they have no part; `attachment.value` is the penalty"
+            )
         if is_compiling():
             self._current_while_tracing()
             self._table.look_at_all()
             return self._whole
         self._table.claim()
         self._attachments.miss_nothing()
-        if self._states is not None and self._table.cells():
+        if self._states is not None and (self._table.cells() or self._table.has_aims()):
             self._watch_schedules(self._states)
         return self._current()
 
@@ -240,7 +264,8 @@ class Regularizer:
             )
 
     def __call__(self) -> Tensor:
-        """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
+        """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it. Not with ``zeros``, which have no
+        part in it."""
         return self._attachments.watched(self._used().penalty())
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -263,7 +288,7 @@ class Regularizer:
         return part.accumulate_grad_(scale)[0]
 
     def prox_(self, step: float | Tensor) -> None:
-        """The proximal operator of ``step * penalty``, in place, as :func:`prox_` takes it.
+        """The proximal operator of ``step * penalty``, in place, as :func:`prox_` takes it, and then ``zeros``.
 
         Args:
             step: the learning rate: a finite float >= 0 or a 0-dim tensor.
@@ -271,9 +296,13 @@ class Regularizer:
         if not is_number(step) and not (isinstance(step, Tensor) and step.ndim == 0):
             got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
             raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
-        part = self._used()
+        part = self._used(is_proximal=True)
         self._attachments.warn_of_twice("by prox_")
         part.prox_(step)
+        if self._table.has_aims():
+            if is_compiling():
+                raise NotImplementedError("prox_: zeros must be reached outside of compiled code, got a call within it")
+            project_([entry for entry in part.entries if entry.param.requires_grad])
 
     @property
     def step(self) -> int:
@@ -354,7 +383,8 @@ class Regularizer:
         """The step count and the strengths as they are now, in plain numbers and names; with ``save_references`` the
         reference weights and importances, too.
 
-        ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets.
+        ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets;
+        so are ``zeros``, whose ramp goes on from the step.
         """
         table = self._followed()
         state: dict[str, Any] = {"step": self.step, "groups": state_of(table)}
@@ -381,7 +411,9 @@ class Regularizer:
         found = {} if references is None else table.references.parsed(references, table.entries)
         table.load(step, parsed(state_dict["groups"], table.entries), found)
 
-    def attach(self, optimizer: Optimizer, mode: Mode = "grad", *, include_unused: bool = False) -> Attachment:
+    def attach(
+        self, optimizer: Optimizer, mode: Mode = "grad", *, include_unused: bool = False, lazy_rows: bool = False
+    ) -> Attachment:
         r"""Makes the penalty a part of every ``optimizer.step()``.
 
         With ``mode="grad"`` its gradient is added to ``.grad`` before the step, as ``weight_decay`` is:
@@ -404,6 +436,8 @@ class Regularizer:
         - The gradient of the penalty stays in ``.grad``, where ``weight_decay`` leaves nothing: a second step without
           ``zero_grad`` has it twice, and a norm of gradients that is taken after the step counts it. Call ``zero_grad``
           between steps, and take norms before them.
+        - A sparse gradient (``Embedding(sparse=True)``) is an error, because that of the penalty is not sparse;
+          ``lazy_rows=True`` takes the rows that the batch has touched.
         - A penalty shrinks the weights also in a group with ``maximize=True``, as ``weight_decay`` does.
         - It moves every element, also those whose gradient a hook masks (frozen rows of an embedding), as
           ``weight_decay`` does, in both modes: :doc:`/guides/proximal` says how to leave them out.
@@ -440,6 +474,11 @@ class Regularizer:
             mode: ``"grad"``, ``"prox"``, or with an optimizer of ours ``"preconditioned"``.
             include_unused: whether parameters whose ``.grad`` is None take part in a step, in both modes. They count in
                 ``value`` either way. A step without any gradient stays none.
+            lazy_rows: whether a parameter with a sparse gradient has the penalty of the rows that the batch has
+                touched alone, each once and at the full strength, as the rows of ``SparseAdam`` have their moments. The
+                gradient stays sparse, and is coalesced. ``value`` counts these rows where it is of a step; before the
+                first, and with mode "prox", the whole table. ``l2_norm`` is of rows then. ``False``: an error, and with
+                mode "prox" every row shrinks.
 
         Returns:
             An :class:`.Attachment`; ``remove()`` detaches (as leaving ``with regularizer.attach(optimizer):`` does),
@@ -448,9 +487,10 @@ class Regularizer:
 
         Raises:
             TypeError: ``optimizer`` is no torch optimizer, and wraps none.
-            ValueError: an unknown mode; the optimizer holds none of the parameters; it is attached already; a strength
-                requires grad, which it would never get; with mode "prox", a learning rate is missing, negative,
-                infinite or NaN (also before each step), or the optimizer would undo proximal steps.
+            ValueError: an unknown mode, or "grad" with ``zeros``; the optimizer holds none of the parameters; it is
+                attached already; a strength requires grad, which it would never get; with mode "prox", a learning rate
+                is missing, negative, infinite or NaN (also before each step), or the optimizer would undo proximal
+                steps.
 
         Warns:
             UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2`` toward 0; it
@@ -476,7 +516,12 @@ class Regularizer:
         """
         if mode not in ("grad", "prox", "preconditioned"):
             raise ValueError(f'attach: mode must be "grad", "prox" or "preconditioned", got {mode!r}')
-        return self._attachments.add(self._followed(), optimizer, mode, include_unused)
+        as_flag("attach: lazy_rows", lazy_rows)
+        if lazy_rows and include_unused:
+            raise ValueError(
+                "attach: lazy_rows must come without include_unused, which is for what no batch has touched, got both"
+            )
+        return self._attachments.add(self._followed(), optimizer, mode, include_unused, lazy_rows)
 
     def report(self) -> Report:
         """The penalty, norm and exact zeros of every parameter and strength group, in a few launches and one transfer.

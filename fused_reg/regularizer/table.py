@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fused_reg import _devices
-from fused_reg._terms import SHAPES, TERM_OF, Group, check_runs, group_code, group_count, lacking, misfit
+from fused_reg._arguments import is_dtensor
+from fused_reg._terms import SHAPES, TERM_OF, Group, LayerGroup, check_runs, group_code, group_count, lacking, misfit
 from fused_reg._warnings import warn
+from fused_reg.regularizer.aims import Aim, aims_of
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, Named
 from fused_reg.regularizer.references import References
@@ -21,6 +23,7 @@ from fused_reg.regularizer.strengths import (
     Given,
     Held,
     Schedule,
+    ZeroShare,
     held,
     identity,
     is_absent,
@@ -46,10 +49,27 @@ class Entry(Named):
     toward: Tensor | None = None
     importance: Tensor | None = None
     weight: float | None = None  # of its groups, by which the strength of their norms is multiplied
+    aim: Aim | None = None
+    runs: int = 1  # of rows, each of which has groups of its own: those of a convolution with groups
+
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
+        """A tensor of its shape as tensors whose groups are those of its norms, and of its aim."""
+        if self.runs == 1 or not (self.has("l2_norm") or (self.aim is not None and self.aim.group != "tensor")):
+            return (x,)
+        if is_dtensor(x):
+            raise ValueError(
+                f"Regularizer: params[{self.name!r}] must be a plain tensor, to have channels of a convolution with "
+                f"groups={self.runs}, got a DTensor"
+            )
+        return x.chunk(self.runs)
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def group_count(self) -> int:
+        return self.runs * group_count(self.param, group_code(self.group))
 
     def is_given(self, kind: str) -> bool:
         """Whether its term is, also as 0 in `set_strength`."""
@@ -62,6 +82,9 @@ class Entry(Named):
         """Whether a term is there. A tensor is not looked at."""
         return not is_absent(self.strengths[term])
 
+    def references(self) -> list[tuple[str, Tensor | None]]:
+        return [("toward", self.toward), ("importance", self.importance)]
+
     @property
     def relation(self) -> tuple[bool, bool]:
         """Whether it has reference weights, and importances: entries that differ are in calls of their own."""
@@ -71,12 +94,16 @@ class Entry(Named):
 class Table:
     """The entries. ``version`` counts changes other than those in place."""
 
-    def __init__(self, source: Source, references: References, weighs_groups: bool = False) -> None:
+    def __init__(
+        self, source: Source, references: References, weighs_groups: bool = False, aims_at_each: bool = False
+    ) -> None:
         self.version = 0
         self._source = source
         self.references = references
         references.read(source.candidates)
         self._weighs_groups = weighs_groups
+        self._aims_at_each = aims_at_each
+        self._aims: list[Aim] = []  # those of the entries
         self._step = 0
         self._is_led = False  # whether somebody counts or sets the step
         self._skipped: Tensor | None = None  # how many of these steps were none, which a GPU knows
@@ -96,7 +123,14 @@ class Table:
 
     def is_standing(self) -> bool:
         """Whether it has a schedule, and no step was counted or set."""
-        return self._step == 0 and not self._is_led and any(cell.schedule is not None for cell in self.cells().values())
+        return self._step == 0 and not self._is_led and self._has_schedule()
+
+    def has_aims(self) -> bool:
+        return len(self._aims) > 0
+
+    def _has_schedule(self) -> bool:
+        has_one = any(cell.schedule is not None for cell in self.cells().values())
+        return has_one or any(aim.schedule is not None for aim in self._aims)
 
     def look_at_all(self) -> None:
         """For a compiler: see `Source.look_at_all`."""
@@ -115,20 +149,22 @@ class Table:
         for e in self.entries:
             for kind, own_strength in e.strengths.items():
                 alike.setdefault((kind, identity(e.given[kind]), e.weight_of(kind)), []).append(own_strength)
-        entries = []
+        entries, aims = [], [*self._aims]
         for candidate, penalty in self._source.chosen:
             names, given = candidate.names, self._source.given(candidate, penalty)
             before = next((known[key] for key in (id(candidate.param), *names) if key in known), None)
             group: Group = "tensor"  # where it has no norms, and others do not fit
-            if given["l2_norm"] is not None:
+            aim = None if penalty.zeros is None else self._aim_of(penalty.zeros, penalty.group, aims)
+            if given["l2_norm"] is not None or aim is not None:
                 group = candidate.group_of("Regularizer", penalty.group)
                 check_runs(f"Regularizer: params[{names[0]!r}]", candidate.param, group)
             elif candidate.knows(penalty.group) and not misfit(candidate.param, penalty.group):
                 group = candidate.group_of("Regularizer", penalty.group)
             references = self.references.of(candidate.param, names, before)
-            entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references)
+            runs = candidate.runs_of(penalty.group)
+            entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references, runs=runs, aim=aim)
             if self._weighs_groups:
-                entry.weight = _root_of_size(candidate.param, group)
+                entry.weight = math.sqrt(entry.param.numel() / max(entry.group_count, 1))
             for kind, strength in given.items():
                 weight = entry.weight_of(kind)
                 others = alike.get((kind, identity(strength), weight), [])
@@ -140,15 +176,30 @@ class Table:
                 else:
                     entry.strengths[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength, weight)
             entries.append(entry)
-        if self._weighs_groups and all(entry.given["l2_norm"] is None for entry in entries):
+        found = aims_of(entries)
+        has_groups = any(aim.group != "tensor" for aim, _ in found)
+        if self._weighs_groups and not has_groups and all(entry.given["l2_norm"] is None for entry in entries):
             raise ValueError("Regularizer: group_weights must come with l2_norm, whose groups it weighs, got none")
+        for aim, own in found:
+            aim.check(own)
+        self._aims = [aim for aim, _ in found]
         return entries
+
+    def _aim_of(self, zeros: ZeroShare, group: LayerGroup, aims: list[Aim]) -> Aim:
+        """The one of these that has been given the same, or a new one."""
+        aim = next((aim for aim in aims if aim.is_of(zeros, group)), None)
+        if aim is None:
+            aim = Aim(zeros, group, self._aims_at_each)
+            aim.share = aim.at(self.step)
+            aims.append(aim)
+        return aim
 
     def groups(self) -> list[list[Entry]]:
         """The strength groups: the entries with the same strengths, of the same kind."""
         groups: dict[object, list[Entry]] = {}
         for entry in self.entries:
-            groups.setdefault((*map(identity, entry.strengths.values()), entry.group), []).append(entry)
+            key = *map(identity, entry.strengths.values()), entry.group, id(entry.aim)
+            groups.setdefault(key, []).append(entry)
         return list(groups.values())
 
     def cells(self) -> dict[str, Cell]:
@@ -180,7 +231,7 @@ class Table:
 
     def count(self, found_inf: Tensor | None) -> None:
         """A step of an optimizer, which has skipped it if ``found_inf`` is not 0: that is looked at when it matters."""
-        if found_inf is None or any(cell.schedule is not None for cell in self.cells().values()):
+        if found_inf is None or self._has_schedule():
             if found_inf is None or not found_inf:
                 self.go_to(self.step + 1)
             return
@@ -196,9 +247,16 @@ class Table:
                 due.append((cell, id(schedule)))
                 if id(schedule) not in values:
                     values[id(schedule)] = scheduled(f"Regularizer: {name}", schedule, step)
+        shares = self._shares(step)
         self._step, self._skipped, self._is_led = step, None, True
         for cell, asked in due:
             _fill(cell.value, values[asked])
+        for aim, share in shares:
+            aim.share = share
+
+    def _shares(self, step: int) -> list[tuple[Aim, float]]:
+        """What each aim is at this step, checked."""
+        return [(aim, aim.at(step)) for aim in self._aims]
 
     def change(self, strengths: Mapping[str, Given], where: Key | None) -> None:
         """Gives the entries that ``where`` means strengths of some kinds, checked before. A number is written into the
@@ -268,6 +326,7 @@ class Table:
                     values[id(schedule)] = scheduled(name, schedule, step)
                 if len(wanted[identity(old)]) == 1:
                     _check_fits(name, old, values.get(id(schedule), value))
+        shares = self._shares(step)
         for wishes in wanted.values():
             for (value, keep), old in list(wishes.items()):
                 schedule = _schedule_of(old, keep)
@@ -282,17 +341,14 @@ class Table:
             for kind, old in e.strengths.items():
                 e.strengths[kind] = wanted[identity(old)][saved[e.name][kind]]
         self.references.load(references, self.entries)
+        for aim, share in shares:
+            aim.share = share
         self._step, self._skipped = step, None
         self.version += 1
 
 
 def _schedule_of(strength: Held, keep: bool) -> Schedule | None:
     return strength.schedule if isinstance(strength, Cell) and keep else None
-
-
-def _root_of_size(p: Tensor, group: Group) -> float:
-    """Of each of its groups."""
-    return math.sqrt(p.numel() / max(group_count(p, group_code(group)), 1))
 
 
 def _holder(step: int) -> Callable[[str, str, Given, float | None], Held]:
