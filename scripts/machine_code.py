@@ -12,12 +12,17 @@ TOLERANCE = 0.1  # so much worse than recorded is a failure
 
 
 class Loop(NamedTuple):
-    """An innermost loop that loads 16 bytes at a time, as the loops over the elements of each dtype do."""
+    """A loop that loads by vectors alone, as those over whole blocks of each dtype do; without the loops in it."""
 
-    loads: int  # of 16 bytes
-    stores: int  # likewise
+    loaded: int  # bytes of global memory
+    stored: int  # likewise
+    under_way: int  # of the bytes loaded, the most at a time
     conversions: int  # to and from float64, of what runs: see work()
     float64: int  # additions, multiplications and comparisons, likewise
+    is_float64: bool = False  # of elements of float64
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self[:-1])) + "*" * self.is_float64
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,9 @@ class Kernel:
     unordered_atomics: int = 0
 
     def per_load(self, what: str) -> float:
-        """Over all loops."""
-        loads = sum(loop.loads for loop in self.loops)
-        return sum(getattr(loop, what) for loop in self.loops) / loads if loads else 0.0
+        """For 16 bytes, over all loops."""
+        loaded = sum(loop.loaded for loop in self.loops)
+        return 16 * sum(getattr(loop, what) for loop in self.loops) / loaded if loaded else 0.0
 
 
 # The figures that are recorded, each in a column: their title, and whether less is better.
@@ -82,14 +87,19 @@ class Instruction(NamedTuple):
     operands: str
 
     @property
-    def loads(self) -> int:
-        """How often 16 bytes of global memory; a generic load is of it, where shared memory has loads of its own."""
-        width = re.search(r"\.(128|256)\b", self.modifiers) if self.operation in ("LDG", "LD") else None
-        return int(width[1]) // 128 if width else 0
+    def width(self) -> int:
+        """Bytes of what it moves."""
+        bits = re.search(r"\.[US]?(8|16|64|128|256)\b", self.modifiers)
+        return int(bits[1]) // 8 if bits else 4
 
     @property
-    def stores(self) -> bool:
-        return self.operation in ("STG", "ST") and ".128" in self.modifiers
+    def loaded(self) -> int:
+        """Bytes of global memory; a generic load is of it, where shared memory has loads of its own."""
+        return self.width if self.operation in ("LDG", "LD") else 0
+
+    @property
+    def stored(self) -> int:
+        return self.width if self.operation in ("STG", "ST") else 0
 
     @property
     def converts(self) -> bool:
@@ -115,7 +125,7 @@ def parse_code(text: str) -> dict[str, dict[str, Any]]:
             raise ValueError(f"nvdisasm wrote what this script cannot read: {name} has no instruction")
         found[name] = {
             "code_bytes": int(instructions[-1].address, 16) + _INSTRUCTION_BYTES,
-            "loads": loads_under_way(lines),
+            "loads": under_way(lines, 16) // 16,
             "conversions": sum(x.converts for x in instructions),
             "loops": hot_loops(lines),
             "unordered_atomics": unordered_atomics(lines),
@@ -123,23 +133,44 @@ def parse_code(text: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def loads_under_way(lines: list[Line]) -> int:
-    """The most loads of 16 bytes at a time of which nothing is used yet, within a basic block."""
+def under_way(lines: list[Line], least: int) -> int:
+    """The most bytes of loads of which nothing is used yet, within a basic block; of those of at least so many."""
     most = 0
-    under_way: dict[str, int] = {}  # a register that is being loaded -> the first one of its load
+    loads: dict[int, range] = {}  # by the first register of a load all of them
     for line in lines:
         if isinstance(line, str):
-            under_way = {}
+            loads = {}
             continue
-        used = re.findall(r"\bR\d+", line.operands)
-        loaded = int(used.pop(0)[1:]) if line.loads else 0
-        done = {under_way[register] for register in used if register in under_way}
-        under_way = {register: first for register, first in under_way.items() if first not in done}
-        under_way |= {f"R{i}": i // 4 for i in range(loaded, loaded + 4 * line.loads)}
-        most = max(most, len(set(under_way.values())))
+        used = [int(register[1:]) for register in re.findall(r"\bR\d+", line.operands)]
+        is_load = line.loaded >= least and used
+        own = range(used[0], used[0] + line.loaded // 4) if is_load else range(0)
+        of_use = used[1:] if is_load else used
+        loads = {
+            first: held
+            for first, held in loads.items()
+            if not any(register in held for register in of_use) and (held.stop <= own.start or own.stop <= held.start)
+        }
+        if own:
+            loads[own.start] = own
+        most = max(most, 4 * sum(map(len, loads.values())))
         if line.operation in _ENDS_BLOCK:
-            under_way = {}
+            loads = {}
     return most
+
+
+def is_of_float64(body: list[Instruction]) -> bool:
+    """Whether operations of float64 take what is loaded as it is."""
+    loaded: set[str] = set()
+    for line in body:
+        used = re.findall(r"\bR\d+", line.operands)
+        if line.loaded and used:
+            first = int(used[0][1:])
+            loaded |= {f"R{i}" for i in range(first, first + line.loaded // 4)}
+        elif line.operation in _FLOAT64 and loaded.intersection(used if line.operation == "DSETP" else used[1:]):
+            return True
+        elif used:
+            loaded.discard(used[0])
+    return False
 
 
 def unordered_atomics(lines: list[Line]) -> int:
@@ -190,10 +221,17 @@ def hot_loops(lines: list[Line]) -> tuple[Loop, ...]:
             loops.append((places[target[0]], end))
     found = []
     for begin, end in loops:
-        if not any(begin <= first and last <= end and (first, last) != (begin, end) for first, last in loops):
-            body = [line for line in lines[begin : end + 1] if isinstance(line, Instruction)]
-            found.append(Loop(sum(x.loads for x in body), sum(x.stores for x in body), *work(lines[begin : end + 1])))
-    return tuple(sorted(loop for loop in found if loop.loads))
+        inner = [loop for loop in loops if begin <= loop[0] and loop[1] <= end and loop != (begin, end)]
+        own = [i for i in range(begin, end + 1) if not any(first <= i <= last for first, last in inner)]
+        body = [line for line in map(lines.__getitem__, own) if isinstance(line, Instruction)]
+        widths = {x.loaded for x in body if x.loaded}
+        is_float64 = is_of_float64(body)
+        # What loads also by less is for the ends of chunks; doubles one by one are sums of chunks.
+        if len(widths) == 1 and min(widths) >= (16 if is_float64 else 8):
+            loaded, stored = (sum(getattr(x, what) for x in body) for what in ("loaded", "stored"))
+            held = under_way([lines[i] for i in own], 8)
+            found.append(Loop(loaded, stored, held, *work(lines[begin : end + 1]), is_float64))
+    return tuple(sorted(found))
 
 
 def short_name(signature: str) -> str:
@@ -244,7 +282,7 @@ def regressions(kernels: list[Kernel], recorded: list[Kernel]) -> list[str]:
         for what in ("conversions", "float64"):
             rate, rate_before = new[key].per_load(what), old[key].per_load(what)
             if rate > (1 + TOLERANCE) * rate_before:
-                out.append(f"{where}: {what} per load in loops {rate:.1f}, recorded {rate_before:.1f}")
+                out.append(f"{where}: {what} per 16 bytes in loops {rate:.1f}, recorded {rate_before:.1f}")
     return out
 
 
@@ -252,10 +290,14 @@ def record(kernels: list[Kernel], version: str) -> str:
     """The page: a table for each architecture."""
     parts = [HEAD.format(version=version)]
     for architecture in sorted({k.architecture for k in kernels}):
-        titles = ["kernel", *(title for title, _ in FIGURES.values()), "loops: loads/stores/conversions/float64"]
+        titles = [
+            "kernel",
+            *(title for title, _ in FIGURES.values()),
+            "loops: loaded/stored/under way/conversions/float64",
+        ]
         rows = [titles, ["---", *["---:"] * len(FIGURES), "---"]]
         for k in sorted((k for k in kernels if k.architecture == architecture), key=lambda k: k.name):
-            loops = ", ".join("/".join(map(str, loop)) for loop in k.loops)
+            loops = ", ".join(map(str, k.loops))
             rows.append([f"`{k.name}`", *(str(getattr(k, figure)) for figure in FIGURES), loops])
         parts.append(f"\n## sm_{architecture}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows))
     return "".join(parts)
@@ -265,12 +307,11 @@ HEAD = """\
 # Machine code of the kernels
 
 By nvcc {version} (`python -m scripts.check_cuda_compile --update`). Loads under way: of 16 bytes of global memory, the
-most at a time within a basic block. Conversions: instructions that convert to or from float64. Loops: the innermost
-ones that load 16 bytes at a time, at least one for each dtype (a load has 2 elements of float64, 4 of float32, 8 of 16
-bits); of each these loads and stores, and of what runs, the conversions, and additions, multiplications and comparisons
-of float64: of branches that exclude one another the longest, the sums of both terms, and none that is rare. A figure
-that gets worse by more than a tenth, of loops per load of all, fails `make cuda-compile` where nvcc has this
-version.
+most at a time within a basic block. Conversions: instructions that convert to or from float64. Loops: those over whole
+blocks, at least one for each dtype, and with a star those of float64 elements; of each the bytes that it loads, stores,
+and has under way at a time, and of what runs, the conversions, and additions, multiplications and comparisons of
+float64: of branches that exclude one another the longest, the sums of both terms, and none that is rare. A figure that
+gets worse by more than a tenth, of loops per byte that all load, fails `make cuda-compile` where nvcc has this version.
 """
 
 
@@ -280,6 +321,8 @@ def read_record(text: str) -> tuple[str, list[Kernel]]:
     for architecture, part in re.findall(r"^## sm_(\d+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL):
         for name, *cells, loops in re.findall(r"\| `(.+)` " + r"\| (\d+) " * len(FIGURES) + r"\| (.*) \|", part):
             figures = dict(zip(FIGURES, map(int, cells), strict=True))
-            read = tuple(Loop(*map(int, loop.split("/"))) for loop in loops.split(", ") if loop)
+            read = tuple(
+                Loop(*map(int, loop.rstrip("*").split("/")), loop.endswith("*")) for loop in loops.split(", ") if loop
+            )
             kernels.append(Kernel(name, int(architecture), local_bytes=0, loops=read, **figures))
     return version[1] if version else "", kernels

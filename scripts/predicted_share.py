@@ -2,7 +2,8 @@
 tells where machine code is the limit before anything is measured.
 
 A multiprocessor has so many conversions and operations of float64 a clock, and as many bytes under way as its resident
-threads have loaded and not used; what its part of the bandwidth wants of either is what bounds the share.
+threads, which their registers bound, have loaded and not used; what its part of the bandwidth wants of either is what
+bounds the share.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import NamedTuple
 
 from scripts.machine_code import Kernel, Loop
 
-RESIDENT_THREADS = 512  # of a multiprocessor: kCtasPerSm CTAs of kThreads
+THREADS = 128  # of a CTA: kThreads
+REGISTERS = 65536  # of a multiprocessor
+MOST_THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 103: 2048, 120: 1536}  # of it
 # Of a clock and multiprocessor, by architecture (CUDA C++ programming guide, "Arithmetic Instructions").
 FLOAT64 = {75: 2, 80: 32, 86: 2, 89: 2, 90: 64, 100: 64, 103: 2, 120: 2}
 CONVERSIONS = {75: 2, 80: 16, 86: 2, 89: 2, 90: 16, 100: 16, 103: 2, 120: 2}
@@ -43,35 +46,48 @@ CARDS = (
 )
 
 
-def predicted_share(loop: Loop, loads_under_way: int, card: Card) -> float:
+def resident_threads(kernel: Kernel) -> int:
+    """As many CTAs as the registers suffice for, which threads get by eights."""
+    registers = -(-kernel.registers // 8) * 8
+    return min(REGISTERS // registers // THREADS * THREADS, MOST_THREADS[kernel.architecture])
+
+
+def predicted_share(loop: Loop, threads: int, card: Card) -> float:
     """At most 1."""
     per_clock = card.bandwidth / card.multiprocessors / card.clock  # bytes
-    clocks = 16 * (loop.loads + loop.stores) / per_clock  # that the bandwidth takes for a thread
+    clocks = (loop.loaded + loop.stored) / per_clock  # that the bandwidth takes for a thread
     busy = max(loop.conversions / CONVERSIONS[card.architecture], loop.float64 / FLOAT64[card.architecture])
     wanted = card.bandwidth / card.multiprocessors * card.latency
-    return min(1.0, clocks / busy if busy else 1.0, 16 * loads_under_way * RESIDENT_THREADS / wanted)
+    return min(1.0, clocks / busy if busy else 1.0, loop.under_way * threads / wanted)
 
 
 def table(kernels: list[Kernel]) -> str:
     """In percent, of each kernel's slowest loop, with the table of arguments with which it is slowest."""
-    shares: dict[str, dict[str, float]] = {}
+    shares: dict[str, dict[str, dict[bool, float]]] = {}  # of a kernel, on a card, of elements of float64 and others
     for kernel in kernels:
         name = re.sub(r"cuda::\w+Table(<\d+ul>)?,", "", kernel.name)
-        for card in [card for card in CARDS if card.architecture == kernel.architecture and kernel.loops]:
-            share = min(predicted_share(loop, kernel.loads, card) for loop in kernel.loops)
-            of_kernel = shares.setdefault(name, {})
-            of_kernel[card.name] = min(share, of_kernel.get(card.name, 1.0))
+        for card in [card for card in CARDS if card.architecture == kernel.architecture]:
+            for loop in kernel.loops:
+                share = predicted_share(loop, resident_threads(kernel), card)
+                of_card = shares.setdefault(name, {}).setdefault(card.name, {})
+                of_card[loop.is_float64] = min(share, of_card.get(loop.is_float64, 1.0))
     cards = [card.name for card in CARDS if any(card.name in of_kernel for of_kernel in shares.values())]
     rows = [["kernel", *cards], ["---", *["---:"] * len(cards)]]
     for name, of_kernel in sorted(shares.items()):
-        rows.append([f"`{name}`", *(f"{100 * of_kernel[card]:.0f}" if card in of_kernel else "-" for card in cards)])
+        rows.append([f"`{name}`", *(cell(of_kernel[card]) if card in of_kernel else "-" for card in cards)])
     return f"\n{HEAD}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def cell(shares: dict[bool, float]) -> str:
+    narrow, wide = (shares.get(is_float64, 1.0) for is_float64 in (False, True))
+    return f"{100 * narrow:.0f}" + (f" ({100 * wide:.0f})" if round(wide, 2) < round(narrow, 2) else "")
 
 
 HEAD = """\
 ## Predicted share of bandwidth
 
-Percent, of each kernel's slowest loop: what its instructions and its loads under way allow
-(`scripts/predicted_share.py`, a model; nothing of it is measured, and the fixed costs of a launch are not in it).
-What runs is counted, with both terms; where float64 units are few, of lanes whose integers are exact.
+Percent, of the slowest loop of float32 and half elements, and in brackets, where that is slower, of float64 ones:
+what its instructions and its loads under way allow (`scripts/predicted_share.py`, a model; nothing of it is measured,
+and the fixed costs of a launch are not in it). What runs is counted, with both terms; where float64 units are few, of
+lanes whose integers are exact, and sums that come before the rest as a loop of their own.
 """

@@ -25,7 +25,7 @@ from scripts.machine_code import (
     regressions,
     short_name,
 )
-from scripts.predicted_share import CARDS, FLOAT64, predicted_share, table
+from scripts.predicted_share import CARDS, FLOAT64, predicted_share, resident_threads, table
 
 ROOT = Path(__file__).parent.parent
 # Of nvcc 13.0.
@@ -138,21 +138,47 @@ def figures(middle):
     return found["code_bytes"], found["loads"], found["conversions"]
 
 
+LOOPED = Loop(32, 16, 32, 1, 2, is_float64=True)
+
+
+def changed(loop, *changes):
+    for old, new in changes:
+        assert old in loop
+        loop = loop.replace(old, new)
+    return loop
+
+
 @pytest.mark.parametrize(
     ("middle", "loops"),
     [
         ("", ()),
-        (LOOP, (Loop(2, 1, 1, 2),)),
-        (LOOP + LOOP.replace("L_x_2", "L_x_4").replace("L_x_1", "L_x_5"), (Loop(2, 1, 1, 2), Loop(2, 1, 1, 2))),
+        (LOOP, (LOOPED,)),
+        (LOOP + changed(LOOP, ("L_x_2", "L_x_4"), ("L_x_1", "L_x_5")), (LOOPED, LOOPED)),
+        # The outer one, where it is innermost.
+        (changed(LOOP, ("@P1 BRA `(.L_x_2)", "@P1 BRA `(.L_x_9)")), (LOOPED,)),
+        # Float64 is not what is loaded, but what is made of it.
+        (changed(LOOP, ("R12, R12, R8", "R12, R12, R14"), ("PT, R12, R8", "PT, R12, R14")), (Loop(32, 16, 32, 1, 2),)),
+        (changed(LOOP, ("F2F.F64.F32 R12, R4", "MOV R8, R4")), (Loop(32, 16, 32, 0, 2),)),
+        # Vectors of four half elements; doubles one by one are sums of chunks.
         (
-            LOOP.replace("@P1 BRA `(.L_x_2)", "@P1 BRA `(.L_x_9)"),
-            (Loop(2, 1, 1, 2),),
-        ),  # the outer one, where it is innermost
-        (LOOP.replace("E.128", "E.64"), ()),
+            changed(
+                LOOP, ("E.128", "E.64"), ("DADD R12, R12, R8", "DADD R12, R12, R14"), ("PT, R12, R8", "PT, R12, R14")
+            ),
+            (Loop(16, 8, 16, 1, 2),),
+        ),
+        (changed(LOOP, ("E.128", "E.64")), ()),
+        # Ends of chunks, which are also read by less.
+        (changed(LOOP, ("LD.E.128", "LD.E.64")), ()),
+        (changed(LOOP, ("LD.E.128", "LD.E.U16")), ()),
+        # A loop within another that loads, too: to each its own.
+        (
+            changed(LOOP, ("MOV R3, R2", "LDG.E.128 R4, desc[UR4][R2.64]"), ("LD.E.128 R8", "LDS.128 R8")),
+            (Loop(16, 0, 16, 1, 2), Loop(16, 16, 16, 1, 2)),
+        ),
     ],
 )
 def test_loops(middle, loops):
-    """Branches back, around no other; that at the end of the kernel loads nothing."""
+    """Branches back; that at the end of the kernel loads nothing."""
     assert parse_code(CODE.format(middle))["first"]["loops"] == loops
 
 
@@ -213,21 +239,22 @@ WAYS = """\
 
 
 @pytest.mark.parametrize(
-    ("middle", "loop"),
+    ("middle", "work"),
     [
-        ("", Loop(1, 0, 0, 2)),
-        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4", Loop(1, 0, 1, 2)),
-        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; PMTRIG 0x1", Loop(1, 0, 0, 2)),  # is rare
-        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; @P3 BRA `(.L_x_4) ; PMTRIG 0x1", Loop(1, 0, 1, 2)),
-        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; @P3 EXIT ; DADD R4, R4, R4", Loop(1, 0, 1, 3)),
-        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; EXIT ; DADD R4, R4, R4", Loop(1, 0, 1, 2)),
-        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; BRA.U UP0, `(.L_x_4) ; DADD R4, R4, R4", Loop(1, 0, 1, 3)),
+        ("", (0, 2)),
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4", (1, 2)),
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; PMTRIG 0x1", (0, 2)),  # is rare
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; @P3 BRA `(.L_x_4) ; PMTRIG 0x1", (1, 2)),
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; @P3 EXIT ; DADD R4, R4, R4", (1, 3)),
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; EXIT ; DADD R4, R4, R4", (1, 2)),
+        ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; BRA.U UP0, `(.L_x_4) ; DADD R4, R4, R4", (1, 3)),
     ],
 )
-def test_what_runs_in_a_loop(middle, loop):
+def test_what_runs_in_a_loop(middle, work):
     """Of sums of both terms, of one, and of something else: the way with most conversions and operations."""
     more = "".join(f"        /*00a8*/                   {line} ;\n" for line in middle.split(" ; ") if line)
-    assert parse_code(CODE.format(WAYS.format(more)))["first"]["loops"] == (loop,)
+    (loop,) = parse_code(CODE.format(WAYS.format(more)))["first"]["loops"]
+    assert (loop.conversions, loop.float64) == work
 
 
 MEMBAR = "        /*0020*/                   MEMBAR.ALL.GPU ;\n"
@@ -267,9 +294,9 @@ def test_names_of_the_source():
 
 # The record
 
-LOOPS = (Loop(2, 0, 10, 30), Loop(2, 2, 30, 10))
+LOOPS = (Loop(32, 0, 16, 10, 30), Loop(32, 32, 16, 30, 10, is_float64=True))
 KERNELS = [
-    Kernel("b<int>", 120, 30, 0, 4096, 4, 20, (Loop(4, 0, 0, 0),)),
+    Kernel("b<int>", 120, 30, 0, 4096, 4, 20, (Loop(64, 0, 64, 0, 0),)),
     Kernel("a", 75, 100, 0, 1000, 8, 0, LOOPS),
     Kernel("b<int>", 75, 8, 0),
 ]
@@ -290,8 +317,8 @@ def test_the_record_is_read_as_it_was_written():
         ({"code_bytes": 1101}, ["a for sm_75: bytes of code 1101, recorded 1000"]),
         ({"loads": 7}, ["a for sm_75: loads under way 7, recorded 8"]),
         ({"conversions": 1}, ["a for sm_75: conversions 1, recorded 0"]),
-        ({"loops": (Loop(2, 2, 44, 0),)}, ["a for sm_75: conversions per load in loops 22.0, recorded 10.0"]),
-        ({"loops": (Loop(4, 2, 44, 45),)}, ["a for sm_75: float64 per load in loops 11.2, recorded 10.0"]),
+        ({"loops": (Loop(32, 32, 0, 44, 0),)}, ["a for sm_75: conversions per 16 bytes in loops 22.0, recorded 10.0"]),
+        ({"loops": (Loop(64, 32, 0, 44, 45),)}, ["a for sm_75: float64 per 16 bytes in loops 11.2, recorded 10.0"]),
         ({"loops": ()}, []),
         ({"registers": 1, "code_bytes": 1, "loads": 99}, []),
         ({"name": "c"}, ["a for sm_75 is recorded, and was not compiled", "c for sm_75 is not recorded"]),
@@ -309,7 +336,7 @@ def test_another_version_of_nvcc(tmp_path, monkeypatch, capsys):
     assert check_cuda_compile.compare(worse, "13.0") == ["b<int> for sm_120: loads under way 1, recorded 4"]
     assert check_cuda_compile.compare(worse, "13.1") == []
     said = capsys.readouterr().out
-    assert said.count("+| `b<int>` | 30 | 4096 | 1 | 20 | 4/0/0/0 |") == 2
+    assert said.count("+| `b<int>` | 30 | 4096 | 1 | 20 | 64/0/64/0/0 |") == 2
     assert said.endswith("is of nvcc 13.0, this is 13.1: a difference is no failure\n")
 
 
@@ -346,21 +373,37 @@ def test_predicted_shares():
     """Of an H200: 18.4 bytes a clock and multiprocessor, of which 16 conversions a clock, 64 operations of float64;
     47,273 bytes under way."""
     (h200,) = [card for card in CARDS if card.name == "H200"]
-    share = lambda *loop, loads=8: round(predicted_share(Loop(*loop), loads, h200), 3)  # noqa: E731
-    assert share(4, 0, 64, 64) == 0.871  # 64 bytes in 3.48 clocks, conversions in 4
-    assert share(2, 2, 64, 64) == 0.871
-    assert share(4, 0, 32, 512) == 0.436
-    assert share(4, 0, 0, 0) == share(4, 0, 32, 64) == 1
-    assert share(4, 0, 0, 0, loads=4) == 0.693
+    share = lambda *loop, threads=512: round(predicted_share(Loop(*loop), threads, h200), 3)  # noqa: E731
+    assert share(64, 0, 128, 64, 64) == 0.871  # 64 bytes in 3.48 clocks, conversions in 4
+    assert share(32, 32, 128, 64, 64) == 0.871
+    assert share(64, 0, 128, 32, 512) == 0.436
+    assert share(64, 0, 128, 0, 0) == share(64, 0, 128, 32, 64) == 1
+    assert share(64, 0, 64, 0, 0) == share(64, 0, 128, 0, 0, threads=256) == 0.693
+
+
+@pytest.mark.parametrize(
+    ("registers", "architecture", "threads"),
+    [(128, 90, 512), (129, 90, 384), (121, 90, 512), (96, 90, 640), (16, 75, 1024), (16, 86, 1536), (16, 90, 2048)],
+)
+def test_resident_threads(registers, architecture, threads):
+    assert resident_threads(Kernel("f", architecture, registers, 0)) == threads
+
+
+def test_table_of_predicted_shares():
+    """The slowest loops, in brackets of float64 where these are slower."""
+    kernel = lambda name, *loops: Kernel(name, 90, 128, 0, 0, 4, 0, loops)  # noqa: E731
+    narrow, wide = Loop(64, 0, 64, 0, 0), Loop(64, 0, 64, 0, 512, is_float64=True)
     kernels = [
-        Kernel("cuda::f<cuda::DeviceTable,3>", 90, 1, 0, 0, 4, 0, (Loop(4, 0, 0, 0), Loop(4, 0, 0, 512))),
-        Kernel("cuda::f<cuda::InlineTable<16ul>,3>", 90, 1, 0, 0, 4, 0, (Loop(4, 0, 0, 0),)),
-        Kernel("cuda::g", 90, 1, 0),
+        kernel("cuda::f<cuda::DeviceTable,3>", Loop(64, 0, 128, 0, 0), wide),
+        kernel("cuda::f<cuda::InlineTable<16ul>,3>", narrow),
+        kernel("cuda::g", narrow, narrow._replace(is_float64=True)),
+        kernel("cuda::h"),
     ]
-    assert table(kernels).splitlines()[-3:] == [
+    assert table(kernels).splitlines()[-4:] == [
         "| kernel | H100 | H200 |",
         "| --- | ---: | ---: |",
-        "| `cuda::f<3>` | 62 | 44 |",
+        "| `cuda::f<3>` | 99 (62) | 69 (44) |",
+        "| `cuda::g` | 99 | 69 |",
     ]
 
 

@@ -13,8 +13,9 @@ namespace fused_reg::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = kWarp * kWarps;
-constexpr int kCtasPerSm = 4;                                    // resident, at least: bounds the registers
-constexpr int kSummingCtasPerSm = kFewDoubles ? 3 : kCtasPerSm;  // sums by integers (exact_sums.cuh) take more of them
+constexpr int kCtasPerSm = 4;  // resident, at least: bounds the registers
+// Where the rows of a block are read for its sums by integers (exact_sums.cuh), and kept for what is written.
+constexpr int kSummingCtasPerSm = kFewDoubles ? 3 : kCtasPerSm;
 constexpr unsigned kAll = 0xffffffff;
 
 // The folded lanes of every block of a chunk.
@@ -176,6 +177,11 @@ class ChunkPass {
     return Job::kWrites & bit(s) ? *p : __ldg(p);
   }
 
+  // That of the parameter.
+  __device__ __forceinline__ Storage element(int i) const {
+    return i < size_ ? load(0, streams_[0] + i) : job_.padding();
+  }
+
   // Elements of stream s from i on, as one vector if `at_once`, else as far as the chunk goes.
   template <class V>
   __device__ __forceinline__ V read(int s, int i, bool at_once) const {
@@ -214,11 +220,27 @@ class ChunkPass {
     constexpr int kCount = sizeof(V) / sizeof(Storage), kSharers = kLanes / kCount;  // threads that share a row
     constexpr int kAhead = Job::template kAhead<V>;
     static_assert(kRows % kAhead == 0);
-    double first_sums[kCount] = {}, second_sums[kCount] = {};
+    typename Job::Sum first_sums[kCount] = {}, second_sums[kCount] = {};
     const int sharer = thread % kSharers, begin = b * kBlock + sharer * kCount;
     const auto at_once = [&](int i) { return is_whole || (can && i + kCount <= size_); };
     const int left = (size_ - b * kBlock + kLanes - 1) / kLanes;
     const int rows = is_whole ? (can ? kRows : 0) : left < kRows ? left : kRows;
+    const auto again = [&](int r, int lane) { return element(begin + r * kLanes + lane); };
+    if constexpr (Job::kSumsFirst) {  // what is read here is in the cache for the rest
+      if (rows > 0 && job_.has_terms()) {
+        V w[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const int i = begin + r * kLanes;
+          w[r] = read<V>(0, i, at_once(i));
+        }
+        job_.add_rows(w, first_sums, second_sums, again);
+      }
+      store(blocks, b, sharer, first_sums, second_sums, !is_whole || can);
+      if (!writes()) {
+        return;
+      }
+    }
 #pragma unroll 1
     for (int first = 0; first < rows; first += kAhead) {
       V rows_of[kRead][kAhead];
@@ -230,11 +252,11 @@ class ChunkPass {
           rows_of[s][r] = read<V>(s, i, at_once(i));
         }
       }
-      if constexpr (Job::kSums != 0) {
+      if constexpr (Job::kSums != 0 && !Job::kSumsFirst) {
         if constexpr (Job::kIsRelative) {
           job_.add_relative_rows(rows_of, first_sums, second_sums);
         } else {
-          job_.add_rows(rows_of[0], first_sums, second_sums);
+          job_.add_rows(rows_of[0], first_sums, second_sums, again);
         }
       }
       if (!writes()) {
@@ -257,18 +279,28 @@ class ChunkPass {
         }
       }
     }
-    if constexpr (Job::kSums != 0) {
-      using ToFolded = Fold<kCount, kSharers / 2, kSharers / 8>;
-      const double first_sum = ToFolded::sum(first_sums, sharer), second_sum = ToFolded::sum(second_sums, sharer);
-      if ((!is_whole || can) && ToFolded::is_first(sharer)) {
-        store(blocks, b, sharer * kCount + ToFolded::lane(sharer), first_sum, second_sum);
-      }
+    if constexpr (Job::kSums != 0 && !Job::kSumsFirst) {
+      store(blocks, b, sharer, first_sums, second_sums, !is_whole || can);
     }
   }
 
-  static __device__ void store(Blocks* blocks, int b, int lane, double first_sum, double second_sum) {
-    blocks->sums[b][0][lane % kFoldedLanes] = first_sum;
-    blocks->sums[b][1][lane % kFoldedLanes] = second_sum;
+  // The folded lanes of a block.
+  template <class Sum, int count>
+  static __device__ __forceinline__ void store(Blocks* blocks, int b, int sharer, const Sum (&first_sums)[count],
+                                               const Sum (&second_sums)[count], bool can) {
+    using ToFolded = Fold<count, kLanes / count / 2, kLanes / count / 8>;
+    double first[count], second[count];
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      first[i] = first_sums[i];
+      second[i] = second_sums[i];
+    }
+    const double first_sum = ToFolded::sum(first, sharer), second_sum = ToFolded::sum(second, sharer);
+    if (can && ToFolded::is_first(sharer)) {
+      const int lane = (sharer * count + ToFolded::lane(sharer)) % kFoldedLanes;
+      blocks->sums[b][0][lane] = first_sum;
+      blocks->sums[b][1][lane] = second_sum;
+    }
   }
 
   const Job job_;

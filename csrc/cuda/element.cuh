@@ -74,26 +74,35 @@ constexpr bool kFastMemory = true;
 constexpr bool kFastMemory = !kFewDoubles;
 #endif
 
-// In float64; where the units are few by moving bits, unless one is subnormal, infinite or NaN.
+// Whether moving bits does not make a float64 of it: subnormal, infinite or NaN.
+__device__ __forceinline__ bool is_rare(float x) {
+  const unsigned bits = bits_as<unsigned>(x), next = bits + 0x00800000;  // one exponent more
+  return (next & 0x7f000000) == 0 && (bits << 1) != 0;
+}
+__device__ __forceinline__ double float64_by_bits(float x) {
+  const unsigned bits = bits_as<unsigned>(x);
+  const uint64_t high = (bits & 0x80000000) | (bits << 1 == 0 ? 0 : ((bits & 0x7fffffff) >> 3) + 0x38000000);
+  return bits_as<double>(high << 32 | bits << 29);
+}
+
+// To the type of sums: float64, where the units are few by moving bits, unless one is rare.
 template <int count>
-__device__ __forceinline__ void to_float64(const float (&x)[count], double (&wide)[count]) {
-  bool is_rare = !kFewDoubles;
+__device__ __forceinline__ void widen(const float (&x)[count], double (&wide)[count]) {
+  bool any_rare = !kFewDoubles;
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    const unsigned bits = bits_as<unsigned>(x[i]), next = bits + 0x00800000;  // one exponent more
-    is_rare = is_rare || ((next & 0x7f000000) == 0 && (bits << 1) != 0);
-    const uint64_t high = (bits & 0x80000000) | (bits << 1 == 0 ? 0 : ((bits & 0x7fffffff) >> 3) + 0x38000000);
-    wide[i] = bits_as<double>(high << 32 | bits << 29);
+    any_rare = any_rare || is_rare(x[i]);
+    wide[i] = float64_by_bits(x[i]);
   }
-  if (is_rare) {
+  if (any_rare) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       wide[i] = static_cast<double>(x[i]);
     }
   }
 }
-template <int count>
-__device__ __forceinline__ void to_float64(const double (&x)[count], double (&wide)[count]) {
+template <class T, int count>
+__device__ __forceinline__ void widen(const T (&x)[count], T (&wide)[count]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     wide[i] = x[i];

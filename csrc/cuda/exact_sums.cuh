@@ -14,8 +14,10 @@ namespace fused_reg::cuda {
 constexpr float kRounder = 0x1p23f, kSignedRounder = 0x1.8p23f;
 constexpr unsigned kRounderBits = 0x4b000000, kSignedRounderBits = 0x4b400000;
 
-__device__ __forceinline__ double from_integer(uint64_t below_2_to_52) {
-  return bits_as<double>(below_2_to_52 | 0x4330000000000000) - 0x1p52;
+// An integer below 2^52, times 2^exponent.
+__device__ __forceinline__ double from_integer(uint64_t integer, int exponent) {
+  const double above = normal_power_of_two(exponent + 52);
+  return bits_as<double>(bits_as<uint64_t>(above) | integer) - above;
 }
 
 // Of `count` magnitudes, w(0), w(1), ...: their sum and that of their squares. One limb is for elements of 16 bits;
@@ -48,14 +50,13 @@ __device__ __forceinline__ bool exact_sums(const Magnitude& w, double* l1, doubl
     }
   }
   high -= count * kRounderBits;
-  const double unit = normal_power_of_two(exponent - 22);
   if constexpr (limbs == 1) {
-    *l1 = from_integer(high) * unit;
-    *l2 = from_integer(squares) * normal_power_of_two(2 * (exponent - 22));
+    *l1 = from_integer(high, exponent - 22);
+    *l2 = from_integer(squares, 2 * (exponent - 22));
   } else {
     low -= count * kSignedRounderBits;
     const int64_t both = (static_cast<int64_t>(high) << 23) + static_cast<int>(low);
-    *l1 = from_integer(static_cast<uint64_t>(both)) * (unit * 0x1p-23);
+    *l1 = from_integer(static_cast<uint64_t>(both), exponent - 45);
   }
   return is_exact;
 }

@@ -41,21 +41,25 @@ class Job {
   static constexpr unsigned kSums = Whole::kSums, kWrites = Whole::kWrites;
   static constexpr unsigned kReads = Whole::kReads | (kSums != 0 ? bit(0) : 0), kOptional = Whole::kOptional;
   static constexpr bool kIsRelative = Whole::kIsRelative;
+  using Sum = std::conditional_t<Whole::kIsCount, Scalar, double>;  // of a lane
   // Where the list may have chunks whose streams are written and not read, as a gradient that is not there yet.
   static constexpr bool kAdds = !std::is_void_v<typename Whole::Fresh>;
   using Vector = uint4;
-  // Whether the sums of a lane may be taken by integers, for which all its rows are there at a time.
-  static constexpr bool kIsExact = kFewDoubles && !kWide<dtype> && known == kL1L2 && streams_in(kReads) == 1 &&
-                                   std::is_same_v<typename Whole::Sums, PenaltyPass<kL1L2>>;
+  // Whether the sums of a lane may be taken by integers, for which all its rows are there at a time: before the rest,
+  // where other streams are read, too.
+  static constexpr bool kIsExact =
+      kFewDoubles && !kWide<dtype> && known == kL1L2 && std::is_same_v<typename Whole::Sums, PenaltyPass<kL1L2>>;
+  static constexpr bool kSumsFirst = kIsExact && streams_in(kReads) > 1;
   // Rows of a block, by vectors V, that are on their way before the first is used, a power of two: 128 bytes for each
   // thread are 64 KB for a multiprocessor. What takes more registers has fewer.
   template <class V>
   static constexpr int rows_ahead() {
-    const int few = kFewDoubles && (kSums == kL2 || !kFastMemory) ? 32 : 64;
-    const int most = kSums == kL2 || kWrites == bit(0) ? few : 128;
+    constexpr bool kTakesMore = kSums == kL2 && (kFewDoubles || !Whole::kIsCount);
+    const int few = kFewDoubles && (kTakesMore || !kFastMemory) ? 32 : 64;
+    const int most = kTakesMore || kWrites == bit(0) ? few : 128;
     int rows = kRows;
     constexpr int kStreamsRead = kIsRelative ? __builtin_popcount(kReads) : streams_in(kReads);
-    while (!kIsExact && rows > 1 && rows * static_cast<int>(sizeof(V)) * kStreamsRead > most) {
+    while ((!kIsExact || kSumsFirst) && rows > 1 && rows * static_cast<int>(sizeof(V)) * kStreamsRead > most) {
       rows /= 2;
     }
     return rows;
@@ -72,16 +76,20 @@ class Job {
   // Of the streams that it may write.
   static __device__ bool writes(int) { return true; }
 
+  __device__ bool has_terms() const { return terms_ != kNone; }
+
   // An element that changes no sum.
   static __device__ Storage padding() { return static_cast<Storage>(Whole::kPadding); }
 
-  // Vectors of rows to the two sums of each lane, which are 0 if the rows are those of a block.
-  template <class V, int rows, int count>
-  __device__ __forceinline__ void add_rows(const V (&w)[rows], double (&first)[count], double (&second)[count]) const {
+  // Vectors of rows to the two sums of each lane, which are 0 if the rows are those of a block. again(r, lane) reads an
+  // element once more.
+  template <class V, int rows, int count, class Again>
+  __device__ __forceinline__ void add_rows(const V (&w)[rows], Sum (&first)[count], Sum (&second)[count],
+                                           const Again& again) const {
     if constexpr (kIsExact && rows == kRows) {
 #pragma unroll
       for (int lane = 0; lane < count; ++lane) {
-        add_lane(w, lane, &first[lane], &second[lane]);
+        add_lane(w, lane, again, &first[lane], &second[lane]);
       }
     } else {
       with_terms(terms_, [&](auto terms) {
@@ -154,57 +162,56 @@ class Job {
 
   // Elements of the parameter to the two sums.
   template <int terms, int count>
-  __device__ __forceinline__ void add_of(const Storage (&w)[count], double (&first)[count],
-                                         double (&second)[count]) const {
+  __device__ __forceinline__ void add_of(const Storage (&w)[count], Sum (&first)[count], Sum (&second)[count]) const {
     using MultiplyAdd = std::conditional_t<kWide<dtype>, TwoRoundings, OneRounding>;
     Scalar scalars[count];
-    double wide[count];
+    Sum wide[count];
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       scalars[i] = E::widen(w[i]);
     }
-    to_float64(scalars, wide);
+    widen(scalars, wide);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      double sums[2] = {first[i], second[i]};
+      Sum sums[2] = {first[i], second[i]};
       P<terms>::template add<MultiplyAdd>(sums, wide[i], sum_factors_,
-                                          [&](double y) { return scaled && kWide<dtype> ? y * scale_ : y; });
+                                          [&](Sum y) { return scaled && kWide<dtype> ? y * scale_ : y; });
       first[i] = sums[0];
       second[i] = sums[1];
     }
   }
 
-  // The sums of a lane of a block: of 16 bits both by integers, of float32 that of L1; those that are not exact in
-  // float64.
-  template <class V>
-  __device__ __forceinline__ void add_lane(const V (&w)[kRows], int lane, double* first, double* second) const {
+  // The sums of a lane of a block: of 16 bits both by integers, of float32 that of L1. Where these are not exact, or
+  // widening takes more than bits, element by element.
+  template <class V, class Again>
+  __device__ __forceinline__ void add_lane(const V (&w)[kRows], int lane, const Again& again, double* first,
+                                           double* second) const {
     constexpr int kLimbs = sizeof(Storage) == sizeof(uint16_t) ? 1 : 2;
     const auto element = [&](int r) {
       Storage x[sizeof(V) / sizeof(Storage)];
       memcpy(x, &w[r], sizeof(V));
-      return x[lane];
+      return E::widen(x[lane]);
     };
-    const auto magnitude_of = [&](int r) { return magnitude(E::widen(element(r))); };
-    const bool has_exact = kLimbs == 1 ? terms_ != kNone : (terms_ & kL1) != 0;
-    const bool is_exact = has_exact && exact_sums<kLimbs, kRows>(magnitude_of, first, second);
-    const int others = !is_exact ? terms_ : kLimbs == 1 ? kNone : terms_ & kL2;
-    if (others == kNone) {
+    bool is_exact = true;
+    if (terms_ & (kLimbs == 1 ? kL1L2 : kL1)) {
+      is_exact = exact_sums<kLimbs, kRows>([&](int r) { return magnitude(element(r)); }, first, second);
+    }
+    if (kLimbs == 2 && (terms_ & kL2)) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        is_exact = is_exact && !is_rare(element(r));
+        *second = L2::add<OneRounding>(*second, float64_by_bits(element(r)));
+      }
+    }
+    if (is_exact) {
       return;
     }
-    double ones[1] = {is_exact ? *first : 0}, twos[1] = {0};
-    if (kLimbs == 2 && others == kL2) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const Storage x[1] = {element(r)};
-        add_of<kL2>(x, ones, twos);
-      }
-    } else {
-      __prof_trigger(0);  // rare, as scripts/machine_code.py reads
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const Storage x[1] = {element(r)};
-        with_terms(others, [&](auto terms) { add_of<decltype(terms)::value>(x, ones, twos); });  // takes less code here
-      }
+    __prof_trigger(0);  // rare, as scripts/machine_code.py reads
+    double ones[1] = {}, twos[1] = {};
+#pragma unroll 1
+    for (int r = 0; r < kRows; ++r) {
+      const Storage x[1] = {again(r, lane)};
+      with_terms(terms_, [&](auto terms) { add_of<decltype(terms)::value>(x, ones, twos); });
     }
     *first = ones[0];
     *second = twos[0];

@@ -159,7 +159,9 @@ class ListPass {
     set_groups(norms, own_first_groups());
     const at::Tensor scratch = scratch_behind(0);
     call_.arrivals = arrivals_for(launch_, 1 + call_.large_groups);
-    run(Pass::kSoftSquares);
+    // Without L1 it takes nothing off: they are the norms that penalties are of.
+    const ColumnRefs& l1 = columns_[kL1Strength];
+    run(l1.is_one() && l1.is(0) && !call_.has_further ? Pass::kPenalty : Pass::kSoftSquares);
     return norms;
   }
 

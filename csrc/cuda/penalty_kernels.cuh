@@ -10,7 +10,8 @@ namespace fused_reg::cuda {
 
 // The penalty of the list, and the gradients of the entries that have one; where it may be added to, times the factor.
 template <class Table, template <int> class P>
-__global__ void __launch_bounds__(kThreads, kSummingCtasPerSm) penalty_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, streams_in(P<kL1L2>::kReads) > 1 ? kCtasPerSm : kSummingCtasPerSm)
+    penalty_kernel(const __grid_constant__ Table table) {
   __shared__ Blocks blocks[2];        // one is summed while the other is filled
   __shared__ CompensatedSum run_sum;  // the first thread's alone; spares the others registers
   constexpr bool kHasFactor = !std::is_void_v<typename P<0>::Fresh>;

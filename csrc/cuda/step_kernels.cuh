@@ -144,24 +144,27 @@ class StepJob {
   static constexpr unsigned kWrites = (Pass::kWrites & ~bit(kUnscaled)) | bit(1);  // the gradient, unscaled
   static constexpr unsigned kOptional = Pass::kOptional;
   static constexpr bool kIsRelative = Pass::kIsRelative;
-  using Vector = std::conditional_t<sizeof(Storage) == sizeof(uint16_t), uint2, uint4>;  // with sums of four elements
+  using Sum = double;
+  static constexpr bool kSumsFirst = kSums != 0 && Sums::kIsExact;
+  // With sums of four elements at most; of two, of which all rows are there at a time, where sums come first.
+  using Vector = std::conditional_t<kSumsFirst || sizeof(Storage) == sizeof(uint16_t), uint2, uint4>;
   static constexpr bool kAdds = false;
   template <class V>
-  static constexpr int kAhead = (streams_in(kReads) > 3 ? 2 : 4) / (kWide<dtype> ? 2 : 1);
+  static constexpr int kAhead =
+      (streams_in(kReads) > 3 ? 2 : 4) / (kWide<dtype> ? 2 : 1) * (kSumsFirst && kFastMemory ? 2 : 1);
 
   __device__ StepJob(const StepShared<Pass>& shared, int summed) : sums_(of_terms(summed)), shared_(shared) {}
 
   __device__ bool writes(int s) const { return s != 1 || (shared_.numbers.options & kUnscale) != 0; }
 
+  __device__ bool has_terms() const { return sums_.has_terms(); }
+
   static __device__ Storage padding() { return Storage{}; }
 
-  template <class V, int rows, int count>
-  __device__ __forceinline__ void add_rows(const V (&w)[rows], double (&first)[count], double (&second)[count]) const {
-    constexpr int kTogether = kFewDoubles ? 1 : rows;  // sums by moving bits (to_float64) take more registers
-#pragma unroll
-    for (int r = 0; r < rows; r += kTogether) {
-      sums_.add_rows(reinterpret_cast<const V(&)[kTogether]>(w[r]), first, second);
-    }
+  template <class V, int rows, int count, class Again>
+  __device__ __forceinline__ void add_rows(const V (&w)[rows], double (&first)[count], double (&second)[count],
+                                           const Again& again) const {
+    sums_.add_rows(w, first, second, again);
   }
 
   template <int streams, int count>

@@ -22,6 +22,7 @@
 //                              adds a parameter's element to the sums, in float64; scaled(x) is x / 2^exponent
 //     Sums                     the pass that takes its sums alone, where they can leave the range of float64; else void
 //     kOfAnyDtype              whether those of elements that are narrower than float64 can
+//     kIsCount                 whether what it adds is 0 or 1: that of a lane may be taken in the type of the elements
 //     kPadding                 the byte of which elements consist that change no sum
 //
 //     kHasOptions              whether element() takes the options of an optimizer's step, and is proximal with one of
@@ -87,6 +88,7 @@ struct AnyPass {
   static constexpr unsigned kReads = 0, kWrites = 0, kOptional = 0, kSums = 0, kUsual = 0;
   static constexpr int kFactors = 0, kSumFactors = 0, kPadding = 0;
   static constexpr bool kOfAnyDtype = false, kPositiveZeros = false, kHasOptions = false, kIsRelative = false;
+  static constexpr bool kIsCount = false;
 
   template <class S>
   static FUSED_REG_INLINE void factors(const ChunkNumbers&, S*) {}

@@ -221,7 +221,7 @@ void expect_float64_of_bits() {
                                                      : bits),
                         bits_as<float>(bits & 0x80000000)};
     double wide[2];
-    to_float64(x, wide);
+    widen(x, wide);
     for (int k = 0; k < 2; ++k) {
       EXPECT(bits_as<uint64_t>(wide[k]) == bits_as<uint64_t>(static_cast<double>(x[k])), x[k], wide[k]);
     }

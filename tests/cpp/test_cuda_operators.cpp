@@ -421,6 +421,7 @@ int main(int argc, char**) {
   for (const Grouping group : {Grouping::kTensor, Grouping::kRow, Grouping::kColumn}) {
     if (has_few_groups(rows, group)) {
       expect_all(rows, Given::of({0.1, 0.2, 0.3, 0.1}, group), "many groups, some of several chunks");
+      expect_prox(rows, Given::of({0, 0.2, 0.3, 0.1}, group), "many groups, without L1");
     }
   }
   const Tensors runs{at::randn({6, 8}), at::randn({12, 4, 3}), at::randn({36})};
