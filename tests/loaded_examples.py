@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 DOCS = EXAMPLES.parent / "docs"
 
 PACKAGES = {
+    "continual": ("matplotlib", "rich", "sklearn"),
     "digits": ("sklearn",),
     "finetune": ("accelerate", "matplotlib", "rich", "sklearn", "transformers"),
     "path": ("matplotlib", "rich", "sklearn"),

@@ -25,6 +25,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ("example", "module"),
     [
         *(("finetune", package) for package in PACKAGES["finetune"]),
+        ("continual", "rich"),
         ("digits", "sklearn"),
         ("path", "sklearn"),
         ("prune", "matplotlib"),
@@ -52,7 +53,14 @@ def test_a_missing_package(example, module):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of transformers' imports
 @pytest.mark.parametrize(
     ("example", "training"),
-    [("finetune", "Study"), ("path", "compare"), ("prune", "train"), ("tune", "fit"), ("weights", "train")],
+    [
+        ("continual", "run"),
+        ("finetune", "Study"),
+        ("path", "compare"),
+        ("prune", "train"),
+        ("tune", "fit"),
+        ("weights", "train"),
+    ],
 )
 def test_a_folder_that_cannot_be_written(example, training, tmp_path, monkeypatch):
     """Said before the training."""
