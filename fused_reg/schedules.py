@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from fused_reg._arguments import as_number, is_number
 
 
 @dataclass(frozen=True)
-class _Ramp:
+class Ramp:
+    """What the ramps have in common."""
+
     start: float
     end: float
     steps: int
@@ -22,10 +25,7 @@ class _Ramp:
             if not is_number(given):
                 raise TypeError(f"{function}: {name} must be a number, got {type(given).__name__}")
             as_number(f"{function}: {name}", given)
-        for name, least in (("steps", 1), ("delay", 0)):
-            given = getattr(self, name)
-            if type(given) is not int or given < least:
-                raise ValueError(f"{function}: {name} must be an integer >= {least}, got {given!r}")
+        _check_counts(self)
 
     def __call__(self, step: int) -> float:
         """The strength after so many steps."""
@@ -37,7 +37,14 @@ class _Ramp:
         raise NotImplementedError
 
 
-class LinearRamp(_Ramp):
+def _check_counts(ramp: Ramp | PatternRamp) -> None:
+    for name, least in (("steps", 1), ("delay", 0)):
+        given = getattr(ramp, name)
+        if type(given) is not int or given < least:
+            raise ValueError(f"{type(ramp).__name__}: {name} must be an integer >= {least}, got {given!r}")
+
+
+class LinearRamp(Ramp):
     r"""A straight line from one strength to another, as a warm-up is: ``LinearRamp(0.0, 1e-4, steps=1000)``.
 
     .. math:: s(t) = (1 - x)\, \text{start} + x\, \text{end}, \qquad
@@ -74,7 +81,7 @@ class LinearRamp(_Ramp):
         return x
 
 
-class CosineRamp(_Ramp):
+class CosineRamp(Ramp):
     r"""Half a cosine from one strength to another: slow at both ends.
 
     .. math:: s(t) = \text{end} + (\text{start} - \text{end})\, \frac{1 + \cos(\pi x)}{2}, \qquad
@@ -105,3 +112,85 @@ class CosineRamp(_Ramp):
 
     def _share(self, x: float) -> float:
         return (1 - math.cos(math.pi * x)) / 2
+
+
+class CubicRamp(Ramp):
+    r"""Fast at first, and slower the nearer it comes: for a share of zeros, ``CubicRamp(0.0, 0.8, steps=1000)``.
+
+    .. math:: s(t) = \text{end} + (\text{start} - \text{end})\, (1 - x)^3, \qquad
+        x = \min\Big( \frac{\max(t - \text{delay},\, 0)}{\text{steps}},\, 1 \Big)
+
+    for the number t of optimizer steps taken. As ``zeros`` of a :class:`fused_reg.Regularizer` it prunes most
+    while many weights are of little use, and leaves time for the last ones.
+
+    Args:
+        start: as of :class:`LinearRamp`, and so are the others.
+        end: likewise.
+        steps: likewise.
+        delay: likewise.
+
+    Raises:
+        TypeError: as of :class:`LinearRamp`.
+        ValueError: likewise.
+
+    Example:
+        >>> from fused_reg.schedules import CubicRamp
+        >>> ramp = CubicRamp(0.0, 0.8, steps=4, delay=10)
+        >>> [round(ramp(step), 4) for step in (0, 10, 11, 12, 13, 14, 100)]
+        [0.0, 0.0, 0.4625, 0.7, 0.7875, 0.8, 0.8]
+
+    Source: Zhu and Gupta 2017, "To prune, or not to prune", equation 1.
+    """
+
+    def _share(self, x: float) -> float:
+        return 1 - (1 - x) ** 3
+
+
+@dataclass(frozen=True)
+class PatternRamp:
+    r"""A pattern of zeros that comes gradually: ``zeros=PatternRamp("2:4", steps=1000)`` of a
+    :class:`fused_reg.Regularizer`.
+
+    Called with a step, it gives the share that is zero by then of what the pattern leaves out: from 0 to 1, as
+    :class:`CubicRamp` goes.
+
+    Args:
+        pattern: ``"n:m"``, at most n of each m elements that follow on one another in a row are other than zero.
+        steps: how many optimizer steps it takes: an integer >= 1.
+        delay: how many steps come before: an integer >= 0.
+
+    Raises:
+        TypeError: ``pattern`` is no string.
+        ValueError: it is none of that kind; ``steps`` or ``delay`` is no such integer.
+
+    Example:
+        >>> from fused_reg.schedules import PatternRamp
+        >>> ramp = PatternRamp("2:4", steps=2)
+        >>> [ramp(step) for step in (0, 1, 2, 3)]
+        [0.0, 0.875, 1.0, 1.0]
+
+    Source: as of :class:`CubicRamp`; Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", for 2:4.
+    """
+
+    pattern: str
+    steps: int
+    delay: int = 0
+
+    def __post_init__(self) -> None:
+        parsed_pattern("PatternRamp: pattern", self.pattern)
+        _check_counts(self)
+
+    def __call__(self, step: int) -> float:
+        """The share after so many steps."""
+        return CubicRamp(0.0, 1.0, self.steps, self.delay)(step)
+
+
+def parsed_pattern(name: str, pattern: str) -> tuple[int, int]:
+    """Its two numbers, checked; ``name`` begins the message of an error."""
+    if not isinstance(pattern, str):
+        raise TypeError(f'{name} must be a string as "2:4", got {type(pattern).__name__}')
+    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", pattern, re.ASCII)
+    n, m = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= n < m:
+        raise ValueError(f'{name} must be "n:m" with 1 <= n < m, as "2:4", got {pattern!r}')
+    return n, m

@@ -12,7 +12,7 @@ from test_regularizer import strengths_of
 from torch import nn
 
 from fused_reg import Regularizer, regularized
-from fused_reg.schedules import CosineRamp, LinearRamp
+from fused_reg.schedules import CosineRamp, CubicRamp, LinearRamp, PatternRamp
 
 STEPS = (0, 1, 2, 3, 5, 6, 9, 10, 11, 1000)
 
@@ -29,9 +29,12 @@ def test_formulas(start, end):
         assert linear == pytest.approx(start + (end - start) * x, rel=1e-14, abs=1e-16)
         cosine = CosineRamp(start, end, steps=7, delay=2)(step)
         assert cosine == pytest.approx(end + (start - end) * (1 + math.cos(math.pi * x)) / 2, rel=1e-14, abs=1e-16)
+        cubic = CubicRamp(start, end, steps=7, delay=2)(step)
+        assert cubic == pytest.approx(end + (start - end) * (1 - x) ** 3, rel=1e-14, abs=1e-16)
+        assert PatternRamp("2:4", steps=7, delay=2)(step) == pytest.approx(1 - (1 - x) ** 3, rel=1e-14)
 
 
-@pytest.mark.parametrize("kind", [LinearRamp, CosineRamp])
+@pytest.mark.parametrize("kind", [LinearRamp, CosineRamp, CubicRamp])
 def test_both_ends_are_exact(kind):
     ramp = kind(0.7, 0.1, steps=10, delay=3)  # 0.7 + (0.1 - 0.7) is not 0.1
     assert [ramp(step) for step in (0, 3, 13, 100)] == [0.7, 0.7, 0.1, 0.1]
@@ -46,7 +49,7 @@ def test_cosine_is_that_of_learning_rates():
         scheduler.step()
 
 
-@pytest.mark.parametrize("kind", [LinearRamp, CosineRamp])
+@pytest.mark.parametrize("kind", [LinearRamp, CosineRamp, CubicRamp])
 def test_as_a_value(kind):
     ramp = kind(0.0, 0.5, steps=4)
     assert repr(ramp) == f"{kind.__name__}(start=0.0, end=0.5, steps=4, delay=0)"
@@ -109,7 +112,7 @@ def test_a_training_goes_on(again):
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-@pytest.mark.parametrize("kind", [LinearRamp, CosineRamp])
+@pytest.mark.parametrize("kind", [LinearRamp, CosineRamp, CubicRamp])
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
@@ -125,3 +128,25 @@ def test_a_training_goes_on(again):
 def test_errors(kind, given, error, message):
     with pytest.raises(error, match=f"^{kind.__name__}: {re.escape(message)}$"):
         kind(**({"start": 0.0, "end": 0.5, "steps": 4} | given))
+
+
+def test_a_pattern_as_a_value():
+    ramp = PatternRamp("2:4", steps=4)
+    assert repr(ramp) == "PatternRamp(pattern='2:4', steps=4, delay=0)"
+    for again in (copy.deepcopy(ramp), pickle.loads(pickle.dumps(ramp))):
+        assert again == ramp != PatternRamp("1:4", steps=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"pattern": "4:4"}, ValueError, "pattern must be \"n:m\" with 1 <= n < m, as \"2:4\", got '4:4'"),
+        ({"pattern": "0:4"}, ValueError, "pattern must be \"n:m\" with 1 <= n < m, as \"2:4\", got '0:4'"),
+        ({"pattern": "2:4 "}, ValueError, "pattern must be \"n:m\" with 1 <= n < m, as \"2:4\", got '2:4 '"),
+        ({"pattern": 0.5}, TypeError, 'pattern must be a string as "2:4", got float'),
+        ({"steps": 0}, ValueError, "steps must be an integer >= 1, got 0"),
+    ],
+)
+def test_errors_of_patterns(given, error, message):
+    with pytest.raises(error, match=f"^PatternRamp: {re.escape(message)}$"):
+        PatternRamp(**({"pattern": "2:4", "steps": 4} | given))

@@ -359,8 +359,10 @@ class Attachment:
                     "such a step",
                 )
         found_inf = found_infinity(optimizer)
-        if self._mode != "grad" and not self._has_ridden:
-            self._shrink(optimizer)
+        if self._mode != "grad":
+            if not self._has_ridden:
+                self._shrink(optimizer)
+            self._share.project_(self._used, found_inf)
         # Several optimizers count once; a graph would repeat one step's numbers, and its user counts.
         if self._all.is_first(self) and not _devices.is_captured(self._share.params[0]):
             self._table.count(found_inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import Any, Literal, NoReturn
@@ -17,6 +18,7 @@ from typing_extensions import Unpack
 from fused_reg._arguments import is_number
 from fused_reg._terms import ANY_TERM, KINDS, MoreStrengths, MoreTerms, takes_terms
 from fused_reg._warnings import warn
+from fused_reg.regularizer.aims import checked_zeros, project_
 from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
@@ -26,7 +28,7 @@ from fused_reg.regularizer.references import References, Toward, Weights, as_wei
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
 from fused_reg.regularizer.selection import Choice, as_rules
-from fused_reg.regularizer.strengths import Given, as_flag, as_penalty, given_strengths
+from fused_reg.regularizer.strengths import Given, Zeros, as_flag, as_penalty, given_strengths
 from fused_reg.regularizer.table import Entry, Table
 
 
@@ -136,6 +138,8 @@ class Regularizer:
         l2: Given = None,
         l2_norm: Given = None,
         *,
+        zeros: Zeros | None = None,
+        zeros_per: Literal["parameter"] | None = None,
         group_weights: Literal["sqrt_size"] | None = None,
         weights_only: bool = False,
         include: str | Iterable[str] | None = None,
@@ -155,9 +159,12 @@ class Regularizer:
         given = {"toward": as_weights("toward", toward), "importance": as_weights("importance", importance)}
         if group_weights not in (None, "sqrt_size"):
             raise ValueError(f'Regularizer: group_weights must be None or "sqrt_size", got {group_weights!r}')
+        if zeros_per not in (None, "parameter"):
+            raise ValueError(f'Regularizer: zeros_per must be None or "parameter", got {zeros_per!r}')
         rules = None if rules is None else list(rules)
+        aim = None if zeros is None else checked_zeros("Regularizer: zeros", zeros)
         choice = Choice(
-            as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms),
+            replace(as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms), zeros=aim or None),
             weights_only,
             as_keys("include", include),
             as_keys("types", types),
@@ -170,6 +177,8 @@ class Regularizer:
             "l2_norm": l2_norm,
             "group": "tensor",
             **terms,
+            "zeros": zeros,
+            "zeros_per": zeros_per,
             "group_weights": group_weights,
             "weights_only": weights_only,
             "include": choice.include,
@@ -180,7 +189,9 @@ class Regularizer:
             "save_references": save_references,
         }
         references = References(**given, is_saved=save_references)
-        self._begin(Table(Source(params, choice), references, group_weights is not None))
+        self._begin(Table(Source(params, choice), references, group_weights is not None, zeros_per is not None))
+        if zeros_per is not None and not self._table.has_aims():
+            raise ValueError(f'Regularizer: zeros_per="{zeros_per}" must come with zeros, which it is about, got none')
         self._current()
 
     def _begin(self, table: Table) -> None:
@@ -197,15 +208,20 @@ class Regularizer:
             self._table.follow()
         return self._table
 
-    def _used(self) -> Part:
+    def _used(self, is_proximal: bool = False) -> Part:
         """All of it as it is now, to train with."""
+        if not is_proximal and self._table.has_aims():
+            raise ValueError(
+                'Regularizer: zeros must be reached by proximal steps, as regularizer.attach(optimizer, mode="prox"), '
+                "got a call for a value or gradient, in which they have no part; `attachment.value` is the penalty"
+            )
         if is_compiling():
             self._current_while_tracing()
             self._table.look_at_all()
             return self._whole
         self._table.claim()
         self._attachments.miss_nothing()
-        if self._states is not None and self._table.cells():
+        if self._states is not None and (self._table.cells() or self._table.has_aims()):
             self._watch_schedules(self._states)
         return self._current()
 
@@ -271,9 +287,13 @@ class Regularizer:
         if not is_number(step) and not (isinstance(step, Tensor) and step.ndim == 0):
             got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
             raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
-        part = self._used()
+        part = self._used(is_proximal=True)
         self._attachments.warn_of_twice("by prox_")
         part.prox_(step)
+        if self._table.has_aims():
+            if is_compiling():
+                raise NotImplementedError("prox_: zeros must be reached outside of compiled code, got a call within it")
+            project_([entry for entry in part.entries if entry.param.requires_grad])
 
     @property
     def step(self) -> int:

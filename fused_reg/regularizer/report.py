@@ -30,6 +30,7 @@ from fused_reg.distributed.buckets import Bucket
 from fused_reg.distributed.parts import checked_buckets
 from fused_reg.distributed.shards import shards_of
 from fused_reg.functional import fused_penalty
+from fused_reg.regularizer.aims import Aim, aims_of
 from fused_reg.regularizer.calls import named
 from fused_reg.regularizer.strengths import Cell, Column, Held, identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
@@ -37,6 +38,9 @@ from fused_reg.regularizer.table import Entry, Table
 Row = dict[str, Any]
 
 _NAMES_SHOWN = 3
+
+#: Of a strength group whose zeros are an aim.
+_AIMED = ("zeros_aim", "zeros_reached")
 
 #: What is measured of every parameter: the sum that each strength is a factor of, and more.
 _MEASURES = (*TERMS, "norm", "zeros", "zero_slices")
@@ -51,7 +55,9 @@ class Report:
             ("parameter"), and one for all ("total"): ``name``, ``elements``, ``value`` of the penalty, Euclidean
             ``norm``, ``zeros`` (the elements that are exactly 0), ``zero_share`` (of the elements, 0 to 1). Groups and
             parameters also have their strengths (``l1`` and so on) and ``group``, and if that is not "tensor"
-            ``slices`` and ``zero_slices`` (the rows or columns of which all elements are 0).
+            ``slices`` and ``zero_slices`` (the rows or columns of which all elements are 0). Groups whose ``zeros`` are
+            an aim have ``zeros_aim``, the share to which the next step leads, of elements or of slices, and
+            ``zeros_reached``, that of now, of all parameters that have the aim.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -83,21 +89,24 @@ class Report:
 
         Returns:
             ``prefix/value``, ``prefix/norm`` and ``prefix/zero_share``, and the same for every parameter,
-            ``prefix/name/value`` and so on; for every strength group ``prefix/group 0/l1`` and its other strengths.
+            ``prefix/name/value`` and so on; for every strength group ``prefix/group 0/l1`` and its other strengths, and
+            its ``zeros_aim`` and ``zeros_reached``, if it has ``zeros``.
         """
         scalars = {}
         for row in self.rows:
             path = prefix if row["level"] == "total" else f"{prefix}/{row['name']}"
             kinds = ["value", "norm", "zero_share"]
             if row["level"] == "group":
-                kinds += self._kinds()
+                kinds += [*self._kinds(), *(kind for kind in _AIMED if kind in row)]
             scalars.update({f"{path}/{kind}": float(row[kind]) for kind in kinds})
         return scalars
 
     def __str__(self) -> str:
         slices = any("slices" in row for row in self.rows)
+        aims = any("zeros_aim" in row for row in self.rows)
         kinds = self._kinds()
-        header = ["", "elements", *kinds, "value", "norm", "zeros", "zero slices" if slices else ""]
+        more = ["zero slices" if slices else "", "aim" if aims else ""]
+        header = ["", "elements", *kinds, "value", "norm", "zeros", *more]
         lines = [header, *(_cells(row, kinds) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         return "\n".join(
@@ -124,6 +133,7 @@ def _cells(row: Row, kinds: Sequence[str]) -> list[str]:
         f"{row['norm']:.6g}",
         f"{row['zeros']:,} ({100 * row['zero_share']:.1f} %)",
         f"{row['zero_slices']:,} of {row['slices']:,}" if "slices" in row else "",
+        f"{100 * row['zeros_reached']:.1f} of {100 * row['zeros_aim']:.1f} %" if "zeros_aim" in row else "",
     ]
 
 
@@ -151,6 +161,8 @@ def _described(entry: Entry) -> str:
             words.append(f"{kind}={float(tensor.detach()):g} (tensor)")
         elif strength != DEFAULTS[kind]:
             words.append(f"{kind}={strength:g}")
+    if entry.aim is not None:
+        words.append(entry.aim.text)
     return ", ".join(words if entry.group == "tensor" else [*words, group_text(entry.group)]) or "none"
 
 
@@ -161,12 +173,13 @@ def report_of(table: Table) -> Report:
     entries = [e for group in groups for e in group]
     check_whole("Regularizer", [e.param for e in entries], [e.name for e in entries])
     measured = _measure(entries)
+    aimed = {id(aim): _aimed(aim, [measured[id(e)] for e in own]) for aim, own in aims_of(entries)}
     rows: list[Row] = []
     leaves: list[Row] = []
     for i, group in enumerate(groups):
         own = [measured[id(e)] for e in group]
         strengths = {kind: own[0][kind] for kind in (*KINDS, "group")}
-        rows += [_sum("group", f"group {i}", own) | strengths, *own]
+        rows += [_sum("group", f"group {i}", own) | strengths | aimed.get(id(group[0].aim), {}), *own]
         leaves += own
     return Report([*rows, _sum("total", "total", leaves)])
 
@@ -180,6 +193,13 @@ def _sum(level: str, name: str, rows: Sequence[Row]) -> Row:
     if level == "group" and rows[0]["group"] != "tensor":
         row |= {kind: sum(r[kind] for r in rows) for kind in ("slices", "zero_slices")}
     return row
+
+
+def _aimed(aim: Aim, rows: Sequence[Row]) -> Row:
+    """What an aim is now, and what is reached of it by the parameters that have it."""
+    whole, zeros = ("elements", "zeros") if aim.group == "tensor" else ("slices", "zero_slices")
+    reached = sum(row[zeros] for row in rows) / max(sum(row[whole] for row in rows), 1)
+    return {"zeros_aim": aim.share_of_all, "zeros_reached": reached}
 
 
 @torch.no_grad()

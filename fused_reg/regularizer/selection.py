@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import ANY_TERM, SHAPES, TERMS, lacking
+from fused_reg.regularizer.aims import checked_zeros
 from fused_reg.regularizer.candidates import Candidate, marked_modules
 from fused_reg.regularizer.keys import Key, check_matches, is_type, shown
 from fused_reg.regularizer.marks import Mark
@@ -75,7 +76,8 @@ class Choice:
         given = rule[1]
         # A rule's number 0 drops the term: `set_strength` for all that have it passes by.
         kept = {k: None if k in TERMS and is_absent(s) else s for k, s in given.items() if k != "group"}
-        return Penalty({**base.given, **kept}, given.get("group", base.group))
+        zeros = kept.pop("zeros", base.zeros)
+        return Penalty({**base.given, **kept}, given.get("group", base.group), zeros or None)
 
     def _base_of(self, candidate: Candidate) -> Penalty:
         penalties = {name: mark.penalty_of(name) for name, mark in candidate.marks.items()}
@@ -121,7 +123,7 @@ class Choice:
 
     def _idle_defaults(self, chosen: Sequence[Candidate]) -> Iterable[str]:
         takers = [(c, (self._rule_of(c) or ("", {}))[1]) for c in chosen if not c.marks]
-        for kind, strength in self.default.given.items():
+        for kind, strength in {**self.default.given, "zeros": self.default.zeros}.items():
             if not _is_nothing(kind, strength) and all(kind in given for _, given in takers):
                 yield (
                     f"Regularizer: {kind} must apply to a parameter, but rules or marks by `regularized` speak about "
@@ -133,9 +135,11 @@ class Choice:
                 yield lacking("Regularizer: ", name, own[name])
 
     def _is_without(self, candidate: Candidate, name: str) -> bool:
-        """Whether it lacks the term that an argument of this name shapes."""
-        term, rule = SHAPES[name].shapes, self._rule_of(candidate)
-        return (rule[1] if rule else {}).get(term, self._base_of(candidate).given[term]) is None
+        """Whether it lacks the term that an argument of this name shapes, and for a group an aim, too."""
+        term, rule = SHAPES[name].shapes, (self._rule_of(candidate) or ("", {}))[1]
+        base = self._base_of(candidate)
+        has_aim = name == "group" and bool(rule.get("zeros", base.zeros))
+        return rule.get(term, base.given[term]) is None and not has_aim
 
     def _idle_marks(self, marked: Mapping[Mark, str], candidates: Sequence[Candidate]) -> Iterable[str]:
         owned: dict[Mark, list[Candidate]] = {mark: [] for mark in marked}
@@ -178,9 +182,12 @@ def as_rules(rules: Iterable[tuple[Key, Mapping[str, Any]]] | None) -> list[Rule
         if not is_pair or not (isinstance(rule[0], str) or is_type(rule[0])):
             raise TypeError(f"Regularizer: rules[{i}] must be a pair (pattern or type, dict(l1=...)), got {rule!r}")
         key, given = rule
-        checked_keys(f"Regularizer: rules[{i}]", given)
-        penalty = as_penalty("Regularizer", f"rules[{i}] {shown(key)}: ", **given)
-        named = {k: {**penalty.given, "group": penalty.group}[k] for k in given if given[k] is not None}
+        checked_keys(f"Regularizer: rules[{i}]", given, "zeros")
+        where = f"rules[{i}] {shown(key)}: "
+        penalty = as_penalty("Regularizer", where, **{k: x for k, x in given.items() if k != "zeros"})
+        zeros = given.get("zeros")
+        zeros = None if zeros is None else checked_zeros(f"Regularizer: {where}zeros", zeros)
+        named = {k: {**penalty.given, "group": penalty.group, "zeros": zeros}[k] for k in given if given[k] is not None}
         if not named:
             raise ValueError(f"Regularizer: rules[{i}] must give {ANY_TERM}, got {dict(given)!r}")
         checked_rules.append((key, named))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
+from itertools import compress
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from fused_reg import _devices
 from fused_reg._arguments import value_dtype
 from fused_reg._terms import TERMS
+from fused_reg.regularizer.aims import project_
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.strengths import identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
@@ -82,6 +84,8 @@ class Share:
                         f"attach: {kind} of {entry.name!r} must be a constant, got a tensor that requires grad, and an "
                         "attached penalty gives it none; add regularizer() to the loss"
                     )
+        if self._mode == "grad" and (aimed := next((e for e in entries if e.aim is not None), None)) is not None:
+            raise ValueError(f'attach: mode must be "prox" where parameters have zeros, as {aimed.name!r}, got "grad"')
         self.entries, self.params = entries, [entry.param for entry in entries]
         self.group_of = [groups[id(p)] for p in self.params]
         self._groups = sorted(set(self.group_of))
@@ -123,6 +127,11 @@ class Share:
     def in_step(self) -> list[bool]:
         """Which parameters a step changes now."""
         return [p.grad is not None and p.requires_grad for p in self.params]
+
+    def project_(self, chosen: list[bool] | None, found_inf: Tensor | None) -> None:
+        """Makes those zero that an aim wants to be; ``chosen``: which entries a step has changed; None: all."""
+        used = [p.requires_grad for p in self.params] if chosen is None else chosen
+        project_(list(compress(self.entries, used)), found_inf)
 
     def check_rates(self, optimizer: Optimizer) -> None:
         """Raises unless each of the groups has a rate that a proximal step can have. A GPU is not waited for."""

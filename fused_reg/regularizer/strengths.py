@@ -41,6 +41,9 @@ class Cell:
 #: A number, a tensor of the user's, or a cell.
 Held: TypeAlias = "float | Tensor | Cell"
 
+#: A share from 0 to below 1, a schedule of it, or a pattern: ``"2:4"``, at most 2 of each 4 that follow on one another.
+Zeros: TypeAlias = "float | Schedule | str"
+
 #: A strength as the user gives it.
 Given: TypeAlias = "float | Tensor | Schedule | None"
 
@@ -51,10 +54,11 @@ class Penalty:
 
     given: Mapping[str, Given]  # for each of `KINDS`
     group: LayerGroup = "tensor"
+    zeros: Zeros | None = None  # the share aimed at
 
     @property
     def is_empty(self) -> bool:
-        return all(self.given[term] is None for term in TERMS)
+        return self.zeros is None and all(self.given[term] is None for term in TERMS)
 
     @property
     def key(self) -> object:
@@ -80,13 +84,13 @@ def checked(name: str, strength: Any) -> float | Tensor | Schedule:
         return as_number(name, strength)
     if callable(strength):
         if not is_compiling():
-            _check_signature(name, strength)
+            check_signature(name, strength)
         return cast(Schedule, strength)
     hint = "; for strengths per parameter give rules" if isinstance(strength, Sequence) else ""
     raise TypeError(f"{name} must be a float, a 0-dim tensor or a schedule, got {type(strength).__name__}{hint}")
 
 
-def _check_signature(name: str, schedule: Schedule) -> None:
+def check_signature(name: str, schedule: Schedule) -> None:
     """A schedule must take the step alone. What Python cannot inspect is seen when it is called."""
     try:
         signature = inspect.signature(schedule)
@@ -115,9 +119,9 @@ def as_penalty(function: str, where: str = "", **given: Any) -> Penalty:
     return Penalty({kind: strengths.get(kind) for kind in KINDS}, group)
 
 
-def checked_keys(where: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+def checked_keys(where: str, given: Mapping[str, Any], *others: str) -> Mapping[str, Any]:
     """A dictionary of strengths, checked for names that are no arguments; ``where`` begins the message of an error."""
-    allowed = [*KINDS, "group"]
+    allowed = [*KINDS, "group", *others]
     unknown = [key for key in given if key not in allowed]
     if unknown:
         raise ValueError(f"{where} must have keys of {', '.join(allowed)}, got {unknown[0]!r}")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fused_reg import _devices
-from fused_reg._terms import SHAPES, TERM_OF, Group, check_runs, group_code, group_count, lacking, misfit
+from fused_reg._terms import SHAPES, TERM_OF, Group, LayerGroup, check_runs, group_code, group_count, lacking, misfit
 from fused_reg._warnings import warn
+from fused_reg.regularizer.aims import Aim, aims_of
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, Named
 from fused_reg.regularizer.references import References
@@ -21,6 +22,7 @@ from fused_reg.regularizer.strengths import (
     Given,
     Held,
     Schedule,
+    Zeros,
     held,
     identity,
     is_absent,
@@ -46,6 +48,7 @@ class Entry(Named):
     toward: Tensor | None = None
     importance: Tensor | None = None
     weight: float | None = None  # of its groups, by which the strength of their norms is multiplied
+    aim: Aim | None = None
 
     @property
     def name(self) -> str:
@@ -71,12 +74,16 @@ class Entry(Named):
 class Table:
     """The entries. ``version`` counts changes other than those in place."""
 
-    def __init__(self, source: Source, references: References, weighs_groups: bool = False) -> None:
+    def __init__(
+        self, source: Source, references: References, weighs_groups: bool = False, aims_at_each: bool = False
+    ) -> None:
         self.version = 0
         self._source = source
         self.references = references
         references.read(source.candidates)
         self._weighs_groups = weighs_groups
+        self._aims_at_each = aims_at_each
+        self._aims: list[Aim] = []  # those of the entries
         self._step = 0
         self._is_led = False  # whether somebody counts or sets the step
         self._skipped: Tensor | None = None  # how many of these steps were none, which a GPU knows
@@ -96,7 +103,14 @@ class Table:
 
     def is_standing(self) -> bool:
         """Whether it has a schedule, and no step was counted or set."""
-        return self._step == 0 and not self._is_led and any(cell.schedule is not None for cell in self.cells().values())
+        return self._step == 0 and not self._is_led and self._has_schedule()
+
+    def has_aims(self) -> bool:
+        return len(self._aims) > 0
+
+    def _has_schedule(self) -> bool:
+        has_one = any(cell.schedule is not None for cell in self.cells().values())
+        return has_one or any(aim.schedule is not None for aim in self._aims)
 
     def look_at_all(self) -> None:
         """For a compiler: see `Source.look_at_all`."""
@@ -115,18 +129,19 @@ class Table:
         for e in self.entries:
             for kind, own_strength in e.strengths.items():
                 alike.setdefault((kind, identity(e.given[kind]), e.weight_of(kind)), []).append(own_strength)
-        entries = []
+        entries, aims = [], [*self._aims]
         for candidate, penalty in self._source.chosen:
             names, given = candidate.names, self._source.given(candidate, penalty)
             before = next((known[key] for key in (id(candidate.param), *names) if key in known), None)
             group: Group = "tensor"  # where it has no norms, and others do not fit
-            if given["l2_norm"] is not None:
+            aim = None if penalty.zeros is None else self._aim_of(penalty.zeros, penalty.group, aims)
+            if given["l2_norm"] is not None or aim is not None:
                 group = candidate.group_of("Regularizer", penalty.group)
                 check_runs(f"Regularizer: params[{names[0]!r}]", candidate.param, group)
             elif candidate.knows(penalty.group) and not misfit(candidate.param, penalty.group):
                 group = candidate.group_of("Regularizer", penalty.group)
             references = self.references.of(candidate.param, names, before)
-            entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references)
+            entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references, aim=aim)
             if self._weighs_groups:
                 entry.weight = _root_of_size(candidate.param, group)
             for kind, strength in given.items():
@@ -140,15 +155,30 @@ class Table:
                 else:
                     entry.strengths[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength, weight)
             entries.append(entry)
-        if self._weighs_groups and all(entry.given["l2_norm"] is None for entry in entries):
+        found = aims_of(entries)
+        has_groups = any(aim.group != "tensor" for aim, _ in found)
+        if self._weighs_groups and not has_groups and all(entry.given["l2_norm"] is None for entry in entries):
             raise ValueError("Regularizer: group_weights must come with l2_norm, whose groups it weighs, got none")
+        for aim, own in found:
+            aim.check(own)
+        self._aims = [aim for aim, _ in found]
         return entries
+
+    def _aim_of(self, zeros: Zeros, group: LayerGroup, aims: list[Aim]) -> Aim:
+        """The one of these that has been given the same, or a new one."""
+        aim = next((aim for aim in aims if aim.is_of(zeros, group)), None)
+        if aim is None:
+            aim = Aim(zeros, group, self._aims_at_each)
+            aim.share = aim.at(self.step)
+            aims.append(aim)
+        return aim
 
     def groups(self) -> list[list[Entry]]:
         """The strength groups: the entries with the same strengths, of the same kind."""
         groups: dict[object, list[Entry]] = {}
         for entry in self.entries:
-            groups.setdefault((*map(identity, entry.strengths.values()), entry.group), []).append(entry)
+            key = *map(identity, entry.strengths.values()), entry.group, id(entry.aim)
+            groups.setdefault(key, []).append(entry)
         return list(groups.values())
 
     def cells(self) -> dict[str, Cell]:
@@ -180,7 +210,7 @@ class Table:
 
     def count(self, found_inf: Tensor | None) -> None:
         """A step of an optimizer, which has skipped it if ``found_inf`` is not 0: that is looked at when it matters."""
-        if found_inf is None or any(cell.schedule is not None for cell in self.cells().values()):
+        if found_inf is None or self._has_schedule():
             if found_inf is None or not found_inf:
                 self.go_to(self.step + 1)
             return
@@ -196,9 +226,16 @@ class Table:
                 due.append((cell, id(schedule)))
                 if id(schedule) not in values:
                     values[id(schedule)] = scheduled(f"Regularizer: {name}", schedule, step)
+        shares = self._shares(step)
         self._step, self._skipped, self._is_led = step, None, True
         for cell, asked in due:
             _fill(cell.value, values[asked])
+        for aim, share in shares:
+            aim.share = share
+
+    def _shares(self, step: int) -> list[tuple[Aim, float]]:
+        """What each aim is at this step, checked."""
+        return [(aim, aim.at(step)) for aim in self._aims]
 
     def change(self, strengths: Mapping[str, Given], where: Key | None) -> None:
         """Gives the entries that ``where`` means strengths of some kinds, checked before. A number is written into the
@@ -268,6 +305,7 @@ class Table:
                     values[id(schedule)] = scheduled(name, schedule, step)
                 if len(wanted[identity(old)]) == 1:
                     _check_fits(name, old, values.get(id(schedule), value))
+        shares = self._shares(step)
         for wishes in wanted.values():
             for (value, keep), old in list(wishes.items()):
                 schedule = _schedule_of(old, keep)
@@ -282,6 +320,8 @@ class Table:
             for kind, old in e.strengths.items():
                 e.strengths[kind] = wanted[identity(old)][saved[e.name][kind]]
         self.references.load(references, self.entries)
+        for aim, share in shares:
+            aim.share = share
         self._step, self._skipped = step, None
         self.version += 1
 

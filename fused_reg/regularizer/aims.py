@@ -1,0 +1,227 @@
+"""A share of zeros as the aim: which of the weights a proximal step makes zero so that their share is the one aimed at.
+
+The projection to the nearest weights with so many zeros: the smallest become zero, the others stay as they are. It is
+the proximal step of an L0 penalty whose strength is found anew at each step (iterative hard thresholding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.functional import split
+
+from fused_reg import _devices, _ops
+from fused_reg._arguments import is_dtensor, is_number
+from fused_reg._terms import LayerGroup, Strengths, group_code, group_count, group_text, in_groups
+from fused_reg.regularizer.strengths import Schedule, Zeros, check_signature, scheduled
+from fused_reg.schedules import PatternRamp, Ramp, parsed_pattern
+
+if TYPE_CHECKING:
+    from fused_reg.regularizer.table import Entry
+
+
+def checked_zeros(name: str, zeros: Any) -> Zeros:
+    """What is given, checked; ``name`` begins the message of an error."""
+    if isinstance(zeros, str):
+        parsed_pattern(name, zeros)
+        return zeros
+    if is_number(zeros):
+        return _as_share(name, zeros)
+    if isinstance(zeros, Ramp):
+        for end in ("start", "end"):
+            _as_share(f"{name}: {end} of {type(zeros).__name__}", getattr(zeros, end))
+    elif callable(zeros) and not isinstance(zeros, Tensor):
+        check_signature(name, zeros)
+    else:
+        raise TypeError(f'{name} must be a share, a schedule of it or a pattern as "2:4", got {type(zeros).__name__}')
+    return cast(Zeros, zeros)
+
+
+def _as_share(name: str, share: float) -> float:
+    if not 0 <= share < 1:
+        raise ValueError(f"{name} must be a share from 0 to below 1, got {share}")
+    return float(share)
+
+
+@dataclass(eq=False)
+class Aim:
+    """One aim, which the entries that have it reach together, or each by itself. ``share``: of now; of a pattern the
+    share of what it leaves to be zero."""
+
+    given: Zeros
+    group: LayerGroup  # as given; "tensor": elements are counted, not groups
+    is_each: bool
+    share: float = 0.0
+
+    def is_of(self, given: Zeros, group: LayerGroup) -> bool:
+        is_same = self.given == given if isinstance(given, float | str) else self.given is given
+        return is_same and self.group == group
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """How many of how many elements that follow on one another may be other than zero."""
+        text = self.given.pattern if isinstance(self.given, PatternRamp) else self.given
+        return parsed_pattern("Regularizer: zeros", text) if isinstance(text, str) else None
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return self.given if callable(self.given) else None
+
+    def at(self, step: int) -> float:
+        """The share at this step, checked."""
+        if isinstance(self.given, str):
+            return 1.0
+        if isinstance(self.given, float):
+            return self.given
+        share = scheduled("Regularizer: zeros", self.given, step)
+        return share if self.pattern else _as_share(f"Regularizer: zeros at step {step}", share)
+
+    @property
+    def share_of_all(self) -> float:
+        """Of all elements, or groups, of now."""
+        pattern = self.pattern
+        return self.share if pattern is None else self.share * (pattern[1] - pattern[0]) / pattern[1]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.given, float | str):
+            return f"zeros={self.given!r}".replace("'", '"')
+        pattern = f', "{self.given.pattern}"' if isinstance(self.given, PatternRamp) else ""
+        return f"zeros={self.share_of_all:g} (schedule{pattern})"
+
+    def check(self, entries: Sequence[Entry]) -> None:
+        """Raises where these cannot reach it, whatever their weights are."""
+        for entry in entries:
+            self._check_fits(entry)
+        for pool in self.pools([e for e in entries if e.param.requires_grad]):
+            sizes = [_size(entry) for entry in pool]
+            largest = max(self.given.start, self.given.end) if isinstance(self.given, Ramp) else self.given
+            count = round(largest * sum(sizes)) if isinstance(largest, float) else None
+            if count in (0, sum(sizes)):
+                what = "elements" if self.group == "tensor" else f"groups ({group_text(self.group)})"
+                raise ValueError(
+                    f"Regularizer: zeros={largest} must leave some and make others zero, but of the {sum(sizes)} "
+                    f"{what} of {pool[0].name!r}{' and others' * (len(pool) > 1)} it makes {count} zero"
+                )
+
+    def _check_fits(self, entry: Entry) -> None:
+        where, p = f"Regularizer: zeros of {entry.name!r}", entry.param
+        if is_dtensor(p):
+            raise TypeError(f"{where} must be of plain tensors, got a DTensor, of which each process has a part")
+        for name in ("toward", "importance"):
+            if getattr(entry, name) is not None:
+                raise ValueError(f"{where} must come without {name}, got both; give one to a Regularizer of its own")
+        if (pattern := self.pattern) is None:
+            return
+        if self.group != "tensor":
+            raise ValueError(f"{where} must be of elements where they are a pattern, got {group_text(self.group)}")
+        size = p[0].numel() if p.ndim > 1 and len(p) else p.numel()
+        if p.ndim < 2 or size % pattern[1] != 0:
+            raise ValueError(
+                f'{where}: the rows must have a multiple of {pattern[1]} elements, to be "{pattern[0]}:{pattern[1]}", '
+                f"got shape {tuple(p.shape)}; leave it out with exclude, or weights_only"
+            )
+
+    def pools(self, entries: Sequence[Entry]) -> list[list[Entry]]:
+        """Those that reach it together."""
+        return [[entry] for entry in entries] if self.is_each else [list(entries)] * bool(entries)
+
+
+def aims_of(entries: Sequence[Entry]) -> list[tuple[Aim, list[Entry]]]:
+    """Each aim with those that have it."""
+    found: dict[int, tuple[Aim, list[Entry]]] = {}
+    for entry in entries:
+        if entry.aim is not None:
+            found.setdefault(id(entry.aim), (entry.aim, []))[1].append(entry)
+    return list(found.values())
+
+
+@torch.no_grad()
+def project_(entries: Sequence[Entry], found_inf: Tensor | None = None) -> None:
+    """Makes so many of the smallest zero that each aim is reached by those of these entries that have it; nothing where
+    a GPU knows that the step was none."""
+    for aim, own in aims_of(entries):
+        for pool in aim.pools(own):
+            for entry, mask in zip(pool, _masks(aim, pool), strict=True):
+                _make_zero(entry, mask, aim.group, found_inf)
+
+
+def _masks(aim: Aim, pool: Sequence[Entry]) -> Sequence[Tensor]:
+    """Of each entry: which of its elements, or groups, become zero."""
+    keys = [e.param.detach().abs().reshape(-1) for e in pool] if aim.group == "tensor" else _norms(pool)
+    size = sum(key.numel() for key in keys)
+    if aim.pattern is None:
+        return smallest(keys, min(round(aim.share * size), size - 1))  # of few that have a gradient, never all
+    n, m = aim.pattern
+    rests = [_is_behind(key, n, m) for key in keys]
+    if aim.share == 1:
+        return rests
+    keys = [key.masked_fill(~rest, torch.inf) for key, rest in zip(keys, rests, strict=True)]
+    return smallest(keys, round(aim.share * (size // m * (m - n))))
+
+
+def _size(entry: Entry) -> int:
+    is_counted = entry.aim is not None and entry.aim.group != "tensor"
+    return group_count(entry.param, group_code(entry.group)) if is_counted else entry.param.numel()
+
+
+def _is_behind(key: Tensor, n: int, m: int) -> Tensor:
+    """Which are not among the n largest of each m; of equal ones the first are. NaN counts as infinity."""
+    runs = key.nan_to_num(torch.inf, torch.inf).reshape(-1, m)
+    place = torch.arange(m, device=key.device)
+    larger = torch.zeros_like(runs, dtype=torch.int32)
+    for j in range(m):
+        other = runs[:, j : j + 1]
+        larger += (other > runs) | ((other == runs) & (place > j))
+    return (larger >= n).reshape(-1)
+
+
+def _norms(pool: Sequence[Entry]) -> list[Tensor]:
+    """The norm of each group, in the bits that every device gives; divided by the group's weight, if it has one."""
+    alike: dict[Any, list[int]] = {}
+    for i, entry in enumerate(pool):
+        alike.setdefault((entry.group, entry.param.device), []).append(i)
+    keys: dict[int, Tensor] = {}
+    for (group, _), places in alike.items():
+        code, params = group_code(group), [pool[i].param.detach() for i in places]
+        norms = split(_ops.norms(params, *Strengths(group=code)), [group_count(p, code) for p in params])
+        keys |= {i: key / (pool[i].weight or 1.0) for i, key in zip(places, norms, strict=True)}
+    return [keys[i] for i in range(len(pool))]
+
+
+def smallest(keys: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Masks of the ``count`` smallest of all keys, each of one dimension; of equal ones those that come first. NaN is
+    larger than all. A GPU is not waited for."""
+    if count <= 0:
+        return [torch.zeros_like(key, dtype=torch.bool) for key in keys]
+    device = keys[0].device
+    key = torch.cat([k.to(device) for k in keys])
+    larger = key.numel() - count + 1  # topk takes less of the fewer
+    if count < larger:
+        limit = key.topk(count, largest=False, sorted=False).values.amax()
+    else:
+        limit = key.topk(larger, sorted=False).values.nan_to_num(torch.inf, torch.inf, -torch.inf).amin()
+    below, equal = key < limit, key == limit
+    needed = count - below.sum()
+    if not _devices.is_at_hand(key) or equal.sum() > needed:
+        equal &= equal.cumsum(0) <= needed
+    below |= equal
+    return [mask.to(k.device) for mask, k in zip(split(below, [k.numel() for k in keys]), keys, strict=True)]
+
+
+def _make_zero(entry: Entry, mask: Tensor, group: LayerGroup, found_inf: Tensor | None) -> None:
+    if found_inf is not None:
+        mask = mask & (found_inf.to(mask.device) == 0)
+    w = entry.param.detach()
+    if group == "tensor":
+        w.masked_fill_(mask.reshape(w.shape), 0)
+        return
+    w, dim = in_groups(w, group_code(entry.group))
+    shape = [1] * w.ndim
+    if dim is not None:
+        shape[dim] = -1
+    w.masked_fill_(mask.reshape(shape), 0)
