@@ -16,6 +16,7 @@ PACKAGES = {
     "continual": ("matplotlib", "rich", "sklearn"),
     "digits": ("sklearn",),
     "finetune": ("accelerate", "matplotlib", "rich", "sklearn", "transformers"),
+    "pat": ("matplotlib", "rich", "sklearn"),
     "path": ("matplotlib", "rich", "sklearn"),
     "prune": ("matplotlib", "rich", "sklearn"),
     "tune": ("matplotlib", "optuna", "rich", "sklearn"),

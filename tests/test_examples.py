@@ -27,6 +27,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         *(("finetune", package) for package in PACKAGES["finetune"]),
         ("continual", "rich"),
         ("digits", "sklearn"),
+        ("pat", "matplotlib"),
         ("path", "sklearn"),
         ("prune", "matplotlib"),
         ("tune", "optuna"),
@@ -56,6 +57,7 @@ def test_a_missing_package(example, module):
     [
         ("continual", "run"),
         ("finetune", "Study"),
+        ("pat", "compare"),
         ("path", "compare"),
         ("prune", "train"),
         ("tune", "fit"),
