@@ -48,8 +48,8 @@ html_show_sourcelink = False
 
 # The order of the pages. It stands here, so that the pages are plain Markdown.
 GUIDES = (
-    "guides/loop guides/weight_decay guides/keras guides/group_lasso guides/reference_weights guides/proximal cuda "
-    "compile distributed torch examples/index"
+    "guides/loop guides/weight_decay guides/keras guides/group_lasso guides/reference_weights guides/proximal "
+    "guides/zeros cuda compile distributed torch examples/index"
 )
 CONTENTS = {
     "index": {

@@ -189,8 +189,8 @@ def parsed_pattern(name: str, pattern: str) -> tuple[int, int]:
     """Its two numbers, checked; ``name`` begins the message of an error."""
     if not isinstance(pattern, str):
         raise TypeError(f'{name} must be a string as "2:4", got {type(pattern).__name__}')
-    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", pattern, re.ASCII)
+    found = re.fullmatch(r"(\d{1,2}):(\d{1,2})", pattern, re.ASCII)
     n, m = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= n < m:
-        raise ValueError(f'{name} must be "n:m" with 1 <= n < m, as "2:4", got {pattern!r}')
+    if not 1 <= n < m <= 64:
+        raise ValueError(f'{name} must be "n:m" with 1 <= n < m <= 64, as "2:4", got {pattern!r}')
     return n, m

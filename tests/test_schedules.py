@@ -140,9 +140,9 @@ def test_a_pattern_as_a_value():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"pattern": "4:4"}, ValueError, 'pattern must be "n:m" with 1 <= n < m, as "2:4", got \'4:4\''),
-        ({"pattern": "0:4"}, ValueError, 'pattern must be "n:m" with 1 <= n < m, as "2:4", got \'0:4\''),
-        ({"pattern": "2:4 "}, ValueError, 'pattern must be "n:m" with 1 <= n < m, as "2:4", got \'2:4 \''),
+        ({"pattern": "4:4"}, ValueError, 'pattern must be "n:m" with 1 <= n < m <= 64, as "2:4", got \'4:4\''),
+        ({"pattern": "0:4"}, ValueError, 'pattern must be "n:m" with 1 <= n < m <= 64, as "2:4", got \'0:4\''),
+        ({"pattern": "2:4 "}, ValueError, 'pattern must be "n:m" with 1 <= n < m <= 64, as "2:4", got \'2:4 \''),
         ({"pattern": 0.5}, TypeError, 'pattern must be a string as "2:4", got float'),
         ({"steps": 0}, ValueError, "steps must be an integer >= 1, got 0"),
     ],

@@ -3,7 +3,6 @@ every optimizer; and the others are as the step left them."""
 
 import copy
 import io
-import itertools
 import pickle
 import re
 
@@ -14,7 +13,6 @@ from oracle import assert_same_bits
 from torch import nn
 
 from fused_reg import Regularizer, optim
-from fused_reg.regularizer.aims import smallest
 from fused_reg.schedules import CubicRamp, PatternRamp
 
 RAMP = CubicRamp(0.0, 0.8, steps=8, delay=2)
@@ -37,35 +35,6 @@ def without_smallest(tensors, count):
     flat = torch.cat([t.flatten() for t in tensors])
     flat[flat.abs().argsort(stable=True)[:count]] = 0
     return [x.view_as(t) for x, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_smallest_are_found_whatever_is_equal(seed):
-    generator = torch.Generator().manual_seed(seed)
-    whole = torch.randint(6, (40,), generator=generator).double()
-    whole[seed] = torch.nan  # larger than all
-    whole[seed + 7] = torch.inf
-    keys = [whole[:5].bfloat16(), whole[5:5], whole[5:30], whole[30:].float()]
-    order = whole.argsort(stable=True)
-    for count in range(40):
-        expected = torch.zeros(40, dtype=torch.bool)
-        expected[order[:count]] = True
-        masks = smallest(keys, count)
-        assert [m.shape for m in masks] == [k.shape for k in keys]
-        assert torch.equal(torch.cat(masks), expected)
-
-
-def test_it_is_the_nearest_point_with_so_many_zeros():
-    w = nn.Parameter(torch.tensor([0.3, -0.1, 2.0, -0.2, 0.7]))
-    x = w.detach().clone()
-    Regularizer([w], zeros=0.4).prox_(0.1)
-    distances = {
-        kept: (x - x * torch.tensor([float(i in kept) for i in range(5)])).square().sum().item()
-        for kept in itertools.combinations(range(5), 3)
-    }
-    best = min(distances, key=distances.get)
-    assert w.nonzero().flatten().tolist() == list(best)
-    assert (x - w.detach()).square().sum().item() == pytest.approx(distances[best])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -1,8 +1,4 @@
-"""A share of zeros as the aim: which of the weights a proximal step makes zero so that their share is the one aimed at.
-
-The projection to the nearest weights with so many zeros: the smallest become zero, the others stay as they are. It is
-the proximal step of an L0 penalty whose strength is found anew at each step (iterative hard thresholding).
-"""
+"""A share of zeros as the aim of a `Regularizer`: what is given, what is counted together, and what cannot be."""
 
 from __future__ import annotations
 
@@ -10,21 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
-from torch.functional import split
 
-from fused_reg import _devices, _ops
 from fused_reg._arguments import is_dtensor, is_number
-from fused_reg._terms import LayerGroup, Strengths, group_code, group_count, group_text, in_groups
-from fused_reg.regularizer.strengths import Schedule, Zeros, check_signature, scheduled
+from fused_reg._terms import LayerGroup, group_code, group_count, group_text
+from fused_reg.regularizer.strengths import Schedule, ZeroShare, check_signature, scheduled
 from fused_reg.schedules import PatternRamp, Ramp, parsed_pattern
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.table import Entry
 
 
-def checked_zeros(name: str, zeros: Any) -> Zeros:
+def checked_zeros(name: str, zeros: Any) -> ZeroShare:
     """What is given, checked; ``name`` begins the message of an error."""
     if isinstance(zeros, str):
         parsed_pattern(name, zeros)
@@ -38,7 +31,7 @@ def checked_zeros(name: str, zeros: Any) -> Zeros:
         check_signature(name, zeros)
     else:
         raise TypeError(f'{name} must be a share, a schedule of it or a pattern as "2:4", got {type(zeros).__name__}')
-    return cast(Zeros, zeros)
+    return cast(ZeroShare, zeros)
 
 
 def _as_share(name: str, share: float) -> float:
@@ -52,12 +45,12 @@ class Aim:
     """One aim, which the entries that have it reach together, or each by itself. ``share``: of now; of a pattern the
     share of what it leaves to be zero."""
 
-    given: Zeros
+    given: ZeroShare
     group: LayerGroup  # as given; "tensor": elements are counted, not groups
     is_each: bool
     share: float = 0.0
 
-    def is_of(self, given: Zeros, group: LayerGroup) -> bool:
+    def is_of(self, given: ZeroShare, group: LayerGroup) -> bool:
         is_same = self.given == given if isinstance(given, float | str) else self.given is given
         return is_same and self.group == group
 
@@ -140,88 +133,6 @@ def aims_of(entries: Sequence[Entry]) -> list[tuple[Aim, list[Entry]]]:
     return list(found.values())
 
 
-@torch.no_grad()
-def project_(entries: Sequence[Entry], found_inf: Tensor | None = None) -> None:
-    """Makes so many of the smallest zero that each aim is reached by those of these entries that have it; nothing where
-    a GPU knows that the step was none."""
-    for aim, own in aims_of(entries):
-        for pool in aim.pools(own):
-            for entry, mask in zip(pool, _masks(aim, pool), strict=True):
-                _make_zero(entry, mask, aim.group, found_inf)
-
-
-def _masks(aim: Aim, pool: Sequence[Entry]) -> Sequence[Tensor]:
-    """Of each entry: which of its elements, or groups, become zero."""
-    keys = [e.param.detach().abs().reshape(-1) for e in pool] if aim.group == "tensor" else _norms(pool)
-    size = sum(key.numel() for key in keys)
-    if aim.pattern is None:
-        return smallest(keys, min(round(aim.share * size), size - 1))  # of few that have a gradient, never all
-    n, m = aim.pattern
-    rests = [_is_behind(key, n, m) for key in keys]
-    if aim.share == 1:
-        return rests
-    keys = [key.masked_fill(~rest, torch.inf) for key, rest in zip(keys, rests, strict=True)]
-    return smallest(keys, round(aim.share * (size // m * (m - n))))
-
-
 def _size(entry: Entry) -> int:
     is_counted = entry.aim is not None and entry.aim.group != "tensor"
     return group_count(entry.param, group_code(entry.group)) if is_counted else entry.param.numel()
-
-
-def _is_behind(key: Tensor, n: int, m: int) -> Tensor:
-    """Which are not among the n largest of each m; of equal ones the first are. NaN counts as infinity."""
-    runs = key.nan_to_num(torch.inf, torch.inf).reshape(-1, m)
-    place = torch.arange(m, device=key.device)
-    larger = torch.zeros_like(runs, dtype=torch.int32)
-    for j in range(m):
-        other = runs[:, j : j + 1]
-        larger += (other > runs) | ((other == runs) & (place > j))
-    return (larger >= n).reshape(-1)
-
-
-def _norms(pool: Sequence[Entry]) -> list[Tensor]:
-    """The norm of each group, in the bits that every device gives; divided by the group's weight, if it has one."""
-    alike: dict[Any, list[int]] = {}
-    for i, entry in enumerate(pool):
-        alike.setdefault((entry.group, entry.param.device), []).append(i)
-    keys: dict[int, Tensor] = {}
-    for (group, _), places in alike.items():
-        code, params = group_code(group), [pool[i].param.detach() for i in places]
-        norms = split(_ops.norms(params, *Strengths(group=code)), [group_count(p, code) for p in params])
-        keys |= {i: key / (pool[i].weight or 1.0) for i, key in zip(places, norms, strict=True)}
-    return [keys[i] for i in range(len(pool))]
-
-
-def smallest(keys: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of the ``count`` smallest of all keys, each of one dimension; of equal ones those that come first. NaN is
-    larger than all. A GPU is not waited for."""
-    if count <= 0:
-        return [torch.zeros_like(key, dtype=torch.bool) for key in keys]
-    device = keys[0].device
-    key = torch.cat([k.to(device) for k in keys])
-    larger = key.numel() - count + 1  # topk takes less of the fewer
-    if count < larger:
-        limit = key.topk(count, largest=False, sorted=False).values.amax()
-    else:
-        limit = key.topk(larger, sorted=False).values.nan_to_num(torch.inf, torch.inf, -torch.inf).amin()
-    below, equal = key < limit, key == limit
-    needed = count - below.sum()
-    if not _devices.is_at_hand(key) or equal.sum() > needed:
-        equal &= equal.cumsum(0) <= needed
-    below |= equal
-    return [mask.to(k.device) for mask, k in zip(split(below, [k.numel() for k in keys]), keys, strict=True)]
-
-
-def _make_zero(entry: Entry, mask: Tensor, group: LayerGroup, found_inf: Tensor | None) -> None:
-    if found_inf is not None:
-        mask = mask & (found_inf.to(mask.device) == 0)
-    w = entry.param.detach()
-    if group == "tensor":
-        w.masked_fill_(mask.reshape(w.shape), 0)
-        return
-    w, dim = in_groups(w, group_code(entry.group))
-    shape = [1] * w.ndim
-    if dim is not None:
-        shape[dim] = -1
-    w.masked_fill_(mask.reshape(shape), 0)

@@ -18,17 +18,18 @@ from typing_extensions import Unpack
 from fused_reg._arguments import is_number
 from fused_reg._terms import ANY_TERM, KINDS, MoreStrengths, MoreTerms, takes_terms
 from fused_reg._warnings import warn
-from fused_reg.regularizer.aims import checked_zeros, project_
+from fused_reg.regularizer.aims import checked_zeros
 from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
+from fused_reg.regularizer.projection import project_
 from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
 from fused_reg.regularizer.selection import Choice, as_rules
-from fused_reg.regularizer.strengths import Given, Zeros, as_flag, as_penalty, given_strengths
+from fused_reg.regularizer.strengths import Given, ZeroShare, as_flag, as_penalty, given_strengths
 from fused_reg.regularizer.table import Entry, Table
 
 
@@ -77,9 +78,15 @@ class Regularizer:
         l2: the strength of the sum of squares (ridge), likewise.
         l2_norm: the strength of the sum of Euclidean norms (group lasso), likewise.
         terms: {text}
+        zeros: a share of zeros as the aim of proximal steps, in place of a strength or beside it: from 0 to below 1, a
+            schedule of it, ``CubicRamp(0.0, 0.8, steps=1000)``, or a pattern, ``"2:4"`` (at most 2 of each 4 elements
+            that follow on one another in a row) or :class:`.PatternRamp`. After each step the smallest of all
+            parameters with this aim become zero, elements, or with a ``group`` other than ``"tensor"`` its groups; the
+            others stay as they are. Of plain tensors without ``toward`` and ``importance``. See :doc:`/guides/zeros`.
+        zeros_per: ``"parameter"``: each has this share by itself.
         group_weights: ``"sqrt_size"`` multiplies each ``l2_norm`` by the root of the size of its groups, so that large
             groups are not spared: ``l2_norm * sqrt(n_g) * ||w_g||`` for ``n_g`` elements (Yuan and Lin 2006). Strengths
-            in reports and states are with it; ``l2_norm`` is a number or a schedule then.
+            in reports and states are with it; ``l2_norm`` is a number or a schedule then. ``zeros`` divide norms by it.
         weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
         types: a type of modules or several, ``torch.nn.Linear``; only these, of what ``include`` leaves. What a module
@@ -87,8 +94,9 @@ class Regularizer:
         exclude: patterns and types; these are not. ``fused_reg.NORMS`` is the type of all normalization layers of
             torch; of other packages, where they are no subclasses, give the types or names (``"*norm*"``) beside it.
         rules: pairs of a pattern or type and the strengths for it, ``("*.attn.*", dict(l2=1e-4))``, ``(torch.nn.Conv2d,
-            dict(l1=1e-4))``, with the names of the strengths above and of ``group`` as keys; the first that matches
-            counts. What it does not name is inherited, as in a parameter group of an optimizer, and 0.0 drops a term.
+            dict(l1=1e-4))``, with the names of the strengths above, of ``zeros`` and ``group`` as keys; the first that
+            matches counts. What it does not name is inherited, as in a parameter group of an optimizer, and 0.0 drops a
+            term.
         toward: reference weights: every term is of ``w - toward`` (L2-SP, FedProx). ``"start"``: the weights as they
             are now, of a parameter that its module gets later those that it has then; or a state dict, or a list with
             one for each of ``params``. What is regularized has one, of its shape, dtype and device; they are kept, not
@@ -102,8 +110,8 @@ class Regularizer:
         TypeError: chosen parameters are of no supported kind, a strength is no number, or a type none of modules.
         ValueError: something has no effect: a pattern or type that matches no parameter or none that is left, a rule
             behind others, a term, ``group`` or mark that is nobody's; a tied parameter with two marks; a strength that
-            is negative, infinite or NaN; ``toward`` lacks a parameter, ``importance`` names none, or one of them is not
-            of its shape, dtype and device.
+            is negative, infinite or NaN; ``zeros`` that are no share, or that these parameters cannot have; ``toward``
+            lacks a parameter, ``importance`` names none, or one of them is not of its shape, dtype and device.
 
     Warns:
         UserWarning: its module has changed; a schedule is never advanced; it was copied without its module.
@@ -138,7 +146,7 @@ class Regularizer:
         l2: Given = None,
         l2_norm: Given = None,
         *,
-        zeros: Zeros | None = None,
+        zeros: ZeroShare | None = None,
         zeros_per: Literal["parameter"] | None = None,
         group_weights: Literal["sqrt_size"] | None = None,
         weights_only: bool = False,
@@ -256,7 +264,8 @@ class Regularizer:
             )
 
     def __call__(self) -> Tensor:
-        """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it."""
+        """The penalty: 0-dim and differentiable, as :func:`fused_penalty` returns it. Not with ``zeros``, which have no
+        part in it."""
         return self._attachments.watched(self._used().penalty())
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -279,7 +288,7 @@ class Regularizer:
         return part.accumulate_grad_(scale)[0]
 
     def prox_(self, step: float | Tensor) -> None:
-        """The proximal operator of ``step * penalty``, in place, as :func:`prox_` takes it.
+        """The proximal operator of ``step * penalty``, in place, as :func:`prox_` takes it, and then ``zeros``.
 
         Args:
             step: the learning rate: a finite float >= 0 or a 0-dim tensor.
@@ -374,7 +383,8 @@ class Regularizer:
         """The step count and the strengths as they are now, in plain numbers and names; with ``save_references`` the
         reference weights and importances, too.
 
-        ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets.
+        ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets;
+        so are ``zeros``, whose ramp goes on from the step.
         """
         table = self._followed()
         state: dict[str, Any] = {"step": self.step, "groups": state_of(table)}
@@ -468,9 +478,10 @@ class Regularizer:
 
         Raises:
             TypeError: ``optimizer`` is no torch optimizer, and wraps none.
-            ValueError: an unknown mode; the optimizer holds none of the parameters; it is attached already; a strength
-                requires grad, which it would never get; with mode "prox", a learning rate is missing, negative,
-                infinite or NaN (also before each step), or the optimizer would undo proximal steps.
+            ValueError: an unknown mode, or "grad" with ``zeros``; the optimizer holds none of the parameters; it is
+                attached already; a strength requires grad, which it would never get; with mode "prox", a learning rate
+                is missing, negative, infinite or NaN (also before each step), or the optimizer would undo proximal
+                steps.
 
         Warns:
             UserWarning: the optimizer's ``weight_decay`` is not 0 for a parameter that has an ``l2`` toward 0; it

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from fused_reg import _devices
 from fused_reg._arguments import value_dtype
 from fused_reg._terms import TERMS
-from fused_reg.regularizer.aims import project_
 from fused_reg.regularizer.calls import Part
+from fused_reg.regularizer.projection import project_
 from fused_reg.regularizer.strengths import identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
 

@@ -42,7 +42,7 @@ class Cell:
 Held: TypeAlias = "float | Tensor | Cell"
 
 #: A share from 0 to below 1, a schedule of it, or a pattern: ``"2:4"``, at most 2 of each 4 that follow on one another.
-Zeros: TypeAlias = "float | Schedule | str"
+ZeroShare: TypeAlias = "float | Schedule | str"
 
 #: A strength as the user gives it.
 Given: TypeAlias = "float | Tensor | Schedule | None"
@@ -54,7 +54,7 @@ class Penalty:
 
     given: Mapping[str, Given]  # for each of `KINDS`
     group: LayerGroup = "tensor"
-    zeros: Zeros | None = None  # the share aimed at
+    zeros: ZeroShare | None = None  # the share aimed at
 
     @property
     def is_empty(self) -> bool:

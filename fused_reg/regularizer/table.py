@@ -22,7 +22,7 @@ from fused_reg.regularizer.strengths import (
     Given,
     Held,
     Schedule,
-    Zeros,
+    ZeroShare,
     held,
     identity,
     is_absent,
@@ -164,7 +164,7 @@ class Table:
         self._aims = [aim for aim, _ in found]
         return entries
 
-    def _aim_of(self, zeros: Zeros, group: LayerGroup, aims: list[Aim]) -> Aim:
+    def _aim_of(self, zeros: ZeroShare, group: LayerGroup, aims: list[Aim]) -> Aim:
         """The one of these that has been given the same, or a new one."""
         aim = next((aim for aim in aims if aim.is_of(zeros, group)), None)
         if aim is None:
