@@ -46,21 +46,25 @@ def report(results: dict[str, Any]) -> None:
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Mean and standard deviation of the seeds, over the share that was reached."""
+    """What is wrong of the test images, over the share of zeros that was reached: the mean, the least and the most of
+    the seeds. What none of them has wrong is drawn as a tenth of a percent, for the logarithm."""
     networks = results["networks"]
     figure, columns = plt.subplots(1, len(networks), figsize=(9, 4.3), sharey=True, layout="constrained")
     for axes, (name, found) in zip(columns, networks.items(), strict=True):
         runs = found["seeds"]
-        dense = torch.tensor([run["dense"]["accuracy"] for run in runs]).mean().item()
-        axes.axhline(100 * dense, color="0.3", linewidth=1, label="without zeros")
+        dense = torch.tensor([run["dense"]["accuracy"] for run in runs], dtype=torch.float64)
+        axes.axhline(100 * (1 - dense.mean()), color="0.3", linewidth=1, label="without zeros")
         for way in found["code"]:
-            of = [[(one["share"], one["accuracy"]) for one in run[way].values()] for run in runs]
-            shares, scores = 100 * torch.tensor(of, dtype=torch.float64).permute(2, 1, 0)
+            of = [[(one["share"], 1 - one["accuracy"]) for one in run[way].values()] for run in runs]
+            shares, wrong = 100 * torch.tensor(of, dtype=torch.float64).permute(2, 1, 0)
+            wrong = wrong.clamp(min=0.1)
             color, style, shift = STYLES[way]
-            x, deviation = shares.mean(dim=1) + shift, scores.std(dim=1, correction=min(1, len(runs) - 1))
-            axes.errorbar(x, scores.mean(dim=1), deviation, fmt=style, color=color, capsize=3, label=way)
-        axes.set(title=name, xlabel="groups that are zero, %")
-    columns[0].set_ylabel("accuracy on test images, %")
+            x, mean = shares.mean(dim=1) + shift, wrong.mean(dim=1)
+            bars = torch.stack([mean - wrong.amin(dim=1), wrong.amax(dim=1) - mean])
+            axes.errorbar(x, mean, bars, fmt=style, color=color, capsize=3, label=way)
+        axes.set(title=name, xlabel="groups that are zero, %", yscale="log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    columns[0].set_ylabel("wrong of the test images, %")
     figure.legend(*columns[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     path = save_picture(figure, folder, "pat-accuracy")
     plt.close("all")
