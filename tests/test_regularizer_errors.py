@@ -151,7 +151,7 @@ def test_strengths(strength, error, message):
         (
             {"rules": [("0.*", {"l3": 1})]},
             ValueError,
-            "Regularizer: rules[0] must have keys of l1, l2, l2_norm, smooth_l1, beta, group, got 'l3'",
+            "Regularizer: rules[0] must have keys of l1, l2, l2_norm, smooth_l1, beta, group, zeros, got 'l3'",
         ),
         (
             {"rules": [("0.*", {"l1": 1, "group": "r"})]},

@@ -312,6 +312,8 @@ def test_a_configuration_is_a_copy():
         "l2": None,
         "l2_norm": None,
         "group": "tensor",
+        "zeros": None,
+        "zeros_per": None,
         "group_weights": None,
         "weights_only": False,
     }

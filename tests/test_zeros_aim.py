@@ -245,6 +245,15 @@ def test_rules_have_pools_of_their_own():
     ]
 
 
+def test_groups_and_elements_are_counted_apart():
+    model = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 10))
+    Regularizer(model, zeros=0.5, weights_only=True, rules=[("1.*", {"group": "row"})]).prox_(0.0)
+    first, second = weights(model)
+    assert zeros_in([first]) == 100
+    assert int((second == 0).all(1).sum()) == 5
+    assert zeros_in([second]) == 100
+
+
 def test_what_is_reported():
     model = net()
     regularizer = Regularizer(model, l2=0.5, zeros=RAMP, weights_only=True, rules=[("2.*", {"l2": 0.25})])

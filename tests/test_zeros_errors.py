@@ -49,6 +49,17 @@ def test_errors_when_it_is_built(given, error, message):
         Regularizer(net(), **given)
 
 
+def test_what_is_frozen_does_not_count():
+    model = net()
+    for p in list(model.parameters())[:3]:
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"of the 3 elements of '2.bias' it makes 3 zero"):
+        Regularizer(model, zeros=0.9)
+    model[2].bias.requires_grad_(False)
+    Regularizer(model, zeros=0.9).prox_(0.1)  # of nothing
+    assert zeros_in(model.parameters()) == 0
+
+
 def test_it_has_no_part_in_values_and_gradients():
     model = net()
     regularizer = Regularizer(model, l1=0.1, zeros=0.8)

@@ -121,7 +121,9 @@ class Aim:
 
     def pools(self, entries: Sequence[Entry]) -> list[list[Entry]]:
         """Those that reach it together."""
-        return [[entry] for entry in entries] if self.is_each else [list(entries)] * bool(entries)
+        if self.is_each:
+            return [[entry] for entry in entries]
+        return [list(entries)] if entries else []
 
 
 def aims_of(entries: Sequence[Entry]) -> list[tuple[Aim, list[Entry]]]:
