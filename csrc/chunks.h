@@ -43,7 +43,7 @@ constexpr int64_t kVisitedGroup = 4 * kChunkSize;
 
 // Short groups are visited together, up to so many elements: with their gradients they fit a second-level cache.
 constexpr int64_t kVisitedTogether = kChunkSize;
-constexpr int kMaxVisit = 64;  // chunks
+constexpr int kMaxVisit = 256;  // chunks
 
 // A strip has about so many elements, or a cache line of each row of them.
 constexpr int64_t kStripElements = 4 * kChunkSize;

@@ -19,15 +19,23 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fused_reg import _devices
 from fused_reg._arguments import value_dtype
-from fused_reg._partitioned import check_whole
+from fused_reg._references import Tensors
+from fused_reg._step_in_turn import InTurn
 from fused_reg._step_penalty import Penalty, now, penalties_of
 from fused_reg._step_plans import Formula, Plans, Prox, check_options, has_penalty
+from fused_reg._step_references import Toward, in_one_group, penalized, read_references
 from fused_reg.distributed.collectives import total
-from fused_reg.in_place import accumulate_grad_, prox_
 from fused_reg.regularizer.share import Guest
 from fused_reg.regularizer.steps import is_inert
 
-_OWN: dict[str, Any] = {"l1": 0.0, "l2": 0.0, "prox": False}
+_OWN: dict[str, Any] = {
+    "l1": 0.0,
+    "l2": 0.0,
+    "prox": False,
+    "toward": None,
+    "importance": None,
+    "lazy_rows": False,
+}
 _outside_of_graphs: list[Any] = []
 
 _ARGUMENTS = """
@@ -40,14 +48,25 @@ _ARGUMENTS = """
             proximal operator with the learning rate follows the step, which makes weights exactly zero.
             ``"preconditioned"``: with the rate of each element, so that training comes to rest at the minimum of loss
             and penalty. See :doc:`/guides/weight_decay`. An option of a group, too.
+        toward: reference weights, a tensor for each of ``params``, of its shape: the penalty is of ``w - toward``; or
+            ``"start"``, copies of the weights as they are now. Lists are options of a group where there are several.
+            They are kept as tuples and not copied, constants, and a part of the state dict: with ``"start"`` a training
+            goes on toward the weights of its beginning. See :doc:`/guides/reference_weights`.
+        importance: factors of the strengths by element, or by row as ``(rows, 1)``, likewise; finite and >= 0.
+        lazy_rows: whether a parameter with a sparse gradient (``Embedding(sparse=True)``) has the penalty of the rows
+            that the batch has touched alone, each once; ``penalty`` counts these rows then. Such a gradient is an error
+            otherwise. Of :class:`SGD` and :class:`Adagrad`, whose classes of torch take sparse gradients. Such a step
+            is not one pass: torch's own is taken, behind the penalty's gradient or before its proximal step.
 
     What has no gradient is left alone, as by ``weight_decay``, and counts in ``penalty``. With ``maximize=True`` the
     penalty shrinks weights all the same. State dicts load into torch's class and from it.
 
     Raises:
-        TypeError: ``l1`` or ``l2`` is no number; at a step with a penalty, a parameter is complex or a gradient sparse.
-        ValueError: a strength is negative or not finite, ``prox`` is something else; ``differentiable=True``; at a step
-            with a penalty, a parameter is a placeholder (DeepSpeed ZeRO-3) or a piece (FSDP1).
+        TypeError: ``l1`` or ``l2`` is no number; at a step with a penalty, a parameter is complex, or a gradient sparse
+            without ``lazy_rows``.
+        ValueError: a strength is negative or not finite, ``prox`` is something else; ``differentiable=True``; a
+            reference is not of its parameter's shape, dtype and device; ``lazy_rows`` of another class; at a step with
+            a penalty, a parameter is a placeholder (DeepSpeed ZeRO-3) or a piece (FSDP1).
         NotImplementedError: at a step, ``prox="preconditioned"`` where the kernels do not take the parameters (of
             a tensor subclass). There the penalty, torch's own step and the proximal step are taken in turn.
     """
@@ -92,6 +111,7 @@ class OnePass(Optimizer):
 
     _pass: ClassVar[int]  # in the order of csrc/passes/step.h
     _makes_states: ClassVar[bool] = True  # torch's class, before a step; else the step itself does
+    _takes_sparse: ClassVar[bool] = False  # gradients, as torch's class
     _step_of_torch: ClassVar[Callable[[Any], Any]]  # without hooks, which run in ours
     _given: Mapping[str, Any] = _OWN
     _last: Penalty | None = None  # before the last step, unless that is somebody else's
@@ -101,7 +121,15 @@ class OnePass(Optimizer):
     if TYPE_CHECKING:  # torch's arguments, and ours, which `__init_subclass__` puts behind them
 
         def __init__(
-            self, *args: Any, l1: float | Tensor = 0.0, l2: float | Tensor = 0.0, prox: Prox = False, **kwargs: Any
+            self,
+            *args: Any,
+            l1: float | Tensor = 0.0,
+            l2: float | Tensor = 0.0,
+            prox: Prox = False,
+            toward: Toward | None = None,
+            importance: Tensors | None = None,
+            lazy_rows: bool = False,
+            **kwargs: Any,
         ) -> None: ...
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -119,9 +147,18 @@ class OnePass(Optimizer):
             l1: float | Tensor = 0.0,
             l2: float | Tensor = 0.0,
             prox: Prox = False,
+            toward: Toward | None = None,
+            importance: Tensors | None = None,
+            lazy_rows: bool = False,
             **kwargs: Any,
         ) -> None:
-            own = {"l1": l1, "l2": l2, "prox": prox}
+            lists = {"toward": toward, "importance": importance}
+            if args:
+                args = in_one_group(f"{cls.__name__}: ", args[0], lists), *args[1:]
+            elif "params" in kwargs:
+                kwargs["params"] = in_one_group(f"{cls.__name__}: ", kwargs["params"], lists)
+            words = {name: x if isinstance(x, str) else None for name, x in lists.items()}  # for later groups, too
+            own = {"l1": l1, "l2": l2, "prox": prox, **words, "lazy_rows": lazy_rows}
             self._given = own
             base.__init__(self, *args, **kwargs)
             self.defaults.update(own)
@@ -134,13 +171,25 @@ class OnePass(Optimizer):
         cls.__init__ = function  # type: ignore[method-assign]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of torch; ``l1``, ``l2`` and ``prox`` are options of a group."""
+        """As of torch; what this class adds are options of a group."""
         if isinstance(param_group, dict):
             for key, value in self._given.items():
                 param_group.setdefault(key, self.defaults.get(key, value))
-            check_options(f"{type(self).__name__}: ", {**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            self._check(f"{type(self).__name__}: ", param_group)
+        except Exception:
+            self.param_groups.pop()
+            raise
         self._plans = Plans()
+
+    def _check(self, where: str, group: dict[str, Any]) -> None:
+        check_options(where, group)
+        if group["lazy_rows"] and not self._takes_sparse:
+            raise ValueError(
+                f"{where}lazy_rows must be False, because torch's {type(self).__name__} takes no sparse gradients; "
+                "attach a Regularizer to SparseAdam"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also what `load_state_dict` ends with. What torch's class has saved leaves our options as they are."""
@@ -148,7 +197,9 @@ class OnePass(Optimizer):
         for i, (group, old) in enumerate(zip(state["param_groups"], before, strict=False)):
             for key, value in _OWN.items():
                 group.setdefault(key, old.get(key, value))
-            check_options(f"{type(self).__name__}: param_groups[{i}]: ", group)
+            where = f"{type(self).__name__}: param_groups[{i}]: "
+            read_references(where, group, is_loaded=True)
+            self._check(where, group)
         super().__setstate__(state)
         self._plans = Plans()
 
@@ -186,7 +237,7 @@ class OnePass(Optimizer):
 
     def _penalty_now(self) -> Penalty:
         groups = [group for group in self.param_groups if group["params"]]
-        return Penalty(self._dtype(), [partial(now, group["params"], group["l1"], group["l2"]) for group in groups])
+        return Penalty(self._dtype(), [partial(now, penalized(group), group["l1"], group["l2"]) for group in groups])
 
     @_calls_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -242,24 +293,14 @@ class OnePass(Optimizer):
         if guest is not None:
             guest.owner.step_in_turn(self, self._step_of_torch)
             return
-        groups = [group for group in self.param_groups if has_penalty(group)]
-        for group in groups:
-            self._check_in_turn(group)
-        is_none = len(groups) > 0 and is_inert(self)
+        name = type(self).__name__
+        own = [(group, InTurn(name, group)) for group in self.param_groups if has_penalty(group)]
+        is_none = len(own) > 0 and is_inert(self)
         last: list[Callable[[], Tensor]] = []
-        shrunk: list[tuple[list[Tensor], Any, Any, Any]] = []
-        for group in () if is_none else groups:
-            params, l1, l2 = [p for p in group["params"] if p.grad is not None], group["l1"], group["l2"]
-            if params and group["prox"]:
-                last.append(partial(total, now(params, l1, l2), None))
-                lr = group["lr"]
-                shrunk.append((params, l1, l2, lr if isinstance(lr, Tensor) else max(lr, 0.0)))
-            elif params:
-                sign = -1.0 if group["maximize"] else 1.0
-                value = accumulate_grad_(params, l1, l2, scale=sign if grad_scale is None else grad_scale * sign)
-                last.append(partial(total, value, None))
-            if len(params) < len(group["params"]):
-                last += penalties_of([p for p in group["params"] if p.grad is None], l1, l2)
+        for group, in_turn in () if is_none else own:
+            sign = -1.0 if group["maximize"] else 1.0
+            scale = sign if grad_scale is None else grad_scale * sign
+            last += in_turn.penalties() if group["prox"] else in_turn.accumulate_grad_(scale)
         share: Any = 1.0
         if found_inf is not None:  # a GPU knows whether the step will be skipped
             share = (found_inf == 0).reshape(())
@@ -267,20 +308,9 @@ class OnePass(Optimizer):
         if not is_none:
             self._last = Penalty(self._dtype(), last)
         self._step_of_torch()
-        for params, l1, l2, lr in shrunk:
-            prox_(params, l1, l2, step=lr * share)
-
-    def _check_in_turn(self, group: Mapping[str, Any]) -> None:
-        where = f"{type(self).__name__}: "
-        check_options(where, group)
-        if group["prox"] == "preconditioned":
-            raise NotImplementedError(f'{where}prox="preconditioned" must have parameters that the kernels take')
-        check_whole(type(self).__name__, group["params"])
-        for i, p in enumerate(group["params"]):
-            if p.is_complex():
-                raise TypeError(f"{where}params[{i}] must be real where l1 or l2 is not 0, got {p.dtype}")
-            if p.grad is not None and p.grad.layout is not torch.strided:
-                raise TypeError(f"{where}params[{i}].grad must be dense where l1 or l2 is not 0, got {p.grad.layout}")
+        for group, in_turn in () if is_none else own:
+            if group["prox"]:
+                in_turn.prox_(share)
 
     def _formula(self, group: Mapping[str, Any]) -> Formula:
         raise NotImplementedError

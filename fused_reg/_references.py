@@ -35,8 +35,8 @@ def as_relative(
         f"{function}: ",
         params,
         strengths,
-        _as_tensors(function, "toward", toward, len(params)),
-        _as_tensors(function, "importance", importance, len(params)),
+        as_tensors(f"{function}: ", "toward", toward, len(params)),
+        as_tensors(f"{function}: ", "importance", importance, len(params)),
     )
 
 
@@ -48,19 +48,21 @@ def relative(
         raise ValueError(
             f"{where}importance must come without l2_norm, which has one strength for all elements of a group"
         )
-    for name, given in (("toward", toward), ("importance", importance)):
+    whole = [expanded(x, p) for p, x in zip(params, importance, strict=True)] if importance else []
+    for name, given in (("toward", toward), ("importance", whole)):
         for i, (p, x) in enumerate(zip(params, given, strict=True) if given else ()):
             if isinstance(p, Tensor) and not p.is_nested:  # others are named where the list's way is chosen
                 check_like(f"{where}{name}[{i}]", x, p, f"params[{i}]")
     for i, x in enumerate(importance):
         check_importance(f"{where}importance[{i}]", x)
-    return strengths.relative([x.detach() for x in toward], [x.detach() for x in importance])
+    return strengths.relative([x.detach() for x in toward], [x.detach() for x in whole])
 
 
-def _as_tensors(function: str, name: str, given: Any, count: int) -> list[Tensor]:
+def as_tensors(where: str, name: str, given: Any, count: int) -> list[Tensor]:
+    """What is given, read once: one for each of so many parameters; none where it is None."""
     if given is None:
         return []
-    where = f"{function}: {name}"
+    where = f"{where}{name}"
     if isinstance(given, Mapping | Module | str) or not isinstance(given, Tensor | Iterable):
         hint = "; a Regularizer takes names" if isinstance(given, Mapping) else ""
         raise TypeError(f"{where} must be tensors, one for each parameter, got {type(given).__name__}{hint}")
@@ -71,6 +73,14 @@ def _as_tensors(function: str, name: str, given: Any, count: int) -> list[Tensor
     if len(tensors) != count:
         raise ValueError(f"{where} must have one tensor per parameter ({count}), got {len(tensors)}")
     return tensors
+
+
+def expanded(x: Any, p: Tensor) -> Any:
+    """An importance of rows, (rows, 1, ...), or of other slices, as one of every element: a view."""
+    if not isinstance(x, Tensor) or not isinstance(p, Tensor) or p.is_nested or is_dtensor(x):
+        return x
+    fits = x.ndim == p.ndim and all(n in (1, m) for n, m in zip(x.shape, p.shape, strict=True))
+    return x.expand(p.shape) if fits and x.shape != p.shape else x
 
 
 def check_like(name: str, x: Any, p: Any, of: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from fused_reg import _devices, _ops
 from fused_reg._arguments import as_number, check_values, is_dtensor, is_number, value_dtype
 from fused_reg._partitioned import check_whole
 from fused_reg._step_launches import MAXIMIZE, Batch, Launch, Numbers, Place
+from fused_reg._step_references import REFERENCES, Penalized, params_of, penalized, read_references
 from fused_reg._terms import TERM_OF, group_code
 from fused_reg.distributed.buckets import sharing
 from fused_reg.distributed.shards import shards_of
@@ -42,7 +44,7 @@ class Plan(NamedTuple):
     """``rest``: the parameters without a gradient, of each group."""
 
     launches: list[Launch]
-    rest: list[list[Tensor]]
+    rest: list[list[Penalized]]
     all_rest: list[Tensor]  # the same list as long as these are the same
     dtype: torch.dtype  # of the penalty
     may_be_inert: bool
@@ -55,7 +57,8 @@ class Plans:
         self._fingerprint: tuple[bytes, bytes] | None = None
         self._guest: Guest | None = None
         self._batches: list[Batch] = []
-        self._rest: tuple[list[list[Tensor]], list[Tensor]] = [], []
+        self._relations: list[Any] = []  # what the groups have of references, and whether these count
+        self._rest: tuple[list[list[Penalized]], list[Tensor]] = [], []
         self._plan: Plan | None = None
         self._given: list[Any] = []  # what is in the groups
         self._kept: list[Any] = []
@@ -69,6 +72,9 @@ class Plans:
         old, self._fingerprint, self._plan = self._fingerprint, None, None
         has_batches = is_alike and old is not None and found is not None and found[0] == old[0]
         formulas = [optimizer._formula(group) for group in optimizer.param_groups]
+        numbers = [_numbers(optimizer, *each, guest) for each in zip(optimizer.param_groups, formulas, strict=True)]
+        relations = [x for g in optimizer.param_groups for x in (has_penalty(g), *map(g.get, REFERENCES))]
+        has_batches = has_batches and all(map(is_, relations, self._relations))
         if has_batches and all(batch.keys == formulas[batch.group].keys for batch in self._batches):
             batches = self._batches
         else:
@@ -76,10 +82,9 @@ class Plans:
             if made is None:
                 return None
             batches, rest = made
-            self._rest = rest, [p for own in rest for p in own]
+            self._rest = rest, [p for own in rest for p in params_of(own)]
             if found is not None:
                 found = _ops.fingerprint(optimizer.param_groups, optimizer.state)  # with states that are new
-        numbers = [_numbers(optimizer, *each, guest) for each in zip(optimizer.param_groups, formulas, strict=True)]
         merged: dict[Any, list[tuple[Batch, Numbers]]] = {}
         for batch in batches:
             own = numbers[batch.group]
@@ -90,7 +95,7 @@ class Plans:
         may_be_inert = all(numbers[batch.group].may_be_inert for batch in batches)
         dtype = value_dtype(p for group in optimizer.param_groups for p in group["params"])
         plan = Plan(launches, *self._rest, dtype, may_be_inert)
-        self._batches, self._guest, self._fingerprint = batches, guest, found
+        self._batches, self._relations, self._guest, self._fingerprint = batches, relations, guest, found
         if all(own.is_fixed for own in numbers):
             self._plan = plan
         self._given = [list(group.items()) for group in optimizer.param_groups]
@@ -100,36 +105,39 @@ class Plans:
 
 def _batches(
     optimizer: Any, formulas: Sequence[Formula], guest: Guest | None
-) -> tuple[list[Batch], list[list[Tensor]]] | None:
+) -> tuple[list[Batch], list[list[Penalized]]] | None:
     """And of each group what has no gradient."""
     entries = guest.entries if guest else _NO_ENTRY
     batches: list[Batch] = []
-    rest: list[list[Tensor]] = []
+    rest: list[list[Penalized]] = []
     for i, group in enumerate(optimizer.param_groups):
         if has_penalty(group):
             check_whole(type(optimizer).__name__, group["params"])
-        taken: dict[Any, list[Tensor]] = {}
+        taken: dict[Any, list[Any]] = {}  # with what has the references
         rest.append([])
-        for p in group["params"]:
+        for own in penalized(group):
+            p = own.param
             if p.grad is None:
-                rest[-1].append(p)
+                rest[-1].append(own)
                 continue
             entry = entries.get(id(p)) if p.requires_grad else None
             norms = group_code(entry.group) if entry is not None and entry.has("l2_norm") else 0
             place = _place(p)
-            if place is None or (norms and place.is_cut):
+            if place is None or (norms and (place.is_cut or (entry is not None and entry.runs > 1))):
                 return None
-            relation = (False, False) if entry is None else entry.relation
-            taken.setdefault((place, norms, relation), []).append(p)
+            source: Any = entry if guest else own if has_penalty(group) else None
+            relation = tuple(getattr(source, name, None) is not None for name in REFERENCES)
+            taken.setdefault((place, norms, relation), []).append((p, source))
         keys = formulas[i].keys
-        for (place, norms, relation), params in taken.items():
+        for (place, norms, relation), pairs in taken.items():
+            params = [p for p, _ in pairs]
             states = [optimizer.state[p] for p in params] if keys else []
             if optimizer._makes_states and not all(states):
                 lists = list(inspect.signature(optimizer._init_group).parameters)[1:]
                 optimizer._init_group(group, *([] for _ in lists))
             strengths = _strengths([entries.get(id(p)) if p.requires_grad else None for p in params]) if guest else {}
-            own = [entries[id(p)] for p in params] if any(relation) else []
-            references: list[Any] = [[e.toward for e in own if relation[0]], [e.importance for e in own if relation[1]]]
+            present = zip(REFERENCES, relation, strict=True)
+            references: list[Any] = [[getattr(x, name) for _, x in pairs] if has else [] for name, has in present]
             batches.append(Batch(i, place, norms, params, states, keys, strengths, *map(shards_of, references)))
     own_memory = [p for batch in batches if not batch.place.is_cut for p in batch.params]
     return None if _share_memory(own_memory) else (batches, rest)
@@ -185,8 +193,8 @@ def has_penalty(group: Mapping[str, Any]) -> bool:
     return any(isinstance(x, Tensor) or x != 0 for x in (group["l1"], group["l2"]))
 
 
-def check_options(where: str, group: Mapping[str, Any], guest: Guest | None = None) -> None:
-    """Raises where an option of ours is wrong, or one that a guest brings."""
+def check_options(where: str, group: dict[str, Any], guest: Guest | None = None) -> None:
+    """Raises where an option of ours is wrong, or one that a guest brings; keeps references as tuples."""
     for key in ("l1", "l2"):
         strength = group[key]
         if not isinstance(strength, Tensor):
@@ -198,6 +206,9 @@ def check_options(where: str, group: Mapping[str, Any], guest: Guest | None = No
             raise ValueError(f"{where}{key} must be a float or a 0-dim floating point tensor, got {what}")
         else:
             check_values({f"{where}{key}": strength})
+    read_references(where, group)
+    if not isinstance(group["lazy_rows"], bool):
+        raise TypeError(f"{where}lazy_rows must be True or False, got {group['lazy_rows']!r}")
     prox = group["prox"]
     if not isinstance(prox, bool | str) or prox not in PROX:
         raise ValueError(f'{where}prox must be False, True or "preconditioned", got {prox!r}')

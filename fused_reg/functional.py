@@ -52,8 +52,8 @@ def fused_penalty(
         toward: reference weights, one tensor for each parameter, of its shape and dtype: every term is of
             ``w - toward`` (L2-SP, FedProx). Constants, which a step of an optimizer must not change: clones.
         importance: a tensor for each parameter likewise, finite and >= 0, by which its strength is multiplied element
-            by element (with ``toward`` elastic weight consolidation; adaptive lasso; 0 as a mask). Not with
-            ``l2_norm``. See :doc:`/guides/reference_weights`.
+            by element (with ``toward`` elastic weight consolidation; adaptive lasso; 0 as a mask). Dimensions may be 1:
+            ``(rows, 1)`` is a factor for each row. Not with ``l2_norm``. See :doc:`/guides/reference_weights`.
 
     Returns:
         A 0-dim tensor on the first parameter's device, float64 if any parameter is float64, else float32. Parameters

@@ -32,7 +32,7 @@ class SGD(OnePass, torch.optim.SGD):
         tensor(0.6100)
     """
 
-    _pass, _makes_states = 0, False
+    _pass, _makes_states, _takes_sparse = 0, False, True
 
     def _formula(self, group: Mapping[str, Any]) -> Formula:
         rates = group["weight_decay"], group["momentum"], group["dampening"], 0.0
@@ -87,7 +87,7 @@ class Adagrad(OnePass, torch.optim.Adagrad):
     ``ProximalAdagrad``, whose ``l2_regularization_strength`` is twice ``l2``.
     """
 
-    _pass = 3
+    _pass, _takes_sparse = 3, True
 
     def _formula(self, group: Mapping[str, Any]) -> Formula:
         return Formula(0, (group["weight_decay"], group["lr_decay"], 0.0, group["eps"]), ("sum",))

@@ -140,7 +140,8 @@ def test_sparse_gradient(device):
         with refuses(
             TypeError,
             "params[1].grad must be dense (torch.strided), got torch.sparse_coo; "
-            "build the embedding with sparse=False, or use p.grad = p.grad.to_dense()",
+            "build the embedding with sparse=False, use p.grad = p.grad.to_dense(), or attach a Regularizer with "
+            "lazy_rows=True",
         ):
             accumulate_grad_([first, embedding.weight], **BOTH)
         assert unchanged([first]) == before

@@ -116,6 +116,16 @@ def test_unused_parameters(include_unused):
     assert torch.equal(net[1].weight, before) != include_unused
 
 
+def test_rows_of_a_batch():
+    net = nn.Embedding(4, 3, sparse=True)
+    optimizer = torch.optim.SparseAdam(net.parameters())
+    callback = Attached(l2=0.5, lazy_rows=True)
+    callback._begin(net, [optimizer], goes_on=False)
+    net(torch.tensor([1, 1])).sum().backward()
+    optimizer.step()
+    assert net.weight.grad.indices().tolist() == [[1]]
+
+
 @pytest.mark.parametrize(
     ("pick", "got"), [(lambda net: [None], "none"), (lambda net: [torch.optim.SGD([torch.ones(1)])], "SGD")]
 )

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import parametrize, prune
 
 from fused_reg import Regularizer, fused_penalty, largest_strength, optim, reference, regularized
@@ -59,6 +60,10 @@ LAYERS = {
     "ConvTranspose3d": (lambda: nn.ConvTranspose3d(4, 3, 2), (2, 4, 3, 3, 3), 1),
     "depthwise Conv2d": (lambda: nn.Conv2d(3, 6, 2, groups=3), (2, 3, 5, 5), 1),
     "depthwise ConvTranspose1d": (lambda: nn.ConvTranspose1d(6, 3, 2, groups=3), (2, 6, 5), 1),
+    "Conv1d with groups": (lambda: nn.Conv1d(6, 4, 2, groups=2), (2, 6, 5), 1),
+    "Conv2d with groups": (lambda: nn.Conv2d(6, 9, 2, groups=3), (2, 6, 5, 5), 1),
+    "ConvTranspose2d with groups": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), (2, 4, 5, 5), 1),
+    "channels_last": (lambda: nn.Conv2d(6, 4, 2, groups=2).to(memory_format=torch.channels_last), (2, 6, 5, 5), 1),
     "Embedding": (lambda: OneHot(nn.Embedding(4, 3)), (2, 4), -1),
     "EmbeddingBag": (lambda: OneHot(nn.EmbeddingBag(4, 3)), (2, 4), -1),
     "transformers' Conv1D": (lambda: Conv1D(3, 4), (2, 4), -1),
@@ -131,6 +136,7 @@ def test_values_and_gradients(name, group):
     row = regularizer.report().rows[1]
     assert_near(row["value"], float(0.3 * penalty_of(weight.detach(), masks)))
     assert (row["slices"], row["zero_slices"]) == (len(masks), 0)
+    assert_near(row["norm"], float(torch.linalg.vector_norm(weight.detach())))
 
 
 @EVERY_GROUP
@@ -151,18 +157,129 @@ def test_the_proximal_step_makes_whole_channels_zero(name, group):
 
 @pytest.mark.parametrize("mode", ["grad", "prox"])
 @pytest.mark.parametrize("make", [torch.optim.SGD, optim.SGD])
-def test_attached(make, mode):
-    net, masks = case("ConvTranspose2d", "output")
+@pytest.mark.parametrize(("name", "group"), [("ConvTranspose2d", "output"), ("Conv2d with groups", "input")])
+def test_attached(name, group, make, mode):
+    net, masks = case(name, group)
     weight = weight_of(net)
-    before = weight.detach().clone()
     optimizer = make([weight], lr=0.1)
-    attachment = regularizer_of(net, "output", l2_norm=0.5).attach(optimizer, mode=mode)
-    weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    assert attachment.value > 0
-    shrunk = [before[mask] * (1 - 0.05 / torch.linalg.vector_norm(before[mask])) for mask in masks]
-    for mask, expected in zip(masks, shrunk, strict=True):
-        assert_near(weight.detach()[mask], expected)
+    attachment = regularizer_of(net, group, l2_norm=0.5).attach(optimizer, mode=mode)
+    for _ in range(3):
+        before = weight.detach().clone()
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        if mode == "grad" or make is optim.SGD:
+            assert_near(attachment.value, 0.5 * penalty_of(before, masks))
+        shrunk = [before[mask] * (1 - 0.05 / torch.linalg.vector_norm(before[mask])) for mask in masks]
+        for mask, expected in zip(masks, shrunk, strict=True):
+            assert_near(weight.detach()[mask], expected)
+
+
+def with_groups():
+    net, masks = case("Conv2d with groups", "input")
+    return net, net.weight, masks
+
+
+def test_channels_of_groups_beside_other_terms():
+    """Of several layers, with L1 and reference weights, and the factor of each group's size."""
+    net, weight, masks = with_groups()
+    other = nn.Conv2d(9, 4, 1).double()
+    both = nn.Sequential(net, other)
+    strengths = {"l1": 0.1, "l2_norm": 0.3, "group": "input", "weights_only": True}
+    regularizer = Regularizer(both, **strengths, group_weights="sqrt_size")
+    size = int(masks[0].sum())
+    expected = 0.1 * (weight.abs().sum() + other.weight.abs().sum()) + 0.3 * size**0.5 * penalty_of(weight, masks)
+    expected = expected + 0.3 * 2 * sum(torch.linalg.vector_norm(x) for x in other.weight.unbind(1))
+    assert_near(regularizer().detach(), expected.detach())
+    assert_near(regularizer.report().total["value"], expected.detach())
+    start = weight.detach().clone()
+    regularizer = Regularizer(net, l2_norm=0.3, group="input", weights_only=True, toward="start")
+    weight.data += torch.linspace(-1, 1, weight.numel()).double().reshape(weight.shape)
+    expected = 0.3 * penalty_of(weight.detach() - start, masks)
+    assert_near(regularizer().detach(), expected)
+    assert_near(regularizer.report().total["value"], expected)
+    regularizer.prox_(1e6)
+    assert torch.equal(weight, start)
+
+
+def test_gradients_of_such_channels_that_are_missing_or_of_another_dtype():
+    net, weight, masks = with_groups()
+    regularizer = Regularizer(net, l2_norm=0.3, group="input", weights_only=True)
+    (expected,) = torch.autograd.grad(0.3 * penalty_of(weight, masks), weight)
+    regularizer.accumulate_grad_()
+    assert_near(weight.grad, expected)
+    weight.data = weight.data.to(torch.bfloat16)
+    weight.grad, weight.grad_dtype = None, None
+    weight.grad = torch.zeros(weight.shape)
+    regularizer.accumulate_grad_()
+    torch.testing.assert_close(weight.grad, expected.float(), rtol=0.02, atol=1e-3)
+    weight.requires_grad_(False)
+    before = weight.grad.clone()
+    regularizer = Regularizer(net, l2_norm=0.3, group="input")
+    regularizer.accumulate_grad_()
+    assert torch.equal(weight.grad, before)
+
+
+def test_what_such_channels_refuse(mesh):
+    """Errors name the parameter, and nothing is written."""
+    net, weight, _ = with_groups()
+    regularizer = Regularizer(net, l2_norm=0.3, group="input", weights_only=True)
+    weight.data[0, 0, 0, 0] = 5.0
+    before = weight.detach().clone()
+    weight.data = weight.data[:, :1].expand(-1, 2, -1, -1)
+    with pytest.raises(ValueError, match=r"^prox_: params\['weight'\] must have memory for each of its elements"):
+        regularizer.prox_(0.1)
+    weight.data = before
+    with pytest.raises(ValueError, match=r"step must be finite and >= 0"):
+        regularizer.prox_(-1.0)
+    assert torch.equal(weight, before)
+    net.weight = nn.Parameter(distribute_tensor(before, mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match=r"params\['weight'\] must be a plain tensor, .* groups=3, got a DTensor"):
+        Regularizer(net, l2_norm=0.3, group="input", weights_only=True)()
+
+
+def test_channels_in_a_call_of_their_own(monkeypatch):
+    """Norms of rows are another call; and no step with such a call is one that repeats the last."""
+    net, weight, masks = with_groups()
+    both = nn.Sequential(net, nn.Linear(3, 2).double())
+    rules = [("1.*", {"group": "row"})]
+    regularizer = Regularizer(both, l2_norm=0.3, group="input", weights_only=True, rules=rules)
+    weight.grad = torch.ones_like(weight)
+    (expected,) = torch.autograd.grad(0.3 * penalty_of(weight, masks), weight)
+    regularizer.accumulate_grad_()
+    assert_near(weight.grad, 1 + expected)
+
+    def fail(*_):
+        raise AssertionError("repeated")
+
+    monkeypatch.setattr("fused_reg.regularizer.calls._Call.add_to", fail)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    Regularizer(net, l2_norm=0.3, group="input", weights_only=True).attach(optimizer)
+    for _ in range(2):
+        optimizer.step()
+
+
+def test_layers_with_groups_that_share_a_weight(mesh):
+    one, several = nn.Conv2d(2, 4, 3, bias=False), nn.Conv2d(4, 4, 3, groups=2, bias=False)
+    several.weight = one.weight
+    net = nn.Sequential(one, several)
+    assert Regularizer(net, l2_norm=0.1, group="output").report().rows[1]["group"] == "row"
+    with pytest.raises(ValueError, match="its layers differ, as it is tied"):
+        Regularizer(net, l2_norm=0.1, group="input")
+    weight = several.weight.detach()
+    several.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+    net = nn.Sequential(several, nn.Linear(2, 2))
+    regularizer = Regularizer(net, l1=0.1, group="input", rules=[("1.*", {"l2_norm": 0.1})], include="*weight")
+    expected = 0.1 * weight.abs().sum() + 0.1 * net[1].weight.abs().sum()
+    expected = expected + 0.1 * sum(torch.linalg.vector_norm(x) for x in net[1].weight.unbind(1))
+    assert_near(regularizer().detach(), expected.detach())
+
+
+def test_a_compiled_loss_with_such_channels():
+    net, weight, masks = with_groups()
+    regularizer = Regularizer(net, l2_norm=0.3, group="input", weights_only=True)
+    compiled = torch.compile(lambda: 2 * regularizer(), fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(0.6 * penalty_of(weight, masks), weight)
+    assert_near(torch.autograd.grad(compiled(), weight)[0], expected[0])
 
 
 def test_attention_and_biases():
@@ -228,12 +345,6 @@ GROUPS_OF_NET = ["row", "row", "tensor", "row"]
 @pytest.mark.parametrize(
     ("make", "group", "message"),
     [
-        (
-            lambda: nn.Conv2d(4, 4, 3, groups=2),
-            "input",
-            "got Conv2d of several groups with several channels each; give",
-        ),
-        (lambda: nn.ConvTranspose2d(4, 4, 3, groups=2), "output", "got ConvTranspose2d of several groups"),
         (lambda: nn.LSTM(3, 3), "output", "got LSTM"),
         (lambda: [nn.Parameter(torch.ones(2, 2))], "output", "needs the layer, got a list of tensors; pass the model"),
         (lambda: tied(), "output", "its layers differ, as it is tied"),

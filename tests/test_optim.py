@@ -7,7 +7,6 @@ import math
 import pickle
 import re
 
-import optim_cases as cases
 import pytest
 import torch
 from optim_cases import CASES, ONE_EACH, PENALTY, assert_same, assert_same_states, given, named, net, pair, train
@@ -84,12 +83,13 @@ def test_penalty(name, options):
 @EACH
 def test_keys(name, options):
     theirs, ours = (kind(net().parameters(), **options) for kind in pair(name))
-    assert set(ours.param_groups[0]) == {*theirs.param_groups[0], "l1", "l2", "prox"}
-    assert set(ours.defaults) == {*theirs.defaults, "l1", "l2", "prox"}
+    own = ["l1", "l2", "prox", "toward", "importance", "lazy_rows"]
+    assert set(ours.param_groups[0]) == {*theirs.param_groups[0], *own}
+    assert set(ours.defaults) == {*theirs.defaults, *own}
     assert isinstance(ours, pair(name)[0])
     written = list(inspect.signature(pair(name)[1]).parameters.values())
-    assert written[: -len(cases.PENALTY) - 1] == list(inspect.signature(pair(name)[0]).parameters.values())
-    assert [p.name for p in written[-3:]] == ["l1", "l2", "prox"]
+    assert written[: -len(own)] == list(inspect.signature(pair(name)[0]).parameters.values())
+    assert [p.name for p in written[-len(own) :]] == own
     assert repr(ours).startswith(f"{name} (")
     assert "l1: 0.0" in repr(ours)
     assert "Args:" in pair(name)[1].__doc__

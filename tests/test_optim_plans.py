@@ -97,6 +97,23 @@ def test_options(name, key, value):
     check_takes_effect(optimizer, change)
 
 
+@pytest.mark.parametrize("key", ["toward", "importance"])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("after", [None, tuple, list])
+def test_references(key, before, after):
+    def given_as(kind, factor):
+        return kind(torch.linspace(0.25, factor, n) for n in (3, 33))
+
+    def change(optimizer):
+        optimizer.param_groups[1][key] = after and given_as(after, 2.0)
+
+    optimizer = made()
+    if before:
+        optimizer.param_groups[1][key] = given_as(list, 0.5)
+        given(optimizer).step()
+    (check_takes_effect if before or after else check)(optimizer, change)
+
+
 @pytest.mark.parametrize(
     ("key", "shape"), [("l1", ()), ("l2", ()), ("lr", ()), ("lr", (1,)), ("weight_decay", ()), ("weight_decay", (1,))]
 )

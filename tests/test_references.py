@@ -8,7 +8,7 @@ from capabilities import capabilities, output_with
 from oracle import assert_near, assert_same_bits, bits, gradients
 from samples import DTYPES, FULL_DTYPES, LAYOUTS, draw, draw_list, first_quick, leaves, mixed_list
 
-from fused_reg import accumulate_grad_, fused_penalty, prox_, reference, value_and_grad
+from fused_reg import Regularizer, accumulate_grad_, fused_penalty, optim, prox_, reference, value_and_grad
 
 TERMS = {
     "l1": {"l1": 0.3},
@@ -225,6 +225,63 @@ def test_values_near_the_ends_of_the_range():
         value = fused_penalty(w, l2=1.0 / size, toward=w0, importance=f)
         expected = (f * ((w - w0) / size).square()).sum() * size
         torch.testing.assert_close(value, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 1), (1, 4, 1), (1, 1, 1), (5, 1, 3)])
+@pytest.mark.parametrize("where", ["functions", "optimizer", "regularizer"])
+def test_strengths_by_row(shape, where):
+    """As those of every element, bit for bit."""
+    torch.manual_seed(0)
+    w, rows = torch.randn(5, 4, 3), torch.rand(shape)
+    found = []
+    for importance in (rows, rows.expand(5, 4, 3).clone()):
+        p = torch.nn.Parameter(w.clone())
+        p.grad = torch.zeros_like(p)
+        terms = {"l1": 0.1, "l2": 0.2, "importance": [importance]}
+        if where == "functions":
+            found.append([accumulate_grad_([p], **terms), p.grad, *value_and_grad([p], **terms)[1]])
+            prox_([p], step=0.5, **terms)
+        elif where == "optimizer":
+            optimizer = optim.SGD([p], lr=0.5, **terms)
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.step()
+            found.append([optimizer.penalty])
+        else:
+            regularizer = Regularizer([p], **terms, save_references=True)
+            assert tuple(regularizer.state_dict()["references"]["importance"]["0"].shape) == (5, 4, 3)
+            regularizer.load_state_dict(regularizer.state_dict())
+            size = regularizer.state_dict()["references"]["importance"]["0"].untyped_storage().nbytes()
+            assert size == 4 * importance.numel()
+            found.append([regularizer().detach(), regularizer.accumulate_grad_(), p.grad])
+        found[-1].append(p.detach())
+    assert_same_bits(*found)
+
+
+def test_strengths_by_row_take_no_memory():
+    """Nothing as large as the parameter is allocated on the CPU."""
+    p = torch.nn.Parameter(torch.ones(300, 500))
+    p.grad = torch.zeros_like(p)
+    rows = torch.rand(300, 1)
+
+    def largest(call):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+        return max([abs(event.cpu_memory_usage) for event in profile.events()], default=0)
+
+    assert largest(lambda: accumulate_grad_([p], l1=0.1, importance=[rows.expand(300, 500).clone()])) >= 4 * p.numel()
+    assert largest(lambda: accumulate_grad_([p], l1=0.1, importance=[rows])) < 1e5
+    assert largest(lambda: prox_([p], l1=0.1, step=0.1, importance=[rows])) < 1e5
+
+
+def test_a_negative_strength_of_a_row():
+    with pytest.raises(ValueError, match=r"importance\[0\] must be finite and >= 0, got -1.0"):
+        fused_penalty(torch.ones(2, 3), l1=0.1, importance=[torch.tensor([[1.0], [-1.0]])])
+    with pytest.raises(
+        ValueError, match=r"importance\[0\] must have the shape of params\[0\] \(\(2, 3\)\), got \(2,\)"
+    ):
+        fused_penalty(torch.ones(2, 3), l1=0.1, importance=[torch.ones(2)])
+    with pytest.raises(ValueError, match=r"toward\[0\] must have the shape of params\[0\]"):
+        fused_penalty(torch.ones(2, 3), l1=0.1, toward=[torch.ones(2, 1)])
 
 
 w = torch.ones(3)

@@ -106,20 +106,22 @@ def check_fully_shard() -> list[float]:
     from torch.distributed.fsdp import fully_shard
 
     trained = []
-    for is_cut in (False, True):
+    for is_cut, is_attached in ((False, True), (True, True), (True, False)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 2))
         if is_cut:
             fully_shard(model)
-        regularizer = Regularizer(model, l1=0.1, l2=0.3, toward="start")
-        optimizer = optim.Adam(model.parameters(), lr=0.05)
+        strengths = {"l1": 0.1, "l2": 0.3, "toward": "start"}
+        regularizer = Regularizer(model, **strengths)
+        optimizer = optim.Adam(model.parameters(), lr=0.05, **({} if is_attached else strengths))
+        if is_attached:
+            regularizer.attach(optimizer)
         values = []
-        with regularizer.attach(optimizer, mode="grad") as attachment:
-            for i in range(3):
-                optimizer.zero_grad()
-                model(torch.linspace(-1, 1, 36).reshape(4, 9) + i).square().sum().backward()
-                optimizer.step()
-                values.append(attachment.value.item())
+        for i in range(3):
+            optimizer.zero_grad()
+            model(torch.linspace(-1, 1, 36).reshape(4, 9) + i).square().sum().backward()
+            optimizer.step()
+            values.append(optimizer.penalty.item())
         full = [p.full_tensor() if is_cut else p.detach() for p in model.parameters()]
         trained.append([*full, torch.tensor(values), regularizer().detach()])
         if is_cut:
@@ -127,8 +129,9 @@ def check_fully_shard() -> list[float]:
             assert again() == 0
             again.load_state_dict(regularizer.state_dict())
             assert again() == regularizer()
-    for x, y in zip(*trained, strict=True):
+    for x, y, z in zip(*trained, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)  # of the loss, which adds in another order
+        torch.testing.assert_close(y, z, rtol=0, atol=0)
     return trained[0][-2].tolist()
 
 

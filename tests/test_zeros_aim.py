@@ -363,3 +363,15 @@ def test_a_ramp_by_hand_that_nobody_advances():
         optimizer.step()
     with pytest.warns(UserWarning, match="a schedule stands at step 0"):
         regularizer.prox_(0.1)
+
+
+def test_channels_of_a_convolution_with_groups() -> None:
+    conv = torch.nn.Conv2d(4, 8, 3, groups=2, bias=False)
+    regularizer = Regularizer(conv, zeros=0.75, group="input")
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+    regularizer.attach(optimizer, mode="prox")
+    conv(torch.randn(1, 4, 5, 5)).sum().backward()
+    optimizer.step()
+    channels = conv.weight.detach().unflatten(0, (2, 4))  # each has two in each of the groups
+    assert (channels == 0).all((1, 3, 4)).sum() == 3
+    assert regularizer.report()["group 0"]["zeros_reached"] == 0.75

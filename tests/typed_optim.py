@@ -10,4 +10,6 @@ def use(w: torch.nn.Parameter) -> tuple[torch.optim.AdamW, float, torch.Tensor]:
     optimizer.step()
     loss: float = optimizer.step(lambda: 3.0)
     SGD([w], lr=0.1, prox="both")  # type: ignore[arg-type]
+    SGD([w], lr=0.1, l2=0.1, toward="start", importance=[w.detach().abs()], lazy_rows=True)
+    SGD([w], lr=0.1, l2=0.1, lazy_rows="yes")  # type: ignore[arg-type]
     return optimizer, loss, optimizer.penalty

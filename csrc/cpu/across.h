@@ -60,32 +60,43 @@ struct Across {
     }
   }
 
-  // The elements of a chunk are so many apart; so many bytes of the chunks beside it are fetched, too.
-  void take_sums(const Storage* from, int64_t apart, int64_t length, int64_t fetched, Lane* found) const {
-    Lane blocks[kBlocks][kFoldedLanes];
-    int b = 0, left = 0;
-    for (int64_t begin = 0; begin < length; begin += kBlock) {
-      Lane lanes[kLanes];
-      const int count = static_cast<int>(std::min<int64_t>(kBlock, length - begin));
-      for (int l = 0; l < std::min(count, kLanes); ++l) {
-        Lane lane{};
-        for (int i = l; i < count; i += kLanes) {
-          const Storage* const at = from + (begin + i) * apart;
-          fetch(at + fetched_lanes(count) * apart, fetched);
-          kernel.template add<kAcross>(lane.of, E::widened(at));
-        }
-        lanes[l] = lane;
+  // The lanes of a block, which begins at `from`, halved to at most `end`: how many there are.
+  FUSED_REG_INLINE int take_block(const Storage* from, int64_t apart, int count, int64_t fetched, int end,
+                                  Lane* lanes) const {
+    const int used = std::min(count, kLanes);
+    for (int l = 0; l < used; ++l) {
+      Lane lane{};
+      for (int i = l; i < count; i += kLanes) {
+        const Storage* const at = from + i * apart;
+        fetch(at + fetched_lanes(count) * apart, fetched);
+        kernel.template add<kAcross>(lane.of, E::widened(at));
       }
-      left = halve(lanes, 1, std::min(count, kLanes), kLanes / 2, kFoldedLanes);
+      lanes[l] = lane;
+    }
+    return halve(lanes, 1, used, kLanes / 2, end);
+  }
+
+  // The elements of a chunk are so many apart; so many bytes of the chunks beside it are fetched, too.
+  FUSED_REG_INLINE Lane sums_of(const Storage* from, int64_t apart, int64_t length, int64_t fetched) const {
+    Lane lanes[kLanes];
+    if (length <= kBlock) {
+      take_block(from, apart, static_cast<int>(length), fetched, 1, lanes);
+      return lanes[0];
+    }
+    Lane blocks[kBlocks][kFoldedLanes];
+    int b = 0;
+    for (int64_t begin = 0; begin < length; begin += kBlock) {
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, length - begin));
+      const int left = take_block(from + begin * apart, apart, count, fetched, kFoldedLanes, lanes);
       std::copy_n(lanes, left, blocks[b]);
-      std::fill(blocks[b] + left, blocks[b] + (length > kBlock ? kFoldedLanes : left), Lane{});
+      std::fill(blocks[b] + left, blocks[b] + kFoldedLanes, Lane{});
       ++b;
     }
-    for (int lane = 0; lane < (b > 1 ? kFoldedLanes : 0); ++lane) {
+    for (int lane = 0; lane < kFoldedLanes; ++lane) {
       halve(blocks[0] + lane, kFoldedLanes, b, kBlocks / 2, 1);
     }
-    halve(blocks[0], 1, b > 1 ? kFoldedLanes : left, kFoldedLanes / 2, 1);
-    *found = blocks[0][0];
+    halve(blocks[0], 1, kFoldedLanes, kFoldedLanes / 2, 1);
+    return blocks[0][0];
   }
 
   // What is written of them; the factors of each are in vectors.
@@ -114,8 +125,7 @@ struct Across {
       Storage* at[kStreams];
       std::transform(streams, streams + kStreams, at, [&](Storage* s) { return s == nullptr ? s : s + first; });
       if constexpr (P::kWrites == 0) {
-        Lane sums;
-        take_sums(at[0], task.apart[0], task.chunk_size, fetched, &sums);
+        const Lane sums = sums_of(at[0], task.apart[0], task.chunk_size, fetched);
         double lanes[kPassSums * E::kCount];
         std::memcpy(lanes, &sums, sizeof lanes);
         for (int k = 0; k < kPassSums; ++k) {

@@ -36,6 +36,9 @@ struct Kernel {
   // Whether chunks of at most a block are taken together.
   static constexpr bool kCanBeShort = P::kSums != 0 && !P::kHasOptions && FUSED_REG_VECTOR_BYTES > 16;
 
+  // Whether the end of a row may be read with what follows.
+  static constexpr bool kIsMasked = P::kWrites == 0 && !P::kIsRelative && P::kPadding == 0;
+
   // Lanes that are summed at a time: as many as half of the registers hold. A step of an optimizer, which has many
   // streams and much to do with an element, takes all, and the sums stay in the first-level cache.
   static constexpr int kLine = std::max<int>(kCacheLine / sizeof(Storage), E::kCount);
@@ -332,9 +335,10 @@ struct Kernel {
            shuffled<(i / half * 2 * half + i % half + half)...>(a, b);
   }
 
-  // The tree of a chunk of one block, to a vector; of two parts each is half of it.
+  // The tree of a chunk of one block, whose other lanes are 0, to a vector; of two parts each is half of it.
+  template <int lanes_used>
   static FUSED_REG_INLINE Double folded(Double* lanes) {
-    for (int half = kLanes / kDoubles / 2; half >= E::kParts; half /= 2) {
+    for (int half = lanes_used / kDoubles / 2; half >= E::kParts; half /= 2) {
       for (int v = 0; v < half; ++v) {
         lanes[v] = lanes[v] + lanes[v + half];
       }
@@ -355,42 +359,60 @@ struct Kernel {
     return folded[0];
   }
 
-  // Of elements that are read as a whole vector, some; 0 for the others.
+  // Of a row that is read as whole vectors, the first elements; 0 for the others.
+  template <int lanes_used>
   struct Mask {
-    Widened bits;
+    int count;
+    Widened bits[lanes_used / E::kCount];
 
-    FUSED_REG_INLINE explicit Mask(int count) {
-      Storage ones[E::kCount];
-      for (int i = 0; i < E::kCount; ++i) {
-        ones[i] = i < count ? sizeof(Storage) == sizeof(uint16_t) ? 0x3c00 : 1 : 0;
-      }
-      bits = E::widened(ones);
-      for (Double& v : bits.of) {
-        v = (Double)(v != 0);
+    FUSED_REG_INLINE explicit Mask(int of_row) : count(of_row) {
+      for (Widened& of_vector : bits) {
+        Storage ones[E::kCount];
+        for (int i = 0; i < E::kCount; ++i) {
+          ones[i] = i < of_row ? sizeof(Storage) == sizeof(uint16_t) ? 0x3c00 : 1 : 0;
+        }
+        of_vector = E::widened(ones);
+        for (Double& v : of_vector.of) {
+          v = (Double)(v != 0);
+        }
+        of_row -= E::kCount;
       }
     }
 
-    FUSED_REG_INLINE Widened of(Widened w) const {
+    FUSED_REG_INLINE Widened of(int vector, Widened w) const {
       for (int v = 0; v < kAcross; ++v) {
-        w.of[v] = (Double)((Bits64)w.of[v] & (Bits64)bits.of[v]);
+        w.of[v] = (Double)((Bits64)w.of[v] & (Bits64)bits[vector].of[v]);
       }
       return w;
     }
   };
 
-  // The last row, of `count` elements, of a chunk; of the task's elements there are `left` from there on.
+  // How many elements are read of a row of `count`.
+  template <int lanes_used>
+  static FUSED_REG_INLINE int read_of(int count) {
+    return lanes_used < kLanes ? lanes_used : (count + E::kCount - 1) / E::kCount * E::kCount;
+  }
+
+  template <int lanes_used>
+  FUSED_REG_INLINE void add_rest(Double* lanes, const Storage* from, int count, const Mask<lanes_used>& mask) const {
+    for (int i = 0; i < read_of<lanes_used>(count); i += E::kCount) {
+      add<lanes_used / kDoubles>(lanes + i / kDoubles, mask.of(i / E::kCount, E::widened(from + i)));
+    }
+  }
+
+  // The last row, of `count` elements, of a chunk: as the mask says, unless the task ends with a shorter one. Of the
+  // task's elements there are `left` from there on.
+  template <int lanes_used>
   FUSED_REG_INLINE void take_rest(Double* lanes, Storage* const* streams, int64_t begin, int count, int64_t left,
-                                  const Mask& mask) const {
-    if (P::kWrites != 0 || P::kIsRelative || P::kPadding != 0 ||
-        left < (count + E::kCount - 1) / E::kCount * E::kCount) {
+                                  const Mask<lanes_used>& mask) const {
+    if constexpr (!kIsMasked) {
       Padded tail(*this, streams, begin, count);
       take_rows<false>(lanes, tail.streams, 0, 1);
       tail.copy_to(streams, begin, count);
-      return;
-    }
-    for (int i = 0; i < count; i += E::kCount) {
-      const Widened w = E::widened(streams[0] + begin + i);
-      add<kLanes / kDoubles>(lanes + i / kDoubles, count - i < E::kCount ? mask.of(w) : w);
+    } else if (count != mask.count || left < read_of<lanes_used>(count)) {
+      add_rest<lanes_used>(lanes, Padded(*this, streams, begin, count).elements[0], count, Mask<lanes_used>(kLanes));
+    } else {
+      add_rest<lanes_used>(lanes, streams[0] + begin, count, mask);
     }
   }
 
@@ -398,25 +420,30 @@ struct Kernel {
     return (task.size + task.chunk_size - 1) / task.chunk_size;
   }
 
-  // Chunks of at most a block each: the lanes stay in registers, and kDoubles chunks share the end of the tree.
-  template <bool has_rest>
-  void run_short(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
-    const Mask mask(has_rest ? static_cast<int>(task.chunk_size % E::kCount) : 0);
-    const int64_t chunks = chunks_of(task);
+  // Chunks of at most a block each: the lanes stay in registers, and kDoubles chunks share the end of the tree. Where
+  // not all lanes are used, they are of less than a row.
+  template <bool has_rest, int lanes_used>
+  void run_short_of(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
+    const int64_t chunks = chunks_of(task), last_row = std::min(task.chunk_size, task.size) % kLanes;
+    const Mask<lanes_used> mask(has_rest ? static_cast<int>(last_row) : lanes_used);
     for (int64_t first = 0; first < chunks; first += kDoubles) {
       Double ends[kPassSums][kDoubles];
       const int count = static_cast<int>(std::min<int64_t>(kDoubles, chunks - first));
       for (int i = 0; i < count; ++i) {
         const int64_t begin = (first + i) * task.chunk_size, size = std::min(task.chunk_size, task.size - begin);
-        const int rest = has_rest ? static_cast<int>(size % kLanes) : 0;
-        Double lanes[kPassSums * kLanes / kDoubles];
+        const int rest = has_rest ? static_cast<int>(size % kLanes) : lanes_used % kLanes;
+        Double lanes[kPassSums * lanes_used / kDoubles];
         set_norm(task, first + i);
-        take_rows<true>(lanes, streams, begin, static_cast<int>(size / kLanes));
+        if constexpr (lanes_used < kLanes) {
+          std::fill(std::begin(lanes), std::end(lanes), Double{});
+        } else {
+          take_rows<true>(lanes, streams, begin, static_cast<int>(size / kLanes));
+        }
         if (rest != 0) {
-          take_rest(lanes, streams, begin + size - rest, rest, task.size - begin - size + rest, mask);
+          take_rest<lanes_used>(lanes, streams, begin + size - rest, rest, task.size - begin - size + rest, mask);
         }
         for (int k = 0; k < kPassSums; ++k) {
-          ends[k][i] = P::kSums & bit(k) ? folded(lanes + k * kLanes / kDoubles) : Double{};
+          ends[k][i] = P::kSums & bit(k) ? folded<lanes_used>(lanes + k * lanes_used / kDoubles) : Double{};
         }
       }
       for (auto& end : ends) {
@@ -426,6 +453,23 @@ struct Kernel {
         store(found->sum[k] + first, totals(ends[k]));
       }
     }
+  }
+
+  void run_short(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
+    const int64_t size = std::min(task.chunk_size, task.size);
+    if constexpr (kIsMasked) {
+      constexpr int kHalf = kLanes / 2, kQuarter = std::max(kLanes / 4, E::kCount);
+      if (size <= kQuarter) {
+        return size == kQuarter && task.size % size == 0 ? run_short_of<false, kQuarter>(task, streams, found)
+                                                         : run_short_of<true, kQuarter>(task, streams, found);
+      }
+      if (size <= kHalf) {
+        return size == kHalf && task.size % size == 0 ? run_short_of<false, kHalf>(task, streams, found)
+                                                      : run_short_of<true, kHalf>(task, streams, found);
+      }
+    }
+    task.size % kLanes == 0 && size % kLanes == 0 ? run_short_of<false, kLanes>(task, streams, found)
+                                                  : run_short_of<true, kLanes>(task, streams, found);
   }
 
   // A chunk that is written, without sums. The last vector may overlap the one before, so its elements are taken first.
@@ -485,9 +529,7 @@ struct Kernel {
     }
     if constexpr (kCanBeShort) {
       if (task.apart[0] == 0 && is_short) {
-        task.size % kLanes == 0 && (task.size <= task.chunk_size || task.chunk_size % kLanes == 0)
-            ? run_short<false>(task, streams, found)
-            : run_short<true>(task, streams, found);
+        run_short(task, streams, found);
       }
     }
     if (task.apart[0] == 0 && !is_short) {

@@ -168,7 +168,7 @@ class TaskList {
   }
 
   bool is_short(int64_t t) const {
-    return plan_.group_size(t) < kLanes && plan_.first_group(t + 1) - plan_.first_group(t) > 1;
+    return plan_.group_size(t) < line(t) && plan_.first_group(t + 1) - plan_.first_group(t) > 1;
   }
 
   int64_t line(int64_t t) const { return kLineBytes / static_cast<int64_t>(dense(t).element_size()); }

@@ -52,7 +52,8 @@ def _with_grad(i: int, p: Any, skip_missing: bool) -> Tensor:
         if grad is not None and grad.layout is not torch.strided:
             raise TypeError(
                 f"params[{i}].grad must be dense (torch.strided), got {grad.layout}; "
-                "build the embedding with sparse=False, or use p.grad = p.grad.to_dense()"
+                "build the embedding with sparse=False, use p.grad = p.grad.to_dense(), or attach a Regularizer with "
+                "lazy_rows=True"
             )
         if grad is None or not grad.is_neg():  # the dispatcher writes to no negated view: it gets a copy
             return p  # type: ignore[no-any-return]

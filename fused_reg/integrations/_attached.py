@@ -38,6 +38,7 @@ class Attached:
         regularizer: the one to attach. None: one is built of the model when a training begins.
         mode: as of :meth:`.Regularizer.attach`.
         include_unused: likewise.
+        lazy_rows: likewise.
         name: what the penalty is called in the logs. Two callbacks of one trainer need two names.
         arguments: those of :class:`.Regularizer` beside the parameters, to build one.
     """
@@ -48,6 +49,7 @@ class Attached:
         *,
         mode: Mode = "grad",
         include_unused: bool = False,
+        lazy_rows: bool = False,
         name: str = "penalty",
         **arguments: Any,
     ) -> None:
@@ -61,7 +63,7 @@ class Attached:
             )
         if unknown := arguments.keys() - (inspect.signature(Regularizer).parameters.keys() - {"params"}):
             raise TypeError(f"RegularizerCallback: arguments must be those of Regularizer, got {min(unknown)!r}")
-        self.mode, self.include_unused, self.name = mode, include_unused, name
+        self.mode, self.include_unused, self.lazy_rows, self.name = mode, include_unused, lazy_rows, name
         self.regularizer = regularizer  #: The one that is attached, or was last; None before the first training.
         self.attachments: list[Attachment] = []  #: Of the last training, one for each optimizer.
         self._is_given = regularizer is not None
@@ -92,6 +94,10 @@ class Attached:
         """A copy is attached nowhere, and goes on from the same step."""
         own = {} if self._is_given else {"regularizer": None}
         return {**vars(self), **own, "attachments": [], "_saved": self._state()}
+
+    def _options(self) -> dict[str, Any]:
+        """Its own arguments."""
+        return {name: getattr(self, name) for name in ("mode", "include_unused", "lazy_rows", "name")}
 
     def _state(self) -> Mapping[str, Any] | int | None:
         return self._saved if self.regularizer is None else self.regularizer.state_dict()
@@ -126,10 +132,10 @@ class Attached:
                 f"RegularizerCallback: an optimizer of the trainer must hold {min(own.values())!r} or another "
                 f"parameter of the regularizer, got {got}; where it has shards or copies, add regularizer() to the loss"
             )
+        how = {key: x for key, x in self._options().items() if key != "name"}
         try:
             for optimizer in holders:
-                attachment = self.regularizer.attach(optimizer, self.mode, include_unused=self.include_unused)
-                self.attachments.append(attachment)
+                self.attachments.append(self.regularizer.attach(optimizer, **how))
         except BaseException:
             self.detach()
             raise

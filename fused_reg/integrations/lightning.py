@@ -25,6 +25,7 @@ class RegularizerCallback(LightningHooks, Callback):
         regularizer: the one to attach. None: one is built of the module when a fit begins.
         mode: "grad" or "prox", as of :meth:`.Regularizer.attach`.
         include_unused: likewise.
+        lazy_rows: likewise.
         name: what the penalty is called in the logs. Two callbacks of one trainer need two names.
         arguments: those of :class:`.Regularizer` beside the parameters, to build one: ``l1=1e-5, weights_only=True``.
 

@@ -29,6 +29,7 @@ class RegularizerCallback(Attached, Callback):
     Args:
         mode: "grad" or "prox", as of :meth:`.Regularizer.attach`.
         include_unused: likewise.
+        lazy_rows: likewise.
         name: what the penalty is called in the history. Two callbacks of one net need two names.
         arguments: those of :class:`.Regularizer` beside the parameters, which skorch makes: ``l1=1e-5,
             weights_only=True``. In a net with several modules, names begin with that of the module: "module.0.weight".
@@ -38,12 +39,19 @@ class RegularizerCallback(Attached, Callback):
     """
 
     def __init__(
-        self, *, mode: Mode = "grad", include_unused: bool = False, name: str = "penalty", **arguments: Any
+        self,
+        *,
+        mode: Mode = "grad",
+        include_unused: bool = False,
+        lazy_rows: bool = False,
+        name: str = "penalty",
+        **arguments: Any,
     ) -> None:
-        super().__init__(None, mode=mode, include_unused=include_unused, name=name, **arguments)
+        own: dict[str, Any] = {"mode": mode, "include_unused": include_unused, "lazy_rows": lazy_rows, "name": name}
+        super().__init__(None, **own, **arguments)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        return {"mode": self.mode, "include_unused": self.include_unused, "name": self.name, **self._arguments}
+        return {**self._options(), **self._arguments}
 
     def set_params(self, **params: Any) -> Self:
         if params:

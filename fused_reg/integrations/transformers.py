@@ -34,6 +34,7 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
         regularizer: the one to attach. None: one is built of the model when a training begins.
         mode: "grad" or "prox", as of :meth:`.Regularizer.attach`.
         include_unused: likewise.
+        lazy_rows: likewise.
         name: what the penalty is called in the logs. Two callbacks of one trainer need two names.
         arguments: those of :class:`.Regularizer` beside the parameters, to build one: ``l1=1e-5, weights_only=True``.
 
@@ -63,8 +64,7 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        arguments = {"mode": self.mode, "include_unused": self.include_unused, "name": self.name, **self._arguments}
-        plain = {key: value for key, value in arguments.items() if _is_plain(value)}
+        plain = {key: value for key, value in {**self._options(), **self._arguments}.items() if _is_plain(value)}
         return {"args": plain, "attributes": {"_saved": self._state()}}
 
     def _check_state(self, state: Mapping[str, Any]) -> None:

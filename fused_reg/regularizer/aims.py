@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from fused_reg._arguments import is_dtensor, is_number
-from fused_reg._terms import LayerGroup, group_code, group_count, group_text
+from fused_reg._terms import LayerGroup, group_text
 from fused_reg.regularizer.strengths import Schedule, ZeroShare, check_signature, scheduled
 from fused_reg.schedules import PatternRamp, Ramp, parsed_pattern
 
@@ -137,4 +137,4 @@ def aims_of(entries: Sequence[Entry]) -> list[tuple[Aim, list[Entry]]]:
 
 def _size(entry: Entry) -> int:
     is_counted = entry.aim is not None and entry.aim.group != "tensor"
-    return group_count(entry.param, group_code(entry.group)) if is_counted else entry.param.numel()
+    return entry.group_count if is_counted else entry.param.numel()

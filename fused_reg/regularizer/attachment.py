@@ -49,13 +49,21 @@ class Attachment:
     """
 
     def __init__(
-        self, table: Table, all_of_them: Attachments, optimizer: Optimizer, mode: Mode, include_unused: bool
+        self,
+        table: Table,
+        all_of_them: Attachments,
+        optimizer: Optimizer,
+        mode: Mode,
+        include_unused: bool,
+        lazy_rows: bool,
     ) -> None:
         self._table = table
         self._all = all_of_them
         self._optimizer: weakref.ref[Optimizer] | None = weakref.ref(optimizer)
         self._mode = mode
         self._include_unused = include_unused
+        self._lazy_rows = lazy_rows
+        self._rows: dict[int, Tensor] = {}  # in the place of parameters with sparse gradients, in this step
         self._hooks: list[Any] = []
         self._frozen: list[Tensor] | None = None  # what no optimizer holds, and may train later; None: not looked yet
         self._taken_over = ""  # the name of a parameter that a later attachment handles
@@ -92,9 +100,10 @@ class Attachment:
     def value(self) -> Tensor:
         """The penalty of the parameters that the optimizer holds, 0-dim, on their device, without a graph or a
         synchronization. With mode "grad" that of the last step, before it changed them (with a closure: of its last
-        evaluation). With mode "prox", which needs no value for its step, and before the first step, the penalty now:
-        each look is a pass over the parameters. In the pass of an optimizer of :mod:`fused_reg.optim`: in every mode
-        before the step; of DTensors it is reduced when it is looked at, and every process must look."""
+        evaluation; with ``lazy_rows`` of the rows that the batch had). With mode "prox", which needs no value for its
+        step, and before the first step, the penalty now: each look is a pass over the parameters. In the pass of an
+        optimizer of :mod:`fused_reg.optim`: in every mode before the step; of DTensors it is reduced when it is looked
+        at, and every process must look."""
         if self._value is None:
             return self._share.penalty()
         value: Tensor = self._value if isinstance(self._value, Tensor) else self._value.total()
@@ -221,7 +230,7 @@ class Attachment:
         is_first = depth == 1 or not self._nesting.has_penalty(self._share.params)
         if self._mode == "grad" and not rides and is_first:
             self._accumulate(optimizer)
-            if depth == 1 and not self._include_unused:
+            if depth == 1 and not self._include_unused and not self._rows:
                 self._last = Repeat(self._share, optimizer)
         return None
 
@@ -268,7 +277,8 @@ class Attachment:
         if self._mode == "grad":
             self._accumulate(optimizer)
         else:
-            self._value = self._share.penalty()
+            with torch.no_grad():
+                self._value = self._share.part_of(self._rows).penalty()
         step()
         if self._mode != "grad":
             self._shrink(optimizer)
@@ -321,6 +331,7 @@ class Attachment:
 
     def _use(self) -> None:
         self._used = None if self._include_unused else self._share.in_step()
+        self._rows = self._share.touched() if self._lazy_rows else {}
 
     def _remember(self) -> None:
         """The penalty before what may be no step. Afterwards it tells."""
@@ -330,7 +341,8 @@ class Attachment:
     def _accumulate(self, optimizer: Optimizer) -> Tensor:
         """The gradient; returns what belongs to the objective: the penalty, negative where that is maximized."""
         scale = optimizer.__dict__.get("grad_scale")  # GradScaler leaves scaled gradients to fused optimizers
-        value, objective = self._share.part.accumulate_grad_(scale, skip_missing=not self._include_unused)
+        self._rows = self._share.touched() if self._lazy_rows else {}
+        value, objective = self._share.accumulate_grad_(self._rows, scale, skip_missing=not self._include_unused)
         found_inf = found_infinity(optimizer)
         if found_inf is not None and self._value is not None:  # a step that will be skipped leaves the last value
             value = torch.where(found_inf.to(value.device) == 0, value, self.value)
@@ -368,7 +380,7 @@ class Attachment:
             self._table.count(found_inf)
 
     def _shrink(self, optimizer: Optimizer) -> None:
-        self._share.shrinking.prox_(self._share.rates(optimizer, found_infinity(optimizer)), self._used)
+        self._share.prox_(self._rows, self._share.rates(optimizer, found_infinity(optimizer)), self._used)
 
     def _has_stepped(self, optimizer: Optimizer) -> bool:
         """Whether the step that ends was one."""

@@ -34,7 +34,7 @@ class Attachments:
         """Whether it is the one whose steps are counted."""
         return self._refs[0]() is attachment or next(iter(self), None) is attachment
 
-    def add(self, table: Table, given: Any, mode: Mode, include_unused: bool) -> Attachment:
+    def add(self, table: Table, given: Any, mode: Mode, include_unused: bool, lazy_rows: bool) -> Attachment:
         """A new one, which takes its parameters over from earlier ones."""
         optimizer = innermost(given, {id(entry.param) for entry in table.entries})
         if any(a.optimizer is optimizer for a in self):
@@ -42,7 +42,7 @@ class Attachments:
         if mode != "grad" and given is not optimizer:
             check_wrapper(given, optimizer, [entry.param for entry in table.entries])
         earlier = list(self)
-        attachment = Attachment(table, self, optimizer, mode, include_unused)
+        attachment = Attachment(table, self, optimizer, mode, include_unused, lazy_rows)
         own = {id(entry.param) for entry in attachment.entries}
         for other in earlier:
             if name := next((e.name for e in other.entries if id(e.param) in own), None):

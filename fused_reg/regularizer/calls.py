@@ -30,6 +30,9 @@ class _Call:
     def __init__(self, entries: Sequence[Entry], places: list[int], group: Group, sign: float, is_one_of: bool) -> None:
         self.params = [entries[i].param for i in places]
         self.sign = sign
+        self._whole = [entries[i] for i in places]
+        places = [i for i in places for _ in entries[i].cut(entries[i].param)]
+        self.is_cut = len(places) > len(self._whole)
         if is_one_of:  # an empty float64 tensor, with any strength: the value is float64, not rounded before the sum
             places = [*places, places[0]]
         own = [entries[i] for i in places]
@@ -42,8 +45,8 @@ class _Call:
         self._references: dict[str, Any] = {}
         for name in _REFERENCES:
             if getattr(own[0], name) is not None:
-                found = [getattr(entry, name) for entry in own]
-                self._references[name] = with_one_more(found[:-1], self._params[-1]) if is_one_of else found
+                found = [part for entry in self._whole for part in entry.cut(getattr(entry, name))]
+                self._references[name] = with_one_more(found, self._params[-1]) if is_one_of else found
         self._group: Group = group
         self._columns = {
             kind: Column([entry.strengths[kind] for entry in own])
@@ -54,12 +57,19 @@ class _Call:
         self._fixed = self._as_strengths() if is_fixed else None
         self._steps: Column | None = None  # the last ones of `prox_`
 
+    def _tensors(self, of: Callable[[Tensor], Tensor] = lambda p: p) -> list[Tensor]:
+        """The list: the parameters, or ``of`` them the parts that have groups of their own."""
+        if not self.is_cut:
+            return self._params
+        parts = [part for entry in self._whole for part in entry.cut(of(entry.param))]
+        return parts + self._params[len(parts) :]
+
     def _as_strengths(self) -> Strengths:
-        given = self._given()
-        strengths = as_strengths("Regularizer", self._params, given.pop("l1", None), given.pop("l2", None), given)
+        given, params = self._given(), self._tensors()
+        strengths = as_strengths("Regularizer", params, given.pop("l1", None), given.pop("l2", None), given)
         if not self._references:
             return strengths
-        return relative("Regularizer: ", self._params, strengths, *(self._references.get(x, []) for x in _REFERENCES))
+        return relative("Regularizer: ", params, strengths, *(self._references.get(x, []) for x in _REFERENCES))
 
     def _given(self) -> dict[str, Any]:
         """The strengths, as arguments."""
@@ -70,11 +80,35 @@ class _Call:
         return self._fixed or self._as_strengths()
 
     def penalty(self) -> Tensor:
-        return self._run(lambda: fused_penalty(self._params, **self._given(), **self._references))
+        return self._run(lambda: fused_penalty(self._tensors(), **self._given(), **self._references))
 
     def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool) -> Tensor:
         factor = self._factor(scale)
-        return self._run(_routes.accumulate_grad_, self._params, self._strengths(), factor, skip_missing, True)
+        params, fresh = self._trained(skip_missing)
+        value = self._run(_routes.accumulate_grad_, params, self._strengths(), factor, skip_missing, True)
+        for p, grad in fresh:
+            p.grad = grad
+        return value
+
+    def _trained(self, skip_missing: bool) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The list with gradients, of parts those of their parameters, and parameters with those that they lack."""
+        if not self.is_cut:
+            return self._params, []
+        parts: list[Tensor] = []
+        fresh: list[tuple[Tensor, Tensor]] = []
+        for entry in self._whole:
+            p, own = entry.param, entry.cut(entry.param.detach())
+            grad = p.grad
+            if grad is None and not skip_missing:
+                grad = torch.zeros_like(p)
+                fresh.append((p, grad))
+            for part, its in zip(own, () if grad is None else entry.cut(grad), strict=grad is not None):
+                part.requires_grad_()
+                if its.dtype is not part.dtype:  # which compilers do not know
+                    part.grad_dtype = None  # any
+                part.grad = its
+            parts += own
+        return parts + self._params[len(parts) :], fresh
 
     def add_to(self, grads: list[Tensor], modes: list[int]) -> Tensor:
         """The same of lists that were looked at, without names in errors; nothing is written then."""
@@ -83,7 +117,7 @@ class _Call:
     def check_accumulation(self, scale: float | Tensor | None, skip_missing: bool) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
         factor = self._factor(scale)
-        self._run(_routes.check_accumulation, self._params, self._strengths(), factor, skip_missing)
+        self._run(_routes.check_accumulation, self._trained(skip_missing)[0], self._strengths(), factor, skip_missing)
 
     def _factor(self, scale: float | Tensor | None) -> tuple[float, Tensor | None]:
         if scale is None:
@@ -104,7 +138,7 @@ class _Call:
         if isinstance(step, list):
             self._steps = Column([step[i] for i in self._places], like=self._steps)
             step = self._steps.get()
-        return self._params, self._strengths().with_step(as_step("prox_", step, self._params))
+        return self._tensors(Tensor.detach), self._strengths().with_step(as_step("prox_", step, self._params))
 
     def _run(self, function: Callable[..., _T], *args: Any) -> _T:
         """``function(*args)``, whose errors have ``params['fc.weight']`` for ``params[3]`` of this call's list."""

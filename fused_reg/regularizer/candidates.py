@@ -45,29 +45,32 @@ class Candidate(Named):
         """Whether it has one kind of slices that this names."""
         return group not in OF_LAYERS or (len(found := self._named(group)) == 1 and None not in found)
 
+    def runs_of(self, group: LayerGroup) -> int:
+        """In how many runs of its rows the slices are that this names."""
+        return next((found[1] for found in self._named(group) if found is not None), 1) if self.knows(group) else 1
+
     def group_of(self, function: str, group: LayerGroup) -> Group:
         """The slices that this names."""
         if self.knows(group):
-            return cast(Group, next(iter(self._named(group)), group))
+            return next((found[0] for found in self._named(group) if found is not None), cast(Group, group))
         where, found = f"{function}: {group_text(group)} of {self.names[0]!r}", self._named(group)
         hint = 'give it group="row", "column" or "tensor" by a rule'
         if not self.slices:
             raise ValueError(f"{where} needs the layer, got a list of tensors; pass the model")
         if len(found) > 1:
             raise ValueError(f"{where} must be of one kind, but its layers differ, as it is tied; {hint}")
-        place, slices = next(iter(self.slices.items()))
-        layer = self.types[place][0].__name__
-        if slices is not None:
-            raise ValueError(
-                f"{where} must be slices, got {layer} of several groups with several channels each; {hint}"
-            )
+        layer = self.types[next(iter(self.slices))][0].__name__
         raise ValueError(f"{where} must be slices of a layer that is known, got {layer}; {hint}")
 
-    def _named(self, group: LayerGroup) -> list[Group | None]:
-        """What this is in each of its layers, each once."""
+    def _named(self, group: LayerGroup) -> list[tuple[Group, int] | None]:
+        """What this is in each of its layers, each once: slices, and of how many runs of rows."""
         if group not in OF_LAYERS:
             return []
-        return list(dict.fromkeys(own and own[OF_LAYERS.index(group)] for own in self.slices.values()))
+        found: list[tuple[Group, int] | None] = []
+        for own in self.slices.values():
+            slices = None if own is None else own.output if group == "output" else own.input
+            found.append(None if slices is None else (slices, own.runs if own and slices == "column" else 1))
+        return list(dict.fromkeys(found))
 
     def remember(self, name: str, types: tuple[type, ...]) -> None:
         """A name and the types around it there, of before."""

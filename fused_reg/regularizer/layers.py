@@ -12,10 +12,11 @@ from fused_reg._terms import Group
 
 
 class Slices(NamedTuple):
-    """The groups that are a layer's outputs, and its inputs; None where they are no slices of one kind."""
+    """The groups that are a layer's outputs, and its inputs. ``runs``: columns are of each of so many runs of rows."""
 
-    output: Group | None
-    input: Group | None
+    output: Group
+    input: Group
+    runs: int = 1
 
 
 _MATRIX = Slices("row", "column")
@@ -43,15 +44,13 @@ def _slices_in(module: Module) -> Slices | None:
 def _slices_of_convolution(module: nn.modules.conv._ConvNd) -> Slices:
     """Its weight has the outputs of all ``groups`` in dimension 0 and the inputs of one in dimension 1; of a transposed
     convolution it is the other way round."""
-    within: Group | None = None
-    rows, others = module.out_channels, module.in_channels
+    within: Group = "column"
+    rows, others, runs = module.out_channels, module.in_channels, module.groups
     if module.transposed:
         rows, others = others, rows
-    if module.groups == 1:
-        within = "column"
-    elif module.groups == others:  # depthwise: the rows of a group are all that its one channel has
-        within = "row", rows // module.groups
-    return Slices(within, "row") if module.transposed else Slices("row", within)
+    if 1 < runs == others:  # depthwise: the rows of a group are all that its one channel has
+        within, runs = ("row", rows // runs), 1
+    return Slices(within, "row", runs) if module.transposed else Slices("row", within, runs)
 
 
 def _is_transposed_linear(module: Module) -> bool:

@@ -131,10 +131,11 @@ def _between(pieces: Sequence[Tensor], key: _Key, low: Tensor, high: Tensor) -> 
 
 
 def _project_groups(aim: Aim, pool: Sequence[Entry], found_inf: Tensor | None) -> None:
-    norms = _norms(pool)
+    parts = [(entry, part) for entry in pool for part in entry.cut(entry.param.detach())]
+    norms = _norms(parts)
     size = sum(map(len, norms))
-    for entry, mask in zip(pool, smallest(norms, min(round(aim.share * size), size - 1)), strict=True):
-        w, dim = in_groups(entry.param.detach(), group_code(entry.group))
+    for (entry, part), mask in zip(parts, smallest(norms, min(round(aim.share * size), size - 1)), strict=True):
+        w, dim = in_groups(part, group_code(entry.group))
         if dim == 0 and _devices.is_at_hand(w):  # writes what becomes zero alone, twice as fast as a mask writes all
             if found_inf is None or found_inf == 0:
                 w.index_fill_(dim, mask.nonzero().reshape(-1), 0)
@@ -145,17 +146,17 @@ def _project_groups(aim: Aim, pool: Sequence[Entry], found_inf: Tensor | None) -
         _make_zero(w, mask.reshape(shape), found_inf)
 
 
-def _norms(pool: Sequence[Entry]) -> list[Tensor]:
+def _norms(parts: Sequence[tuple[Entry, Tensor]]) -> list[Tensor]:
     """The norm of each group, in the bits that every device gives; divided by the group's weight, if it has one."""
     alike: dict[Any, list[int]] = {}
-    for i, entry in enumerate(pool):
-        alike.setdefault((entry.group, entry.param.device), []).append(i)
+    for i, (entry, part) in enumerate(parts):
+        alike.setdefault((entry.group, part.device), []).append(i)
     norms: dict[int, Tensor] = {}
     for (group, _), places in alike.items():
-        code, params = group_code(group), [pool[i].param.detach() for i in places]
+        code, params = group_code(group), [parts[i][1] for i in places]
         found = split(_ops.norms(params, *Strengths(group=code)), [group_count(p, code) for p in params])
-        norms |= {i: norm / (pool[i].weight or 1.0) for i, norm in zip(places, found, strict=True)}
-    return [norms[i] for i in range(len(pool))]
+        norms |= {i: norm / (parts[i][0].weight or 1.0) for i, norm in zip(places, found, strict=True)}
+    return [norms[i] for i in range(len(parts))]
 
 
 def smallest(keys: Sequence[Tensor], count: int) -> list[Tensor]:

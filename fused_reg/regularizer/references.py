@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_reg._arguments import is_dtensor
-from fused_reg._references import check_importance, check_like
+from fused_reg._references import check_importance, check_like, expanded
 from fused_reg.regularizer.keys import Named
 
 #: By name, as a state dict; or one for each parameter, in their order.
@@ -64,7 +65,8 @@ class References:
             is_other = toward is None or toward.shape != param.shape or is_dtensor(toward) != is_dtensor(param)
             if toward is None or (is_other and before.param is not param):
                 toward = param.detach().clone()
-        importance = self._find("importance", names)
+        given_importance = self._find("importance", names)
+        importance = expanded(given_importance, param)
         if toward is None and self._given["toward"] is not None:
             raise ValueError(
                 f"Regularizer: toward must have a tensor for {names[0]!r}, got none; leave that out with exclude, or "
@@ -77,7 +79,7 @@ class References:
                     raise TypeError(f"{where} must be a tensor, got {type(x).__name__}")
                 check_like(where, x, param, f"params[{names[0]!r}]")
         if importance is not None:
-            check_importance(f"Regularizer: importance[{names[0]!r}]", importance)
+            check_importance(f"Regularizer: importance[{names[0]!r}]", given_importance)
         return toward, importance
 
     def _find(self, kind: str, names: Sequence[str]) -> Any:
@@ -123,5 +125,5 @@ class References:
         for kind, own in found.items():
             for e in entries:
                 if e.name in own:
-                    self._loaded[kind][e.name] = own[e.name].clone()
+                    self._loaded[kind][e.name] = deepcopy(own[e.name])  # with its strides
                     setattr(e, kind, self._loaded[kind][e.name])

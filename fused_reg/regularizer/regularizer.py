@@ -101,8 +101,8 @@ class Regularizer:
             are now, of a parameter that its module gets later those that it has then; or a state dict, or a list with
             one for each of ``params``. What is regularized has one, of its shape, dtype and device; they are kept, not
             copied. See :doc:`/guides/reference_weights`.
-        importance: tensors by which the strengths are multiplied element by element, finite and >= 0, not with
-            ``l2_norm``: a dictionary by names, or a list. What it does not name has 1.
+        importance: tensors by which the strengths are multiplied element by element, or by row as ``(rows, 1)``, finite
+            and >= 0, not with ``l2_norm``: a dictionary by names, or a list. What it does not name has 1.
         save_references: whether ``toward`` and ``importance`` are in :meth:`state_dict`. ``None``: where ``toward`` is
             ``"start"``, because a regularizer that is built when training goes on would begin elsewhere.
 
@@ -411,7 +411,9 @@ class Regularizer:
         found = {} if references is None else table.references.parsed(references, table.entries)
         table.load(step, parsed(state_dict["groups"], table.entries), found)
 
-    def attach(self, optimizer: Optimizer, mode: Mode = "grad", *, include_unused: bool = False) -> Attachment:
+    def attach(
+        self, optimizer: Optimizer, mode: Mode = "grad", *, include_unused: bool = False, lazy_rows: bool = False
+    ) -> Attachment:
         r"""Makes the penalty a part of every ``optimizer.step()``.
 
         With ``mode="grad"`` its gradient is added to ``.grad`` before the step, as ``weight_decay`` is:
@@ -434,6 +436,8 @@ class Regularizer:
         - The gradient of the penalty stays in ``.grad``, where ``weight_decay`` leaves nothing: a second step without
           ``zero_grad`` has it twice, and a norm of gradients that is taken after the step counts it. Call ``zero_grad``
           between steps, and take norms before them.
+        - A sparse gradient (``Embedding(sparse=True)``) is an error, because that of the penalty is not sparse;
+          ``lazy_rows=True`` takes the rows that the batch has touched.
         - A penalty shrinks the weights also in a group with ``maximize=True``, as ``weight_decay`` does.
         - It moves every element, also those whose gradient a hook masks (frozen rows of an embedding), as
           ``weight_decay`` does, in both modes: :doc:`/guides/proximal` says how to leave them out.
@@ -470,6 +474,11 @@ class Regularizer:
             mode: ``"grad"``, ``"prox"``, or with an optimizer of ours ``"preconditioned"``.
             include_unused: whether parameters whose ``.grad`` is None take part in a step, in both modes. They count in
                 ``value`` either way. A step without any gradient stays none.
+            lazy_rows: whether a parameter with a sparse gradient has the penalty of the rows that the batch has
+                touched alone, each once and at the full strength, as the rows of ``SparseAdam`` have their moments. The
+                gradient stays sparse, and is coalesced. ``value`` counts these rows where it is of a step; before the
+                first, and with mode "prox", the whole table. ``l2_norm`` is of rows then. ``False``: an error, and with
+                mode "prox" every row shrinks.
 
         Returns:
             An :class:`.Attachment`; ``remove()`` detaches (as leaving ``with regularizer.attach(optimizer):`` does),
@@ -507,7 +516,12 @@ class Regularizer:
         """
         if mode not in ("grad", "prox", "preconditioned"):
             raise ValueError(f'attach: mode must be "grad", "prox" or "preconditioned", got {mode!r}')
-        return self._attachments.add(self._followed(), optimizer, mode, include_unused)
+        as_flag("attach: lazy_rows", lazy_rows)
+        if lazy_rows and include_unused:
+            raise ValueError(
+                "attach: lazy_rows must come without include_unused, which is for what no batch has touched, got both"
+            )
+        return self._attachments.add(self._followed(), optimizer, mode, include_unused, lazy_rows)
 
     def report(self) -> Report:
         """The penalty, norm and exact zeros of every parameter and strength group, in a few launches and one transfer.

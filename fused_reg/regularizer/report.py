@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import islice
+from operator import add
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from fused_reg._terms import (
     TERMS,
     Strengths,
     group_code,
-    group_count,
     group_text,
 )
 from fused_reg.distributed.buckets import Bucket
@@ -44,6 +44,7 @@ _AIMED = ("zeros_aim", "zeros_reached")
 
 #: What is measured of every parameter: the sum that each strength is a factor of, and more.
 _MEASURES = (*TERMS, "norm", "zeros", "zero_slices")
+_ADDED = {"norm": math.hypot}  # others by +
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,8 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     """A row for each entry: some launches for each device and kind of group, and one transfer from each device."""
     measured: dict[torch.device, list[tuple[list[Entry], Tensor]]] = {}
     for kind in dict.fromkeys(e.group for e in entries):
-        own = [e for e in entries if e.group == kind]
-        params, group = [e.param for e in own], group_code(kind)
+        cut = [(e, part) for e in entries if e.group == kind for part in e.cut(e.param)]
+        own, params, group = [e for e, _ in cut], [part for _, part in cut], group_code(kind)
         try:
             parts = _routes.run("report", _parts, _parts, params, _shapes_of(own, group), are_whole=True)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -238,14 +239,18 @@ def _rows_on(device: torch.device, parts: Sequence[tuple[list[Entry], Tensor]]) 
     tensors = {identity(s): t for e in entries for s in e.strengths.values() if (t := tensor_of(s)) is not None}
     columns = [x.reshape(-1) for _, x in parts] + [t.reshape(1) for t in tensors.values()]
     numbers = iter(torch.cat([column.to(device, torch.float64) for column in columns]).tolist())  # the transfer
-    measured = [dict(zip(_MEASURES, islice(numbers, len(_MEASURES)), strict=True)) for _ in entries]
+    measured: dict[int, dict[str, float]] = {}  # of those that are cut the sums
+    for e in entries:
+        part = dict(zip(_MEASURES, islice(numbers, len(_MEASURES)), strict=True))
+        rest = measured.get(id(e))
+        measured[id(e)] = part if rest is None else {k: _ADDED.get(k, add)(x, rest[k]) for k, x in part.items()}
     values = dict(zip(tensors, numbers, strict=True))
 
     def number(strength: Held) -> float:
         return strength if isinstance(strength, float) else values[identity(strength)]
 
-    for entry, row in zip(entries, measured, strict=True):
-        yield entry, _row(entry, {kind: number(s) for kind, s in entry.strengths.items()}, row)
+    for entry in {id(e): e for e in entries}.values():
+        yield entry, _row(entry, {kind: number(s) for kind, s in entry.strengths.items()}, measured[id(entry)])
 
 
 def _columns(bucket: Bucket) -> Tensor:
@@ -272,7 +277,7 @@ def _row(entry: Entry, strengths: dict[str, float], measures: dict[str, float]) 
         "zero_share": zeros / max(entry.param.numel(), 1),
     }
     if entry.group != "tensor":
-        slices = group_count(entry.param, group_code(entry.group))
+        slices = entry.group_count
         row |= {"slices": slices, "zero_slices": min(int(measures["zero_slices"]), slices)}
     return row
 
@@ -290,5 +295,5 @@ def _value(entry: Entry, strengths: dict[str, float], measures: dict[str, float]
         return 0.0
     if "l2_norm" in given:
         given["group"] = entry.group
-    given |= {"toward": entry.toward, "importance": entry.importance}
-    return fused_penalty(entry.param.detach(), **given).item()
+    given |= {name: x if x is None else entry.cut(x) for name, x in entry.references()}
+    return fused_penalty(entry.cut(entry.param.detach()), **given).item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from itertools import compress
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 
 from fused_reg import _devices
 from fused_reg._arguments import value_dtype
-from fused_reg._terms import TERMS
+from fused_reg._lazy_rows import lend_grad, put_back, rows_of, touched
+from fused_reg._terms import GROUPS, TERMS, group_code, group_text
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.projection import project_
 from fused_reg.regularizer.strengths import identity, tensor_of
@@ -89,14 +91,15 @@ class Share:
         self.entries, self.params = entries, [entry.param for entry in entries]
         self.group_of = [groups[id(p)] for p in self.params]
         self._groups = sorted(set(self.group_of))
-        self._guest = None
+        self._guest, self._maximized = None, []
         if self._mode != "grad":
             self.part, self.shrinking = Part(self.table, entries), Part(self.table, entries)
             self.part.check_closed_form("attach: ")
             self._check_by_element()
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
-            self.part = Part(self.table, entries, [maximized[i] for i in self.group_of])
+            self._maximized = [maximized[i] for i in self.group_of]
+            self.part = Part(self.table, entries, self._maximized)
         self._options = options
 
     def _check_by_element(self) -> None:
@@ -109,6 +112,45 @@ class Share:
     def penalty(self) -> Tensor:
         with torch.no_grad():
             return self.part.penalty()
+
+    def touched(self) -> dict[int, Tensor]:
+        """By the places of the entries whose gradients are sparse, the rows that these have."""
+        found: dict[int, Tensor] = {}
+        for i, entry in enumerate(self.entries):
+            if (index := touched(f"attach: params[{entry.name!r}]", entry.param)) is None:
+                continue
+            if entry.has("l2_norm") and group_code(entry.group) != GROUPS["row"]:
+                raise ValueError(
+                    f"attach: l2_norm of {entry.name!r} must be of rows where its gradient is sparse, because a batch "
+                    f"has other groups in part, got {group_text(entry.group)}"
+                )
+            found[i] = index
+        return found
+
+    def part_of(self, rows: Mapping[int, Tensor]) -> Part:
+        """`part` with copies of these rows in the place of their parameters."""
+        if not rows:
+            return self.part
+        entries = [_of_rows(e, rows[i]) if i in rows else e for i, e in enumerate(self.entries)]
+        return Part(self.table, entries, self._maximized)
+
+    def accumulate_grad_(
+        self, rows: Mapping[int, Tensor], scale: float | Tensor | None, skip_missing: bool
+    ) -> tuple[Tensor, Tensor]:
+        """As of a `Part`."""
+        part = self.part_of(rows)
+        for i in rows:
+            lend_grad(part.params[i], self.params[i])
+        return part.accumulate_grad_(scale, skip_missing)
+
+    def prox_(
+        self, rows: Mapping[int, Tensor], step: float | Tensor | list[float | Tensor], chosen: list[bool] | None
+    ) -> None:
+        """As of a `Part`."""
+        part = self.part_of(rows) if rows else self.shrinking
+        part.prox_(step, chosen)
+        for i, index in rows.items():
+            put_back(self.params[i], index, part.params[i])
 
     def guest(self, owner: Any, prox: Any) -> Guest:
         like = self.params[0].device, self.params[0].dtype
@@ -166,6 +208,12 @@ class Share:
         if len(set(map(identity, rates.values()))) == 1:
             return rates[self.group_of[0]]
         return [rates[i] for i in self.group_of]
+
+
+def _of_rows(entry: Entry, index: Tensor) -> Entry:
+    toward, importance = (None if x is None else rows_of(x, index) for x in (entry.toward, entry.importance))
+    param = rows_of(entry.param, index).requires_grad_()
+    return replace(entry, param=param, toward=toward, importance=importance)
 
 
 def rate_of(group: dict[str, Any]) -> float | Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_reg import _devices
+from fused_reg._arguments import is_dtensor
 from fused_reg._terms import SHAPES, TERM_OF, Group, LayerGroup, check_runs, group_code, group_count, lacking, misfit
 from fused_reg._warnings import warn
 from fused_reg.regularizer.aims import Aim, aims_of
@@ -49,10 +50,26 @@ class Entry(Named):
     importance: Tensor | None = None
     weight: float | None = None  # of its groups, by which the strength of their norms is multiplied
     aim: Aim | None = None
+    runs: int = 1  # of rows, each of which has groups of its own: those of a convolution with groups
+
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
+        """A tensor of its shape as tensors whose groups are those of its norms, and of its aim."""
+        if self.runs == 1 or not (self.has("l2_norm") or (self.aim is not None and self.aim.group != "tensor")):
+            return (x,)
+        if is_dtensor(x):
+            raise ValueError(
+                f"Regularizer: params[{self.name!r}] must be a plain tensor, to have channels of a convolution with "
+                f"groups={self.runs}, got a DTensor"
+            )
+        return x.chunk(self.runs)
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def group_count(self) -> int:
+        return self.runs * group_count(self.param, group_code(self.group))
 
     def is_given(self, kind: str) -> bool:
         """Whether its term is, also as 0 in `set_strength`."""
@@ -64,6 +81,9 @@ class Entry(Named):
     def has(self, term: str) -> bool:
         """Whether a term is there. A tensor is not looked at."""
         return not is_absent(self.strengths[term])
+
+    def references(self) -> list[tuple[str, Tensor | None]]:
+        return [("toward", self.toward), ("importance", self.importance)]
 
     @property
     def relation(self) -> tuple[bool, bool]:
@@ -141,9 +161,10 @@ class Table:
             elif candidate.knows(penalty.group) and not misfit(candidate.param, penalty.group):
                 group = candidate.group_of("Regularizer", penalty.group)
             references = self.references.of(candidate.param, names, before)
-            entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references, aim=aim)
+            runs = candidate.runs_of(penalty.group)
+            entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references, runs=runs, aim=aim)
             if self._weighs_groups:
-                entry.weight = _root_of_size(candidate.param, group)
+                entry.weight = math.sqrt(entry.param.numel() / max(entry.group_count, 1))
             for kind, strength in given.items():
                 weight = entry.weight_of(kind)
                 others = alike.get((kind, identity(strength), weight), [])
@@ -328,11 +349,6 @@ class Table:
 
 def _schedule_of(strength: Held, keep: bool) -> Schedule | None:
     return strength.schedule if isinstance(strength, Cell) and keep else None
-
-
-def _root_of_size(p: Tensor, group: Group) -> float:
-    """Of each of its groups."""
-    return math.sqrt(p.numel() / max(group_count(p, group_code(group)), 1))
 
 
 def _holder(step: int) -> Callable[[str, str, Given, float | None], Held]:

@@ -313,15 +313,16 @@ void expect_positive_zeros(const Variant& variant) {
 
 // Some chunks at once, each with its norm, are what they are one by one.
 void expect_together(const Variant& variant, std::mt19937_64& random) {
-  constexpr int64_t kChunks = 19, kLast = 5;
+  constexpr int64_t kChunks = 19;
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
-    for (const int64_t chunk : {5, 23, 64, 65, 100, 448, 1023, 1500}) {
+    for (const int64_t chunk : {5, 8, 16, 23, 32, 33, 63, 64, 65, 100, 448, 1023, 1500}) {
       for (const Pass pass : {Pass::kPenalty, Pass::kPenaltyGradient, Pass::kGradient, Pass::kAccumulate, Pass::kProx,
                               Pass::kSoftSquares}) {
         ChunkTask task{};
         task.dtype = dtype;
         task.pass = pass;
-        task.size = (kChunks - 1) * chunk + kLast;
+        const int64_t last = random() % 2 == 0 ? 5 : std::min<int64_t>(chunk, 16);
+        task.size = (kChunks - 1) * chunk + last;
         task.chunk_size = chunk;
         task.numbers = {{0.2, 0.3, 0.35, 3, 0.4, 0.6}, 0.7, 2, kL1L2 | kSmoothL1};
         task.numbers.terms |= pass == Pass::kGradient || pass == Pass::kAccumulate ? kNorm : kNone;
@@ -343,7 +344,7 @@ void expect_together(const Variant& variant, std::mt19937_64& random) {
         variant.kernels.run(task, &sums);
         for (int64_t c = 0; c < kChunks; ++c) {
           ChunkTask one = task;
-          one.size = c == kChunks - 1 ? kLast : chunk;
+          one.size = c == kChunks - 1 ? last : chunk;
           one.chunk_size = kChunkSize;
           one.norms = nullptr;
           one.numbers.norm = norms[c];

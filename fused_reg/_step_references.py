@@ -1,0 +1,68 @@
+"""What the penalty of a group of an optimizer is of: its parameters, with their reference weights and importances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from fused_reg._references import Tensors, as_tensors, relative
+from fused_reg._terms import Strengths
+
+#: ``"start"``: the weights as they are when the group is added.
+Toward: TypeAlias = "Tensors | Literal['start']"
+
+REFERENCES = ("toward", "importance")
+
+
+class Penalized(NamedTuple):
+    """A parameter, and what it has beside the strengths of its group. All of a group have the same of it."""
+
+    param: Tensor
+    toward: Tensor | None
+    importance: Tensor | None
+
+
+def penalized(group: Mapping[str, Any]) -> list[Penalized]:
+    """Those of a group."""
+    params = group["params"]
+    nothing = (None,) * len(params)
+    given = (group[name] if group[name] is not None else nothing for name in REFERENCES)
+    return [Penalized(*each) for each in zip(params, *given, strict=True)]
+
+
+def params_of(own: Iterable[Penalized]) -> list[Tensor]:
+    return [x.param for x in own]
+
+
+def references_of(own: Sequence[Penalized]) -> dict[str, Any]:
+    """As arguments of a function."""
+    return {name: [getattr(x, name) for x in own] for name in REFERENCES if own and getattr(own[0], name) is not None}
+
+
+def in_one_group(where: str, params: Any, given: Mapping[str, Any]) -> Any:
+    """The parameters that a constructor gets, as a group that has these lists."""
+    lists = {name: x for name, x in given.items() if x is not None and not isinstance(x, str)}
+    if not lists or isinstance(params, Tensor) or not (params := list(params)):
+        return params
+    if isinstance(params[0], dict):
+        raise ValueError(f"{where}{next(iter(lists))} must be an option of each group, where params are groups")
+    return [{"params": params, **lists}]
+
+
+def read_references(where: str, group: dict[str, Any], is_loaded: bool = False) -> None:
+    """Keeps those of a group as tuples, whose content does not change; those of a state where its parameters are.
+    Raises where one is wrong."""
+    params = group["params"]
+    if isinstance(toward := group["toward"], str):
+        if toward != "start":
+            raise ValueError(f'{where}toward must be tensors, one for each parameter, or "start", got {toward!r}')
+        group["toward"] = tuple(p.detach().clone() for p in params)
+    lists = [as_tensors(where, name, group[name], len(params)) for name in REFERENCES]
+    if is_loaded:
+        lists = [[x.to(p.device, p.dtype) for x, p in zip(xs, params, strict=bool(xs))] for xs in lists]
+    own = relative(where, params, Strengths(), *lists).references() if any(lists) else ((), ())
+    for name, xs in zip(REFERENCES, own, strict=True):
+        if is_loaded or type(group[name]) not in (tuple, type(None)):
+            group[name] = xs or None
