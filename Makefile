@@ -45,7 +45,7 @@ $(VENV)/.build: $(VENV)/.environment $(SETUP) $(wildcard csrc/sources.txt csrc/*
 
 $(VENV)/.bench: EXTRAS := bench
 $(VENV)/.dev: EXTRAS := dev
-$(VENV)/.all: EXTRAS := dev,examples,integrations
+$(VENV)/.all: EXTRAS := dev,examples,integrations,pat
 $(VENV)/.bench $(VENV)/.dev $(VENV)/.all: $(VENV)/.build $(CONSTRAINTS)
 	$(PIP) --quiet "fused_reg[$(EXTRAS)]"
 	touch $@

@@ -10,6 +10,7 @@ from benchmarks.checks import CASES
 from benchmarks.contenders import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
 from benchmarks.growth import WORKS, found
 from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.pat import table as pat_table
 from benchmarks.report import caption, joined, notable_errors, number, sized, slowest, table
 from benchmarks.results import Record, Results
 
@@ -32,11 +33,12 @@ _RATIOS = {
 
 
 class Committed:
-    """The results of the penalties, of the steps, of the slowest places, and of growth."""
+    """The results of the penalties, of the steps, of the slowest places, of growth, and beside PAT."""
 
     def __init__(self, folder: Path = ROOT / "benchmarks" / "results") -> None:
         self.penalties, self.steps = (Results.read(folder / f"{name}.json") for name in ("cpu", "cpu-steps"))
         self.slowest, self.growth = (Results.read(folder / f"{name}.json") for name in ("cpu-slowest", "growth"))
+        self.pat = Results.read(folder / "pat.json")
 
     def find(self, case: str, mode: str, *row: str) -> Record | None:
         return (self.steps if mode in ("step", "attached") else self.penalties).find(case, mode, *row)
@@ -116,6 +118,13 @@ def written(committed: Committed) -> Iterable[tuple[Path, str]]:
                 f"{caption(committed.slowest)}; a place ends with its instructions and threads.",
             ),
             (committed.of_growth(), f'{caption(committed.growth)}; one thread, but for "2 threads": how much faster.'),
+        ],
+        "docs/examples/pat.md": [
+            (
+                pat_table(committed.pat),
+                "In brackets: how many times the time of the first that does the same. Medians of rounds that are "
+                f"interleaved: {caption(committed.pat)}, torchao {committed.pat.machine['torchao']}.",
+            ),
         ],
     }
     for name, blocks in pages.items():

@@ -125,7 +125,8 @@ def table(lines: list[Record]) -> str:
 
 def caption(results: Results) -> str:
     """The machine in one line."""
-    machine, facts = results.machine, "{cpu}, {threads} threads, {capability}"
+    machine = results.machine
+    facts = f"{{cpu}}, {{threads}} thread{'s' * (machine['threads'] != 1)}, {{capability}}"
     if results.gpu:
         facts = "{name}, {capability}, {multiprocessors} multiprocessors, driver {driver}, CUDA {cuda}"
     device = facts.format(**(results.gpu or machine))

@@ -13,8 +13,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 DOCS = EXAMPLES.parent / "docs"
 
 PACKAGES = {
+    "continual": ("matplotlib", "rich", "sklearn"),
     "digits": ("sklearn",),
     "finetune": ("accelerate", "matplotlib", "rich", "sklearn", "transformers"),
+    "pat": ("matplotlib", "rich", "sklearn"),
     "path": ("matplotlib", "rich", "sklearn"),
     "prune": ("matplotlib", "rich", "sklearn"),
     "tune": ("matplotlib", "optuna", "rich", "sklearn"),

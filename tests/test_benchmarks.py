@@ -17,7 +17,7 @@ pytest.importorskip("pandas")
 pytest.importorskip("rich")
 
 import fused_reg
-from benchmarks import __main__, checks, contenders, devices, growth, measure, optimizers, pages, report
+from benchmarks import __main__, checks, contenders, devices, growth, measure, optimizers, pages, pat, report
 from benchmarks.checks import CASES, COMPILED_MODES, MODES, STEP_MODES, Problem, WrongResultError
 from benchmarks.contenders import PEERS, Peer
 from benchmarks.results import Results, targets
@@ -244,6 +244,49 @@ def test_growth(tmp_path, monkeypatch):
         assert sorted(found) == sorted(growth.points(axis))
     growth.draw(committed, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")  # torchao's
+def test_pat(tmp_path, monkeypatch, capsys, threads):
+    """All do the same before they are timed, and every contender has its row."""
+    pytest.importorskip("torchao", reason="benchmarks.pat needs torchao (pip install fused_reg[pat])")
+    pytest.importorskip("sklearn", reason="examples/prune.py needs scikit-learn (pip install fused_reg[examples])")
+    output = tmp_path / "pat.json"
+    run = ["pat", str(output), "--cases", "convolutions", "transformer", "--rounds", "5", "--seconds", "0"]
+    monkeypatch.setattr("sys.argv", run)
+    threads(2)
+    pat.main()
+    results = Results.read(output)
+    assert results.machine["threads"] == 1
+    for case in ("convolutions", "transformer"):
+        rows = [row["implementation"] for row in results.rows if row["case"] == case and row["median_ms"] > 0]
+        assert sorted(rows) == sorted(pat.contenders(pat.CASES[case]))
+    assert pat.table(results) in capsys.readouterr().out
+    models = {name: pat.prepared(pat.CASES["transformer"], name)[0] for name in pat.AIMS}
+    pat.check(models)
+    value = models[pat.AIMS[2]].blocks[1].value.weight
+    with torch.no_grad():
+        value[value[:, 0] != 0] *= 1.01
+    with pytest.raises(
+        checks.WrongResultError, match=r"PAT, MinSparsityConstraint: a weight is 0\.0\d+ of the largest off"
+    ):
+        pat.check(models)
+    with torch.no_grad():
+        for model in models.values():
+            model.blocks[0].up.weight.fill_(1.0)
+            model.blocks[1].value.weight.fill_(1.0)
+    with pytest.raises(checks.WrongResultError, match=r"the shares of zero groups must be 0\.75, got \{.*0\.0"):
+        pat.check(models)
+
+
+def test_the_results_beside_pat():
+    """The committed ones have every contender, and the memory of the large networks."""
+    committed = Results.read(RESULTS / "pat.json")
+    for name, case in pat.CASES.items():
+        found = {row["implementation"] for row in committed.rows if row["case"] == name}
+        assert found == set(pat.contenders(case))
+        peaks = {row["implementation"] for row in committed.memory if row["case"] == name}
+        assert peaks == (found - {pat.HEALING} if name != case.kind else set())
 
 
 def test_the_pages_have_the_committed_results():

@@ -25,7 +25,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ("example", "module"),
     [
         *(("finetune", package) for package in PACKAGES["finetune"]),
+        ("continual", "rich"),
         ("digits", "sklearn"),
+        ("pat", "matplotlib"),
         ("path", "sklearn"),
         ("prune", "matplotlib"),
         ("tune", "optuna"),
@@ -52,7 +54,15 @@ def test_a_missing_package(example, module):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of transformers' imports
 @pytest.mark.parametrize(
     ("example", "training"),
-    [("finetune", "Study"), ("path", "compare"), ("prune", "train"), ("tune", "fit"), ("weights", "train")],
+    [
+        ("continual", "run"),
+        ("finetune", "Study"),
+        ("pat", "compare"),
+        ("path", "compare"),
+        ("prune", "train"),
+        ("tune", "fit"),
+        ("weights", "train"),
+    ],
 )
 def test_a_folder_that_cannot_be_written(example, training, tmp_path, monkeypatch):
     """Said before the training."""

@@ -136,6 +136,10 @@ def _project_groups(aim: Aim, pool: Sequence[Entry], found_inf: Tensor | None) -
     size = sum(map(len, norms))
     for (entry, part), mask in zip(parts, smallest(norms, min(round(aim.share * size), size - 1)), strict=True):
         w, dim = in_groups(part, group_code(entry.group))
+        if dim == 0 and _devices.is_at_hand(w):  # writes what becomes zero alone, twice as fast as a mask writes all
+            if found_inf is None or found_inf == 0:
+                w.index_fill_(dim, mask.nonzero().reshape(-1), 0)
+            continue
         shape = [1] * w.ndim
         if dim is not None:
             shape[dim] = -1
