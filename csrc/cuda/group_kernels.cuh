@@ -96,7 +96,8 @@ __device__ __forceinline__ ChunkSums sums_of(const AnyChunk& chunk, Blocks* bloc
 // The sums of a pass, of every chunk and group; and where Call.value asks for it, the penalty of the list. With all
 // numbers it takes those of further terms, too.
 template <class Table, template <int> class P, int known, int numbers_of_pass>
-__global__ void __launch_bounds__(kThreads, kSummingCtasPerSm) sums_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, numbers_of_pass > kGroupNumbers ? 3 : kSummingCtasPerSm)
+    sums_kernel(const __grid_constant__ Table table) {
   __shared__ Blocks blocks[kWarps];            // a CTA fills one while another is summed; a warp alone has its own
   __shared__ CompensatedSum run_sums[kWarps];  // of the first thread of a team alone; spares the others registers
   CompensatedSum& run_sum = run_sums[threadIdx.x / kWarp];
