@@ -57,7 +57,9 @@ CONTENTS = {
         "Guides": GUIDES,
         "Reference": "api l2 mathematics performance tables reliability",
     },
-    "examples/index": {"": "digits weights tune path prune pat continual finetune lightning_callback huggingface_trainer fsdp2"},
+    "examples/index": {
+        "": "digits weights tune path prune pat continual finetune lightning_callback huggingface_trainer fsdp2"
+    },
 }
 MEASURED = re.compile(r"\[([^]]+)\]\(\.\./(benchmarks/results/[\w.-]+\.md)\)")
 
