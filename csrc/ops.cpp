@@ -58,8 +58,8 @@ TORCH_LIBRARY(fused_reg, m) {
   // The norm of every group after the soft threshold step * l1, as penalty gives those before it.
   m.def("norms(Tensor[] params, " NUMBERS ") -> Tensor", tags);
 
-  // [number of params, terms (+ 1)] float64: the sum of each term over each parameter, that of |w|, of w^2, and of smooth
-  // L1, MCP and SCAD where their strengths are given, else 0; and how many of its elements are 0, if that is asked for.
+  // [number of params, terms (+ 1)] float64: the sum of each term over each parameter, that of |w|, of w^2, and of
+  // smooth L1, MCP and SCAD where their strengths are given, else 0; and how many of its elements are 0, if asked for.
   m.def("sums(Tensor[] params, bool with_zeros, " NUMBERS ") -> Tensor", tags);
 }
 
