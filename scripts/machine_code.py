@@ -321,8 +321,13 @@ def read_record(text: str) -> tuple[str, list[Kernel]]:
     for architecture, part in re.findall(r"^## sm_(\d+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL):
         for name, *cells, loops in re.findall(r"\| `(.+)` " + r"\| (\d+) " * len(FIGURES) + r"\| (.*) \|", part):
             figures = dict(zip(FIGURES, map(int, cells), strict=True))
-            read = tuple(
-                Loop(*map(int, loop.rstrip("*").split("/")), loop.endswith("*")) for loop in loops.split(", ") if loop
-            )
+            read = tuple(_read_loop(loop) for loop in loops.split(", ") if loop)
             kernels.append(Kernel(name, int(architecture), local_bytes=0, loops=read, **figures))
     return version[1] if version else "", kernels
+
+
+def _read_loop(text: str) -> Loop:
+    numbers = [int(number) for number in text.removesuffix("*").split("/")]
+    if len(numbers) != len(Loop._fields) - 1:
+        raise ValueError(f"a loop of the record must have {len(Loop._fields) - 1} numbers, got {text!r}")
+    return Loop(*numbers, text.endswith("*"))

@@ -407,6 +407,12 @@ def test_table_of_predicted_shares():
     ]
 
 
+def test_a_record_of_another_form():
+    text = "nvcc 13.0\n## sm_90\n\n" + "| `kernel` | " + "1 | " * len(FIGURES) + "8/8/0/96* |\n"
+    with pytest.raises(ValueError, match="a loop of the record must have 5 numbers, got"):
+        read_record(text)
+
+
 def test_the_committed_record():
     """It is of every architecture that is compiled, as all are that ship, with every figure, within the limits."""
     version, kernels = read_record(check_cuda_compile.RECORD.read_text())
