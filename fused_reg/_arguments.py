@@ -295,9 +295,8 @@ def are_run(tensors: Iterable[Tensor]) -> bool:
 def as_column(function: str, name: str, strength: Strength | None, params: Sequence[Tensor]) -> Column:
     if strength is None:
         return ()
-    if (
-        type(strength) is float and 0 < strength < math.inf and name not in _OWN_RULE
-    ):  # first: short calls feel the rest
+    # First, because short calls feel the rest.
+    if type(strength) is float and 0 < strength < math.inf and name not in _OWN_RULE:
         return _in_graph(strength, params) if is_compiling() else (strength,)
     if isinstance(strength, Tensor):
         return _tensor_strength(function, name, strength, len(params))

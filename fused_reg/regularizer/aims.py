@@ -108,6 +108,9 @@ class Aim:
         for name in ("toward", "importance"):
             if getattr(entry, name) is not None:
                 raise ValueError(f"{where} must come without {name}, got both; give one to a Regularizer of its own")
+        lower, upper = entry.strengths["lower"], entry.strengths["upper"]
+        if (isinstance(lower, float) and lower > 0) or (isinstance(upper, float) and upper < 0):
+            raise ValueError(f"{where} must be within its bounds, which leave zero out: lower={lower}, upper={upper}")
         if (pattern := self.pattern) is None:
             return
         if self.group != "tensor":

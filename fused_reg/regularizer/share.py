@@ -174,6 +174,8 @@ class Share:
 
     def project_(self, chosen: list[bool] | None, found_inf: Tensor | None) -> None:
         """Makes those zero that an aim wants to be; ``chosen``: which entries a step has changed; None: all."""
+        if not self.table.has_aims():
+            return
         used = [p.requires_grad for p in self.params] if chosen is None else chosen
         project_(list(compress(self.entries, used)), found_inf)
 
