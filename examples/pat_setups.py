@@ -4,6 +4,7 @@ training (PAT), which need not be installed. ``python -m benchmarks.pat`` times 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,10 @@ from fused_reg import Regularizer
 from fused_reg.schedules import CubicRamp, LinearRamp
 
 try:
-    from torchao.prototype.pat.optim import PruneOptimizer
-    from torchao.prototype.pat.utils import get_param_groups
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchao's sources, when they are compiled: at its first import
+        from torchao.prototype.pat.optim import PruneOptimizer
+        from torchao.prototype.pat.utils import get_param_groups
 except ModuleNotFoundError:
     PruneOptimizer = None
 
