@@ -79,6 +79,11 @@ struct Across {
   // The elements of a chunk are so many apart; so many bytes of the chunks beside it are fetched, too.
   FUSED_REG_INLINE Lane sums_of(const Storage* from, int64_t apart, int64_t length, int64_t fetched) const {
     Lane lanes[kLanes];
+    if (length == 1) {
+      Lane lane{};
+      kernel.template add<kAcross>(lane.of, E::widened(from));
+      return lane;
+    }
     if (length <= kBlock) {
       take_block(from, apart, static_cast<int>(length), fetched, 1, lanes);
       return lanes[0];
@@ -128,11 +133,14 @@ struct Across {
         const Lane sums = sums_of(at[0], task.apart[0], task.chunk_size, fetched);
         double lanes[kPassSums * E::kCount];
         std::memcpy(lanes, &sums, sizeof lanes);
-        for (int k = 0; k < kPassSums; ++k) {
-          for (int i = 0; i < count; ++i) {
-            found->sum[k][first + i] = lanes[k * E::kCount + place<kDoubles>(i)];
+        const auto copy = [&](int of) __attribute__((always_inline)) {
+          for (int k = 0; k < kPassSums; ++k) {
+            for (int i = 0; i < of; ++i) {
+              found->sum[k][first + i] = lanes[k * E::kCount + place<kDoubles>(i)];
+            }
           }
-        }
+        };
+        count == E::kCount ? copy(E::kCount) : copy(count);
       } else {
         constexpr int kScalars = sizeof(Factor) / sizeof(Scalar);
         Factor own[E::kParts][P::kFactors + 1];

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../chunks.h"
 #include "../dtypes.h"
@@ -22,32 +23,43 @@ struct ChunkTask {
   // Of chunks side by side, how far apart the elements of each are, in every stream; there is a whole vector of chunks,
   // as far as memory goes. 0: they follow on one another.
   int64_t apart[kStreams] = {};
+
+  int64_t chunks() const { return (size + chunk_size - 1) / chunk_size; }
 };
 
 // The sums of the chunks of a task.
 struct TaskSums {
   double sum[kSums][kMaxVisit];
   int exponent[kSums][kMaxVisit];
+  bool is_scaled = false;    // else the exponents are 0, and not written
+  bool has_further = false;  // else the sums behind those of a pass are 0, and not written
+
+  FUSED_REG_INLINE ScaledSum of(int k, int64_t chunk) const {
+    return k < kPassSums || has_further ? ScaledSum{sum[k][chunk], is_scaled ? exponent[k][chunk] : 0} : ScaledSum{};
+  }
 
   FUSED_REG_INLINE ChunkSums of(int64_t chunk) const {
     ChunkSums sums;
     for (int k = 0; k < kSums; ++k) {
-      sums.of[k] = {sum[k][chunk], exponent[k][chunk]};
+      sums.of[k] = of(k, chunk);
     }
     return sums;
   }
-};
 
-// Of chunks that are whole groups, from their sums: the norm of each, and what it adds to the penalty.
-struct TaskNorms {
-  double norm[kMaxVisit];
-  double penalty[kMaxVisit];
+  void set_exponent(int k, int64_t chunk, int value) {
+    if (value != 0 && !is_scaled) {
+      std::memset(exponent, 0, sizeof exponent);
+      is_scaled = true;
+    }
+    exponent[k][chunk] = value;
+  }
 };
 
 // What is compiled for an instruction set.
 struct Kernels {
   void (*run)(const ChunkTask&, TaskSums*);  // null: the sums are not asked for
-  void (*finish)(const double* numbers, int64_t chunks, const TaskSums&, TaskNorms*);
+  // Of chunks that are whole groups, from their sums: the norm of each, and what it adds to the penalty, unless null.
+  void (*finish)(const double* numbers, int64_t chunks, const TaskSums&, double* norms, double* penalties);
   void (*sum_runs)(const double* penalties, int64_t length, int64_t runs, double* sums);  // of so many penalties each
   double (*sum_columns)(const double* sums, int64_t count);
 };

@@ -24,7 +24,7 @@ void run_kernel(const ChunkTask& task, TaskSums* sums) {
       TaskSums again;
       bool is_there = false;
       for (int64_t c = 0; sums != nullptr && c * task.chunk_size < task.size; ++c) {
-        if (sums->exponent[0][c] == 0 &&
+        if (sums->of(0, c).exponent == 0 &&
             rescue_exponent(sums->sum[0][c], sums->sum[1][c], P::kSums & kL2) == exponent) {
           if (!is_there) {
             Kernel<dtype, typename P::Sums>(task.numbers, exponent, 0).run(task, &again);
@@ -32,7 +32,7 @@ void run_kernel(const ChunkTask& task, TaskSums* sums) {
           }
           for (int k = 0; k < kPassSums; ++k) {
             sums->sum[k][c] = again.sum[k][c];
-            sums->exponent[k][c] = exponent;
+            sums->set_exponent(k, c, exponent);
           }
         }
       }
@@ -60,14 +60,16 @@ void run_compiled(const ChunkTask& task, TaskSums* sums) {
 // The sum of each further term that a chunk has.
 template <Dtype dtype, int relative>
 void sum_further(const ChunkTask& task, TaskSums* sums) {
+  sums->has_further = true;
   FurtherTerms::each([&](auto term) {
     using T = decltype(term);
+    std::fill_n(sums->sum[T::kSum], task.chunks(), 0.0);
     if (task.numbers.terms & T::kBit) {
       TaskSums found;
       run_kernel<dtype, typename TermSum<T>::template Pass<relative>>(task, &found);
       for (int64_t c = 0; c * task.chunk_size < task.size; ++c) {
         sums->sum[T::kSum][c] = found.sum[1][c];
-        sums->exponent[T::kSum][c] = T::result_exponent(task.numbers, found.exponent[1][c]);
+        sums->set_exponent(T::kSum, c, T::result_exponent(task.numbers, found.of(1, c).exponent));
       }
     }
   });

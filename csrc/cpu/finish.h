@@ -8,38 +8,44 @@
 
 namespace fused_reg::FUSED_REG_ISA {
 
-// is_plain: all exponents are 0.
-template <bool is_plain>
-void finish_of(const double* numbers, int64_t chunks, const TaskSums& sums, TaskNorms* __restrict out) {
+// is_usual: no sum has an exponent, and there are none of further terms.
+template <bool is_usual>
+void finish_of(const double* numbers, int64_t chunks, const TaskSums& sums, double* __restrict norms,
+               double* __restrict penalties) {
   double own[kNumbers];
   std::copy_n(numbers, int{kNumbers}, own);
   for (int64_t c = 0; c < chunks; ++c) {
-    ScaledSum of[kSums];
-    for (int k = 0; k < kSums; ++k) {
-      of[k] = {sums.sum[k][c], is_plain ? 0 : sums.exponent[k][c]};
+    ChunkSums found{};
+    if constexpr (is_usual) {
+      for (int k = 0; k < kPassSums; ++k) {
+        found.of[k].sum = sums.sum[k][c];
+      }
+    } else {
+      found = sums.of(c);
     }
-    out->norm[c] = norm_of(of[L2::kSum]);
-    out->penalty[c] = SummedTerms::penalty(own, of) + norm_penalty(own[kNormStrength], of[L2::kSum]);
+    const ScaledSum& squares = found.of[L2::kSum];
+    norms[c] = norm_of(squares);
+    if (penalties != nullptr) {
+      penalties[c] = SummedTerms::penalty(own, found.of) + norm_penalty(own[kNormStrength], squares);
+    }
   }
 }
 
-inline void finish(const double* numbers, int64_t chunks, const TaskSums& sums, TaskNorms* out) {
-  int exponents = 0;
-  for (const auto& of_term : sums.exponent) {
-    for (int64_t c = 0; c < chunks; ++c) {
-      exponents |= of_term[c];
-    }
-  }
-  exponents == 0 ? finish_of<true>(numbers, chunks, sums, out) : finish_of<false>(numbers, chunks, sums, out);
+inline void finish(const double* numbers, int64_t chunks, const TaskSums& sums, double* norms, double* penalties) {
+  sums.is_scaled || sums.has_further ? finish_of<false>(numbers, chunks, sums, norms, penalties)
+                                     : finish_of<true>(numbers, chunks, sums, norms, penalties);
 }
 
 // Some numbers as a vector; 0 behind them.
 FUSED_REG_INLINE Double some_of(const double* numbers, int64_t count, int64_t apart) {
-  Double some{};
-  for (int i = 0; i < std::min<int64_t>(count, kDoubles); ++i) {
-    some[i] = numbers[i * apart];
-  }
-  return some;
+  double some[kDoubles]{};
+  const auto copy = [&](int64_t end) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < end; ++i) {
+      some[i] = numbers[i * apart];
+    }
+  };
+  count < kDoubles ? copy(count) : copy(kDoubles);
+  return load<Double>(some);
 }
 
 inline void sum_runs(const double* numbers, int64_t length, int64_t runs, double* sums) {

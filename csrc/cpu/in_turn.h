@@ -55,12 +55,11 @@ struct Kernel {
   Double scale;  // of the elements in the sums
   BlockSums sums[kPassSums][kBlocks];
   unsigned options;
-  int exponent;
   int64_t ahead;
 
   // Float64 sums are those of w / 2^exponent.
   Kernel(const StepNumbers& numbers, int exponent, int64_t ahead)
-      : options(options_of(numbers)), exponent(exponent), ahead(std::max(ahead, kAhead)) {
+      : options(options_of(numbers)), ahead(std::max(ahead, kAhead)) {
     set_factors(numbers);
     double doubles[P::kSumFactors + 1];
     P::template sum_factors<Scalar>(numbers, exponent, doubles);
@@ -416,15 +415,11 @@ struct Kernel {
     }
   }
 
-  static FUSED_REG_INLINE int64_t chunks_of(const ChunkTask& task) {
-    return (task.size + task.chunk_size - 1) / task.chunk_size;
-  }
-
   // Chunks of at most a block each: the lanes stay in registers, and kDoubles chunks share the end of the tree. Where
   // not all lanes are used, they are of less than a row.
   template <bool has_rest, int lanes_used>
   void run_short_of(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
-    const int64_t chunks = chunks_of(task), last_row = std::min(task.chunk_size, task.size) % kLanes;
+    const int64_t chunks = task.chunks(), last_row = std::min(task.chunk_size, task.size) % kLanes;
     const Mask<lanes_used> mask(has_rest ? static_cast<int>(last_row) : lanes_used);
     for (int64_t first = 0; first < chunks; first += kDoubles) {
       Double ends[kPassSums][kDoubles];
@@ -535,15 +530,8 @@ struct Kernel {
     if (task.apart[0] == 0 && !is_short) {
       run_in_turn(task, streams, found);
     }
-    if (found == nullptr) {
-      return;
-    }
-    const int64_t chunks = chunks_of(task);
-    for (int k = 0; k < kSums; ++k) {
-      std::fill_n(found->exponent[k], chunks, k < kPassSums ? exponent : 0);
-      if (k >= kPassSums) {
-        std::fill_n(found->sum[k], chunks, 0.0);
-      }
+    if (found != nullptr) {
+      found->is_scaled = found->has_further = false;
     }
   }
 };

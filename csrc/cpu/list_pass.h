@@ -283,34 +283,25 @@ class ListPass : public TaskList {
 
   void visit_groups(const std::vector<Round>& rounds, const Visit& visit, ChunkTask& task) const {
     const int64_t t = visit.first.tensor, per_group = plan_.chunks_per_group(t);
-    TaskNorms groups;
+    double of_groups[kMaxVisit];
     for (const Round& round : rounds) {
       const ChunkTask sums_of = sums_task(task, round.sums);
+      double* const norms = round.norms == nullptr ? of_groups : round.norms + visit.first.group;
       if (per_group == 1) {
         TaskSums sums;
         kernels_->run(sums_of, &sums);
-        finish_chunks(round, visit, sums, &groups);
+        kernels_->finish(tasks_[t].numbers.of, visit.chunks, sums, norms,
+                         round.penalties == nullptr ? nullptr : round.penalties + visit.number);
       } else {
         ChunkSums sums[kVisitedGroup / kChunkSize];
         take_sums(sums_of, t, sums);
-        groups.norm[0] = finish(round, t, visit.first.group, visit.number, sums);
+        *norms = finish(round, t, visit.first.group, visit.number, sums);
       }
       if (round.writes) {
-        set_norms(task, t, groups.norm);
+        set_norms(task, t, norms);
         task.ahead = visit.size;
         write(task, round.sums);
       }
-    }
-  }
-
-  // The norms of groups of one chunk each.
-  void finish_chunks(const Round& round, const Visit& visit, const TaskSums& sums, TaskNorms* groups) const {
-    kernels_->finish(tasks_[visit.first.tensor].numbers.of, visit.chunks, sums, groups);
-    if (round.norms != nullptr) {
-      std::copy_n(groups->norm, visit.chunks, round.norms + visit.first.group);
-    }
-    if (round.penalties != nullptr) {
-      std::copy_n(groups->penalty, visit.chunks, round.penalties + visit.number);
     }
   }
 

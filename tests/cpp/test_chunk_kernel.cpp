@@ -130,6 +130,8 @@ Output run(const Variant& variant, ChunkTask task, const std::vector<char>& para
 
 bool same_bits(double a, double b) { return (std::isnan(a) && std::isnan(b)) || std::memcmp(&a, &b, sizeof a) == 0; }
 
+bool same(const ScaledSum& a, const ScaledSum& b) { return same_bits(a.sum, b.sum) && a.exponent == b.exponent; }
+
 // The sums of a pass, element by element.
 void expect_sums(const Variant& variant, const ChunkTask& task, const std::vector<char>& param, const ChunkSums& sums) {
   const double wide = task.numbers.of[kStep] * task.numbers.of[kL1Strength];
@@ -374,8 +376,7 @@ void expect_together(const Variant& variant, std::mt19937_64& random) {
           }
           const ChunkSums of_one = variant.sums(one);
           for (int k = 0; k < kSums; ++k) {
-            EXPECT(same_bits(of_one.of[k].sum, sums.sum[k][c]) && of_one.of[k].exponent == sums.exponent[k][c],
-                   variant.name, static_cast<int>(pass), chunk, c, k);
+            EXPECT(same(of_one.of[k], sums.of(k, c)), variant.name, static_cast<int>(pass), chunk, c, k);
           }
         }
         EXPECT(streams[0] == expected[0] && streams[1] == expected[1], variant.name, static_cast<int>(pass), chunk);
@@ -388,26 +389,34 @@ void expect_together(const Variant& variant, std::mt19937_64& random) {
 void expect_finished(const Variant& variant, std::mt19937_64& random) {
   constexpr double kNan = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
   std::uniform_real_distribution<double> uniform;
-  for (const bool is_plain : {true, false}) {
+  for (const int kind : {0, 1, 2, 3}) {
     for (const double l1 : {0.0, 0.3}) {
       const double numbers[kNumbers] = {l1, 0.2, 0.7, 0, 0.4, 0.6, 0.3, 4, 0.25, 3.7, -0.9, 1.1};
       TaskSums sums{};
+      sums.is_scaled = (kind & 1) != 0;
+      sums.has_further = (kind & 2) != 0;
+      ChunkSums of_chunks[kMaxVisit]{};
       for (int k = 0; k < kSums; ++k) {
         for (int c = 0; c < kMaxVisit; ++c) {
           sums.sum[k][c] = c == 5 ? kNan : c == 6 ? kInfinity : c == 7 ? 0 : uniform(random);
-          sums.exponent[k][c] = is_plain || c % 3 == 0 ? 0 : c % 3 == 1 ? kRescueExponent : -kRescueExponent;
+          sums.exponent[k][c] = c % 3 == 0 ? 0 : c % 3 == 1 ? kRescueExponent : -kRescueExponent;
+          if (k < kPassSums || sums.has_further) {
+            of_chunks[c].of[k] = {sums.sum[k][c], sums.is_scaled ? sums.exponent[k][c] : 0};
+          }
         }
       }
       for (const int count : {1, 13, kMaxVisit}) {
-        TaskNorms norms{};
-        variant.kernels.finish(numbers, count, sums, &norms);
+        double norms[2][kMaxVisit]{}, penalties[kMaxVisit]{};
+        variant.kernels.finish(numbers, count, sums, norms[0], penalties);
+        variant.kernels.finish(numbers, count, sums, norms[1], nullptr);
         for (int c = 0; c < count; ++c) {
-          const ChunkSums own = sums.of(c);
+          const ScaledSum* const own = of_chunks[c].of;
           const double penalty =
-              SummedTerms::penalty(numbers, own.of) + norm_penalty(numbers[kNormStrength], own.of[L2::kSum]);
-          EXPECT(same_bits(norms.norm[c], norm_of(own.of[L2::kSum])), variant.name, is_plain, c);
-          EXPECT(same_bits(norms.penalty[c], penalty) || (c == 5 && std::isnan(norms.penalty[c])), variant.name,
-                 is_plain, c);
+              SummedTerms::penalty(numbers, own) + norm_penalty(numbers[kNormStrength], own[L2::kSum]);
+          for (const auto& of : norms) {
+            EXPECT(same_bits(of[c], norm_of(own[L2::kSum])), variant.name, kind, c);
+          }
+          EXPECT(same_bits(penalties[c], penalty) || (c == 5 && std::isnan(penalties[c])), variant.name, kind, c);
         }
       }
     }
@@ -486,8 +495,7 @@ void expect_across(const Variant& variant, std::mt19937_64& random) {
           TaskSums of_one{};
           variant.kernels.run(one, has_sums ? &of_one : nullptr);
           for (int k = 0; k < kSums; ++k) {
-            EXPECT(same_bits(of_one.sum[k][0], sums.sum[k][c]) && of_one.exponent[k][0] == sums.exponent[k][c],
-                   variant.name, static_cast<int>(pass), chunk, c, k);
+            EXPECT(same(of_one.of(k, 0), sums.of(k, c)), variant.name, static_cast<int>(pass), chunk, c, k);
           }
           for (int s = 0; s < 2; ++s) {
             for (int64_t i = 0; i < chunk; ++i) {
