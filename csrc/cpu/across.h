@@ -13,6 +13,7 @@ struct Across {
   using Storage = typename Kernel::Storage;
   using Scalar = typename Kernel::Scalar;
   using Factor = typename Kernel::Factor;
+  using Lane = typename Kernel::Lane;
   static constexpr int kAcross = Kernel::kAcross;
 
   const Kernel& kernel;
@@ -25,18 +26,6 @@ struct Across {
     constexpr unsigned kParts = E::kParts;
     return (i / kParts / vector * kParts + i % kParts) * vector + i / kParts % vector;
   }
-
-  struct Lane {
-    Double of[kPassSums * kAcross];
-
-    FUSED_REG_INLINE void operator+=(const Lane& other) {
-      for (int k = 0; k < kPassSums; ++k) {
-        for (int v = k * kAcross; v < (k + 1) * kAcross; ++v) {
-          of[v] = P::kSums & bit(k) ? of[v] + other.of[v] : Double{};
-        }
-      }
-    }
-  };
 
   // A part of the tree of halves, over lanes that are so many apart: from at most 2 * `half` to `end` of them. The
   // lanes that there are then.

@@ -386,59 +386,48 @@ struct Kernel {
     }
   };
 
-  // How many elements are read of a row of `count`.
-  template <int lanes_used>
-  static FUSED_REG_INLINE int read_of(int count) {
-    return lanes_used < kLanes ? lanes_used : (count + E::kCount - 1) / E::kCount * E::kCount;
-  }
+  // Sums that a vector of elements belongs to.
+  struct Lane {
+    Double of[kPassSums * kAcross];
 
-  template <int lanes_used>
-  FUSED_REG_INLINE void add_rest(Double* lanes, const Storage* from, int count, const Mask<lanes_used>& mask) const {
-    for (int i = 0; i < read_of<lanes_used>(count); i += E::kCount) {
-      add<lanes_used / kDoubles>(lanes + i / kDoubles, mask.of(i / E::kCount, E::widened(from + i)));
+    FUSED_REG_INLINE void operator+=(const Lane& other) {
+      for (int k = 0; k < kPassSums; ++k) {
+        for (int v = k * kAcross; v < (k + 1) * kAcross; ++v) {
+          of[v] = P::kSums & bit(k) ? of[v] + other.of[v] : Double{};
+        }
+      }
     }
-  }
+  };
 
-  // The last row, of `count` elements, of a chunk: as the mask says, unless the task ends with a shorter one. Of the
-  // task's elements there are `left` from there on.
-  template <int lanes_used>
-  FUSED_REG_INLINE void take_rest(Double* lanes, Storage* const* streams, int64_t begin, int count, int64_t left,
-                                  const Mask<lanes_used>& mask) const {
-    if constexpr (!kIsMasked) {
-      Padded tail(*this, streams, begin, count);
-      take_rows<false>(lanes, tail.streams, 0, 1);
-      tail.copy_to(streams, begin, count);
-    } else if (count != mask.count || left < read_of<lanes_used>(count)) {
-      add_rest<lanes_used>(lanes, Padded(*this, streams, begin, count).elements[0], count, Mask<lanes_used>(kLanes));
-    } else {
-      add_rest<lanes_used>(lanes, streams[0] + begin, count, mask);
+  // Sums of a chunk, the end of whose trees is left.
+  struct Ends {
+    Double of[kPassSums];
+
+    // Of so many lanes, for each sum.
+    template <int lanes_used>
+    static FUSED_REG_INLINE Ends folded_from(Double* lanes) {
+      Ends ends{};
+      for (int k = 0; k < kPassSums; ++k) {
+        if (P::kSums & bit(k)) {
+          ends.of[k] = folded<lanes_used>(lanes + k * lanes_used / kDoubles);
+        }
+      }
+      return ends;
     }
-  }
+  };
 
-  // Chunks of at most a block each: the lanes stay in registers, and kDoubles chunks share the end of the tree. Where
-  // not all lanes are used, they are of less than a row.
-  template <bool has_rest, int lanes_used>
-  void run_short_of(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
-    const int64_t chunks = task.chunks(), last_row = std::min(task.chunk_size, task.size) % kLanes;
-    const Mask<lanes_used> mask(has_rest ? static_cast<int>(last_row) : lanes_used);
+  // Chunks of at most a block each, kDoubles of which share the end of the tree. take(chunk, begin, size): its Ends.
+  template <class Take>
+  FUSED_REG_INLINE void end_together(const ChunkTask& task, TaskSums* found, const Take& take) {
+    const int64_t chunks = task.chunks();
     for (int64_t first = 0; first < chunks; first += kDoubles) {
       Double ends[kPassSums][kDoubles];
       const int count = static_cast<int>(std::min<int64_t>(kDoubles, chunks - first));
       for (int i = 0; i < count; ++i) {
-        const int64_t begin = (first + i) * task.chunk_size, size = std::min(task.chunk_size, task.size - begin);
-        const int rest = has_rest ? static_cast<int>(size % kLanes) : lanes_used % kLanes;
-        Double lanes[kPassSums * lanes_used / kDoubles];
-        set_norm(task, first + i);
-        if constexpr (lanes_used < kLanes) {
-          std::fill(std::begin(lanes), std::end(lanes), Double{});
-        } else {
-          take_rows<true>(lanes, streams, begin, static_cast<int>(size / kLanes));
-        }
-        if (rest != 0) {
-          take_rest<lanes_used>(lanes, streams, begin + size - rest, rest, task.size - begin - size + rest, mask);
-        }
+        const int64_t begin = (first + i) * task.chunk_size;
+        const Ends own = take(first + i, begin, std::min(task.chunk_size, task.size - begin));
         for (int k = 0; k < kPassSums; ++k) {
-          ends[k][i] = P::kSums & bit(k) ? folded<lanes_used>(lanes + k * lanes_used / kDoubles) : Double{};
+          ends[k][i] = own.of[k];
         }
       }
       for (auto& end : ends) {
@@ -450,21 +439,90 @@ struct Kernel {
     }
   }
 
+  // A row of so many lanes, of which the vectors from `first` on, so many apart, are added up in the order of the tree.
+  template <int lanes_used, bool has_rest, int apart = 1, int first = 0>
+  FUSED_REG_INLINE Lane row_of(const Storage* from, const Mask<lanes_used>& mask) const {
+    if constexpr (apart * E::kCount == lanes_used) {
+      Lane lane{};
+      const Widened w = E::widened(from + first * E::kCount);
+      add<kAcross>(lane.of, has_rest ? mask.of(first, w) : w);
+      return lane;
+    } else {
+      Lane lane = row_of<lanes_used, has_rest, 2 * apart, first>(from, mask);
+      lane += row_of<lanes_used, has_rest, 2 * apart, first + apart>(from, mask);
+      return lane;
+    }
+  }
+
+  // Chunks of at most a row of so many lanes, which stay in registers.
+  template <bool has_rest, int lanes_used>
+  void run_rows_of(const ChunkTask& task, const Storage* from, TaskSums* found) {
+    const Mask<lanes_used> mask(static_cast<int>(std::min(task.chunk_size, task.size)));
+    end_together(task, found, [&](int64_t, int64_t begin, int64_t size) __attribute__((always_inline)) {
+      Lane row;
+      if (size == mask.count && task.size - begin >= lanes_used) {
+        row = row_of<lanes_used, has_rest>(from + begin, mask);
+      } else {
+        Storage padded[lanes_used]{};
+        std::memcpy(padded, from + begin, size * sizeof(Storage));
+        row = row_of<lanes_used, false>(padded, mask);
+      }
+      return Ends::template folded_from<E::kCount>(row.of);
+    });
+  }
+
+  template <int lanes_used>
+  void run_rows(const ChunkTask& task, const Storage* from, TaskSums* found) {
+    task.chunk_size == lanes_used&& task.size % lanes_used == 0 ? run_rows_of<false, lanes_used>(task, from, found)
+                                                                : run_rows_of<true, lanes_used>(task, from, found);
+  }
+
+  // The last row, of `count` elements, of a chunk of several: as the mask says, unless the task ends with a shorter
+  // one. Of the task's elements there are `left` from there on.
+  FUSED_REG_INLINE void take_rest(Double* lanes, Storage* const* streams, int64_t begin, int count, int64_t left,
+                                  const Mask<kLanes>& mask) const {
+    const int read = (count + E::kCount - 1) / E::kCount * E::kCount;
+    if constexpr (kIsMasked) {
+      if (count == mask.count && left >= read) {
+        for (int i = 0; i < read; i += E::kCount) {
+          add<kLanes / kDoubles>(lanes + i / kDoubles, mask.of(i / E::kCount, E::widened(streams[0] + begin + i)));
+        }
+        return;
+      }
+    }
+    Padded tail(*this, streams, begin, count);
+    take_rows<false>(lanes, tail.streams, 0, 1);
+    tail.copy_to(streams, begin, count);
+  }
+
+  // Chunks of at most a block each, whose lanes stay in registers.
+  template <bool has_rest>
+  void run_blocks_of(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
+    const Mask<kLanes> mask(static_cast<int>(std::min(task.chunk_size, task.size) % kLanes));
+    end_together(task, found, [&](int64_t chunk, int64_t begin, int64_t size) __attribute__((always_inline)) {
+      const int rest = has_rest ? static_cast<int>(size % kLanes) : 0;
+      Double lanes[kPassSums * kLanes / kDoubles];
+      set_norm(task, chunk);
+      take_rows<true>(lanes, streams, begin, static_cast<int>(size / kLanes));
+      if (rest != 0) {
+        take_rest(lanes, streams, begin + size - rest, rest, task.size - begin - size + rest, mask);
+      }
+      return Ends::template folded_from<kLanes>(lanes);
+    });
+  }
+
   void run_short(const ChunkTask& task, Storage* const* streams, TaskSums* found) {
     const int64_t size = std::min(task.chunk_size, task.size);
     if constexpr (kIsMasked) {
       constexpr int kHalf = kLanes / 2, kQuarter = std::max(kLanes / 4, E::kCount);
-      if (size <= kQuarter) {
-        return size == kQuarter && task.size % size == 0 ? run_short_of<false, kQuarter>(task, streams, found)
-                                                         : run_short_of<true, kQuarter>(task, streams, found);
-      }
-      if (size <= kHalf) {
-        return size == kHalf && task.size % size == 0 ? run_short_of<false, kHalf>(task, streams, found)
-                                                      : run_short_of<true, kHalf>(task, streams, found);
+      if (size <= kLanes) {
+        return size <= kQuarter ? run_rows<kQuarter>(task, streams[0], found)
+               : size <= kHalf  ? run_rows<kHalf>(task, streams[0], found)
+                                : run_rows<kLanes>(task, streams[0], found);
       }
     }
-    task.size % kLanes == 0 && size % kLanes == 0 ? run_short_of<false, kLanes>(task, streams, found)
-                                                  : run_short_of<true, kLanes>(task, streams, found);
+    task.size % kLanes == 0 && size % kLanes == 0 ? run_blocks_of<false>(task, streams, found)
+                                                  : run_blocks_of<true>(task, streams, found);
   }
 
   // A chunk that is written, without sums. The last vector may overlap the one before, so its elements are taken first.
