@@ -39,9 +39,8 @@ struct Across {
     return count;
   }
 
-  // How many elements of a chunk ahead are fetched. Sums go from lane to lane, each with all its rows.
+  // So many elements of a chunk ahead are fetched.
   static constexpr int64_t kFetchedRows = 16;
-  static constexpr int fetched_lanes(int count) { return std::max(2 * kFetchedRows * kLanes / count, int64_t{2}); }
 
   static FUSED_REG_INLINE void fetch(const Storage* from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += kCacheLine) {
@@ -53,14 +52,11 @@ struct Across {
   FUSED_REG_INLINE int take_block(const Storage* from, int64_t apart, int count, int64_t fetched, int end,
                                   Lane* lanes) const {
     const int used = std::min(count, kLanes);
-    for (int l = 0; l < used; ++l) {
-      Lane lane{};
-      for (int i = l; i < count; i += kLanes) {
-        const Storage* const at = from + i * apart;
-        fetch(at + fetched_lanes(count) * apart, fetched);
-        kernel.template add<kAcross>(lane.of, E::widened(at));
-      }
-      lanes[l] = lane;
+    std::fill_n(lanes, used, Lane{});
+    for (int i = 0; i < count; ++i) {
+      fetch(from + kFetchedRows * apart, fetched);
+      kernel.template add<kAcross>(lanes[i % kLanes].of, E::widened(from));
+      from += apart;
     }
     return halve(lanes, 1, used, kLanes / 2, end);
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -118,16 +119,35 @@ void copy_transposed(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t columns
   }
 }
 
+// Rows that are runs in both. A call for a few bytes takes longer than these.
+template <class T>
+void copy_runs(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t columns) {
+  const auto copy_each = [&](auto bytes) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(to.at + r * to.row, from.at + r * from.row, bytes);
+    }
+  };
+  const size_t bytes = columns * sizeof(T);
+  switch (bytes) {
+    case 8:
+      return copy_each(std::integral_constant<size_t, 8>());
+    case 16:
+      return copy_each(std::integral_constant<size_t, 16>());
+    case 32:
+      return copy_each(std::integral_constant<size_t, 32>());
+    case 64:
+      return copy_each(std::integral_constant<size_t, 64>());
+    default:
+      return copy_each(bytes);
+  }
+}
+
 template <class T>
 void copy(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t columns) {
   if (from.column == 1 && to.column == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(to.at + r * to.row, from.at + r * from.row, columns * sizeof(T));
-    }
+    copy_runs(from, to, rows, columns);
   } else if (from.row == 1 && to.row == 1) {
-    for (int64_t c = 0; c < columns; ++c) {
-      std::memcpy(to.at + c * to.column, from.at + c * from.column, rows * sizeof(T));
-    }
+    copy_runs(from.transposed(), to.transposed(), columns, rows);
   } else if (from.row == 1 && to.column == 1) {
     copy_transposed(from, to, rows, columns);
   } else if (from.column == 1 && to.row == 1) {
