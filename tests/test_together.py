@@ -267,3 +267,13 @@ def test_heads_of_attention():
     assert_near(layer().detach(), 0.3 * whole.norm().detach())
     row = layer.report()["weight"]
     assert row["value"] == pytest.approx(0.3 * whole.norm().item())
+
+
+def test_parameters_without_elements():
+    named = [("w", nn.Parameter(torch.ones(0, 4))), ("b", nn.Parameter(torch.ones(0)))]
+    regularizer = Regularizer(named, l2_norm=0.3, group="row", together=[("w", "b")])
+    value = regularizer()
+    assert value == 0
+    value.backward()
+    regularizer.prox_(1.0)
+    assert regularizer.report()["w"]["zero_slices"] == 0

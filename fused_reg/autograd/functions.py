@@ -119,11 +119,12 @@ class _TwoLaunchPenalty(Function):
     first, and compiled code would keep the gradients from the forward on."""
 
     @staticmethod
-    def forward(
-        ctx: Any, strengths: Strengths, measure: Measure | None, general: General | None, *params: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        # Not with a name each: Dynamo leaves ctx out where as many are given as have names.
+        strengths, measure, general, *params = args
         ctx.needs_grad = ctx.needs_input_grad[3:]
         ctx.has_own_norms, ctx.general = measure is None, general
+        value: Tensor
         norms: Tensor | None = None
         ctx.first_groups = ()
         if measure is not None:

@@ -39,7 +39,7 @@ def buckets(
     for i, (p, shard) in enumerate(zip(params, shards, strict=True)):
         places.setdefault((shard.device, *_cut_of(i, p, strengths)), []).append(i)
     if joint is not None:
-        _check_sets(params, joint)
+        check_sets("", params, joint)
     for (device, sharing_groups, sharing_rest), own in places.items():
         exact = torch.empty(0, dtype=torch.float64, device=device)
         given = strengths.at([*own, own[0]], device)
@@ -95,7 +95,7 @@ def _check_cuts(i: int, p: Any, group: int, cuts: int, parts: int) -> None:
         raise ValueError(f"params[{i}] must be sharded between groups of {n}, got {p.placements} of {tuple(p.shape)}")
 
 
-def _check_sets(params: Sequence[Any], joint: Joint) -> None:
+def check_sets(where: str, params: Sequence[Any], joint: Joint) -> None:
     """Raises where parameters whose groups are one are not on one device, or not cut alike."""
     first: dict[int, int] = {}
     for i, (p, own) in enumerate(zip(params, joint.sets, strict=True)):
@@ -105,7 +105,7 @@ def _check_sets(params: Sequence[Any], joint: Joint) -> None:
             ("be cut as", _layout_of(p), _layout_of(params[j])),
         ):
             if got != wanted:
-                raise ValueError(f"params[{i}] must {what} params[{j}], because their groups are one, got {got}")
+                raise ValueError(f"{where}params[{i}] must {what} params[{j}], because their groups are one, got {got}")
 
 
 def _layout_of(p: Any) -> Any:

@@ -43,20 +43,21 @@ class Joint:
 
 def _tables(sets: Sequence[int], counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """The slots of each group, and the group of each slot; as `JointNorms` has them."""
-    members: dict[int, list[range]] = {}
-    for i, first, n in zip(sets, accumulate(counts, initial=0), counts, strict=False):
-        members.setdefault(i, []).append(range(first, first + n))
-    most, behind = max(map(len, members.values())), sum(counts)
-    rows: list[list[int]] = [[] for _ in range(most)]
-    groups = [0] * behind
-    for own in members.values():
-        for slots in own:
-            for group, slot in enumerate(slots, start=len(rows[0])):
-                groups[slot] = group
-        count = len(own[0])
-        for i, row in enumerate(rows):
-            row += own[i] if i < len(own) else [behind] * count
-    return tuple(torch.tensor(x, dtype=torch.int64, device=device) for x in (rows, groups))  # type: ignore[return-value]
+    first = [*accumulate(counts, initial=0)]
+    places: dict[int, list[int]] = {}
+    for i, own in enumerate(sets):
+        places.setdefault(own, []).append(i)
+    most, begin = max(map(len, places.values())), 0
+    with torch.inference_mode(False):  # they serve later calls, whatever the mode of the first
+        members = torch.full((most, sum(counts[each[0]] for each in places.values())), sum(counts))
+        groups = torch.empty(sum(counts), dtype=torch.int64)
+        for together in places.values():
+            end = begin + counts[together[0]]
+            for k, i in enumerate(together):
+                members[k, begin:end] = torch.arange(first[i], first[i + 1])
+                groups[first[i] : first[i + 1]] = torch.arange(begin, end)
+            begin = end
+        return members.to(device), groups.to(device)
 
 
 class JointNorms(NamedTuple):

@@ -15,6 +15,7 @@ from fused_reg._arguments import (
     as_step,
     as_strengths,
     check_closed_form,
+    check_constant,
     no_value,
     relabelled,
     value_dtype,
@@ -22,8 +23,9 @@ from fused_reg._arguments import (
 from fused_reg._partitioned import check_whole
 from fused_reg._references import check_importance, relative, with_one_more
 from fused_reg._terms import ABSENT, CONSTRAINTS, TERM_OF, Group, Strengths, group_code, group_count
-from fused_reg.distributed.buckets import value_of
+from fused_reg.distributed.buckets import check_sets, value_of
 from fused_reg.distributed.joint import Joint
+from fused_reg.distributed.parts import are_mixed
 from fused_reg.distributed.shards import is_sharded
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.strengths import Column, Held, identity
@@ -68,7 +70,10 @@ class _Call:
         self._steps: Column | None = None  # the last ones of `prox_`
         self._own = own
         self._joint = joint_of(self._whole, len(own)) if own[0].is_joint else None
-        if self._joint is not None and not is_sharded(self._params):  # now, not inside a graph that is being compiled
+        if self._joint is not None:
+            self._run(check_sets, "Regularizer: ", self._params, self._joint)
+        if self._joint is not None and not is_sharded(self._params) and not are_mixed(self._params):
+            # Now, not inside a graph that is being compiled.
             counts = [group_count(p, group_code(group)) for p in self._tensors(Tensor.detach)]
             self._joint.at(range(len(own)), [*counts, 0], self._params[0].device)
 
@@ -147,6 +152,7 @@ class _Call:
     def check_accumulation(self, scale: float | Tensor | None, skip_missing: bool) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
         factor = self._factor(scale)
+        self._joint_norms()
         self._run(_routes.check_accumulation, self._trained(skip_missing)[0], self._strengths(), factor, skip_missing)
 
     def _factor(self, scale: float | Tensor | None) -> tuple[float, Tensor | None]:
@@ -159,6 +165,7 @@ class _Call:
 
     def check_writable(self, step: float | Tensor | list[float | Tensor]) -> None:
         """Raises what `prox_` would, before anything is written."""
+        self._joint_norms()
         self._run(_routes.check_prox, *self._shrinkage(step))
 
     def check_closed_form(self, where: str) -> None:
@@ -175,8 +182,10 @@ class _Call:
                 )
 
     def _joint_norms(self) -> Joint | None:
+        """Raises where weights of groups have become wrong."""
         for entry in self._whole if self._joint is not None else ():
             if entry.weights is not None:
+                check_constant(f"Regularizer: group_weights[{entry.name!r}]", entry.weights)
                 check_importance(f"Regularizer: group_weights[{entry.name!r}]", entry.weights)
         return self._joint
 

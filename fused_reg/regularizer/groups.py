@@ -19,6 +19,7 @@ from fused_reg.regularizer.references import Weights
 from fused_reg.regularizer.strengths import identity
 
 if TYPE_CHECKING:
+    from fused_reg.regularizer.following import Source
     from fused_reg.regularizer.table import Entry, Wishes
 
 #: A weight with its bias, or with the layer of a type that follows it; or patterns of the names of a set.
@@ -71,12 +72,12 @@ class Groups:
                 )
             self._weights = {c.names[0]: x for c, x in zip(candidates, self._weights, strict=True)}
 
-    def settle(self, entries: Sequence[Entry], module: Module | None) -> None:
+    def settle(self, entries: Sequence[Entry], source: Source) -> None:
         """Gives each entry those with which its groups are one, and the weights of its groups."""
         for entry in entries:
             if self._are_roots:
                 entry.weight = math.sqrt(entry.param.numel() / max(entry.group_count, 1))
-        for own in self._sets(entries, module):
+        for own in self._sets(entries, source):
             _check_set(own)
             size = sum(entry.param.numel() for entry in own)
             is_mixed = len({_kind(entry) for entry in own}) > 1
@@ -87,15 +88,17 @@ class Groups:
                     entry.weight = math.sqrt(size / max(entry.group_count, 1))
         self._weigh(entries)
 
-    def _sets(self, entries: Sequence[Entry], module: Module | None) -> list[list[Entry]]:
+    def _sets(self, entries: Sequence[Entry], source: Source) -> list[list[Entry]]:
         by_rule: dict[int, list[Entry]] = {}  # by the weight, which is the first
         sets: list[list[Entry]] = []
         for given in self._together:
             if isinstance(given, tuple):
-                sets.append(_named(given, entries))
+                sets.append(_named(given, entries, source.candidates))
                 continue
             pairs = [
-                pair for pair in _pairs(given, entries, module) if all(e.given["l2_norm"] is not None for e in pair)
+                pair
+                for pair in _pairs(given, entries, source.module)
+                if all(e.given["l2_norm"] is not None for e in pair)
             ]
             if not pairs:
                 what = "biases" if given == "bias" else f"layers of {shown(given)} that follow in a Sequential"
@@ -157,9 +160,11 @@ def check_saved(entries: Sequence[Entry], saved: Mapping[str, Wishes]) -> None:
             raise ValueError(f"load_state_dict: max_norm of {entry.name!r} must come without {entry.joint_by}")
 
 
-def _named(patterns: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
+def _named(patterns: Sequence[str], entries: Sequence[Entry], candidates: Sequence[Named]) -> list[Entry]:
     for pattern in patterns:
-        check_matches("Regularizer", "together", pattern, entries)
+        check_matches("Regularizer", "together", pattern, candidates)
+        if not any(entry.matches(pattern) for entry in entries):
+            raise ValueError(f"Regularizer: together must name what is regularized, got {pattern!r}, which is left out")
     own = [entry for pattern in patterns for entry in entries if entry.matches(pattern)]
     if len(own) < 2:
         raise ValueError(f"Regularizer: together must name two parameters or more, got {list(patterns)}")

@@ -217,7 +217,7 @@ class Table:
             entries.append(
                 Entry(candidate.param, names, candidate.types, group, {}, given, *references, runs=runs, aim=aim)
             )
-        self._groups.settle(entries, self._source.module)
+        self._groups.settle(entries, self._source)
         for entry in entries:
             before = next((known[key] for key in (id(entry.param), *entry.names) if key in known), None)
             for kind, strength in entry.given.items():
