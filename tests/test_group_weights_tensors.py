@@ -16,21 +16,19 @@ SETS = [(name,) for name, _ in make_net().named_parameters()]
 
 def in_order(sets, net):
     """The weights of each set; 1 where there are none."""
-    return [
-        next(
-            (WEIGHTS[name].double() for name in names if name in WEIGHTS), torch.ones(len(joined(net, names))).double()
-        )
-        for names in sets
-    ]
+    known = {name: x.to(joined(net, sets[0])) for name, x in WEIGHTS.items()}
+    ones = [torch.ones_like(joined(net, names)[:, 0]) for names in sets]
+    return [next((known[n] for n in names if n in known), one) for names, one in zip(sets, ones, strict=True)]
 
 
 @pytest.mark.parametrize("together", [None, RULES], ids=["alone", "together"])
 @pytest.mark.parametrize("strength", [0.3, torch.tensor(0.3, dtype=torch.float64), LinearRamp(0.3, 0.6, 10)], ids=type)
-def test_values_gradients_and_steps(together, strength):
-    net = make_net()
+def test_values_gradients_and_steps(together, strength, device):
+    net = make_net(device=device)
     params = [*net.parameters()]
     sets = SETS if together is None else [CHANNELS, NEURONS]
-    given = {"group": "output", "group_weights": WEIGHTS, "together": together}
+    weights = {name: x.to(device) for name, x in WEIGHTS.items()}
+    given = {"group": "output", "group_weights": weights, "together": together}
     regularizer = Regularizer(net, l2_norm=strength, **given)
     value, expected = regularizer(), penalty_of(net, sets, 0.3, in_order(sets, net))
     assert_near(value.detach(), expected.detach())

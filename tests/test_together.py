@@ -23,13 +23,13 @@ WAYS = {
 }
 
 
-def make_net(dtype=torch.float64) -> nn.Sequential:
+def make_net(dtype=torch.float64, device="cpu") -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)).to(dtype)
     with torch.no_grad():
         for p in net.parameters():
             p.normal_()
-    return net
+    return net.to(device)
 
 
 def joined(net, names) -> torch.Tensor:
@@ -61,9 +61,9 @@ def assert_near(found, expected, rtol=1e-12, atol=1e-14):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_values_gradients_and_steps(way):
+def test_values_gradients_and_steps(way, device):
     together, sets = WAYS[way]
-    net = make_net()
+    net = make_net(device=device)
     params = [*net.parameters()]
     regularizer = Regularizer(net, l2_norm=0.3, l1=0.1, group="output", together=together)
     value = regularizer()
@@ -224,6 +224,26 @@ def test_the_value_is_rounded_once():
     sets = [CHANNELS, *((name,) for name in NEURONS)]
     value = Regularizer(net, l2_norm=0.3, group="output", together=[CHANNELS])()
     assert value.item() == penalty_of(exact, sets, 0.3).float().item()
+
+
+def test_a_neuron_with_what_reads_it():
+    """A row, a bias, and a column of the next layer."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3, bias=False)).double()
+    sets = [("0.*", "2.weight")]
+    rules = [("2.weight", {"group": ("column", 2)})]
+    regularizer = Regularizer(net, l2_norm=0.3, group=("row", 2), rules=rules, together=sets)
+
+    def neurons():
+        return torch.cat([net[0].weight, net[0].bias[:, None], net[2].weight.T], 1).reshape(3, -1)
+
+    value, expected = regularizer(), 0.3 * neurons().norm(dim=1).sum()
+    assert_near(value.detach(), expected.detach())
+    params = [*net.parameters()]
+    assert_near(torch.autograd.grad(value, params), torch.autograd.grad(expected, params))
+    before = neurons().detach()
+    regularizer.prox_(1.0)
+    assert_near(neurons().detach(), before * (1 - 0.3 / before.norm(dim=1, keepdim=True)))
+    assert regularizer.report().total["value"] == pytest.approx(regularizer().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose2d(3, 4, 2), nn.ConvTranspose1d(2, 5, 3)], ids=["2d", "1d"])

@@ -179,6 +179,8 @@ def test_strengths_that_do_not_fit():
         "load_state_dict: max_norm of '0.bias' must come without group_weights of tensors"
     )
     assert state_of(net, regularizer)[1] == before[1]
+    regularizer.set_strength(l2_norm=0.0)
+    assert "max_norm must come without together" in error_of(regularizer.set_strength, max_norm=0.5, where="4.*")
     regularizer.set_strength(l2_norm=0.5, where="4.*")
     regularizer.set_strength(max_norm=0.5, where="1.*")
     some = Regularizer(net, together=TWO, group="row", rules=[("4.*", {"l2_norm": 0.3}), ("0.bias", {"l1": 0.1})])

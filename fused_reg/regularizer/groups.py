@@ -16,7 +16,7 @@ from fused_reg._terms import group_text
 from fused_reg.regularizer.keys import Named, TypeKey, check_matches, is_type, shown
 from fused_reg.regularizer.names import dims, is_bias, walk
 from fused_reg.regularizer.references import Weights
-from fused_reg.regularizer.strengths import identity
+from fused_reg.regularizer.strengths import identity, is_absent
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.following import Source
@@ -142,21 +142,20 @@ class Groups:
                     f"set_strength: where must mean all whose groups are one, got {entry.name!r} without {other.name!r}"
                 )
         for entry in own.get("max_norm", ()):
-            if entry.is_joint and given["max_norm"] != math.inf:
+            if entry.joint_by and not is_absent("max_norm", given["max_norm"]):
                 raise ValueError(f"set_strength: max_norm must come without {entry.joint_by}, got {entry.name!r}")
 
 
 def check_saved(entries: Sequence[Entry], saved: Mapping[str, Wishes]) -> None:
     """Raises where a state would give some strengths that do not fit."""
     for entry in entries:
-        for kind in ("l2_norm", "max_norm"):
-            first = entry.together[0] if entry.together else entry
-            if saved[entry.name][kind] != saved[first.name][kind]:
-                raise ValueError(
-                    f"load_state_dict: {kind} of {entry.name!r} must be that of {first.name!r}, because their groups "
-                    "are one"
-                )
-        if entry.is_joint and saved[entry.name]["max_norm"][0] != math.inf:
+        first = entry.together[0] if entry.together else entry
+        if saved[entry.name]["l2_norm"] != saved[first.name]["l2_norm"]:
+            raise ValueError(
+                f"load_state_dict: l2_norm of {entry.name!r} must be that of {first.name!r}, because their groups are "
+                "one"
+            )
+        if entry.joint_by and not is_absent("max_norm", saved[entry.name]["max_norm"][0]):
             raise ValueError(f"load_state_dict: max_norm of {entry.name!r} must come without {entry.joint_by}")
 
 

@@ -97,7 +97,7 @@ class Entry(Named):
     @property
     def is_joint(self) -> bool:
         """Whether the norms of its groups are not its own alone."""
-        return self.has_norms() and (len(self.together) > 0 or self.weights is not None)
+        return self.joint_by != "" and self.has_norms()
 
     @property
     def is_first(self) -> bool:
@@ -107,7 +107,8 @@ class Entry(Named):
 
     @property
     def joint_by(self) -> str:
-        return "together" if self.together else "group_weights of tensors"
+        """The argument that says so, if any."""
+        return "together" if self.together else "group_weights of tensors" if self.weights is not None else ""
 
     @property
     def name(self) -> str:
