@@ -148,6 +148,13 @@ def test_channels_of_a_convolution_with_groups():
     )
 
 
+def test_other_devices():
+    named = [("w", nn.Parameter(torch.ones(3, 2))), ("b", nn.Parameter(torch.ones(3, device="meta")))]
+    assert error_of(Regularizer, named, l2_norm=0.3, group="row", together=[("w", "b")]) == (
+        "Regularizer: params['b'] must be on the device of params['w'], because their groups are one, got meta"
+    )
+
+
 def test_two_weights_of_one_bias():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[1].bias = net[0].bias

@@ -34,6 +34,7 @@ transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_activ
 
 #: The penalty of a list, the norm of every group, and where those of each parameter begin.
 Measure: TypeAlias = Callable[[Sequence[Tensor], Strengths], tuple[Tensor, Tensor, Sequence[int]]]
+#: The penalty alone, differentiable to any order.
 General: TypeAlias = Callable[[Sequence[Tensor], Strengths], Tensor]
 
 

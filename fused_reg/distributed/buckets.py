@@ -141,7 +141,7 @@ class Bucket(NamedTuple):
         elif self.strengths.are_trained() or (self.joint is not None and functions.transforms_active()):
             value = self._composed_penalty(self.shards, self._shared_strengths())
         else:
-            # Of processes a second derivative has not been tried.
+            # Of norms that are cut over processes there is no second derivative.
             general = self._composed_penalty if self.sharing_groups is None else None
             value = functions.penalty(self.shards, self.strengths, self._measure, general)
         return total(value, self.sharing_rest)

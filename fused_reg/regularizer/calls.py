@@ -182,7 +182,7 @@ class _Call:
                 )
 
     def _joint_norms(self) -> Joint | None:
-        """Raises where weights of groups have become wrong."""
+        """If it has any; raises where weights of groups have become wrong."""
         for entry in self._whole if self._joint is not None else ():
             if entry.weights is not None:
                 check_constant(f"Regularizer: group_weights[{entry.name!r}]", entry.weights)

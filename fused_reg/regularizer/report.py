@@ -59,9 +59,8 @@ class Report:
             parameters also have their strengths (``l1`` and so on) and ``group``, and if that is not "tensor"
             ``slices`` and ``zero_slices`` (the rows or columns of which all elements are 0). Slices that are one group
             with those of other parameters, by ``together``, are in the row of the first of these, and so is the value
-            of their norms. Groups whose ``zeros`` are
-            an aim have ``zeros_aim``, the share to which the next step leads, of elements or of slices, and
-            ``zeros_reached``, that of now, of all parameters that have the aim.
+            of their norms. Groups whose ``zeros`` are an aim have ``zeros_aim``, the share to which the next step
+            leads, of elements or of slices, and ``zeros_reached``, that of now, of all parameters that have the aim.
     """
 
     rows: list[Row] = field(default_factory=list)
