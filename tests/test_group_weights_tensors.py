@@ -75,17 +75,19 @@ def test_weights_that_change_in_place():
 
 def test_channels_of_a_convolution_with_groups():
     """Whose groups are those of several runs of rows."""
-    layer = nn.Conv2d(4, 6, 3, groups=2, bias=False).double()
-    weights = torch.arange(4) / 4
-    regularizer = Regularizer(layer, l2_norm=0.3, group="input", group_weights={"weight": weights})
-    norms = layer.weight.reshape(2, 3, 2, 9).transpose(1, 2).flatten(2).norm(dim=2).reshape(-1)
-    expected = 0.3 * (weights.double() * norms).sum()
-    assert_near(regularizer().detach(), expected.detach())
-    regularizer().backward()
-    grad = layer.weight.grad.clone()
+    net = nn.Sequential(*(nn.Conv2d(4, 6, 3, groups=2, bias=False) for _ in range(2))).double()
+    weights = {"0.weight": torch.arange(4) / 4, "1.weight": torch.arange(4) / 2 + 3}
+    regularizer = Regularizer(net, l2_norm=0.3, group="input", group_weights=weights)
+    params = [*net.parameters()]
+    norms = [p.reshape(2, 3, 2, 9).transpose(1, 2).flatten(2).norm(dim=2).reshape(-1) for p in params]
+    expected = 0.3 * sum((w.double() * own).sum() for w, own in zip(weights.values(), norms, strict=True))
+    value = regularizer()
+    assert_near(value.detach(), expected.detach())
+    grads = torch.autograd.grad(expected, params)
+    assert_near(torch.autograd.grad(value, params), grads)
     regularizer.accumulate_grad_()
-    assert_near(layer.weight.grad, 2 * grad)
-    assert_near(grad, torch.autograd.grad(expected, layer.weight)[0])
+    regularizer.accumulate_grad_()
+    assert_near([p.grad for p in params], [2 * g for g in grads])
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, optim.SGD])
