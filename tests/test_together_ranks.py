@@ -50,9 +50,10 @@ def check_everything() -> None:
         for regularizer in (own, expected):
             regularizer.accumulate_grad_(0.5)
         assert_alike(cut, whole, lambda p: p.grad)
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda regularizer=own: regularizer(), backend="aot_eager", fullgraph=True)()
-        torch.testing.assert_close(compiled, value, rtol=1e-12, atol=0)
+        if placement == Shard(0) and not others:  # takes long
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda regularizer=own: regularizer(), backend="aot_eager", fullgraph=True)()
+            torch.testing.assert_close(compiled, value, rtol=1e-12, atol=0)
         strength = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
         grads = []
         for params in (cut, whole):
