@@ -43,7 +43,7 @@ def accumulate_grad_(
         grads = [next(by_mode[mode]) for mode in modes if mode != SKIP]
     value = _ops.accumulate_grad_(params, grads, modes, *factor, *strengths)
     for p, grad in zip(missing, fresh, strict=True):
-        _set_grad(p, grad)
+        set_grad(p, grad)
     return value
 
 
@@ -63,7 +63,7 @@ def grads_of(params: Sequence[Tensor], if_missing: int) -> tuple[list[int], list
     return modes, grads
 
 
-def _set_grad(p: Tensor, grad: Tensor) -> None:
+def set_grad(p: Tensor, grad: Tensor) -> None:
     try:
         p.grad = grad
     except RuntimeError:  # the parameter has a `grad_dtype` other than its own: cast, as autograd does

@@ -1,7 +1,8 @@
 """Which way a list takes: the one place that asks, and the one that says which function an error is of.
 
 - On one device: one launch. The autograd of the penalty then takes the way of `autograd.functions`.
-- In parts: on several devices, or cut into shards (DTensor): as `distributed`, whose buckets are lists on one device.
+- In parts: on several devices, cut into shards (DTensor), or with groups that are in several tensors (``joint``): as
+  `distributed`, whose buckets are lists on one device.
 - In compiled code the penalty is an operator that the compiler takes apart into one of these: Dynamo looks at every
   global that a function uses, in each run of what it compiled, and of an operator it sees the arguments alone.
 """
@@ -23,6 +24,7 @@ from fused_reg._partitioned import check_whole
 from fused_reg._terms import NUMBERS, Strengths
 from fused_reg.autograd import functions
 from fused_reg.distributed import parts
+from fused_reg.distributed.joint import Joint
 from fused_reg.distributed.shards import is_sharded
 
 _T = TypeVar("_T")
@@ -72,8 +74,12 @@ def _are_parts(function: str, params: list[Tensor], odd: int, are_whole: bool) -
     return bool(found & odd) or is_sharded(params) or parts.are_mixed(params)
 
 
-def penalty(params: list[Tensor], strengths: Strengths, are_positive: bool = False) -> Tensor:
+def penalty(
+    params: list[Tensor], strengths: Strengths, are_positive: bool = False, joint: Joint | None = None
+) -> Tensor:
     """The differentiable penalty of a list that is not empty; ``are_positive``: no tensor of strengths has a 0."""
+    if joint is not None:
+        return run("fused_penalty", parts.penalty, parts.penalty, params, strengths, joint)
     # DTensors are left to Dynamo, which turns their collective into one that can be traced.
     if is_compiling() and not is_sharded(params):
         if not all(isinstance(p, Tensor) for p in params):
@@ -93,12 +99,15 @@ def accumulate_grad_(
     factor: tuple[float, Tensor | None],
     skip_missing: bool = False,
     are_whole: bool = False,
+    joint: Joint | None = None,
 ) -> Tensor:
     """The penalty, whose gradient has been added to ``.grad``; ``skip_missing``: where that is None, none is."""
     if not params:
         return torch.zeros((), dtype=torch.float32, device="cpu")
     on_one_device, in_parts = _one_device.accumulate_grad_, parts.accumulate_grad_
     args = params, strengths, factor, skip_missing
+    if joint is not None:
+        return run("accumulate_grad_", in_parts, in_parts, *args, joint, are_whole=are_whole)
     return run("accumulate_grad_", on_one_device, in_parts, *args, odd=_ops.ODD_GRAD, are_whole=are_whole)
 
 
@@ -110,10 +119,13 @@ def check_accumulation(
     run("accumulate_grad_", check, check, params, strengths, factor, skip_missing, are_whole=True)
 
 
-def prox_(params: list[Tensor], strengths: Strengths, are_whole: bool = False) -> None:
+def prox_(params: list[Tensor], strengths: Strengths, are_whole: bool = False, joint: Joint | None = None) -> None:
     """The proximal step; the step is among the strengths."""
     if params:
         check_closed_form("prox_: ", strengths, len(params))
+        if joint is not None:
+            run("prox_", parts.prox_, parts.prox_, params, strengths, joint, are_whole=are_whole)
+            return
         run("prox_", _one_device.prox_, parts.prox_, params, strengths, odd=_ops.NEGATED, are_whole=are_whole)
 
 

@@ -123,7 +123,7 @@ def _batches(
             entry = entries.get(id(p)) if p.requires_grad else None
             norms = group_code(entry.group) if entry is not None and entry.has_norms() else 0
             place = _place(p)
-            if place is None or (norms and (place.is_cut or (entry is not None and entry.runs > 1))):
+            if place is None or (entry is not None and norms and (place.is_cut or entry.is_cut or entry.is_joint)):
                 return None
             source: Any = entry if guest else own if has_penalty(group) else None
             relation = tuple(getattr(source, name, None) is not None for name in REFERENCES)

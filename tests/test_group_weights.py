@@ -120,7 +120,7 @@ def test_configuration():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"l2_norm": 0.1, "group_weights": "sqrt"}, "group_weights must be None or \"sqrt_size\", got 'sqrt'"),
+        ({"l2_norm": 0.1, "group_weights": "sqrt"}, "group_weights must be None, \"sqrt_size\" or tensors, got 'sqrt'"),
         (
             {"l1": 0.1, "group_weights": "sqrt_size"},
             "group_weights must come with l2_norm, whose groups it weighs, got none",

@@ -315,6 +315,7 @@ def test_a_configuration_is_a_copy():
         "group": "tensor",
         "zeros": None,
         "zeros_per": None,
+        "together": None,
         "group_weights": None,
         "weights_only": False,
     }

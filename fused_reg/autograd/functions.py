@@ -29,28 +29,32 @@ from fused_reg._terms import Strengths, group_count
 from fused_reg.autograd.composed import composed_penalty, gradient, rows_of, scattered, table_of
 from fused_reg.autograd.merged import can_merge, merged_penalty, specified_penalty
 
-_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 #: The penalty of a list, the norm of every group, and where those of each parameter begin.
 Measure: TypeAlias = Callable[[Sequence[Tensor], Strengths], tuple[Tensor, Tensor, Sequence[int]]]
+#: The penalty alone, differentiable to any order.
+General: TypeAlias = Callable[[Sequence[Tensor], Strengths], Tensor]
 
 
 def penalty(
     params: Sequence[Tensor],
     strengths: Strengths,
     measure: Measure | None = None,
+    general: General | None = None,
     *,
     is_traced: bool = False,
     are_positive: bool = False,
 ) -> Tensor:
     """The differentiable penalty of a list on one device.
 
-    ``measure``: by other norms than the list's own. ``is_traced``: for a compiler's tracer, which takes plain
-    operations apart and merges them; ``are_positive``: no tensor of strengths has a 0."""
+    ``measure``: by other norms than the list's own; ``general``: the same, differentiable to any order, if it is.
+    ``is_traced``: for a compiler's tracer, which takes plain operations apart and merges them; ``are_positive``: no
+    tensor of strengths has a 0."""
     if measure is not None:
-        return _in_two_launches(params, strengths, measure)
-    if _transforms_active():
+        return _in_two_launches(params, strengths, measure, general)
+    if transforms_active():
         return specified_penalty(params, strengths) if is_traced else general_penalty(params, strengths)
     if not torch.is_grad_enabled():
         return _ops.penalty(params, (), *strengths)[0]
@@ -62,7 +66,7 @@ def penalty(
     # Compiled code comes here with shards only.
     gives_all = not strengths.has_norms() or _devices.row_of(params[0].device).gives_gradients_of_norms
     if is_traced or is_compiling() or not gives_all:
-        return _in_two_launches(params, strengths, None)
+        return _in_two_launches(params, strengths)
     return _apply_penalty(strengths, *params)
 
 
@@ -116,9 +120,12 @@ class _TwoLaunchPenalty(Function):
     first, and compiled code would keep the gradients from the forward on."""
 
     @staticmethod
-    def forward(ctx: Any, strengths: Strengths, measure: Measure | None, *params: Tensor) -> Tensor:
-        ctx.needs_grad = ctx.needs_input_grad[2:]
-        ctx.has_own_norms = measure is None
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        # Not with a name each: Dynamo leaves ctx out where as many are given as have names.
+        strengths, measure, general, *params = args
+        ctx.needs_grad = ctx.needs_input_grad[3:]
+        ctx.has_own_norms, ctx.general = measure is None, general
+        value: Tensor
         norms: Tensor | None = None
         ctx.first_groups = ()
         if measure is not None:
@@ -129,7 +136,8 @@ class _TwoLaunchPenalty(Function):
             ctx.first_groups = _first_groups(params, strengths, ctx.needs_grad)
         else:
             value, *_ = _ops.penalty(params, (), *strengths)
-        _save(ctx, strengths, (norms, *compress(params, ctx.needs_grad)))
+        kept = compress(params, ctx.needs_grad) if general is None else params
+        _save(ctx, strengths, (norms, *kept))
         return value
 
     @staticmethod
@@ -137,13 +145,17 @@ class _TwoLaunchPenalty(Function):
         norms, *params = ctx.saved_tensors[ctx.tensors :]
         strengths = _saved_strengths(ctx)
         _check_memory(params)
-        if torch.is_grad_enabled():  # create_graph=True
-            if not ctx.has_own_norms:
-                raise NotImplementedError("a higher derivative of norms that are cut over processes is not supported")
-            grads = _differentiable(upstream, params, ctx.needs_grad, strengths)
+        own = params if ctx.general is None else list(compress(params, ctx.needs_grad))
+        grads: Sequence[Tensor]
+        if not torch.is_grad_enabled():
+            grads = _ops.penalty_grad(upstream, own, ctx.needs_grad, norms, ctx.first_groups, *strengths)
+        elif ctx.has_own_norms:  # create_graph=True
+            grads = _differentiable(upstream, own, ctx.needs_grad, strengths)
+        elif ctx.general is not None:
+            grads = _gradients(ctx.general(params, strengths), own, upstream)
         else:
-            grads = _ops.penalty_grad(upstream, params, ctx.needs_grad, norms, ctx.first_groups, *strengths)
-        return None, None, *scattered(grads, ctx.needs_grad)
+            raise NotImplementedError("a higher derivative of norms that are cut over processes is not supported")
+        return None, None, None, *scattered(grads, ctx.needs_grad)
 
 
 def _differentiable(
@@ -153,11 +165,14 @@ def _differentiable(
     if not _is_composed(strengths):
         own = strengths.at([i for i, needed in enumerate(needs_grad) if needed], upstream.device)
         own = own.relative(*(list(compress(x, needs_grad)) for x in strengths.references()))
-        value = specified_penalty(params, own)
-        upstream = upstream.to(value.dtype)
-        return torch.autograd.grad(value, params, upstream, create_graph=True, materialize_grads=True)
+        return _gradients(specified_penalty(params, own), params, upstream)
     table = rows_of(table_of(strengths, len(needs_grad), upstream.device), needs_grad)
     return gradient(upstream, table, strengths.group, params)
+
+
+def _gradients(value: Tensor, params: Sequence[Tensor], upstream: Tensor) -> Sequence[Tensor]:
+    """Of a penalty, themselves differentiable."""
+    return torch.autograd.grad(value, params, upstream.to(value.dtype), create_graph=True, materialize_grads=True)
 
 
 def _first_groups(params: Sequence[Tensor], strengths: Strengths, needs_grad: Sequence[bool]) -> tuple[int, ...]:
@@ -182,10 +197,12 @@ _apply_penalty: Callable[..., Tensor] = super(Function, _Penalty).apply
 _apply_two_launches: Callable[..., Tensor] = super(Function, _TwoLaunchPenalty).apply
 
 
-def _in_two_launches(params: Sequence[Tensor], strengths: Strengths, measure: Measure | None) -> Tensor:
+def _in_two_launches(
+    params: Sequence[Tensor], strengths: Strengths, measure: Measure | None = None, general: General | None = None
+) -> Tensor:
     # Of the two, torch 2.10 traces only this one.
     apply: Callable[..., Tensor] = _TwoLaunchPenalty.apply if is_compiling() else _apply_two_launches
-    return apply(strengths, measure, *params)
+    return apply(strengths, measure, general, *params)
 
 
 def _check_memory(params: Sequence[Tensor]) -> None:

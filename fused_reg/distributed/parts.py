@@ -20,6 +20,7 @@ from fused_reg._one_device import ADD, SKIP, WRITE, grads_of
 from fused_reg._terms import Strengths
 from fused_reg.autograd import functions
 from fused_reg.distributed.buckets import Bucket, buckets, value_of
+from fused_reg.distributed.joint import Joint
 from fused_reg.distributed.shards import (
     check_distinct,
     is_sharded,
@@ -36,9 +37,16 @@ def are_mixed(params: Sequence[Tensor]) -> bool:
     return _devices.can_mix({p.device for p in params})
 
 
-def penalty(params: list[Tensor], strengths: Strengths, of_list: Callable[..., Tensor] = functions.penalty) -> Tensor:
+def penalty(
+    params: list[Tensor],
+    strengths: Strengths,
+    joint: Joint | None = None,
+    *,
+    of_list: Callable[..., Tensor] = functions.penalty,
+) -> Tensor:
     """The differentiable penalty; ``of_list``: that of a list on one device."""
-    value = value_of([b.penalty(of_list) for b in checked_buckets(params, trained_shards(params), strengths)], params)
+    own = checked_buckets(params, trained_shards(params), strengths, joint)
+    value = value_of([b.penalty(of_list) for b in own], params)
     return plain(value) if is_sharded(params) else value
 
 
@@ -55,21 +63,28 @@ def value_and_grad(params: list[Tensor], strengths: Strengths) -> tuple[Tensor, 
     return value_of(values, params), tuple(grads)
 
 
-def checked_buckets(params: list[Tensor], shards: list[Tensor], strengths: Strengths) -> Iterator[Bucket]:
+def checked_buckets(
+    params: list[Tensor], shards: list[Tensor], strengths: Strengths, joint: Joint | None = None
+) -> Iterator[Bucket]:
     if not is_compiling():
         check_params("", shards)
         _ops.library.check_dtypes(params)
         check_values(strengths.named_tensors())
-    return buckets(params, shards, strengths)
+    return buckets(params, shards, strengths, joint)
 
 
 @torch.no_grad()
 def accumulate_grad_(
-    params: list[Tensor], strengths: Strengths, factor: tuple[float, Tensor | None], skip_missing: bool
+    params: list[Tensor],
+    strengths: Strengths,
+    factor: tuple[float, Tensor | None],
+    skip_missing: bool,
+    joint: Joint | None = None,
 ) -> Tensor:
     """Adds the gradients to ``.grad``, and returns the penalty. Nothing is written unless all of it can be."""
     shards = check_accumulation(params, strengths, factor, skip_missing)
-    value = value_of([b.accumulate_grad_(factor, skip_missing) for b in buckets(params, shards, strengths)], params)
+    own = buckets(params, shards, strengths, joint)
+    value = value_of([b.accumulate_grad_(factor, skip_missing) for b in own], params)
     for p, shard in zip(params, shards, strict=True):
         if shard is not p and p.grad is None and shard.grad is not None:
             p.grad = laid_out_as(p, shard.grad)
@@ -90,13 +105,15 @@ def check_accumulation(
     return shards
 
 
-def prox_(params: list[Tensor], strengths: Strengths) -> None:
+def prox_(params: list[Tensor], strengths: Strengths, joint: Joint | None = None) -> None:
     """The proximal step. Nothing is written unless all of it can be."""
     shards = check_prox(params, strengths)
     with torch.no_grad():
-        # The dispatcher writes to no negated view. The step is odd: it may take the memory behind as it is.
-        shards = [torch._neg_view(shard) if shard.is_neg() else shard for shard in shards]
-        for bucket in buckets(params, shards, strengths):
+        # The dispatcher writes to no negated view. The step is odd: it may take the memory behind as it is. Compilers
+        # know of none.
+        if not is_compiling():
+            shards = [torch._neg_view(shard) if shard.is_neg() else shard for shard in shards]
+        for bucket in buckets(params, shards, strengths, joint):
             bucket.prox_()
     increment_version([p for p in params if is_dtensor(p)])
 

@@ -15,16 +15,20 @@ from fused_reg._arguments import (
     as_step,
     as_strengths,
     check_closed_form,
+    check_constant,
     no_value,
     relabelled,
     value_dtype,
 )
 from fused_reg._partitioned import check_whole
-from fused_reg._references import relative, with_one_more
-from fused_reg._terms import ABSENT, CONSTRAINTS, TERM_OF, Group, Strengths
-from fused_reg.distributed.buckets import value_of
+from fused_reg._references import check_importance, relative, with_one_more
+from fused_reg._terms import ABSENT, CONSTRAINTS, TERM_OF, Group, Strengths, group_code, group_count
+from fused_reg.distributed.buckets import check_sets, value_of
+from fused_reg.distributed.joint import Joint
+from fused_reg.distributed.parts import are_mixed
+from fused_reg.distributed.shards import is_sharded
 from fused_reg.functional import fused_penalty
-from fused_reg.regularizer.strengths import Column
+from fused_reg.regularizer.strengths import Column, Held, identity
 from fused_reg.regularizer.table import Entry, Table
 
 _T = TypeVar("_T")
@@ -40,7 +44,7 @@ class _Call:
         self.sign = sign
         self._whole = [entries[i] for i in places]
         places = [i for i in places for _ in entries[i].cut(entries[i].param)]
-        self.is_cut = len(places) > len(self._whole)
+        self.is_cut = any(entry.is_cut for entry in self._whole)
         if is_one_of:  # an empty float64 tensor, with any strength: the value is float64, not rounded before the sum
             places = [*places, places[0]]
         own = [entries[i] for i in places]
@@ -64,6 +68,19 @@ class _Call:
         is_fixed = all(column.is_fixed for column in self._columns.values()) and not is_compiling()
         self._fixed = self._as_strengths() if is_fixed else None
         self._steps: Column | None = None  # the last ones of `prox_`
+        self._own = own
+        self._joint = joint_of(self._whole, len(own)) if own[0].is_joint else None
+        if self._joint is not None:
+            self._run(check_sets, "Regularizer: ", self._params, self._joint)
+        if self._joint is not None and not is_sharded(self._params) and not are_mixed(self._params):
+            # Now, not inside a graph that is being compiled.
+            counts = [group_count(p, group_code(group)) for p in self._tensors(Tensor.detach)]
+            self._joint.at(range(len(own)), [*counts, 0], self._params[0].device)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the operators take its parameters as they are."""
+        return not self.is_cut and self._joint is None
 
     def _tensors(self, of: Callable[[Tensor], Tensor] = lambda p: p) -> list[Tensor]:
         """The list: the parameters, or ``of`` them the parts that have groups of their own."""
@@ -92,6 +109,9 @@ class _Call:
         given = {name: x for name, x in self._given().items() if name not in CONSTRAINTS}
         if given.keys() <= {"group"}:  # nothing but constraints
             return torch.zeros((), dtype=value_dtype(self._params), device=self._params[0].device)
+        if self._joint is not None:
+            strengths = self._strengths().having(**dict.fromkeys(CONSTRAINTS, ()))
+            return self._run(_routes.penalty, self._tensors(), strengths, False, self._joint_norms())
         if "l2_norm" not in given:
             given.pop("group", None)
         return self._run(lambda: fused_penalty(self._tensors(), **given, **self._references))
@@ -99,7 +119,8 @@ class _Call:
     def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool) -> Tensor:
         factor = self._factor(scale)
         params, fresh = self._trained(skip_missing)
-        value = self._run(_routes.accumulate_grad_, params, self._strengths(), factor, skip_missing, True)
+        args = params, self._strengths(), factor, skip_missing, True, self._joint_norms()
+        value = self._run(_routes.accumulate_grad_, *args)
         for p, grad in fresh:
             p.grad = grad
         return value
@@ -131,6 +152,7 @@ class _Call:
     def check_accumulation(self, scale: float | Tensor | None, skip_missing: bool) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
         factor = self._factor(scale)
+        self._joint_norms()
         self._run(_routes.check_accumulation, self._trained(skip_missing)[0], self._strengths(), factor, skip_missing)
 
     def _factor(self, scale: float | Tensor | None) -> tuple[float, Tensor | None]:
@@ -139,17 +161,38 @@ class _Call:
         return as_scale("accumulate_grad_", scale if self.sign > 0 else -scale, self._params)
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
-        self._run(_routes.prox_, *self._shrinkage(step), True)
+        self._run(_routes.prox_, *self._shrinkage(step), True, self._joint_norms())
 
     def check_writable(self, step: float | Tensor | list[float | Tensor]) -> None:
         """Raises what `prox_` would, before anything is written."""
+        self._joint_norms()
         self._run(_routes.check_prox, *self._shrinkage(step))
 
     def check_closed_form(self, where: str) -> None:
         self._run(check_closed_form, where, self._strengths(), len(self._params))
+        self._check_as_one(where, "l2", [entry.strengths["l2"] for entry in self._own])
+
+    def _check_as_one(self, where: str, what: str, numbers: Sequence[Held]) -> None:
+        """Raises unless parameters whose groups are one have one number, without which there is no closed form."""
+        for i, j in enumerate(self._joint.sets if self._joint is not None else ()):
+            if identity(numbers[i]) != identity(numbers[j]):
+                raise ValueError(
+                    f"{where}{what} of {self._names[i]!r} must be that of {self._names[j]!r} in a proximal step, "
+                    "because their groups are one"
+                )
+
+    def _joint_norms(self) -> Joint | None:
+        """If it has any; raises where weights of groups have become wrong."""
+        for entry in self._whole if self._joint is not None else ():
+            if entry.weights is not None:
+                check_constant(f"Regularizer: group_weights[{entry.name!r}]", entry.weights)
+                check_importance(f"Regularizer: group_weights[{entry.name!r}]", entry.weights)
+        return self._joint
 
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
+        self._check_as_one("prox_: ", "l2", [entry.strengths["l2"] for entry in self._own])
         if isinstance(step, list):
+            self._check_as_one("prox_: ", "the learning rate", [step[i] for i in self._places])
             self._steps = Column([step[i] for i in self._places], like=self._steps)
             step = self._steps.get()
         return self._tensors(Tensor.detach), self._strengths().with_step(as_step("prox_", step, self._params))
@@ -160,6 +203,19 @@ class _Call:
             return function(*args)
         except (TypeError, ValueError) as error:
             raise named(error, self._names) from error
+
+
+def joint_of(entries: Sequence[Entry], count: int) -> Joint:
+    """Of the parts of these, in a list of so many tensors."""
+    sets: list[int] = []
+    weights: list[Tensor | None] = []
+    first: dict[int, int] = {}
+    for entry in entries:
+        weights += [None] * entry.runs if entry.weights is None else entry.weights.chunk(entry.runs)
+        for i in range(len(sets), len(weights)):
+            sets.append(first.setdefault(id(entry.together), i) if entry.together else i)
+    rest = range(len(sets), count)
+    return Joint([*sets, *rest], [*weights, *(None for _ in rest)])
 
 
 def named(error: Exception, names: Sequence[str]) -> Exception:
@@ -259,16 +315,17 @@ class Part:
 def _calls(
     entries: Sequence[Entry], chosen: Sequence[bool], maximized: Sequence[bool], is_one_of: bool
 ) -> Iterator[_Call]:
-    """One call; more where there are norms of rows beside norms of tensors, reference weights or importances of some,
-    and where some gradients are subtracted. A parameter without any strength is not even read."""
+    """One call; more where there are norms of rows beside norms of tensors, or such that are not a parameter's own,
+    reference weights or importances of some, and where some gradients are subtracted. A parameter without any strength
+    is not even read."""
     places = [i for i, entry in enumerate(entries) if chosen[i] and any(map(entry.has, ABSENT))]
-    kinds = list(dict.fromkeys(entries[i].group for i in places if entries[i].has_norms())) or ["tensor"]
+    kinds = list(dict.fromkeys(entries[i].kind for i in places if entries[i].has_norms())) or ["tensor"]
     # For what has no norms, which runs may not fill.
     other: Group = next((kind for kind in kinds if not isinstance(kind, tuple)), "tensor")
-    split: dict[tuple[bool, Group, tuple[bool, bool]], list[int]] = {}
+    split: dict[tuple[bool, Group, tuple[bool, bool], bool], list[int]] = {}
     for i in places:
-        kind = entries[i].group if entries[i].has_norms() else other
-        split.setdefault((maximized[i], kind, entries[i].relation), []).append(i)
-    for (is_maximized, kind, _), own in split.items():
+        kind = entries[i].kind if entries[i].has_norms() else other
+        split.setdefault((maximized[i], kind, entries[i].relation, entries[i].is_joint), []).append(i)
+    for (is_maximized, kind, *_), own in split.items():
         kind = kind if any(entries[i].has_norms() for i in own) else "tensor"
         yield _Call(entries, own, kind, -1.0 if is_maximized else 1.0, is_one_of or len(split) > 1)

@@ -23,6 +23,7 @@ from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
+from fused_reg.regularizer.groups import Groups, GroupWeights, Together, as_together
 from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
 from fused_reg.regularizer.projection import project_
 from fused_reg.regularizer.references import References, Toward, Weights, as_weights
@@ -84,9 +85,18 @@ class Regularizer:
             parameters with this aim become zero, elements, or with a ``group`` other than ``"tensor"`` its groups; the
             others stay as they are. Of plain tensors without ``toward`` and ``importance``. See :doc:`/guides/zeros`.
         zeros_per: ``"parameter"``: each has this share by itself.
+        together: parameters whose groups are one, group by group, so that a neuron has one norm with its bias, a
+            channel with its normalization, and vanishes as a whole. ``"bias"``: each weight and the bias of its module;
+            a type as ``NORMS``: each weight and the parameters of the layer of this type that follows in a
+            ``Sequential``; ``[("conv1.weight", "bn1.*"), ...]``: those that match a pattern. A list may have all of
+            these. They have one ``l2_norm``, groups of one kind (columns beside rows are taken as such) and as many.
+            What is frozen is in no group. Without ``max_norm``, ``toward``, ``importance`` and ``zeros`` of groups.
         group_weights: ``"sqrt_size"`` multiplies each ``l2_norm`` by the root of the size of its groups, so that large
             groups are not spared: ``l2_norm * sqrt(n_g) * ||w_g||`` for ``n_g`` elements (Yuan and Lin 2006). Strengths
             in reports and states are with it; ``l2_norm`` is a number or a schedule then. ``zeros`` divide norms by it.
+            Or a tensor with a finite number >= 0 for each group, by which its strength is multiplied: a dictionary by
+            names, or a list. What it does not name has 1. They are kept, not copied, and are not in states; of plain
+            tensors, without what ``together`` is without.
         weights_only: leave out biases and parameters with fewer than two dimensions (normalization layers).
         include: a pattern or a list of patterns of names (``fnmatch``); only these are regularized.
         types: a type of modules or several, ``torch.nn.Linear``; only these, of what ``include`` leaves. What a module
@@ -148,7 +158,8 @@ class Regularizer:
         *,
         zeros: ZeroShare | None = None,
         zeros_per: Literal["parameter"] | None = None,
-        group_weights: Literal["sqrt_size"] | None = None,
+        together: Together | None = None,
+        group_weights: GroupWeights | None = None,
         weights_only: bool = False,
         include: str | Iterable[str] | None = None,
         types: TypeKey | Iterable[TypeKey] | None = None,
@@ -165,8 +176,7 @@ class Regularizer:
             )
         as_flag("Regularizer: weights_only", weights_only)
         given = {"toward": as_weights("toward", toward), "importance": as_weights("importance", importance)}
-        if group_weights not in (None, "sqrt_size"):
-            raise ValueError(f'Regularizer: group_weights must be None or "sqrt_size", got {group_weights!r}')
+        groups = {"together": as_together(together), "group_weights": as_weights("group_weights", group_weights)}
         if zeros_per not in (None, "parameter"):
             raise ValueError(f'Regularizer: zeros_per must be None or "parameter", got {zeros_per!r}')
         rules = None if rules is None else list(rules)
@@ -187,7 +197,7 @@ class Regularizer:
             **terms,
             "zeros": zeros,
             "zeros_per": zeros_per,
-            "group_weights": group_weights,
+            **groups,
             "weights_only": weights_only,
             "include": choice.include,
             "types": choice.types,
@@ -197,7 +207,8 @@ class Regularizer:
             "save_references": save_references,
         }
         references = References(**given, is_saved=save_references)
-        self._begin(Table(Source(params, choice), references, group_weights is not None, zeros_per is not None))
+        table = Table(Source(params, choice), references, Groups(*groups.values()), zeros_per is not None)
+        self._begin(table)
         if zeros_per is not None and not self._table.has_aims():
             raise ValueError(f'Regularizer: zeros_per="{zeros_per}" must come with zeros, which it is about, got none')
         self._current()

@@ -28,7 +28,7 @@ class Repeat:
         self._version, self._calls = share.table.version, share.part.calls
         self._tensors: bytes | None = None
         found = _ops.fingerprint(optimizer.param_groups, _NO_STATES)
-        if found is not None and len(self._calls) == 1 and not self._calls[0].is_cut and not _ops.survey(share.params):
+        if found is not None and len(self._calls) == 1 and self._calls[0].is_plain and not _ops.survey(share.params):
             params = self._calls[0].params
             self._modes, _ = grads_of(params, SKIP)
             self._with_grad = list(compress(params, self._modes))

@@ -27,11 +27,12 @@ from fused_reg._terms import (
     group_text,
 )
 from fused_reg.distributed.buckets import Bucket
+from fused_reg.distributed.joint import Joint
 from fused_reg.distributed.parts import checked_buckets
 from fused_reg.distributed.shards import shards_of
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.aims import Aim, aims_of
-from fused_reg.regularizer.calls import named
+from fused_reg.regularizer.calls import joint_of, named
 from fused_reg.regularizer.strengths import Cell, Column, Held, identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
 
@@ -56,9 +57,10 @@ class Report:
             ("parameter"), and one for all ("total"): ``name``, ``elements``, ``value`` of the penalty, Euclidean
             ``norm``, ``zeros`` (the elements that are exactly 0), ``zero_share`` (of the elements, 0 to 1). Groups and
             parameters also have their strengths (``l1`` and so on) and ``group``, and if that is not "tensor"
-            ``slices`` and ``zero_slices`` (the rows or columns of which all elements are 0). Groups whose ``zeros`` are
-            an aim have ``zeros_aim``, the share to which the next step leads, of elements or of slices, and
-            ``zeros_reached``, that of now, of all parameters that have the aim.
+            ``slices`` and ``zero_slices`` (the rows or columns of which all elements are 0). Slices that are one group
+            with those of other parameters, by ``together``, are in the row of the first of these, and so is the value
+            of their norms. Groups whose ``zeros`` are an aim have ``zeros_aim``, the share to which the next step
+            leads, of elements or of slices, and ``zeros_reached``, that of now, of all parameters that have the aim.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -173,7 +175,7 @@ def report_of(table: Table) -> Report:
     groups = [group for group in groups if group]
     entries = [e for group in groups for e in group]
     check_whole("Regularizer", [e.param for e in entries], [e.name for e in entries])
-    measured = _measure(entries)
+    measured = _measure([e for e in table.entries if e.param.requires_grad])
     aimed = {id(aim): _aimed(aim, [measured[id(e)] for e in own]) for aim, own in aims_of(entries)}
     rows: list[Row] = []
     leaves: list[Row] = []
@@ -192,7 +194,7 @@ def _sum(level: str, name: str, rows: Sequence[Row]) -> Row:
     row["norm"] = math.hypot(*(r["norm"] for r in rows))
     row["zero_share"] = row["zeros"] / max(row["elements"], 1)
     if level == "group" and rows[0]["group"] != "tensor":
-        row |= {kind: sum(r[kind] for r in rows) for kind in ("slices", "zero_slices")}
+        row |= {kind: sum(r.get(kind, 0) for r in rows) for kind in ("slices", "zero_slices")}
     return row
 
 
@@ -207,11 +209,13 @@ def _aimed(aim: Aim, rows: Sequence[Row]) -> Row:
 def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     """A row for each entry: some launches for each device and kind of group, and one transfer from each device."""
     measured: dict[torch.device, list[tuple[list[Entry], Tensor]]] = {}
-    for kind in dict.fromkeys(e.group for e in entries):
-        cut = [(e, part) for e in entries if e.group == kind for part in e.cut(e.param)]
+    for kind, is_joint in dict.fromkeys((e.kind, e.is_joint) for e in entries):
+        whole = [e for e in entries if (e.kind, e.is_joint) == (kind, is_joint)]
+        cut = [(e, part) for e in whole for part in e.cut(e.param)]
         own, params, group = [e for e, _ in cut], [part for _, part in cut], group_code(kind)
+        args = params, _numbers_of(own, group), joint_of(whole, len(params)) if is_joint else None
         try:
-            parts = _routes.run("report", _parts, _parts, params, _numbers_of(own, group), are_whole=True)
+            parts = _routes.run("report", _parts, _parts, *args, are_whole=True)
         except (TypeError, ValueError, RuntimeError) as error:
             raise named(error, [e.name for e in own]) from error
         for places, columns in parts:
@@ -219,9 +223,9 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     return {id(e): row for device, parts in measured.items() for e, row in _rows_on(device, parts)}
 
 
-def _parts(params: list[Tensor], numbers: Strengths) -> list[tuple[list[int], Tensor]]:
+def _parts(params: list[Tensor], numbers: Strengths, joint: Joint | None) -> list[tuple[list[int], Tensor]]:
     """The places of the parameters of each bucket, and what is measured of them."""
-    return [(b.places, _columns(b)) for b in checked_buckets(params, shards_of(params), numbers)]
+    return [(b.places, _columns(b)) for b in checked_buckets(params, shards_of(params), numbers, joint)]
 
 
 def _numbers_of(entries: Sequence[Entry], group: int) -> Strengths:
@@ -258,7 +262,7 @@ def _columns(bucket: Bucket) -> Tensor:
     norms = bucket.norms_of_tensors()
     sums = _ops.sums(bucket.shards, True, *bucket.strengths._replace(group=0))[:-1]  # without the empty tensor's
     absolute, squares, *others, zeros = bucket.over_all(sums.T)
-    are_sliced = bucket.strengths.group != GROUPS["tensor"]
+    are_sliced = bucket.strengths.group != GROUPS["tensor"] or bucket.joint is not None
     slice_norms, zero_slices = bucket.over_rest(bucket.sums_of_slices()) if are_sliced else (norms, norms)
     return torch.stack([absolute, squares, slice_norms, *others, norms, zeros, zero_slices], dim=1)
 
@@ -276,7 +280,7 @@ def _row(entry: Entry, strengths: dict[str, float], measures: dict[str, float]) 
         "zeros": int(zeros),
         "zero_share": zeros / max(entry.param.numel(), 1),
     }
-    if entry.group != "tensor":
+    if entry.group != "tensor" and entry.is_first:
         slices = entry.group_count
         row |= {"slices": slices, "zero_slices": min(int(measures["zero_slices"]), slices)}
     return row
@@ -291,9 +295,10 @@ def _value(entry: Entry, strengths: dict[str, float], measures: dict[str, float]
     if is_plain and (entry.param.dtype is not torch.float64 or measures["norm"] == 0 or are_exact):
         return sum(strengths[term] * measures[term] for term in present)
     given: dict[str, Any] = {kind: s for kind, s in strengths.items() if TERM_OF[kind] in present}
+    of_norms = given.pop("l2_norm") * measures["l2_norm"] if entry.is_joint and "l2_norm" in given else 0.0
     if not given:
-        return 0.0
+        return of_norms
     if "l2_norm" in given:
         given["group"] = entry.group
     given |= {name: x if x is None else entry.cut(x) for name, x in entry.references()}
-    return fused_penalty(entry.cut(entry.param.detach()), **given).item()
+    return of_norms + fused_penalty(entry.cut(entry.param.detach()), **given).item()

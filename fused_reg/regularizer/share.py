@@ -88,6 +88,8 @@ class Share:
                     )
         if self._mode == "grad" and (aimed := next((e for e in entries if e.aim is not None), None)) is not None:
             raise ValueError(f'attach: mode must be "prox" where parameters have zeros, as {aimed.name!r}, got "grad"')
+        for entry in entries:
+            self._check_set(entry, optimizer, groups)
         self.entries, self.params = entries, [entry.param for entry in entries]
         self.group_of = [groups[id(p)] for p in self.params]
         self._groups = sorted(set(self.group_of))
@@ -102,6 +104,22 @@ class Share:
             self.part = Part(self.table, entries, self._maximized)
             self.part.refuse_constraints("attach: ")
         self._options = options
+
+    def _check_set(self, entry: Entry, optimizer: Optimizer, groups: Mapping[int, int]) -> None:
+        """Raises where an optimizer has parameters whose groups are one in part, or maximizes some of them alone."""
+        for other in entry.together:
+            if id(other.param) in groups:
+                signs = (bool(optimizer.param_groups[groups[id(e.param)]].get("maximize")) for e in (entry, other))
+                if self._mode == "grad" and len(set(signs)) > 1:
+                    raise ValueError(
+                        f"attach: {entry.name!r} and {other.name!r}, whose groups are one, must both be maximized, or "
+                        "none of them"
+                    )
+            elif other.param.requires_grad:
+                raise ValueError(
+                    f"attach: optimizer must hold all parameters whose groups are one, got {entry.name!r} without "
+                    f"{other.name!r}"
+                )
 
     def _check_by_element(self) -> None:
         for entry in self.entries if self._mode == "preconditioned" else ():
@@ -120,6 +138,11 @@ class Share:
         for i, entry in enumerate(self.entries):
             if (index := touched(f"attach: params[{entry.name!r}]", entry.param)) is None:
                 continue
+            if entry.is_joint:
+                raise ValueError(
+                    f"attach: lazy_rows must come without {entry.joint_by}, got both for the sparse gradient of "
+                    f"{entry.name!r}"
+                )
             norm = next(filter(entry.has, OF_GROUPS), None)
             if norm is not None and group_code(entry.group) != GROUPS["row"]:
                 raise ValueError(
@@ -208,7 +231,8 @@ class Share:
         rates = {i: rate_of(optimizer.param_groups[i]) for i in self._groups}
         if found_inf is not None:
             taken = (found_inf == 0).double()
-            rates = {i: taken * rate for i, rate in rates.items()}
+            scaled = {identity(rate): taken * rate for rate in rates.values()}
+            rates = {i: scaled[identity(rate)] for i, rate in rates.items()}
         if len(set(map(identity, rates.values()))) == 1:
             return rates[self.group_of[0]]
         return [rates[i] for i in self.group_of]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -29,6 +28,7 @@ from fused_reg._terms import (
 from fused_reg._warnings import warn
 from fused_reg.regularizer.aims import Aim, aims_of
 from fused_reg.regularizer.following import Source
+from fused_reg.regularizer.groups import Groups, check_saved
 from fused_reg.regularizer.keys import Key, Named
 from fused_reg.regularizer.references import References
 from fused_reg.regularizer.strengths import (
@@ -64,17 +64,51 @@ class Entry(Named):
     weight: float | None = None  # of its groups, by which the strength of their norms is multiplied
     aim: Aim | None = None
     runs: int = 1  # of rows, each of which has groups of its own: those of a convolution with groups
+    together: Sequence[Entry] = ()  # those with which its groups are one, itself among them
+    is_turned: bool = False  # its groups are columns, and with others, which have rows
+    weights: Tensor | None = None  # one for each group, or each of those that are one
 
     def cut(self, x: Tensor) -> Sequence[Tensor]:
         """A tensor of its shape as tensors whose groups are those of its norms, and of its aim."""
-        if self.runs == 1 or not (self.has_norms() or (self.aim is not None and self.aim.group != "tensor")):
+        if not self.is_cut:
             return (x,)
         if is_dtensor(x):
+            what = "columns together with rows" if self.runs == 1 else "channels of a convolution"
             raise ValueError(
-                f"Regularizer: params[{self.name!r}] must be a plain tensor, to have channels of a convolution with "
-                f"groups={self.runs}, got a DTensor"
+                f"Regularizer: params[{self.name!r}] must be a plain tensor, to have {what}"
+                f"{f' with groups={self.runs}' * (self.runs > 1)}, got a DTensor"
             )
-        return x.chunk(self.runs)
+        return x.chunk(self.runs) if self.runs > 1 else (x.transpose(0, 1),)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its groups are those of other tensors."""
+        if self.is_turned:
+            return self.has_norms()
+        return self.runs > 1 and (self.has_norms() or (self.aim is not None and self.aim.group != "tensor"))
+
+    @property
+    def kind(self) -> Group:
+        """Which groups of `cut` are its own."""
+        if not (self.is_turned and self.is_cut):
+            return self.group
+        return ("row", self.group[1]) if isinstance(self.group, tuple) else "row"
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the norms of its groups are not its own alone."""
+        return self.joint_by != "" and self.has_norms()
+
+    @property
+    def is_first(self) -> bool:
+        """Of those with which its groups are one, without what is frozen; of others each is."""
+        others = self.together if self.has_norms() else ()
+        return next((entry for entry in others if entry.param.requires_grad), self) is self
+
+    @property
+    def joint_by(self) -> str:
+        """The argument that says so, if any."""
+        return "together" if self.together else "group_weights of tensors" if self.weights is not None else ""
 
     @property
     def name(self) -> str:
@@ -114,14 +148,13 @@ class Entry(Named):
 class Table:
     """The entries. ``version`` counts changes other than those in place."""
 
-    def __init__(
-        self, source: Source, references: References, weighs_groups: bool = False, aims_at_each: bool = False
-    ) -> None:
+    def __init__(self, source: Source, references: References, groups: Groups, aims_at_each: bool = False) -> None:
         self.version = 0
         self._source = source
         self.references = references
         references.read(source.candidates)
-        self._weighs_groups = weighs_groups
+        self._groups = groups
+        groups.read(source.candidates)
         self._aims_at_each = aims_at_each
         self._aims: list[Aim] = []  # those of the entries
         self._step = 0
@@ -182,10 +215,13 @@ class Table:
                 group = candidate.group_of("Regularizer", penalty.group)
             references = self.references.of(candidate.param, names, before)
             runs = candidate.runs_of(penalty.group)
-            entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references, runs=runs, aim=aim)
-            if self._weighs_groups:
-                entry.weight = math.sqrt(entry.param.numel() / max(entry.group_count, 1))
-            for kind, strength in given.items():
+            entries.append(
+                Entry(candidate.param, names, candidate.types, group, {}, given, *references, runs=runs, aim=aim)
+            )
+        self._groups.settle(entries, self._source)
+        for entry in entries:
+            before = next((known[key] for key in (id(entry.param), *entry.names) if key in known), None)
+            for kind, strength in entry.given.items():
                 weight = entry.weight_of(kind)
                 others = alike.get((kind, identity(strength), weight), [])
                 same = before is not None and identity(before.given[kind]) == identity(strength)
@@ -194,11 +230,10 @@ class Table:
                 elif len({identity(other): other for other in others}) == 1:
                     entry.strengths[kind] = others[0]
                 else:
-                    entry.strengths[kind] = hold(kind, f"Regularizer: {kind} of {names[0]!r}", strength, weight)
-            entries.append(entry)
+                    entry.strengths[kind] = hold(kind, f"Regularizer: {kind} of {entry.name!r}", strength, weight)
         found = aims_of(entries)
         has_groups = any(aim.group != "tensor" for aim, _ in found)
-        if self._weighs_groups and not has_groups and all(entry.given["l2_norm"] is None for entry in entries):
+        if self._groups.are_weighted and not has_groups and all(entry.given["l2_norm"] is None for entry in entries):
             raise ValueError("Regularizer: group_weights must come with l2_norm, whose groups it weighs, got none")
         for aim, own in found:
             aim.check(own)
@@ -296,6 +331,7 @@ class Table:
             if any(entry in own.get(term, ()) for term in OF_GROUPS):
                 group = candidate.group_of("set_strength", penalty.group)
                 check_runs(f"set_strength: params[{entry.name!r}]", entry.param, group)
+        self._groups.check_change(strengths, own)
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
         new: list[tuple[str, list[Entry], Held]] = []  # for those of one weight at a time
         for kind, entries in own.items():
@@ -334,6 +370,7 @@ class Table:
     def load(self, step: int, saved: Mapping[str, Wishes], references: Any) -> None:
         """Takes a step and, for each name, strengths, and references, checked before. A schedule that goes on gives its
         own strength for that step."""
+        check_saved(self.entries, saved)
         wanted: dict[object, dict[tuple[float, bool], Held]] = {}  # of each tensor: what its users shall have
         for e in self.entries:
             for kind, old in e.strengths.items():
