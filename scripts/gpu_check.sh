@@ -32,6 +32,7 @@ fi
 if [[ -x $toolkit/bin/nvcc ]]; then # a script named nvcc elsewhere on the PATH misleads torch
   export CUDA_HOME=$toolkit PATH=$PATH:$toolkit/bin
 fi
+unset TORCH_CUDA_ARCH_LIST # images that name all GPUs in it would have the build take minutes: it is for the one here
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 FUSED_REG_REQUIRE_CUDA=1
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # what else is installed there is not ours to test
 
@@ -79,8 +80,8 @@ self_check='out=$(python3 -m fused_reg 2>&1); status=$?; echo "$out"
   [[ $out == *"self-check cuda:0"* ]] || { echo "no CUDA device was checked"; exit 1; }; exit $status'
 pytest='python3 -m pytest -q -p no:cacheprovider'
 by_file="OMP_NUM_THREADS=2 python3 scripts/pytest_by_file.py $(((cores + 1) / 2))"
-# Files with tests marked cuda, those of CUDA alone first.
-on_gpu=$(grep -lE 'mark\.cuda|def \w+\(.*\bdevice\b' tests/test_cuda*.py tests/test_[!c]*.py tests/test_c[!u]*.py | xargs)
+# Files with tests marked cuda: those of CUDA alone first, then test_compile.py, which takes long.
+on_gpu=$(grep -lE 'mark\.cuda|def \w+\(.*\bdevice\b' tests/test_cuda*.py tests/test_c[!u]*.py tests/test_[!c]*.py | xargs)
 sanitized=$(grep -lE 'mark\.sanitizer' tests/test_*.py | xargs)
 
 build() {

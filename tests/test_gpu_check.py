@@ -19,6 +19,7 @@ STUB = r"""#!/bin/bash
 name=${0##*/} line="${0##*/} $*"
 [[ $line == *get_device_name* ]] && { echo nvidia-test; exit; }
 echo "$line" >>"$STUBS/calls"
+[[ $line == *setup.py* ]] && echo "for ${TORCH_CUDA_ARCH_LIST-the GPU that is here}" >>"$STUBS/calls"
 if [[ $name == timeout ]]; then
   [[ -n ${STOPS:-} && $line == *"$STOPS" ]] && { echo "${SAYS:-half done}"; exit 124; }
   shift 2; exec "$@"
@@ -119,6 +120,12 @@ def test_what_is_not_here_is_named(stubs):
     for tool, breaks in {"nvcc": "nvcc --version", "pandas": "import pandas"}.items():
         _, found = run(stubs, "first", BREAKS=breaks)
         assert found["environment"] == ("failed", f"not here, or broken: {tool}")
+
+
+def test_the_build_is_for_the_gpu_that_is_here(stubs):
+    """Images may name all GPUs in a variable."""
+    run(stubs, "first", TORCH_CUDA_ARCH_LIST="7.5;9.0;12.0+PTX")
+    assert "\nfor the GPU that is here\n" in (stubs / "calls").read_text()
 
 
 def test_a_self_check_without_a_gpu_fails(stubs):
