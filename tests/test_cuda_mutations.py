@@ -36,6 +36,7 @@ MUTATIONS = [
     (FEW, "exact_sums.cuh", "is_exact && {rest == 0};", "true"),
     (FEW, "exact_sums.cuh", "{fmaf(rest, 0x1p23f, kSignedRounder - rounded_rest) == 0};", "true"),
     (FEW, "exact_sums.cuh", "exponent = {own > -105} ?", "true"),
+    (FEW, "jobs.cuh", "is_exact && {!is_rare(element(r))};", "true"),
     (FEW, "jobs.cuh", "#pragma unroll 1\n    for (int r = 0; {r < kRows};", "r < kRows - 1"),
 ]
 FAULT = """#include <cstdlib>
