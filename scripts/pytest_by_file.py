@@ -34,7 +34,9 @@ def stop(number: int, frame: FrameType | None) -> None:
     raise StoppedError
 
 
-def run(processes: int, options: list[str], files: list[str], folder: Path, total: Counter[str], failed: list[str]):
+def run(
+    processes: int, options: list[str], files: list[str], folder: Path, total: Counter[str], failed: list[str]
+) -> None:
     """Adds to `total` how many tests passed and failed, to `failed` the files that did not pass."""
     waiting, running = list(files), {}
     try:
