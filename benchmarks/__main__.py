@@ -37,7 +37,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=float, help="stop the rounds of a case and mode after this long")
     add("--threads", type=int, help="default: as torch chooses")
     add("--compile-all", action="store_true", help="also compile what takes minutes to compile")
-    add("--compile-seconds", type=float, help="compile nothing more after this long; default on a GPU: 200, quick 35")
+    add("--compile-seconds", type=float, help="compile nothing more after this long; default on a GPU: 200, quick 90")
     add("--no-children", action="store_true", help="on a CPU: neither peak memory nor AVX2")
     add("--output", type=Path, help=f"JSON to write; default: in {_BUILD}, of a whole GPU {_RESULTS}")
     options = parser.parse_args(arguments)
@@ -48,6 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     presets = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
     options.optimizers = options.optimizers or (["SGD", "AdamW"] if options.quick else list(OPTIMIZERS))
     form = "quick" if options.quick else "slowest" if options.slowest else ""
+    options.parts = [] if options.cases or options.modes else None  # the order of the presets is that of their cases
     for name, value in presets[options.device + f", {form}" * bool(form)].items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)

@@ -36,8 +36,11 @@ CONTENDERS = {"prox": prox_steps} | dict.fromkeys(STEP_MODES, optimizer_steps)
 CONTENDERS |= dict.fromkeys(COMPILED_MODES, compiled_steps)
 
 _MEMORY_CASES = ("resnet50", "gpt2")
-# What --quick compiles, by the device: the rest takes minutes.
-_QUICKLY_COMPILED = {"cpu": ("mlp",), "cuda": ("resnet50", "one_tensor", "tinyllama_bf16")}
+# What --quick compiles, by the device, of cases and modes: the rest takes minutes.
+_QUICKLY_COMPILED = {
+    "cpu": (("mlp",), ("fresh", "present")),
+    "cuda": (("resnet50", "tinyllama_bf16"), ("fresh",)),
+}
 
 
 def contenders_of(problem: Problem, mode: str, peers: list[c.Peer]) -> list[c.Contender]:
@@ -48,7 +51,8 @@ def takes_minutes(options: argparse.Namespace, peer: c.Peer, case: str, mode: st
     """Whether a peer is left out because of what it takes to compile."""
     if peer.options is None or options.compile_all:
         return False
-    is_quick = case in _QUICKLY_COMPILED[options.device] and mode in ("fresh", "present") and not peer.options
+    cases, modes = _QUICKLY_COMPILED[options.device]
+    is_quick = case in cases and mode in modes and not peer.options
     is_gpus_step = mode in (*STEP_MODES, *COMPILED_MODES) and options.device == "cuda"
     return case.startswith("small_tensors") or is_gpus_step or (options.quick and not is_quick)
 
@@ -89,9 +93,12 @@ class Run:
         options, results, tasks = self._options, self.results, {}
         if results.gpu:
             tasks["rooflines"] = lambda: results.rooflines.extend(rooflines(self._device))
-        for case in options.cases:
-            for mode in options.modes:
-                tasks[f"{CASES[case].title}: {mode}"] = partial(self.add, case, mode)
+        for part in options.parts or [{}]:  # of presets.json; what compiles measures once more what is there without
+            compiles = part.get("compiles", True)
+            for case in [case for case in part.get("cases", options.cases) if case in options.cases]:
+                for mode in [mode for mode in part.get("modes", options.modes) if mode in options.modes]:
+                    title = f"{CASES[case].title}: {mode}" + ", without a compiler" * (not compiles)
+                    tasks[title] = partial(self.add, case, mode, compiles)
         if options.quick or options.no_children or results.gpu:
             return tasks
         for also in options.also:
@@ -121,8 +128,9 @@ class Run:
             subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
             self.results.rows += Results.read(output).rows
 
-    def add(self, case: str, mode: str) -> None:
-        """The rows of a case and mode. A wrong result, and on a CPU any failure, is raised."""
+    def add(self, case: str, mode: str, compiles: bool = True) -> None:
+        """The rows of a case and mode, in the place of those that are there; with peers that compile, or without. A
+        wrong result, and on a CPU any failure, is raised."""
         options = self._options
         if CASES[case] != self._case:
             self._problem = None  # its memory
@@ -132,6 +140,7 @@ class Run:
             self._problem = Problem(self._case.make_params(self._device.name), self._compiler)
         peers = [p for p in c.PEERS if mode in p.modes and (p.name in options.peers or p.family or p.role == "limit")]
         skipped = [p for p in peers if takes_minutes(options, p, case, mode)]
+        peers = [p for p in peers if compiles or p in skipped or p.options is None]
         if not (mode in COMPILED_MODES and skipped):
             contenders = contenders_of(self._problem, mode, [p for p in peers if p not in skipped])
             left = [x for x in contenders if mode not in STEP_MODES or x.family in options.optimizers]
@@ -182,7 +191,7 @@ class Run:
             row["ratio_to_limit"] = median / bound if bound else None
             if row["costs"]:
                 row["costs"]["percent_of_roofline"] = 100 * row["gb_per_s"] / bandwidth if bandwidth else None
-        results.rows += rows
+        results.rows = [row for row in results.rows if not shared.items() <= row.items()] + rows
 
 
 def reason_of(error: Exception) -> str:

@@ -1,5 +1,5 @@
 """The tables and the picture of a run, from its JSON: ``python -m benchmarks.report results.json`` prints the tables,
-``python -m benchmarks.report results.json picture.png`` draws."""
+``python -m benchmarks.report results.json picture.png`` draws, and prints how many targets are met."""
 
 import sys
 import textwrap
@@ -59,6 +59,12 @@ def document(results: Results, name: str) -> str:
         verdicts.append(line | {"": "met" if target["met"] else "missed"})
     parts += [table(memory), "\n".join(absent), table(verdicts)]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def verdict(results: Results) -> str:
+    """How many targets are met, in a line."""
+    met = [target["met"] for target in results.targets]
+    return f"of {len(met)} targets {met.count(True)} met, {met.count(False)} missed, {met.count(None)} not measured"
 
 
 def slowest(results: Results) -> str:
@@ -229,5 +235,6 @@ if __name__ == "__main__":
     _source, *_picture = map(Path, sys.argv[1:])
     if _picture:
         draw(Results.read(_source), *_picture)
+        print(verdict(Results.read(_source)))
     else:
         print(document(Results.read(_source), _source.name), end="")

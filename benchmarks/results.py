@@ -50,7 +50,9 @@ class Results:
             os.replace(part, path)
 
     def add_absent(self, case: str, what: str, implementation: str, reason: str) -> None:
-        self.absent.append({"case": case, "what": what, "implementation": implementation, "reason": reason})
+        record = {"case": case, "what": what, "implementation": implementation, "reason": reason}
+        if record not in self.absent:
+            self.absent.append(record)
 
     @property
     def gpu(self) -> Record | None:

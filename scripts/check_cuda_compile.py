@@ -1,10 +1,10 @@
 """Compiles the CUDA backend without a GPU: ``python -m scripts.check_cuda_compile [--quick | --update]``.
 
-nvcc compiles all kernels for one architecture, and for every other that ships those of csrc/cuda/machine_code.cu,
-warnings being errors; nvdisasm prints their machine code. No kernel may use local memory, or more than MAX_REGISTERS;
-no figure may be worse than the record, which is of one version of nvcc: with another one differences are printed and no
-failure (scripts/machine_code.py). The C++ compiler compiles the torch side, which a torch without CUDA has the headers
-for. The quick form compiles the kernels alone, for one architecture.
+nvcc compiles all kernels for one architecture, and for every other that ships those of csrc/cuda/machine_code.cu and
+relative_kernels.cu, warnings being errors; nvdisasm prints their machine code. No kernel may use local memory, or more
+than MAX_REGISTERS; no figure may be worse than the record, which is of one version of nvcc: with another one
+differences are printed and no failure (scripts/machine_code.py). The C++ compiler compiles the torch side, which a
+torch without CUDA has the headers for. The quick form compiles the kernels alone, for one architecture.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ from scripts.machine_code import Kernel, failures, parse_code, parse_report, rea
 
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120)  # which GPUs have
 QUICK = 90
-SOURCE, RECORD = (build_config.CSRC / "cuda" / f"machine_code.{suffix}" for suffix in ("cu", "md"))
+# One kernel of each pass and step, and of each with relative terms.
+OF_EVERY_ARCHITECTURE = tuple(
+    build_config.CSRC / "cuda" / f"{name}.cu" for name in ("machine_code", "relative_kernels")
+)
+RECORD = build_config.CSRC / "cuda" / "machine_code.md"
 
 
 def run(command: list[str | Path]) -> str:
@@ -87,7 +91,8 @@ def compile_all(toolkit: Toolkit, nvdisasm: Path | None, quick: bool) -> list[Ke
     known = run([toolkit.nvcc, "--list-gpu-arch"]).split()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
         wanted = [(source, QUICK) for source in sources if source.suffix == ".cu"]
-        wanted += [(SOURCE, a) for a in ARCHITECTURES if a != QUICK and f"compute_{a}" in known and not quick]
+        others = [a for a in ARCHITECTURES if a != QUICK and f"compute_{a}" in known and not quick]
+        wanted += [(source, a) for a in others for source in OF_EVERY_ARCHITECTURE]
         jobs = [pool.submit(compile_kernels, toolkit, nvdisasm, source, a, Path(name)) for source, a in wanted]
         torch_side = [] if quick else [source for source in sources if source.suffix == ".cpp"]
         jobs += [pool.submit(compile_torch_side, toolkit, source, Path(name)) for source in torch_side]

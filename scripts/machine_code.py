@@ -222,7 +222,8 @@ def hot_loops(lines: list[Line]) -> tuple[Loop, ...]:
     found = []
     for begin, end in loops:
         inner = [loop for loop in loops if begin <= loop[0] and loop[1] <= end and loop != (begin, end)]
-        own = [i for i in range(begin, end + 1) if not any(first <= i <= last for first, last in inner)]
+        of_inner = {i for first, last in inner for i in range(first, last + 1)}
+        own = [i for i in range(begin, end + 1) if i not in of_inner]
         body = [line for line in map(lines.__getitem__, own) if isinstance(line, Instruction)]
         widths = {x.loaded for x in body if x.loaded}
         is_float64 = is_of_float64(body)

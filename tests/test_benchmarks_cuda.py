@@ -1,6 +1,7 @@
 """The benchmarks on a GPU, without one: the flow with a runtime that only counts, and the targets of made-up rows."""
 
 from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 
 import pandas as pd
@@ -121,24 +122,58 @@ def test_targets():
     assert not [claim for claim in found if claim.startswith("1,000 tensors") and "percent" in claim]  # in the L2 cache
 
 
-def test_the_quick_form_measures_every_target(monkeypatch):
-    """For each line of targets.csv a case, an optimizer where it names some, ours, and one of those beside it."""
+@pytest.fixture
+def quick(monkeypatch):
+    """The options of the quick form on a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(Problem, "device", "cuda")
-    options, problem = __main__.parse(["--device", "cuda", "--quick"]), Problem(CASES["net"].make_params("cpu"))
-    table = pd.read_csv(RESULTS.parent / "targets.csv", keep_default_na=False)
-    for target in table[table.device == "cuda"].itertuples():
+    return __main__.parse(["--device", "cuda", "--quick"])
+
+
+TARGETS = pd.read_csv(RESULTS.parent / "targets.csv", keep_default_na=False).query("device == 'cuda'")
+
+
+def test_the_quick_form_measures_every_target(quick):
+    """For each line of targets.csv a case, an optimizer where it names some, ours, and one of those beside it."""
+    problem = Problem(CASES["net"].make_params("cpu"))
+    for target in TARGETS.itertuples():
         families = set(target.family.split(";"))
-        for case in [case for case in target.cases.split() if case in options.cases]:
-            peers = [p for p in PEERS if target.mode in p.modes and p.name in options.peers]
-            peers = [p for p in peers if not measure.takes_minutes(options, p, case, target.mode)]
-            of_mode = measure.contenders_of(problem, target.mode, peers) if target.mode in options.modes else []
-            measured = [x.name for x in of_mode if x.family in families & {"", CUDA_GRAPH, *options.optimizers}]
+        for part, case in product(quick.parts, target.cases.split()):
+            if case not in part.get("cases", quick.cases) or target.mode not in part.get("modes", quick.modes):
+                continue
+            peers = [p for p in PEERS if target.mode in p.modes and p.name in quick.peers]
+            peers = [p for p in peers if p.options is None or part.get("compiles", True)]
+            peers = [p for p in peers if not measure.takes_minutes(quick, p, case, target.mode)]
+            of_mode = measure.contenders_of(problem, target.mode, peers)
+            measured = [x.name for x in of_mode if x.family in families & {"", CUDA_GRAPH, *quick.optimizers}]
             if target.of in measured and (not target.to or {*target.to.split(";")} & {*measured}):
                 break
         else:
             pytest.fail(f"{target.claim}: nothing measures it")
+
+
+def test_the_quick_form_compiles_when_the_rest_of_a_target_is_there(quick):
+    """A compiler may take all the time that is left."""
+    tasks = list(measure.Run(quick, devices.CudaDevice(_Runtime(), "cpu"))._tasks())
+    first = tasks.index("ResNet-50: fresh")
+    for target in TARGETS[~TARGETS.to.str.contains("compile")].itertuples():
+        names = [f"{CASES[case].title}: {target.mode}, without a compiler" for case in target.cases.split()]
+        assert {*names} & {*tasks[:first]}, target.claim
+
+
+def test_what_compiles_measures_once_more(tmp_path, monkeypatch):
+    """Beside the others again, whose first rows are no longer there."""
+    monkeypatch.setattr(Compiler, "function", lambda self, name, function, options: function)
+    options = __main__.parse([*OPTIONS, "--output", str(tmp_path / "run.json"), "--peers", "loop", "torch.compile"])
+    run, names = measure.Run(options), []
+    for compiles in (False, True):
+        run.add("net", "fresh", compiles)
+        run.add("net", "value", compiles=False)
+        names.append({row["implementation"] for row in run.results.rows if row["mode"] == "fresh"})
+    assert names[1] - names[0] == {"torch.compile"}
+    rows = [(row["mode"], row["implementation"], row["family"]) for row in run.results.rows]
+    assert len({*rows}) == len(rows)
 
 
 def test_nothing_is_compiled_once_the_seconds_are_spent():

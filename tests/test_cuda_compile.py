@@ -341,7 +341,7 @@ def test_another_version_of_nvcc(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_compiled(monkeypatch):
-    """Every source for one architecture; for each other that nvcc knows one kernel of each pass."""
+    """Every source for one architecture; for each other that nvcc knows a kernel of each pass, and of references."""
     known = "\n".join(f"compute_{a}" for a in (70, *check_cuda_compile.ARCHITECTURES[:-1], 121))
     kernel = lambda toolkit, nvdisasm, source, architecture, top: [Kernel(source.name, architecture, 1, 0)]  # noqa: E731
     monkeypatch.setattr(check_cuda_compile, "run", lambda command: known)
@@ -352,7 +352,8 @@ def test_what_is_compiled(monkeypatch):
     ours = {(Path(source).name, check_cuda_compile.QUICK) for source in sources if source.endswith(".cu")}
     others = {*check_cuda_compile.ARCHITECTURES[:-1]} - {check_cuda_compile.QUICK}
     assert check_cuda_compile.compile_all(toolkit, None, quick=True) == ours
-    rest = {("torch", 0), *(("machine_code.cu", architecture) for architecture in others)}
+    names = ("machine_code.cu", "relative_kernels.cu")
+    rest = {("torch", 0), *((name, architecture) for architecture in others for name in names)}
     assert check_cuda_compile.compile_all(toolkit, None, quick=False) == ours | rest
 
 

@@ -2,6 +2,7 @@
 is cut keeps; and scripts/pytest_by_file.py with tests of its own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,13 +13,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("python3", "nvidia-smi", "nvcc", "compute-sanitizer", "g++", "timeout")
-# It writes down how it is called, fails where BREAKS is in that, and at BLOCKS waits until it is released.
+# It writes down how it is called, fails where BREAKS is in that, and at BLOCKS waits until it is released; `timeout`
+# stops what ends with STOPS, after it said SAYS.
 STUB = r"""#!/bin/bash
 name=${0##*/} line="${0##*/} $*"
 [[ $line == *get_device_name* ]] && { echo nvidia-test; exit; }
 echo "$line" >>"$STUBS/calls"
+[[ $line == *setup.py* ]] && echo "for ${TORCH_CUDA_ARCH_LIST-the GPU that is here}" >>"$STUBS/calls"
 if [[ $name == timeout ]]; then
-  [[ -n ${BREAKS:-} && $line == *"$BREAKS" ]] && { echo "half done"; exit 124; }
+  [[ -n ${STOPS:-} && $line == *"$STOPS" ]] && { echo "${SAYS:-half done}"; exit 124; }
   shift 2; exec "$@"
 fi
 [[ -n ${BREAKS:-} && $line == *"$BREAKS"* ]] && { echo "it is broken"; exit 3; }
@@ -80,8 +83,14 @@ def run(stubs, call, **environ):
 
 def verdicts(path):
     """name -> (verdict, last line)."""
-    fields = [line.split(maxsplit=4) for line in path.read_text().splitlines()]
-    return {name: (verdict, last) for verdict, _, _, name, last in fields}
+    lines = [re.fullmatch(r"(.{7}) +\d+ s  (\S+) +(.*)", line) for line in path.read_text().splitlines()]
+    return {line[2]: (line[1].strip(), line[3]) for line in lines}
+
+
+def limits(stubs):
+    """part -> the seconds of its last run."""
+    lines = [line.split() for line in (stubs / "calls").read_text().splitlines() if line.startswith("timeout ")]
+    return {part: int(words[2]) for words in lines for part in COMMANDS if COMMANDS[part] in " ".join(words)}
 
 
 @pytest.mark.parametrize(("call", "name"), [("first", "nvidia-test-quick"), ("rest", "nvidia-test")])
@@ -113,27 +122,65 @@ def test_what_is_not_here_is_named(stubs):
         assert found["environment"] == ("failed", f"not here, or broken: {tool}")
 
 
+def test_the_build_is_for_the_gpu_that_is_here(stubs):
+    """Images may name all GPUs in a variable."""
+    run(stubs, "first", TORCH_CUDA_ARCH_LIST="7.5;9.0;12.0+PTX")
+    assert "\nfor the GPU that is here\n" in (stubs / "calls").read_text()
+
+
 def test_a_self_check_without_a_gpu_fails(stubs):
     (stubs / "python3").write_text(STUB.replace("self-check cuda:0 passed", "self-check cpu passed"))
     assert run(stubs, "first")[1]["self-check"] == ("failed", "no CUDA device was checked")
 
 
 def test_a_part_that_takes_too_long_is_stopped(stubs):
-    status, found = run(stubs, "first", BREAKS="echo built", GPU_CHECK_SECONDS="1000")
+    status, found = run(stubs, "first", STOPS="echo built", GPU_CHECK_SECONDS="1000")
     assert (status, list(found)) == (1, PARTS["first"])
-    assert found["build"] == ("failed", "stopped after 170 s; half done")
+    assert found["build"] == ("failed", "stopped after 200 s; half done")
 
 
 @pytest.mark.parametrize("call", PARTS)
 def test_no_part_outlives_the_call(call, stubs):
-    """Their limits end with the whole call's, of which nothing is left in the second form."""
+    """Their limits end with the whole call's; a part for which nothing is left is not run, and has not failed."""
     run(stubs, call, GPU_CHECK_SECONDS="25")
-    lines = [line.split() for line in (stubs / "calls").read_text().splitlines()]
-    limits = [int(words[2]) for words in lines if words[0] == "timeout"]
-    assert limits
-    assert max(limits) <= 25
+    assert max(limits(stubs).values()) <= 25
     status, found = run(stubs, call, GPU_CHECK_SECONDS="0")
-    assert (status, set(found.values())) == (1, {("failed", "no time is left")})
+    assert (status, list(found), set(found.values())) == (0, PARTS[call], {("not run", "no time is left")})
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "verdict"),
+    [("31 passed", 0, "cut"), ("31 passed; failed: tests/test_a.py", 1, "failed")],
+)
+def test_a_part_that_the_end_of_the_call_cuts_has_not_failed(said, status, verdict, stubs):
+    """Unless something has failed by then."""
+    found = run(stubs, "rest", STOPS="tests/test_*.py", SAYS=said, GPU_CHECK_SECONDS="300")
+    assert (found[0], found[1]["others"][0], found[1]["others"][1].split("; ", 1)[1]) == (status, verdict, said)
+
+
+def test_the_benchmarks_keep_their_time(stubs):
+    """However long what comes before them takes: of 410 seconds 170, and 20 for the tables."""
+    run(stubs, "first")
+    found = limits(stubs)
+    assert [found[part] for part in ("build", "self-check", "tests")] == [200, 30, 100]
+    assert 380 <= found["benchmarks"] <= 390
+    status, verdicts = run(stubs, "first", GPU_CHECK_SECONDS="190")
+    assert (status, verdicts["tests"], verdicts["benchmarks"][0]) == (0, ("not run", "no time is left"), "passed")
+    assert 160 <= limits(stubs)["benchmarks"] <= 170
+
+
+@pytest.mark.long
+def test_every_file_with_tests_of_a_gpu_is_run(stubs):
+    """Those of CUDA alone first."""
+    run(stubs, "first")
+    (call,) = re.findall(r"^python3 scripts/pytest_by_file.*", (stubs / "calls").read_text(), re.MULTILINE)
+    files = re.findall(r"\S+\.py", call.partition("-m cuda")[2])
+    options = ["--collect-only", "-q", "-m", "cuda", "-W", "ignore", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, "tests"]
+    environ = {**os.environ, "FUSED_REG_REQUIRE_CUDA": "1", "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert sorted(files) == sorted({*re.findall(r"^(tests/\w+\.py)::", done.stdout, re.MULTILINE)})
+    assert files[0].startswith("tests/test_cuda")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

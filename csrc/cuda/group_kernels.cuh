@@ -131,8 +131,10 @@ __global__ void __launch_bounds__(kThreads, numbers_of_pass > kGroupNumbers ? 3 
       if (team.is_first_thread()) {
         const ScaledSum& squares = sums.of[L2::kSum];
         if (call.value != nullptr) {
-          run_sum.add(SummedTerms::penalty(numbers.of, sums.of) +
-                      (chunk.is_group ? norm_penalty(numbers.of[kNormStrength], squares) : 0));
+          // Relative sums need the registers: their numbers are read once more.
+          const ChunkNumbers own = kRelativeBit != 0 ? cursor.numbers(1, 0) : numbers;
+          run_sum.add(SummedTerms::penalty(own.of, sums.of) +
+                      (chunk.is_group ? norm_penalty(own.of[kNormStrength], squares) : 0));
         }
         if (is_report) {
           call.chunk_sums[c] = unscaled(sums);

@@ -239,6 +239,11 @@ void expect_special_values() {
              : std::isnan(special) ? std::isnan(value)
                                    : value == inf,
              special, l1, value);
+      List narrow({{Dtype::kFloat32, 5000, 0, 0, l1, 0.25}});  // as float64, which may be made of its bits
+      const auto element = static_cast<float>(special);
+      std::memcpy(narrow.param(0), &element, sizeof element);
+      const double sum = run_penalty(narrow, nullptr, false);
+      EXPECT(std::isnan(special) ? std::isnan(sum) : sum == inf, special, l1, sum);
     }
   }
 }
