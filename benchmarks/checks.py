@@ -20,6 +20,7 @@ _MODES = pd.read_csv(Path(__file__).with_name("modes.csv"), keep_default_na=Fals
 MODES = {mode.mode: mode for mode in _MODES.itertuples(index=False, name="Mode")}
 NORM_MODES, STEP_MODES = ("norm_value", "norm_fresh"), ("step", "attached")
 COMPILED_MODES = ("compiled_fresh", "compiled_present")
+RELATIVE_MODES = ("relative_grad", "relative_present", "relative_prox")
 _WEIGHT_SCALE = 0.05  # about the spread of a trained network's weights
 
 Tensors = Sequence[Tensor]

@@ -22,18 +22,19 @@ from rich.progress import Progress
 
 import fused_reg
 from benchmarks import contenders as c
-from benchmarks.checks import CASES, COMPILED_MODES, MODES, STEP_MODES, Case, Problem, WrongResultError
+from benchmarks.checks import CASES, COMPILED_MODES, MODES, RELATIVE_MODES, STEP_MODES, Case, Problem, WrongResultError
 from benchmarks.devices import CudaDevice, Device, race
 from benchmarks.limits import limits, rooflines
 from benchmarks.memory import measure_memory
 from benchmarks.optimizers import optimizer_steps
+from benchmarks.relative import relative_penalties
 from benchmarks.results import Record, Results, targets
 from benchmarks.steps import compiled_steps, prox_steps
 from fused_reg import _ops
 
 #: Who competes in a mode, besides its limits; of the modes that are not here `penalties`.
 CONTENDERS = {"prox": prox_steps} | dict.fromkeys(STEP_MODES, optimizer_steps)
-CONTENDERS |= dict.fromkeys(COMPILED_MODES, compiled_steps)
+CONTENDERS |= dict.fromkeys(COMPILED_MODES, compiled_steps) | dict.fromkeys(RELATIVE_MODES, relative_penalties)
 
 _MEMORY_CASES = ("resnet50", "gpt2")
 # What --quick compiles, by the device, of cases and modes: the rest takes minutes.

@@ -17,7 +17,7 @@ pytest.importorskip("pandas")
 pytest.importorskip("rich")
 
 import fused_reg
-from benchmarks import __main__, checks, contenders, devices, growth, measure, optimizers, pages, pat, report
+from benchmarks import __main__, checks, contenders, devices, growth, measure, optimizers, pages, pat, relative, report
 from benchmarks.checks import CASES, COMPILED_MODES, MODES, STEP_MODES, Problem, WrongResultError
 from benchmarks.contenders import PEERS, Peer
 from benchmarks.results import Results, targets
@@ -104,6 +104,43 @@ WRONG = [
 def test_what_is_wrong_is_refused(mode, wrong, names, monkeypatch):
     monkeypatch.setattr(fused_reg, "prox_", wrong.get(PROX, PROX))
     assert _refused(CASE.make_params("cpu"), mode, wrong) == names
+
+
+RELATIVE = {"relative_grad": "value_and_grad", "relative_present": "accumulate_grad_", "relative_prox": "prox_"}
+
+
+@pytest.mark.parametrize(("mode", "name"), RELATIVE.items())
+@pytest.mark.parametrize("lost", ["toward", "importance", "l1", "l2"])
+def test_a_pass_without_its_references_is_refused(mode, name, lost, monkeypatch):
+    right = getattr(fused_reg, name)
+    less = {"toward": 0.0, "importance": 1.0}
+
+    def wrong(params, **given):
+        if lost in given and lost in less:
+            given[lost] = [torch.full_like(x, less[lost]) for x in given[lost]]
+        elif lost in given:
+            given[lost] *= 1.01
+        return right(params, **given)
+
+    monkeypatch.setattr(fused_reg, name, wrong)
+    families = [family for family, use in relative.USES.items() if lost in (*use.given, *use.strengths)]
+    assert _refused(CASE.make_params("cpu"), mode) == {f"{MODES[mode].ours}, {family}" for family in families}
+
+
+@pytest.mark.parametrize("mode", RELATIVE)
+def test_a_loop_or_operation_that_does_other_work_is_refused(mode, monkeypatch):
+    params = CASE.make_params("cpu")
+    more = [op._replace(op=lambda *own, op=op.op: op(*own).mul_(1.01)) for op in relative.OPERATIONS.values()]
+    monkeypatch.setattr(relative, "OPERATIONS", dict(zip(relative.OPERATIONS, more, strict=True)))
+    for family, use in relative.USES.items():
+        penalty = lambda *own, use=use: 1.7 * use.penalty(*own)  # noqa: E731
+        prox = lambda w, t, f, step, use=use: use.prox(w, t, f, 2 * step)  # noqa: E731
+        monkeypatch.setitem(relative.USES, family, use._replace(penalty=penalty, prox=prox))
+    loops = {f"loop, {family}" for family in relative.USES}
+    assert _refused(params, mode) >= loops
+    operations = {name for name in _refused(params, mode) if name not in loops}
+    found = {op.name for (of, _), op in relative.OPERATIONS.items() if of == mode}
+    assert {name.partition(", toward")[0].partition(", importance")[0] for name in operations} == found
 
 
 @pytest.mark.parametrize("wrong", ["l1", "l2"])

@@ -11,7 +11,8 @@ from torch import nn
 
 from fused_reg import Regularizer
 from fused_reg.regularizer import projection
-from fused_reg.regularizer.projection import smallest
+from fused_reg.regularizer import smallest as ranking
+from fused_reg.regularizer.smallest import smallest
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -51,7 +52,7 @@ def long_lists():
 @pytest.mark.parametrize(("name", "tensors"), [pytest.param(*own, id=own[0]) for own in long_lists()])
 def test_long_lists_in_pieces_or_on_a_device(name, tensors, is_at_hand, monkeypatch):
     monkeypatch.setattr(projection, "_PIECE", 128)
-    monkeypatch.setattr(projection, "_SAMPLE", 100)
+    monkeypatch.setattr(ranking, "_SAMPLE", 100)
     if not is_at_hand:
         monkeypatch.setattr(projection._devices, "is_at_hand", lambda tensor: False)
     for share in (0.001, 0.3, 0.77, 0.995):
@@ -86,7 +87,7 @@ def test_a_step_that_a_gpu_knows_to_be_none(given, is_at_hand, monkeypatch):
     model = nn.Linear(8, 8)
     before = clones(model)
     entries = Regularizer(model, weights_only=True, **given)._table.entries
-    projection.project_(entries, torch.ones(()))
+    projection.Projection(entries).project_(torch.ones(()))
     assert_same_bits(clones(model), before)
-    projection.project_(entries, torch.zeros(()))
+    projection.Projection(entries).project_(torch.zeros(()))
     assert zeros_in(weights(model)) == (19 if callable(given["zeros"]) else 32)

@@ -25,7 +25,7 @@ from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.groups import Groups, GroupWeights, Together, as_together
 from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
-from fused_reg.regularizer.projection import project_
+from fused_reg.regularizer.projection import Projection
 from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
@@ -315,7 +315,7 @@ class Regularizer:
         if self._table.has_aims():
             if is_compiling():
                 raise NotImplementedError("prox_: zeros must be reached outside of compiled code, got a call within it")
-            project_([entry for entry in part.entries if entry.param.requires_grad])
+            Projection([entry for entry in part.entries if entry.param.requires_grad]).project_()
 
     @property
     def step(self) -> int:

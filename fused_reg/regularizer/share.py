@@ -18,7 +18,7 @@ from fused_reg._arguments import value_dtype
 from fused_reg._lazy_rows import lend_grad, put_back, rows_of, touched
 from fused_reg._terms import ABSENT, GROUPS, OF_GROUPS, group_code, group_text
 from fused_reg.regularizer.calls import Part
-from fused_reg.regularizer.projection import project_
+from fused_reg.regularizer.projection import Projection
 from fused_reg.regularizer.strengths import identity, tensor_of
 from fused_reg.regularizer.table import Entry, Table
 
@@ -51,9 +51,10 @@ class Share:
         self._options: list[Any] = []  # what was in the optimizer at the last look
         self._seen: list[Tensor] = []
         self._guest: tuple[Guest, Any] | None = None
+        self._projection: tuple[list[bool], Projection] | None = None  # of which entries
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_options": [], "_seen": [], "_guest": None}
+        return {**vars(self), "_options": [], "_seen": [], "_guest": None, "_projection": None}
 
     def has_changed(self, optimizer: Optimizer) -> bool:
         """Whether other parameters or options are in the optimizer, or other strengths in the table, by now."""
@@ -93,7 +94,7 @@ class Share:
         self.entries, self.params = entries, [entry.param for entry in entries]
         self.group_of = [groups[id(p)] for p in self.params]
         self._groups = sorted(set(self.group_of))
-        self._guest, self._maximized = None, []
+        self._guest, self._projection, self._maximized = None, None, []
         if self._mode != "grad":
             self.part, self.shrinking = Part(self.table, entries), Part(self.table, entries)
             self.part.check_closed_form("attach: ")
@@ -200,7 +201,9 @@ class Share:
         if not self.table.has_aims():
             return
         used = [p.requires_grad for p in self.params] if chosen is None else chosen
-        project_(list(compress(self.entries, used)), found_inf)
+        if self._projection is None or self._projection[0] != used:
+            self._projection = used, Projection(list(compress(self.entries, used)))
+        self._projection[1].project_(found_inf)
 
     def check_rates(self, optimizer: Optimizer) -> None:
         """Raises unless each of the groups has a rate that a proximal step can have. A GPU is not waited for."""
