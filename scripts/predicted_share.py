@@ -89,5 +89,6 @@ HEAD = """\
 Percent, of the slowest loop of float32 and half elements, and in brackets, where that is slower, of float64 ones:
 what its instructions and its loads under way allow (`scripts/predicted_share.py`, a model; nothing of it is measured,
 and the fixed costs of a launch are not in it). What runs is counted, with both terms; where float64 units are few, of
-lanes whose integers are exact, and sums that come before the rest as a loop of their own.
+lanes whose integers are exact, and sums that come before the rest as a loop of their own. Operations of integers are
+not counted: where these take sums, a share is an upper bound, and no prediction.
 """
