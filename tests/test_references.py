@@ -423,3 +423,13 @@ def test_views_that_are_negated():
     expected = value_and_grad(w.resolve_neg(), toward=w0.resolve_neg(), **given)[1]
     assert_same_bits(value_and_grad(w, toward=w0, **given)[1], expected)
     assert_same_bits(value_and_grad(w.resolve_neg(), toward=w0, **given)[1], expected)
+
+
+@pytest.mark.parametrize("terms", [{"l1": 0.1}, {"l2": 0.3}, {"l2": 0.3, "smooth_l1": 0.1}, {"l1": 0.1, "lower": 0.0}])
+def test_a_rate_beyond_the_type_is_nan_whatever_the_terms(terms, device):
+    """step * importance, in each kernel."""
+    w, importance = torch.full((33,), 0.5, device=device), torch.full((33,), 1e30, device=device)
+    importance[1::2] = 1.0
+    prox_([w], step=1e38, importance=[importance], **terms)
+    assert w[::2].isnan().all()
+    assert w[1::2].isfinite().all()

@@ -94,6 +94,11 @@ void run_relative(const ChunkTask& task, TaskSums* sums) {
       run_kernel<dtype, typename P<known>::template Alone<kAnyTerms | kFurther | kRelative>>(task, nullptr);
     }
   } else {
+    if constexpr (P<known>::kPositiveZeros) {  // else further terms that are not there may change the sign of a zero
+      if (!(task.numbers.terms & kFurther)) {
+        return run_kernel<dtype, P<(known & kAnyTerms) | kRelative>>(task, sums);
+      }
+    }
     run_kernel<dtype, P<(known & (kAnyTerms | kFurther)) | kRelative>>(task, sums);
   }
 }

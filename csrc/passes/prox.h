@@ -90,7 +90,7 @@ struct ProxPass : AnyPass {
       w = T::prox_with(w, rest, f);
       f += T::kProxNumbers;
     });
-    return w;
+    return Further::kCount == 0 ? w + step * V{} : w;  // an infinite step gives NaN, as with further terms
   }
 };
 
