@@ -215,11 +215,10 @@ def test_steps_that_do_not_fit():
         optimizer = make([{"params": rest}, {"params": [net[4].bias], "lr": 0.2}], lr=0.1)
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
-        with regularizer.attach(optimizer, mode="prox"):
-            assert error_of(optimizer.step) == (
-                "prox_: the learning rate of '4.bias' must be that of '4.weight' in a proximal step, because their "
-                "groups are one"
-            )
+        assert error_of(regularizer.attach, optimizer, mode="prox") == (
+            "attach: the learning rate of '4.bias' must be that of '4.weight' in a proximal step, because their groups "
+            "are one"
+        )
         assert_same_bits([p.detach() for p in net.parameters()], before[0])
 
 

@@ -15,19 +15,19 @@ from fused_reg._arguments import (
     as_step,
     as_strengths,
     check_closed_form,
-    check_constant,
     no_value,
     relabelled,
     value_dtype,
 )
 from fused_reg._partitioned import check_whole
-from fused_reg._references import check_importance, relative, with_one_more
+from fused_reg._references import relative, with_one_more
 from fused_reg._terms import ABSENT, CONSTRAINTS, TERM_OF, Group, Strengths, group_code, group_count
 from fused_reg.distributed.buckets import check_sets, value_of
 from fused_reg.distributed.joint import Joint
 from fused_reg.distributed.parts import are_mixed
 from fused_reg.distributed.shards import is_sharded
 from fused_reg.functional import fused_penalty
+from fused_reg.regularizer.groups import check_weights
 from fused_reg.regularizer.strengths import Column, Held, identity
 from fused_reg.regularizer.table import Entry, Table
 
@@ -182,11 +182,10 @@ class _Call:
                 )
 
     def _joint_norms(self) -> Joint | None:
-        """If it has any; raises where weights of groups have become wrong."""
+        """If it has any; raises where weights of groups have become wrong, or their parameters."""
         for entry in self._whole if self._joint is not None else ():
             if entry.weights is not None:
-                check_constant(f"Regularizer: group_weights[{entry.name!r}]", entry.weights)
-                check_importance(f"Regularizer: group_weights[{entry.name!r}]", entry.weights)
+                check_weights(f"Regularizer: group_weights[{entry.name!r}]", entry.weights, entry)
         return self._joint
 
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:

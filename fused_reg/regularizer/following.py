@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
@@ -81,8 +82,18 @@ class Source:
             self._settle()
         return self._module is not None and not self._seen.is_same(_Snapshot(self._seen.modules, self._seen))
 
-    def read_again(self) -> str:
-        """Reads the module, and says what has changed in what is chosen, the same once."""
+    @contextmanager
+    def reading_again(self) -> Iterator[str]:
+        """Reads the module, and says what has changed in what is chosen, the same once. Where the body raises, all is
+        as before, so that the next use raises too."""
+        before = dict(vars(self))
+        try:
+            yield self._read_again()
+        except Exception:
+            vars(self).update(before)
+            raise
+
+    def _read_again(self) -> str:
         problems: list[str] = []
         before = [c for c, _ in self.chosen]
         self._read(self.module, problems.append)
@@ -109,7 +120,7 @@ class Source:
         changes += "; an optimizer must hold these" if new else ""
         text = "; ".join([f"Regularizer: it follows its module: {changes}", *problems])
         is_known = text in self._said
-        self._said.add(text)
+        self._said = {*self._said, text}
         return "" if is_known else text
 
     def _read(self, params: Any, *complain: Callable[[str], object]) -> None:

@@ -227,6 +227,23 @@ class Share:
                     f'attach: mode "{self._mode}" must find learning rates that are finite and >= 0, got '
                     f"lr={float(number)} in group {i}"
                 )
+        self._check_rates_of_sets(optimizer)
+
+    def _check_rates_of_sets(self, optimizer: Optimizer) -> None:
+        """There is no closed form with several rates."""
+        if len(self._groups) == 1 or not any(entry.together for entry in self.entries):
+            return
+        group_of = dict(zip(map(id, self.params), self.group_of, strict=True))
+        for entry in self.entries:
+            if not entry.together or not entry.has_norms():
+                continue
+            first = next(other for other in entry.together if id(other.param) in group_of)
+            own, its = (identity(rate_of(optimizer.param_groups[group_of[id(e.param)]])) for e in (entry, first))
+            if own != its:
+                raise ValueError(
+                    f"attach: the learning rate of {entry.name!r} must be that of {first.name!r} in a proximal step, "
+                    "because their groups are one"
+                )
 
     def rates(self, optimizer: Optimizer, found_inf: Tensor | None) -> float | Tensor | list[float | Tensor]:
         """The learning rate, or one for each entry; 0 where a fused optimizer has skipped its step, which the host does

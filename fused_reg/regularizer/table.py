@@ -168,8 +168,8 @@ class Table:
     def follow(self) -> None:
         """Reads the module again where it has changed."""
         if self._source.has_changed():
-            said = self._source.read_again()
-            self.entries = self._chosen_entries()
+            with self._source.reading_again() as said:
+                self.entries = self._chosen_entries()
             self.version += 1
             if said:
                 warn(said)

@@ -1,0 +1,73 @@
+"""What a followed module has become may be wrong: every use says so, and writes nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from fused_reg import Regularizer
+
+
+def _grown(net, optimizer):
+    net[1] = nn.Linear(6, 10)
+    optimizer.add_param_group({"params": net[1].parameters()})
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"l2": 1.0, "toward": lambda net: {k: v.clone() for k, v in net.state_dict().items()}}, "toward"),
+        ({"l2_norm": 1.0, "group": "row", "group_weights": lambda net: {"1.weight": torch.ones(5)}}, "group_weights"),
+    ],
+)
+def test_every_use_raises(given, match):
+    """Not the first alone, after which the old parameters would have the penalty."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
+    given = {name: x(net) if callable(x) else x for name, x in given.items()}
+    regularizer = Regularizer(net, weights_only=True, **given)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer.attach(optimizer)
+    _grown(net, optimizer)
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(3):
+        for use in (regularizer, optimizer.step, lambda: regularizer.prox_(0.1), regularizer.report):
+            with pytest.raises(ValueError, match=match):
+                use()
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_weights_of_a_parameter_that_was_resized(rows):
+    """They would be those of other groups."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
+    weights = {"0.weight": torch.arange(6.0), "1.weight": torch.arange(5.0)}
+    regularizer = Regularizer(net, l2_norm=0.5, group="row", weights_only=True, group_weights=weights)
+    net[0].weight.data = torch.ones(rows, 4)
+    before = net[1].weight.detach().clone()
+    for use in (regularizer, lambda: regularizer.prox_(0.1), regularizer.accumulate_grad_):
+        with pytest.raises(ValueError, match=rf"group_weights\['0\.weight'\] must have .* each of {rows} groups"):
+            use()
+    assert torch.equal(net[1].weight, before)
+    assert net[1].weight.grad is None
+
+
+def test_rates_of_a_set():
+    """Groups that are one have one rate in a proximal step: `attach` and every step say so, and nothing is written."""
+    layer = nn.Linear(4, 6)
+    optimizer = torch.optim.SGD([{"params": [layer.weight], "lr": 0.1}, {"params": [layer.bias], "lr": 0.1}])
+    regularizer = Regularizer(layer, l2_norm=0.1, group="row", together="bias")
+    regularizer.attach(optimizer, mode="prox")
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    before = layer.weight.detach().clone()
+    optimizer.param_groups[1]["lr"] = 0.01
+    match = "the learning rate of 'bias' must be that of 'weight' in a proximal step"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=match):
+            optimizer.step()
+    assert torch.equal(layer.weight, before)
+    other = torch.optim.SGD(optimizer.param_groups)
+    with pytest.raises(ValueError, match=match):
+        Regularizer(layer, l2_norm=0.1, group="row", together="bias").attach(other, mode="prox")
