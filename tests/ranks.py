@@ -68,6 +68,15 @@ def ranks(world_size: int) -> Ranks:
     return started
 
 
+@functools.cache
+def mesh_of(shape: tuple[int, ...], names: tuple[str, ...]) -> Any:
+    """In a process: one mesh for each shape. Each has groups of its own, whose threads wake a hundred times a second as
+    long as the process lives, which slows all other tests."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
 def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)

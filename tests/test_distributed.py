@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_same_bits
-from ranks import ranks
+from ranks import mesh_of, ranks
 from samples import DTYPES, draw, first_quick
 from torch import nn
 
@@ -149,7 +149,7 @@ def layouts(dtype=torch.float32):
     meshes = [line] * 5
     placements = [[Shard(0)], [Shard(0)], [Shard(1)], [Replicate()], [Shard(1)]]
     if world == 4:
-        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        grid = mesh_of((2, 2), ("dp", "tp"))
         meshes += [grid, grid["tp"], grid, grid]
         placements += [[Replicate(), Shard(0)], [Shard(0)], [Shard(0), Shard(1)], [Shard(0), Shard(0)]]
     else:

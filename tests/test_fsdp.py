@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import ranks
+from ranks import mesh_of, ranks
 from samples import draw, first_quick
 from torch import nn
 
@@ -170,9 +170,8 @@ def check_training(make) -> None:
 
 
 def hybrid(net):
-    from torch.distributed.device_mesh import init_device_mesh
 
-    return sharded(net, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    return sharded(net, mesh_of((2, 2), ("replicate", "shard")))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -192,10 +191,9 @@ def tensor_parallel(net, mesh):
 
 def check_tensor_parallel(shards: int) -> None:
     """One mesh dimension for tensor parallel, the other for fully_shard; some parameters stay plain tensors."""
-    from torch.distributed.device_mesh import init_device_mesh
 
     world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (shards, world // shards), mesh_dim_names=("dp", "tp"))
+    mesh = mesh_of((shards, world // shards), ("dp", "tp"))
     for penalize in ("composed", "accumulate", "grad", "prox"):
         expected, net = Net(True, 12), tensor_parallel(Net(True, 12), mesh["tp"])
         x = X
@@ -216,7 +214,6 @@ def test_training_with_tensor_parallel(world_and_shards):
 def check_parameters_replaced() -> None:
     """By tensor parallel, by fully_shard, and by fully_shard after tensor parallel: these are followed. What the root
     shows as gathered for a while is not."""
-    from torch.distributed.device_mesh import init_device_mesh
 
     calls = (
         lambda r: r(),
@@ -225,7 +222,7 @@ def check_parameters_replaced() -> None:
         lambda r: r.report(),
     )
     for call in calls:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("dp", "tp"))
+        mesh = mesh_of((dist.get_world_size(), 1), ("dp", "tp"))
         net = Net(True, 12)
         before, between = Regularizer(net, l1=0.1), Regularizer(tensor_parallel(net, mesh["tp"]), l1=0.1)
         sharded(net, mesh["dp"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from optim_cases import ONE_EACH, PENALTY, assert_same, backward, named, net, pair
-from ranks import ranks
+from ranks import mesh_of, ranks
 from test_fsdp import Net, X, hybrid, own_rows, sharded, tensor_parallel, whole
 
 from fused_reg import fused_penalty
@@ -25,9 +25,8 @@ def tensor_parallel_alone(model):
 
 def in_two_dimensions(model):
     """Of the mesh: tensor parallel, then fully_shard. Some parameters are on a mesh of one dimension."""
-    from torch.distributed.tensor import init_device_mesh
 
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+    mesh = mesh_of((2, dist.get_world_size() // 2), ("dp", "tp"))
     return sharded(tensor_parallel(model, mesh["tp"]), mesh["dp"])
 
 
