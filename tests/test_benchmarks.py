@@ -205,7 +205,7 @@ CUT = """
 import os, signal, sys
 from benchmarks import __main__, measure
 add, die = measure.Run.add, lambda: os.kill(os.getpid(), signal.SIGKILL)
-measure.Run.add = lambda run, case, mode: add(run, case, mode) if mode == "value" else die()
+measure.Run.add = lambda run, case, mode, *rest: add(run, case, mode, *rest) if mode == "value" else die()
 __main__.main()
 """
 
