@@ -4,13 +4,15 @@ them and the paragraph behind each."""
 import re
 import textwrap
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
-from benchmarks.checks import CASES
+from benchmarks.checks import CASES, MODES, RELATIVE_MODES, STEP_MODES
 from benchmarks.contenders import COMPILED_LOOP, FOREACH_NORM, LOOP, OURS
 from benchmarks.growth import WORKS, found
 from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.pat import table as pat_table
+from benchmarks.relative import COPY, USES
 from benchmarks.report import caption, joined, notable_errors, number, sized, slowest, table
 from benchmarks.results import Record, Results
 
@@ -31,21 +33,22 @@ _RATIOS = {
     "`fused_reg.optim.SGD`, times as fast as with the loop in the loss": ("step", "SGD", _IN_LOSS, _STEP),
 }
 
+_RELATIVE = dict(zip(RELATIVE_MODES, ("value_and_grad", "accumulate_grad_", "prox_"), strict=True))
+
 
 class Committed:
-    """The results of the penalties, of the steps, of the slowest places, of growth, and beside PAT."""
+    """The results of the penalties, of the steps, of the slowest places, of growth, of references, and beside PAT."""
 
     def __init__(self, folder: Path = ROOT / "benchmarks" / "results") -> None:
         self.penalties, self.steps = (Results.read(folder / f"{name}.json") for name in ("cpu", "cpu-steps"))
         self.slowest, self.growth = (Results.read(folder / f"{name}.json") for name in ("cpu-slowest", "growth"))
-        self.pat = Results.read(folder / "pat.json")
+        self.relative, self.pat = (Results.read(folder / f"{name}.json") for name in ("cpu-relative", "pat"))
 
     def find(self, case: str, mode: str, *row: str) -> Record | None:
-        return (self.steps if mode in ("step", "attached") else self.penalties).find(case, mode, *row)
+        return (self.steps if mode in STEP_MODES else self.penalties).find(case, mode, *row)
 
     def ratio(self, case: str, mode: str, family: str, of: str, to: str, capability: str = "") -> str:
-        rows = [self.find(case, mode, name, family, capability) for name in (of, to)]
-        return f"{rows[0]['median_ms'] / rows[1]['median_ms']:.2f}" if all(rows) else "-"
+        return _ratio(self.steps if mode in STEP_MODES else self.penalties, case, mode, family, of, to, capability)
 
     def times(self) -> str:
         lines: list[list[str]] = []
@@ -75,6 +78,18 @@ class Committed:
             lines.append(line)
         return table(lines)
 
+    def of_relative(self) -> str:
+        """Of the time of a copy over as many bytes; and how many times as fast as the loop."""
+        lines = []
+        for (mode, function), family in product(_RELATIVE.items(), USES):
+            line, ours = {"ResNet-50, of the time of a copy": f"`{function}`, {family}"}, MODES[mode].ours
+            for capability, threads in product(("AVX512", "AVX2"), (1, 2)):
+                row = ("resnet50", mode, family, ours, COPY, capability, threads)
+                line[f"{capability}, {threads} thread{'s' * (threads > 1)}"] = _ratio(self.relative, *row)
+            row = ("resnet50", mode, family, LOOP, ours)
+            lines.append(line | {"times as fast as the loop": _ratio(self.relative, *row)})
+        return table(lines)
+
     def of_growth(self) -> str:
         """What each tensor and each element costs, of few and of the most."""
         lines = []
@@ -91,6 +106,11 @@ class Committed:
                 line[f"bytes {name[3:]}"] = number(memory[max(memory)] / max(memory))
             lines.append(line)
         return table(lines)
+
+
+def _ratio(results: Results, case: str, mode: str, family: str, of: str, to: str, *where: object) -> str:
+    rows = [results.find(case, mode, name, family, *where) for name in (of, to)]
+    return f"{rows[0]['median_ms'] / rows[1]['median_ms']:.2f}" if all(rows) else "-"
 
 
 def _time(row: Record | None, ours: Record) -> str:
@@ -116,6 +136,11 @@ def written(committed: Committed) -> Iterable[tuple[Path, str]]:
             (
                 slowest(committed.slowest),
                 f"{caption(committed.slowest)}; a place ends with its instructions and threads.",
+            ),
+            (
+                committed.of_relative(),
+                "A copy is `y.copy_(x)` of half as many elements as the work reads and writes. The loop: AVX-512 and 2 "
+                f"threads. Medians: {caption(committed.relative)}.",
             ),
             (committed.of_growth(), f'{caption(committed.growth)}; one thread, but for "2 threads": how much faster.'),
         ],

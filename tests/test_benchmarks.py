@@ -240,6 +240,7 @@ def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):
         "cpu-2026-11-20",
         "cpu-compiled",
         "cpu-compiled-small",
+        "cpu-relative",
     ],
 )
 def test_the_committed_results(name, tmp_path):
