@@ -473,8 +473,8 @@ struct Kernel {
 
   template <int lanes_used>
   void run_rows(const ChunkTask& task, const Storage* from, TaskSums* found) {
-    task.chunk_size == lanes_used&& task.size % lanes_used == 0 ? run_rows_of<false, lanes_used>(task, from, found)
-                                                                : run_rows_of<true, lanes_used>(task, from, found);
+    const bool is_whole = task.chunk_size == lanes_used && task.size % lanes_used == 0;
+    is_whole ? run_rows_of<false, lanes_used>(task, from, found) : run_rows_of<true, lanes_used>(task, from, found);
   }
 
   // The last row, of `count` elements, of a chunk of several: as the mask says, unless the task ends with a shorter

@@ -28,7 +28,7 @@ from fused_reg.distributed.parts import are_mixed
 from fused_reg.distributed.shards import is_sharded
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.groups import check_weights
-from fused_reg.regularizer.strengths import Column, Held, identity
+from fused_reg.regularizer.strengths import Column, identity
 from fused_reg.regularizer.table import Entry, Table
 
 _T = TypeVar("_T")
@@ -170,14 +170,15 @@ class _Call:
 
     def check_closed_form(self, where: str) -> None:
         self._run(check_closed_form, where, self._strengths(), len(self._params))
-        self._check_as_one(where, "l2", [entry.strengths["l2"] for entry in self._own])
+        self._check_l2_of_sets(where)
 
-    def _check_as_one(self, where: str, what: str, numbers: Sequence[Held]) -> None:
-        """Raises unless parameters whose groups are one have one number, without which there is no closed form."""
+    def _check_l2_of_sets(self, where: str) -> None:
+        """Raises unless parameters whose groups are one have one l2, without which there is no closed form."""
         for i, j in enumerate(self._joint.sets if self._joint is not None else ()):
-            if identity(numbers[i]) != identity(numbers[j]):
+            own, its = (identity(self._own[k].strengths["l2"]) for k in (i, j))
+            if own != its:
                 raise ValueError(
-                    f"{where}{what} of {self._names[i]!r} must be that of {self._names[j]!r} in a proximal step, "
+                    f"{where}l2 of {self._names[i]!r} must be that of {self._names[j]!r} in a proximal step, "
                     "because their groups are one"
                 )
 
@@ -189,9 +190,8 @@ class _Call:
         return self._joint
 
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
-        self._check_as_one("prox_: ", "l2", [entry.strengths["l2"] for entry in self._own])
+        self._check_l2_of_sets("prox_: ")
         if isinstance(step, list):
-            self._check_as_one("prox_: ", "the learning rate", [step[i] for i in self._places])
             self._steps = Column([step[i] for i in self._places], like=self._steps)
             step = self._steps.get()
         return self._tensors(Tensor.detach), self._strengths().with_step(as_step("prox_", step, self._params))
