@@ -1,5 +1,5 @@
 // The kernel of a pass over chunks that lie side by side, as columns: a vector has an element of each of E::kCount
-// chunks, and a lane of the sums is kAcross vectors. The sums are in the order of summation.h.
+// chunks, or some elements of each of fewer. The sums are in the order of summation.h.
 #pragma once
 
 #include "in_turn.h"
@@ -13,132 +13,378 @@ struct Across {
   using Storage = typename Kernel::Storage;
   using Scalar = typename Kernel::Scalar;
   using Factor = typename Kernel::Factor;
-  using Lane = typename Kernel::Lane;
-  static constexpr int kAcross = Kernel::kAcross;
+  using Written = typename Kernel::Written;
+  static constexpr int kCount = E::kCount, kAcross = Kernel::kAcross;
+
+  // Sums that norms come from. Of others, which are rare, there is one kernel.
+  static constexpr bool kIsUsual = (P::kSums & kL2) != 0 && P::kSumFactors == 0;
+
+  // Vectors of a row that are read together, if there are as many: those of some cache lines, or at least of one. Rows
+  // that are a power of two apart compete for few places in a cache.
+  static constexpr int kInLine = std::max<int>(kCacheLine / sizeof(Storage) / kCount, 1);
+  static constexpr int kSums = (P::kSums == kL1L2 ? 2 : 1) * kAcross;
+  static constexpr int kInLines = kIsUsual ? std::max(std::min(4 * kInLine, kRegisters / kSums), kInLine) : 1;
+
+  // How far ahead elements are fetched: of each stream of a block, so many rows; of short chunks what lies beside them,
+  // as so many rows; what is written, so many bytes.
+  static constexpr int64_t kAheadInStream = 4, kAheadBeside = 96, kAheadBytes = 1024;
 
   const Kernel& kernel;
+  const int64_t chunks, chunk_size;
 
-  explicit Across(const Kernel& kernel) : kernel(kernel) {}
+  // A row has so many elements of each chunk, a power of two: one, or as many as a vector has room for.
+  int per_row;
+  int64_t rows;    // the last one may be shorter
+  int64_t direct;  // rows from the first on, that vectors of memory hold
+  int period;      // the rows from an element of a lane to the next
 
-  // Where the vectors of E have chunk i, if they are of so many numbers.
+  Across(const Kernel& kernel, const ChunkTask& task)
+      : kernel(kernel), chunks(task.size / task.chunk_size), chunk_size(task.chunk_size), per_row(1) {
+    while (2 * per_row * chunks <= kCount && per_row < kFoldedLanes) {
+      per_row *= 2;
+    }
+    const int64_t row_size = per_row * chunks;
+    rows = (chunk_size + per_row - 1) / per_row;
+    direct = chunks >= kCount ? rows : std::max<int64_t>(task.size - kCount + row_size, 0) / row_size;
+    period = kLanes / per_row;
+  }
+
+  // Sums of a lane, of each chunk of a vector.
+  struct Sums {
+    Double of[kSums];
+
+    const Double* sum(int k) const { return of + (P::kSums == kL1L2 ? k * kAcross : 0); }
+
+    FUSED_REG_INLINE void clear() {
+#pragma GCC unroll 8
+      for (Double& sum : of) {
+        sum = Double{};
+      }
+    }
+
+    FUSED_REG_INLINE void operator+=(const Sums& other) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kSums; ++v) {
+        of[v] = of[v] + other.of[v];
+      }
+    }
+  };
+
+  FUSED_REG_INLINE void add(Sums& sums, const Storage* from) const {
+    Double all[kPassSums * kAcross];
+#pragma GCC unroll 8
+    for (int v = 0; v < kPassSums * kAcross; ++v) {
+      all[v] = sums.of[v % kSums];
+    }
+    kernel.template add<kAcross>(all, E::widened(from));
+#pragma GCC unroll 8
+    for (int v = 0; v < kSums; ++v) {
+      sums.of[v] = all[(P::kSums == kL2 ? kAcross : 0) + v];
+    }
+  }
+
+  // Rows of the chunks of a vector; those that no vector of memory holds are in a copy.
+  struct Column {
+    const Storage* from;
+    int64_t apart, direct;
+    const Storage* rest;
+
+    FUSED_REG_INLINE const Storage* at(int64_t row) const {
+      return row < direct ? from + row * apart : rest + (row - direct) * apart;
+    }
+  };
+
+  // The lanes of a block, of so many vectors. Its rows are read as streams, one for each element of a lane, which the
+  // hardware follows; at the end of each what is needed next is fetched.
+  template <int vectors>
+  FUSED_REG_INLINE void take_lanes(const Column& column, int64_t begin, int64_t end, const Storage* next,
+                                   Sums (*lanes)[kLanes]) const {
+    const int64_t in_memory = std::min(end, direct);
+    for (int64_t lane = 0; lane < period; ++lane) {
+      const int64_t fetched = lane + kAheadInStream;
+      const Storage* ahead =
+          fetched < period ? column.from + (begin + fetched) * column.apart : next + (fetched - period) * column.apart;
+      int64_t row = begin + lane;
+      const Storage* from = column.from + row * column.apart;
+      Sums sums[vectors];
+      const auto each = [&](const auto& body) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+          body(v);
+        }
+      };
+      each([&](int v) __attribute__((always_inline)) { sums[v].clear(); });
+      for (; row < in_memory; row += period) {
+        __builtin_prefetch(ahead);
+        each([&](int v) __attribute__((always_inline)) { add(sums[v], from + v * kCount); });
+        from += period * column.apart;
+        ahead += period * column.apart;
+      }
+      for (; row < end; row += period) {
+        each([&](int v) __attribute__((always_inline)) { add(sums[v], column.at(row) + v * kCount); });
+      }
+      each([&](int v) __attribute__((always_inline)) { lanes[v][lane] = sums[v]; });
+    }
+  }
+
+  // The tree of halves over so many lanes, of which each has a row, those from `end` on none. What lies so far behind a
+  // row is fetched.
+  template <int lanes, int first = 0, int step = 1>
+  FUSED_REG_INLINE void tree(const Storage* from, int64_t apart, int64_t end, int64_t behind, Sums& sums) const {
+    if constexpr (step == lanes) {
+      __builtin_prefetch(from + first * apart + behind);
+      sums.clear();
+      add(sums, from + first * apart);
+    } else {
+      tree<lanes, first, 2 * step>(from, apart, end, behind, sums);
+      if (first + step < end) {
+        Sums others;
+        tree<lanes, first + step, 2 * step>(from, apart, end, behind, others);
+        sums += others;
+      }
+    }
+  }
+
+  // A part of it, over lanes that are so many apart: from at most 2 * `half` to `end` of them.
+  static FUSED_REG_INLINE void halve(Sums* lanes, int apart, int count, int half, int end) {
+    for (; half >= end; half /= 2) {
+      for (int i = 0; i < half && i + half < count; ++i) {
+        lanes[i * apart] += lanes[(i + half) * apart];
+      }
+    }
+  }
+
+  // The numbers of the vectors of a lane, in the order of elements.
+  template <size_t... i>
+  static FUSED_REG_INLINE void store_in_order(const Double* lane, double* numbers, std::index_sequence<i...>) {
+    for (int v = 0; v < kAcross; v += E::kParts, numbers += E::kParts * kDoubles) {
+      if constexpr (E::kParts == 1) {
+        store(numbers, lane[v]);
+      } else {
+        constexpr int kHalf = kDoubles / 2;
+        store(numbers, shuffled<(i / 2 + i % 2 * kDoubles)...>(lane[v], lane[v + 1]));
+        store(numbers + kDoubles, shuffled<(kHalf + i / 2 + i % 2 * kDoubles)...>(lane[v], lane[v + 1]));
+      }
+    }
+  }
+
+  // The end of the tree, of chunks from `first` on: what is in their rows is still side by side.
+  FUSED_REG_INLINE void end(const Sums& lane, int64_t first, TaskSums* found) const {
+    for (int k = 0; k < kPassSums; ++k) {
+      if (P::kSums & bit(k)) {
+        double numbers[kCount];
+        store_in_order(lane.sum(k), numbers, std::make_index_sequence<kDoubles>());
+        if (chunks >= kCount) {
+          std::copy_n(numbers, kCount, found->sum[k] + first);
+          continue;
+        }
+        for (int64_t half = per_row / 2; half > 0; half /= 2) {
+          for (int64_t i = 0; i < half * chunks; ++i) {
+            numbers[i] += numbers[i + half * chunks];
+          }
+        }
+        std::copy_n(numbers, chunks, found->sum[k]);
+      }
+    }
+  }
+
+  // The vectors of chunks; the last one begins before the one before it ends.
+  int64_t vectors() const { return (chunks + kCount - 1) / kCount; }
+  int64_t first_chunk(int64_t vector) const { return std::max<int64_t>(std::min(vector * kCount, chunks - kCount), 0); }
+
+  // Of chunks that have an element in each lane at most. What lies so far behind is fetched.
+  void sum_short(const Storage* from, int64_t apart, int64_t behind, TaskSums* found) const {
+    constexpr int kTogether = kLanes / kFoldedLanes;
+    for (int64_t v = 0; v < vectors(); ++v) {
+      const Storage* const column = from + first_chunk(v);
+      Sums folded[kFoldedLanes];
+      if (rows <= 2 * kFoldedLanes) {
+        tree<2 * kFoldedLanes>(column, apart, rows, behind, folded[0]);
+      } else {
+        for (int lane = 0; lane < kFoldedLanes; ++lane) {
+          const int64_t count = (rows - lane + kFoldedLanes - 1) / kFoldedLanes;
+          tree<kTogether>(column + lane * apart, kFoldedLanes * apart, count, behind, folded[lane]);
+        }
+        halve(folded, 1, kFoldedLanes, kFoldedLanes / 2, 1);
+      }
+      end(folded[0], first_chunk(v), found);
+    }
+  }
+
+  // Of longer ones, or fewer than a vector has; the columns beside them, or what follows on them, is fetched.
+  void sum_long(const Storage* from, int64_t apart, bool is_cached, TaskSums* found) const {
+    const int64_t block = kBlock / per_row;
+    const int folded = kFoldedLanes / per_row;
+    Storage rest[2 * kCount]{};
+    if (chunks < kCount) {
+      std::copy(from + direct * apart, from + chunks * chunk_size, rest);
+    }
+    for (int64_t v = 0; v < vectors();) {
+      const auto columns = [&](auto together) {
+        constexpr int kTogether = together;
+        Sums blocks[kTogether][kBlocks][kFoldedLanes], lanes[kTogether][kLanes];
+        const Column column{from + first_chunk(v), apart, direct, rest};
+        int b = 0;
+        for (int64_t begin = 0; begin < rows; begin += block, ++b) {
+          const bool is_last = begin + block >= rows && apart > chunks * per_row;
+          const Storage* const own = column.from + begin * apart;
+          const Storage* const next = is_last ? column.from + kTogether * kCount : own + block * apart;
+          take_lanes<kTogether>(column, begin, std::min(begin + block, rows), is_cached ? own : next, lanes);
+          for (int i = 0; i < kTogether; ++i) {
+            halve(lanes[i], 1, period, period / 2, folded);
+            std::copy_n(lanes[i], folded, blocks[i][b]);
+          }
+        }
+        for (int i = 0; i < kTogether; ++i) {
+          for (int lane = 0; lane < folded; ++lane) {
+            halve(blocks[i][0] + lane, kFoldedLanes, b, kBlocks / 2, 1);
+          }
+          halve(blocks[i][0], 1, folded, folded / 2, 1);
+          end(blocks[i][0][0], first_chunk(v + i), found);
+        }
+        v += kTogether;
+      };
+      if constexpr (kIsUsual) {
+        if ((v + kInLines) * kCount <= chunks) {
+          columns(std::integral_constant<int, kInLines>());
+          continue;
+        }
+        if ((v + kInLine) * kCount <= chunks) {
+          columns(std::integral_constant<int, kInLine>());
+          continue;
+        }
+      }
+      columns(std::integral_constant<int, 1>());
+    }
+  }
+
+  void sum(const Storage* from, int64_t apart, bool is_cached, TaskSums* found) const {
+    for (int k = 0; k < kPassSums; ++k) {
+      if (!(P::kSums & bit(k))) {
+        std::fill_n(found->sum[k], chunks, 0.0);
+      }
+    }
+    if constexpr (kIsUsual) {
+      if (chunks >= kCount && rows <= kLanes) {
+        const int64_t beside = std::max<int64_t>(kAheadBeside / rows, 1) * kInLine * kCount;
+        return sum_short(from, apart, is_cached ? 0 : beside, found);
+      }
+    }
+    sum_long(from, per_row * apart, is_cached, found);
+  }
+
+  // Where the vectors of E have element i, if they are of so many numbers.
   template <unsigned vector>
   static constexpr unsigned place(unsigned i) {
     constexpr unsigned kParts = E::kParts;
     return (i / kParts / vector * kParts + i % kParts) * vector + i / kParts % vector;
   }
 
-  // A part of the tree of halves, over lanes that are so many apart: from at most 2 * `half` to `end` of them. The
-  // lanes that there are then.
-  static FUSED_REG_INLINE int halve(Lane* lanes, int apart, int count, int half, int end) {
-    for (; half >= end; half /= 2) {
-      for (int i = 0; i + half < count; ++i) {
-        lanes[i * apart] += lanes[(i + half) * apart];
+  // The factors of a vector of chunks, part by part.
+  static constexpr int kFactors = P::kFactors + 1;
+  struct Factors {
+    Factor of[E::kParts * kFactors];
+  };
+
+  // Of the chunks from `first` on; of fewer than a vector has they repeat.
+  FUSED_REG_INLINE void set_factors(const ChunkTask& task, int64_t first, Factors& factors) const {
+    constexpr int kScalars = sizeof(Factor) / sizeof(Scalar);
+    StepNumbers numbers = task.numbers;
+    for (int i = 0; i < kCount; ++i) {
+      Scalar own[kFactors];
+      if (task.norms != nullptr) {
+        numbers.norm = task.norms[first + (chunks < kCount ? i % chunks : i)];
       }
-      count = std::min(count, half);
-    }
-    return count;
-  }
-
-  // So many elements of a chunk ahead are fetched.
-  static constexpr int64_t kFetchedRows = 16;
-
-  static FUSED_REG_INLINE void fetch(const Storage* from, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += kCacheLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + line);
+      P::factors(numbers, own);
+      for (int f = 0; f < P::kFactors; ++f) {
+        char* const part = reinterpret_cast<char*>(factors.of + place<kScalars>(i) / kScalars * kFactors + f);
+        std::memcpy(part + place<kScalars>(i) % kScalars * sizeof(Scalar), own + f, sizeof(Scalar));
+      }
     }
   }
 
-  // The lanes of a block, which begins at `from`, halved to at most `end`: how many there are.
-  FUSED_REG_INLINE int take_block(const Storage* from, int64_t apart, int count, int64_t fetched, int end,
-                                  Lane* lanes) const {
-    const int used = std::min(count, kLanes);
-    std::fill_n(lanes, used, Lane{});
-    for (int i = 0; i < count; ++i) {
-      fetch(from + kFetchedRows * apart, fetched);
-      kernel.template add<kAcross>(lanes[i % kLanes].of, E::widened(from));
-      from += apart;
-    }
-    return halve(lanes, 1, used, kLanes / 2, end);
+  FUSED_REG_INLINE bool uses(Storage* const* streams, int s) const {
+    return (Kernel::kRead | P::kWrites) & bit(s) && kernel.template is_there<false>(streams, s);
   }
 
-  // The elements of a chunk are so many apart; so many bytes of the chunks beside it are fetched, too.
-  FUSED_REG_INLINE Lane sums_of(const Storage* from, int64_t apart, int64_t length, int64_t fetched) const {
-    Lane lanes[kLanes];
-    if (length == 1) {
-      Lane lane{};
-      kernel.template add<kAcross>(lane.of, E::widened(from));
-      return lane;
+  FUSED_REG_INLINE void fetch(Storage* const* streams, int64_t i, const int64_t* behind) const {
+    for (int s = 0; s < kStreams; ++s) {
+      if (uses(streams, s)) {
+        __builtin_prefetch(streams[s] + i + behind[s]);
+      }
     }
-    if (length <= kBlock) {
-      take_block(from, apart, static_cast<int>(length), fetched, 1, lanes);
-      return lanes[0];
-    }
-    Lane blocks[kBlocks][kFoldedLanes];
-    int b = 0;
-    for (int64_t begin = 0; begin < length; begin += kBlock) {
-      const int count = static_cast<int>(std::min<int64_t>(kBlock, length - begin));
-      const int left = take_block(from + begin * apart, apart, count, fetched, kFoldedLanes, lanes);
-      std::copy_n(lanes, left, blocks[b]);
-      std::fill(blocks[b] + left, blocks[b] + kFoldedLanes, Lane{});
-      ++b;
-    }
-    for (int lane = 0; lane < kFoldedLanes; ++lane) {
-      halve(blocks[0] + lane, kFoldedLanes, b, kBlocks / 2, 1);
-    }
-    halve(blocks[0], 1, kFoldedLanes, kFoldedLanes / 2, 1);
-    return blocks[0][0];
   }
 
-  // What is written of them; the factors of each are in vectors.
-  void write(Storage* const* from, const int64_t* apart, int64_t length, int64_t fetched, const Factor* own) const {
+  FUSED_REG_INLINE Written taken(Storage* const* streams, int64_t i, const Factors& factors) const {
+    return kernel.template elements<false>(streams, i, factors.of, kFactors);
+  }
+
+  FUSED_REG_INLINE void put(const Written& written, Storage* const* streams, int64_t i) const {
+    written.template write_to<false>(kernel, streams, i);
+  }
+
+  // Rows of a vector or more. The last one may begin before the one before it ends, so it is taken first.
+  void write_wide(const ChunkTask& task, Storage* const* streams) const {
+    const int64_t last = vectors() - 1, last_chunk = first_chunk(last);
+    Factors factors[kMaxVisit / kCount];
+    for (int64_t v = 0; v <= last; ++v) {
+      set_factors(task, first_chunk(v), factors[v]);
+    }
     Storage* at[kStreams];
-    std::copy_n(from, kStreams, at);
-    for (int64_t i = 0; i < length; ++i) {
-      for (int s = 0; s < kStreams; ++s) {
-        if ((Kernel::kRead | P::kWrites) & bit(s) && kernel.template is_there<false>(at, s)) {
-          fetch(at[s] + kFetchedRows * apart[s], fetched);
-        }
+    std::copy_n(streams, kStreams, at);
+    int64_t behind[kStreams];
+    std::transform(task.apart, task.apart + kStreams, behind, [&](int64_t apart) {
+      return (1 + kAheadBytes / (chunks * static_cast<int64_t>(sizeof(Storage)))) * apart;
+    });
+    for (int64_t row = 0; row < rows; ++row) {
+      const Written end = taken(at, last_chunk, factors[last]);
+      for (int64_t v = 0; v < last; ++v) {
+        fetch(at, v * kCount, behind);
+        put(taken(at, v * kCount, factors[v]), at, v * kCount);
       }
-      kernel.template elements<false>(at, 0, own, P::kFactors + 1).template write_to<false>(kernel, at, 0);
+      fetch(at, last_chunk, behind);
+      put(end, at, last_chunk);
       for (int s = 0; s < kStreams; ++s) {
-        at[s] += (Kernel::kRead | P::kWrites) & bit(s) && kernel.template is_there<false>(at, s) ? apart[s] : 0;
+        at[s] += uses(at, s) ? task.apart[s] : 0;
       }
     }
+  }
+
+  // Rows of at most a vector, which follow on one another: each is taken before the one before it is written.
+  void write_rows(Storage* const* streams, int64_t count, const Factors& factors) const {
+    const int64_t apart = per_row * chunks, size = count * apart;
+    int64_t behind[kStreams];
+    std::fill_n(behind, kStreams, kAheadBytes / sizeof(Storage));
+    if (count == 0) {
+      return;
+    }
+    Written own = taken(streams, 0, factors);
+    for (int64_t i = apart; i < size; i += apart) {
+      fetch(streams, i, behind);
+      const Written next = taken(streams, i, factors);
+      put(own, streams, i - apart);
+      own = next;
+    }
+    put(own, streams, size - apart);
+  }
+
+  void write_narrow(const ChunkTask& task, Storage* const* streams) const {
+    const int64_t in_memory = direct * per_row * chunks;
+    Factors factors;
+    set_factors(task, 0, factors);
+    typename Kernel::Padded rest(kernel, streams, in_memory, task.size - in_memory);
+    write_rows(streams, direct, factors);
+    write_rows(rest.streams, rows - direct, factors);
+    rest.copy_to(streams, in_memory, task.size - in_memory);
   }
 
   void run(const ChunkTask& task, Storage* const* streams, TaskSums* found) const {
-    const int64_t chunks = task.size / task.chunk_size;
-    StepNumbers numbers = task.numbers;
-    for (int64_t first = 0; first < chunks; first += E::kCount) {
-      const int count = static_cast<int>(std::min<int64_t>(E::kCount, chunks - first));
-      const int64_t fetched = first == 0 && task.ahead == 0 ? chunks * sizeof(Storage) : 0;
-      Storage* at[kStreams];
-      std::transform(streams, streams + kStreams, at, [&](Storage* s) { return s == nullptr ? s : s + first; });
-      if constexpr (P::kWrites == 0) {
-        const Lane sums = sums_of(at[0], task.apart[0], task.chunk_size, fetched);
-        double lanes[kPassSums * E::kCount];
-        std::memcpy(lanes, &sums, sizeof lanes);
-        const auto copy = [&](int of) __attribute__((always_inline)) {
-          for (int k = 0; k < kPassSums; ++k) {
-            for (int i = 0; i < of; ++i) {
-              found->sum[k][first + i] = lanes[k * E::kCount + place<kDoubles>(i)];
-            }
-          }
-        };
-        count == E::kCount ? copy(E::kCount) : copy(count);
-      } else {
-        constexpr int kScalars = sizeof(Factor) / sizeof(Scalar);
-        Factor own[E::kParts][P::kFactors + 1];
-        for (int i = 0; i < count; ++i) {
-          Scalar scalars[P::kFactors + 1];
-          numbers.norm = task.norms == nullptr ? numbers.norm : task.norms[first + i];
-          P::factors(numbers, scalars);
-          for (int f = 0; f < P::kFactors; ++f) {
-            own[place<kScalars>(i) / kScalars][f][place<kScalars>(i) % kScalars] = scalars[f];
-          }
-        }
-        write(at, task.apart, task.chunk_size, fetched, own[0]);
-      }
+    if constexpr (P::kWrites == 0) {
+      sum(streams[0], task.apart[0], task.ahead != 0, found);
+    } else {
+      const bool is_tight =
+          std::all_of(task.apart, task.apart + kStreams, [&](int64_t apart) { return apart == 0 || apart == chunks; });
+      chunks <= kCount&& is_tight ? write_narrow(task, streams) : write_wide(task, streams);
     }
   }
 };

@@ -20,8 +20,8 @@ struct ChunkTask {
   int64_t chunk_size = kChunkSize;  // at most kMaxVisit chunks, of which the last may be shorter
   const double* norms = nullptr;    // of the group of each chunk; null: that of the numbers
   int64_t ahead = 0;                // to where, behind an element, all are in the cache
-  // Of chunks side by side, how far apart the elements of each are, in every stream; there is a whole vector of chunks,
-  // as far as memory goes. 0: they follow on one another.
+  // Of two or more chunks side by side, how far apart the elements of each are, in every stream; if the chunks are less
+  // than a cache line, nothing is between the elements. 0: the chunks follow on one another.
   int64_t apart[kStreams] = {};
 
   int64_t chunks() const { return (size + chunk_size - 1) / chunk_size; }

@@ -102,6 +102,17 @@ struct Kernel {
   struct Written {
     decltype(E::written(Factor{}, Factor{})) of[kStreams];
 
+    Written() = default;
+    Written(const Written& other) { *this = other; }
+    FUSED_REG_INLINE Written& operator=(const Written& other) {
+      for (int s = 0; s < kStreams; ++s) {
+        if (P::kWrites & bit(s)) {
+          of[s] = other.of[s];
+        }
+      }
+      return *this;
+    }
+
     template <bool usual>
     FUSED_REG_INLINE void write_to(const Kernel& kernel, Storage* const* streams, int64_t i) const {
       for (int s = 0; s < kStreams; ++s) {
@@ -577,7 +588,7 @@ struct Kernel {
     const bool is_short = kCanBeShort && std::min(task.chunk_size, task.size) <= kBlock;
     if constexpr (!P::kHasOptions && !P::kIsRelative && (P::kSums == 0 || P::kWrites == 0)) {
       if (task.apart[0] != 0) {
-        Across<Kernel>(*this).run(task, streams, found);
+        Across<Kernel>(*this, task).run(task, streams, found);
       }
     }
     if constexpr (kCanBeShort) {

@@ -13,7 +13,6 @@ namespace fused_reg {
 
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPrefetchRows = 16;
-constexpr int64_t kSpreadBytes = 1 << 19;
 
 // Where the elements of groups lie, from the first of them on. Strides are in elements.
 struct Strides {
@@ -29,12 +28,6 @@ struct Strides {
 
   // Each element is beside that of the next group. Those of an expanded tensor are no distance apart.
   bool is_across() const { return dims.size() == 1 && dims[0].stride != 0 && group == 1; }
-
-  // Whether so many elements of a group, and of those beside it, stay in a second-level cache: those that are a power
-  // of two apart compete for few places.
-  bool stays_in_cache(int64_t elements, int64_t element_size) const {
-    return elements * (dims[0].stride & -dims[0].stride) * element_size <= kSpreadBytes;
-  }
 };
 
 template <class T>

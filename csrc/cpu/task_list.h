@@ -179,7 +179,11 @@ class TaskList {
     return takes_across_ && (is_short(t) || (!strides_.empty() && strides_[t][0].is_across()));
   }
 
-  void set_strips(int64_t t) { plan_.set_strips(t, line(t), is_across(t) ? kMaxVisit : plan_.elements()); }
+  // Side by side some lines of a row are visited together: where rows lie far apart, a line costs more than its bytes.
+  void set_strips(int64_t t) {
+    const bool across = is_across(t);
+    plan_.set_strips(t, across ? 4 * line(t) : line(t), across ? kMaxVisit : plan_.elements());
+  }
 
   // A strip, whose streams are packed, unless they are side by side, or runs that are wanted.
   template <class Body>
@@ -188,8 +192,8 @@ class TaskList {
     const int64_t group = strip.first.begin / plan.group_size(t), begin = strip.first.begin % plan.group_size(t);
     const unsigned reads = used.reads | relative_streams(kRelative);
     const auto bytes = static_cast<int64_t>(dense(t).element_size());
-    const bool across = is_across(t);
-    const int64_t row = across ? 1 : size, width = (strip.chunks + line(t) - 1) / line(t) * line(t);
+    const bool across = is_across(t) && strip.chunks > 1;
+    const int64_t row = across ? 1 : size;
     const Strides runs = Strides::of_runs(plan.group_size(t));
     ChunkTask task = task_of(strip);
     const Strides* from[kStreams];
@@ -202,25 +206,23 @@ class TaskList {
       }
       from[s] = strides_.empty() || strides_[t][s].dims.empty() ? &runs : &strides_[t][s];
       memory[s] = static_cast<char*>(tasks_[t].streams[s]) + group * from[s]->group * bytes;
-      const bool is_direct = across
-                                 ? from[s]->is_across() && from[s]->stays_in_cache(size, bytes) && strip.chunks == width
-                                 : from[s]->is_run();
+      const int64_t apart = from[s]->dims[0].stride;
+      const bool is_wide = strip.chunks >= line(t) || strip.chunks == apart;
+      const bool is_direct = across ? from[s]->is_across() && is_wide : from[s]->is_run();
       if (is_direct) {
-        task.streams[s] = static_cast<char*>(memory[s]) + begin * from[s]->dims[0].stride * bytes;
-        task.apart[s] = across ? from[s]->dims[0].stride : 0;
+        task.streams[s] = static_cast<char*>(memory[s]) + begin * apart * bytes;
+        task.apart[s] = across ? apart : 0;
       } else {
         packed |= bit(s);
-        task.streams[s] = scratch(s, width * size * bytes);
-        task.apart[s] = across ? width : 0;
-        if (across && strip.chunks < width) {
-          std::memset(task.streams[s], 0, width * size * bytes);
-        }
+        task.streams[s] = scratch(s, strip.size * bytes);
+        task.apart[s] = across ? strip.chunks : 0;
       }
     }
     const auto each = [&](unsigned streams, const auto& copies) {
       for (int s = 0; s < kStreams; ++s) {
         if (packed & streams & bit(s)) {
-          copies(*from[s], bytes, memory[s], task.streams[s], row, across ? width : 1, strip.chunks, begin, size);
+          copies(*from[s], bytes, memory[s], task.streams[s], row, across ? strip.chunks : 1, strip.chunks, begin,
+                 size);
         }
       }
     };
