@@ -5,6 +5,7 @@
 #include "across.h"
 #include "finish.h"
 #include "in_turn.h"
+#include "short.h"
 
 namespace fused_reg::FUSED_REG_ISA {
 
