@@ -14,7 +14,7 @@ from fused_reg.regularizer.strengths import Schedule, ZeroShare, check_signature
 from fused_reg.schedules import PatternRamp, Ramp, parsed_pattern
 
 if TYPE_CHECKING:
-    from fused_reg.regularizer.table import Entry
+    from fused_reg.regularizer.entry import Entry
 
 
 def checked_zeros(name: str, zeros: Any) -> ZeroShare:

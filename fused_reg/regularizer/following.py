@@ -21,8 +21,9 @@ from fused_reg.regularizer import marks
 from fused_reg.regularizer.candidates import Candidate, candidates_of
 from fused_reg.regularizer.keys import Key
 from fused_reg.regularizer.marks import Mark
+from fused_reg.regularizer.penalties import Penalty
 from fused_reg.regularizer.selection import Choice
-from fused_reg.regularizer.strengths import Given, Penalty
+from fused_reg.regularizer.strengths import Given
 
 _NAMES_SHOWN = 4
 

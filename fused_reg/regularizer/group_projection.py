@@ -11,8 +11,8 @@ from torch import Tensor
 from fused_reg import _devices, _ops
 from fused_reg._terms import Strengths, group_code, group_count, in_groups
 from fused_reg.regularizer.aims import Aim
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.smallest import SHORT, smallest
-from fused_reg.regularizer.table import Entry
 
 
 class GroupProjection:

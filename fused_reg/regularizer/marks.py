@@ -13,7 +13,8 @@ from typing_extensions import Unpack
 
 from fused_reg._terms import ANY_TERM, SHAPES, MoreTerms, check_shape, group_text, takes_terms
 from fused_reg.regularizer.names import Place, dims, is_bias, walk
-from fused_reg.regularizer.strengths import Given, Penalty, as_penalty, checked_keys
+from fused_reg.regularizer.penalties import Penalty, as_penalty, checked_keys
+from fused_reg.regularizer.strengths import Given
 
 M = TypeVar("M", bound=Module)
 

@@ -15,9 +15,9 @@ from torch.functional import split
 
 from fused_reg import _devices
 from fused_reg.regularizer.aims import Aim, aims_of
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.group_projection import GroupProjection, make_zero
 from fused_reg.regularizer.smallest import Key, largest_of, smallest
-from fused_reg.regularizer.table import Entry
 
 _PIECE = 2**18  # elements, so few that what is computed of them stays in the caches
 

@@ -22,16 +22,18 @@ from fused_reg.regularizer.aims import checked_zeros
 from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.groups import Groups, GroupWeights, Together, as_together
 from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
+from fused_reg.regularizer.penalties import as_penalty, given_strengths
 from fused_reg.regularizer.projection import Projection
 from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
 from fused_reg.regularizer.saved import parsed, state_of
 from fused_reg.regularizer.selection import Choice, as_rules
-from fused_reg.regularizer.strengths import Given, ZeroShare, as_flag, as_penalty, given_strengths
-from fused_reg.regularizer.table import Entry, Table
+from fused_reg.regularizer.strengths import Given, ZeroShare, as_flag
+from fused_reg.regularizer.table import Table
 
 
 @takes_terms

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fused_reg._terms import DEFAULTS, KINDS
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.strengths import as_saved, is_scheduled, number
-from fused_reg.regularizer.table import Entry, Table, Wishes
+from fused_reg.regularizer.table import Table, Wishes
 
 _KEYS = ("params", *KINDS, "group", "scheduled")
 _LATER = set(KINDS[3:])  # which a state that is older lacks

@@ -14,7 +14,8 @@ from fused_reg.regularizer.aims import checked_zeros
 from fused_reg.regularizer.candidates import Candidate, marked_modules
 from fused_reg.regularizer.keys import Key, check_matches, is_type, shown
 from fused_reg.regularizer.marks import Mark
-from fused_reg.regularizer.strengths import Penalty, as_penalty, checked_keys, is_absent
+from fused_reg.regularizer.penalties import Penalty, as_penalty, checked_keys
+from fused_reg.regularizer.strengths import is_absent
 
 #: A rule: its key, and what it names of a penalty.
 Rule = tuple[Key, dict[str, Any]]

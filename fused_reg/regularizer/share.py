@@ -18,9 +18,10 @@ from fused_reg._arguments import value_dtype
 from fused_reg._lazy_rows import lend_grad, put_back, rows_of, touched
 from fused_reg._terms import ABSENT, GROUPS, OF_GROUPS, group_code, group_text
 from fused_reg.regularizer.calls import Part
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.projection import Projection
 from fused_reg.regularizer.strengths import identity, tensor_of
-from fused_reg.regularizer.table import Entry, Table
+from fused_reg.regularizer.table import Table
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.attachment import Mode
