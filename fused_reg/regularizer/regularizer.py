@@ -121,9 +121,10 @@ class Regularizer:
     Raises:
         TypeError: chosen parameters are of no supported kind, a strength is no number, or a type none of modules.
         ValueError: something has no effect: a pattern or type that matches no parameter or none that is left, a rule
-            behind others, a term, ``group`` or mark that is nobody's; a tied parameter with two marks; a strength that
-            is negative, infinite or NaN; ``zeros`` that are no share, or that these parameters cannot have; ``toward``
-            lacks a parameter, ``importance`` names none, or one of them is not of its shape, dtype and device.
+            behind others, a term, ``group`` or mark that is nobody's, a dictionary of tensors without any; a tied
+            parameter with two marks; a strength that is negative, infinite or NaN; ``zeros`` that are no share, or that
+            these parameters cannot have; ``toward`` lacks a parameter, ``importance`` names none, or one of them is not
+            of its shape, dtype and device.
 
     Warns:
         UserWarning: its module has changed; a schedule is never advanced; it was copied without its module.
@@ -531,6 +532,7 @@ class Regularizer:
         """
         if mode not in ("grad", "prox", "preconditioned"):
             raise ValueError(f'attach: mode must be "grad", "prox" or "preconditioned", got {mode!r}')
+        as_flag("attach: include_unused", include_unused)
         as_flag("attach: lazy_rows", lazy_rows)
         if lazy_rows and include_unused:
             raise ValueError(
