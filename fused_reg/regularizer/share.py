@@ -140,10 +140,9 @@ class Share:
         for i, entry in enumerate(self.entries):
             if (index := touched(f"attach: params[{entry.name!r}]", entry.param)) is None:
                 continue
-            if entry.is_joint:
+            if apart := "zeros" if entry.aim is not None else entry.joint_by * entry.is_joint:
                 raise ValueError(
-                    f"attach: lazy_rows must come without {entry.joint_by}, got both for the sparse gradient of "
-                    f"{entry.name!r}"
+                    f"attach: lazy_rows must come without {apart}, got both for the sparse gradient of {entry.name!r}"
                 )
             norm = next(filter(entry.has, OF_GROUPS), None)
             if norm is not None and group_code(entry.group) != GROUPS["row"]:
