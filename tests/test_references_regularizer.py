@@ -122,7 +122,11 @@ WRONG = {
     "flag": ({"save_references": "yes"}, TypeError, "save_references must be None, True or False, got 'yes'"),
     "nothing to save": ({"save_references": True}, ValueError, "must come with toward or importance, got none$"),
     **{
-        f"empty {name}": ({name: {}, **given}, ValueError, f"{name} must have a tensor, got an empty dict; leave it out")
+        f"empty {name}": (
+            {name: {}, **given},
+            ValueError,
+            f"{name} must have a tensor, got an empty dict; leave it out",
+        )
         for name, given in (("toward", {}), ("importance", {}), ("group_weights", {"l2_norm": 0.1}))
     },
 }

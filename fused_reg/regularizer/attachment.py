@@ -216,6 +216,7 @@ class Attachment:
         self._follow(optimizer)
         if self._mode != "grad":
             self._share.check_rates(optimizer)
+            self._table.check_aims()
             self._use()
         self._is_inert = is_inert(optimizer)
         if closure is None and self._is_inert:

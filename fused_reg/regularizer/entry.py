@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fused_reg._arguments import is_dtensor
-from fused_reg._terms import CONSTRAINTS, OF_GROUPS, TERM_OF, TOGETHER, Group, group_code, group_count
+from fused_reg._terms import CONSTRAINTS, OF_GROUPS, TERM_OF, TOGETHER, Group, LayerGroup, group_code, group_count
 from fused_reg.regularizer.keys import Named
 from fused_reg.regularizer.strengths import Given, Held, is_absent
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.aims import Aim
+    from fused_reg.regularizer.penalties import GivenZeros
 
 
 @dataclass(eq=False)
@@ -30,7 +31,9 @@ class Entry(Named):
     toward: Tensor | None = None
     importance: Tensor | None = None
     weight: float | None = None  # of its groups, by which the strength of their norms is multiplied
+    zeros: GivenZeros | None = None
     aim: Aim | None = None
+    named_group: LayerGroup = "tensor"  # its group as given, which is that of its aim
     runs: int = 1  # of rows, each of which has groups of its own: those of a convolution with groups
     together: Sequence[Entry] = ()  # those with which its groups are one, itself among them
     is_turned: bool = False  # its groups are columns, and with others, which have rows
@@ -87,8 +90,8 @@ class Entry(Named):
         return self.runs * group_count(self.param, group_code(self.group))
 
     def is_given(self, kind: str) -> bool:
-        """Whether its term is, also as 0 in `set_strength`."""
-        return self.given[TERM_OF[kind]] is not None
+        """Whether its term is, or an aim, also as 0 in `set_strength`."""
+        return (self.zeros if kind == "zeros" else self.given[TERM_OF[kind]]) is not None
 
     def weight_of(self, kind: str) -> float | None:
         return self.weight if kind == "l2_norm" else None

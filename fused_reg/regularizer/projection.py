@@ -69,7 +69,7 @@ def _pieces(p: Tensor, m: int) -> Sequence[Tensor]:
 
 
 def _is_behind(w: Tensor, n: int, m: int) -> Tensor:
-    """Which are not among the n largest of each m; of equal ones the first are. NaN counts as infinity, and never is."""
+    """Which are not among the n largest of each m; of equal ones the first are. NaN counts as infinity, and is not."""
     runs = w.abs().nan_to_num(torch.inf, torch.inf).reshape(-1, m).t().contiguous()
     rank = torch.zeros_like(runs, dtype=torch.int8)
     for i in range(m):
