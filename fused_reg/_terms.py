@@ -180,8 +180,8 @@ NUMBERS = (*KINDS[:3], "step", *KINDS[3:])
 PLACES = {kind: NUMBERS.index(kind) for kind in KINDS}
 STEP = NUMBERS.index("step")
 
-#: In an error: any of the strengths.
-ANY_TERM = f"{', '.join(list(ABSENT)[:-1])} or {[*ABSENT][-1]}"
+#: In an error of a Regularizer: any of the strengths.
+ANY_TERM = f"{', '.join(ABSENT)} or zeros"
 
 #: So many rows, columns, or elements in a row.
 Runs: TypeAlias = "tuple[Literal['row', 'column', 'block'], int]"

@@ -75,6 +75,26 @@ def test_a_pattern_of_a_parameter_that_was_resized(shape):
     assert (net[1].weight.view(-1, 4) == 0).sum(1).min() == 2
 
 
+@pytest.mark.parametrize(
+    ("group", "said"),
+    [(("row", 2), "2 rows"), (("column", 2), "2 columns"), (("block", 4), "4 elements")],
+    ids=str,
+)
+def test_groups_of_zeros_of_a_parameter_that_was_resized(group, said):
+    net = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False))
+    regularizer = Regularizer(net, l1=0.1, zeros=0.5, group=group)
+    net[1].weight.data = torch.randn(5, 3)
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"params\['1.weight'\] must have a multiple of {said}, to have group="):
+            regularizer.prox_(0.1)
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    net[1].weight.data = torch.randn(6, 8)
+    regularizer.prox_(0.1)
+    assert regularizer.report()["group 0"]["zeros_reached"] == 0.5
+
+
 def test_rates_of_a_set():
     """Groups that are one have one rate in a proximal step: `attach` and every step say so, and nothing is written."""
     layer = nn.Linear(4, 6)

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from fused_reg._arguments import is_dtensor, is_known
-from fused_reg._terms import LayerGroup, group_text
+from fused_reg._terms import LayerGroup, check_runs, group_text
 from fused_reg.regularizer.penalties import as_share
 from fused_reg.regularizer.strengths import Held, Schedule, ZeroShare, number, scheduled, tensor_of
 from fused_reg.schedules import PatternRamp, Ramp, parsed_pattern
@@ -96,8 +96,10 @@ class Aim:
                 f"{function}: zeros of {entry.name!r} must be within its bounds, which leave zero out: lower={lower}, "
                 f"upper={upper}"
             )
+        p = entry.param
+        if self.group != "tensor":
+            check_runs(f"{function}: params[{entry.name!r}]", p, entry.group)
         if (pattern := self.pattern) is not None:
-            p = entry.param
             size = p[0].numel() if p.ndim > 1 and len(p) else p.numel()
             if p.ndim < 2 or size % pattern[1] != 0:
                 raise ValueError(
@@ -108,7 +110,8 @@ class Aim:
 
     def is_to_watch(self, entry: Entry) -> bool:
         """Whether that may change from step to step."""
-        return self.pattern is not None or not all(isinstance(entry.strengths[k], float) for k in ("lower", "upper"))
+        has_runs = self.pattern is not None or isinstance(self.group, tuple)
+        return has_runs or not all(isinstance(entry.strengths[kind], float) for kind in ("lower", "upper"))
 
     def pools(self, entries: Sequence[Entry]) -> list[list[Entry]]:
         """Those that reach it together."""

@@ -45,7 +45,8 @@ class Choice:
         chosen = [(c, penalty) for c in meant if self._includes(c) and (penalty := self._penalty_of(c))]
         marked = marked_modules(params) if isinstance(params, Module) else {}
         if self.default.is_empty and not self.rules and not marked and not any(c.marks for c in candidates):
-            _refuse(f"Regularizer: {', '.join(ABSENT)}, rules or marks by `regularized` must give a strength, got none")
+            given = f"{', '.join(ABSENT)}, zeros, rules or marks by `regularized`"
+            _refuse(f"Regularizer: {given} must give a strength, got none")
         for argument, what in (("include", "pattern"), ("types", "type")):
             if getattr(self, argument) == []:
                 _refuse(f"Regularizer: {argument} must have a {what}, got an empty list; leave it out for all")
