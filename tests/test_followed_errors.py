@@ -55,7 +55,7 @@ def test_weights_of_a_parameter_that_was_resized(rows):
 
 @pytest.mark.parametrize("shape", [(4, 10), (6, 2, 3), (8,)])
 def test_a_pattern_of_a_parameter_that_was_resized(shape):
-    """Its runs would go over the ends of rows. A shape that has such runs is followed."""
+    """Hard case 44: its runs would go over the ends of rows. A shape that has such runs is followed."""
     net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(8, 4, bias=False))
     regularizer = Regularizer(net, l1=0.1, zeros="2:4")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -81,6 +81,7 @@ def test_a_pattern_of_a_parameter_that_was_resized(shape):
     ids=str,
 )
 def test_groups_of_zeros_of_a_parameter_that_was_resized(group, said):
+    """Hard case 44: what its groups do not fill. A shape that they fill is followed."""
     net = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False))
     regularizer = Regularizer(net, l1=0.1, zeros=0.5, group=group)
     net[1].weight.data = torch.randn(5, 3)

@@ -246,6 +246,16 @@ def test_states_of_schedules_go_on():
     assert sum(reached(model, other)) == round(CubicRamp(0.0, 0.5, steps=10)(6) * 400)
 
 
+def test_a_pattern_at_the_end_of_its_ramp():
+    model, regularizer = layers(zeros=PatternRamp("1:2", steps=2))
+    regularizer.step = 9
+    state = regularizer.state_dict()
+    assert state["aims"][0]["zeros"] == 0.5
+    other = Regularizer(model, zeros=PatternRamp("1:2", steps=2))
+    other.load_state_dict(state)
+    assert reached(model, other) == [50, 50, 50, 50]
+
+
 def test_a_pool_whose_schedules_are_several_here():
     model, regularizer = layers(zeros=RAMP)
     other = Regularizer(model, zeros=RAMP, rules=[("1.*", {"zeros": CubicRamp(0.0, 0.5, steps=8)})])

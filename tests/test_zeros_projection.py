@@ -73,7 +73,7 @@ def test_long_lists_in_pieces_or_on_a_device(name, tensors):
 @pytest.mark.parametrize("group", ["tensor", "row", "column"])
 @pytest.mark.parametrize("shapes", [[(20, 4)], [(20, 4), (30, 2)], [(300, 4), (40, 2)]], ids=str)
 def test_more_nan_than_may_stay(group, shapes):
-    """NaN stays, and all else becomes zero, which is as near to the aim as can be; also infinity."""
+    """Hard case 23: NaN stays, and all else becomes zero, which is as near to the aim as can be; also infinity."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     for p in params:
@@ -89,7 +89,8 @@ def test_more_nan_than_may_stay(group, shapes):
 @pytest.mark.parametrize("length", [240, 2400])
 @pytest.mark.parametrize("zeros", ["2:4", PatternRamp("2:4", steps=4)], ids=str)
 def test_more_nan_than_a_pattern_lets_stay(zeros, length):
-    """Three of four in every other run. The ramp is at 0.875 of what the pattern leaves out, and more of it is NaN."""
+    """Hard case 23: three of four in every other run. The ramp is at 0.875 of what the pattern leaves out, and more of
+    that is NaN."""
     w = nn.Parameter(torch.randn((length // 8, 8), generator=torch.Generator().manual_seed(0)))
     expected = w.detach().clone().view(-1, 4)
     w.data.view(-1, 4)[1::2, 1:] = expected[1::2, 1:] = torch.nan

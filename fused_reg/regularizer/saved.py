@@ -34,7 +34,7 @@ def state_of_aims(table: Table) -> list[dict[str, Any]]:
     return [
         {
             "params": [entry.name for entry in own],
-            "zeros": aim.share if aim.schedule else aim.given,
+            "zeros": aim.share_of_all if aim.schedule else aim.given,
             "scheduled": aim.schedule is not None,
         }
         for aim, own in aims_of(table.entries)
