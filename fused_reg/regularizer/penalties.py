@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_reg._arguments import check_constant, is_number
 from fused_reg._terms import ABSENT, CONSTRAINTS, KINDS, OF_LAYERS, SHAPES, LayerGroup, check_group
-from fused_reg.regularizer.strengths import Given, ZeroShare, check_signature, checked, identity, is_absent
+from fused_reg.regularizer.strengths import ZeroShare, check_signature, checked, identity, is_absent
 from fused_reg.schedules import Ramp, parsed_pattern
 
 
@@ -52,10 +52,10 @@ def drops(name: str, said: Any) -> bool:
 def as_penalty(function: str, where: str = "", **given: Any) -> Penalty:
     """The penalty of these arguments of a function, checked; ``where`` of them begins the message of an error."""
     where = f"{function}: {where}"
-    group, zeros = given.pop("group", "tensor"), given.pop("zeros", None)
+    group = given.pop("group", "tensor")
     check_group(where, group, OF_LAYERS)
     strengths = given_strengths(function, where, **given)
-    return Penalty({**{kind: strengths.get(kind) for kind in KINDS}, "zeros": as_zeros(f"{where}zeros", zeros)}, group)
+    return Penalty({kind: strengths.get(kind) for kind in (*KINDS, "zeros")}, group)
 
 
 def checked_keys(where: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -67,15 +67,16 @@ def checked_keys(where: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
     return given
 
 
-def given_strengths(function: str, where: str, **given: Any) -> dict[str, Given]:
-    """Those that are given, checked."""
+def given_strengths(function: str, where: str, **given: Any) -> dict[str, Any]:
+    """Those that are given, and ``zeros``, checked."""
     for name in given:
-        if name not in KINDS:
+        if name not in (*KINDS, "zeros"):
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
-    strengths: dict[str, Given] = {k: checked(k, where + k, given[k]) for k in KINDS if given.get(k) is not None}
+    strengths: dict[str, Any] = {k: checked(k, where + k, given[k]) for k in KINDS if given.get(k) is not None}
     for kind in {*SHAPES, *CONSTRAINTS} & strengths.keys():
         check_constant(where + kind, strengths[kind])
-    return strengths
+    zeros = as_zeros(f"{where}zeros", given.get("zeros"))
+    return strengths if zeros is None else {**strengths, "zeros": zeros}
 
 
 def as_zeros(name: str, zeros: Any) -> GivenZeros | None:

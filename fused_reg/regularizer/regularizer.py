@@ -24,7 +24,7 @@ from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.groups import Groups, GroupWeights, Together, as_together
 from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
-from fused_reg.regularizer.penalties import as_penalty, as_zeros, given_strengths
+from fused_reg.regularizer.penalties import as_penalty, given_strengths
 from fused_reg.regularizer.projection import Projection
 from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
@@ -384,16 +384,14 @@ class Regularizer:
             >>> regularizer()
             tensor(3., grad_fn=<...>)
         """
-        given: dict[str, Any] = {"l1": l1, "l2": l2, "l2_norm": l2_norm, **terms}
+        given: dict[str, Any] = {"l1": l1, "l2": l2, "l2_norm": l2_norm, "zeros": zeros, **terms}
         for kind in KINDS:
             if isinstance(strength := given.get(kind), str):
                 raise TypeError(
                     f"set_strength: {kind} must be a float, a 0-dim tensor or a schedule, got str; for parameters of "
                     f"some names say where={strength!r}"
                 )
-        strengths: dict[str, Any] = {**given_strengths("set_strength", "set_strength: ", **given)}
-        if zeros is not None:
-            strengths["zeros"] = as_zeros("set_strength: zeros", zeros)
+        strengths = given_strengths("set_strength", "set_strength: ", **given)
         if not strengths:
             raise TypeError(f"set_strength: {ANY_TERM} must be given, got none")
         table = self._followed()
