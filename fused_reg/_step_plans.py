@@ -18,9 +18,9 @@ from fused_reg._step_references import REFERENCES, Penalized, params_of, penaliz
 from fused_reg._terms import DEFAULTS, TERM_OF, group_code
 from fused_reg.distributed.buckets import sharing
 from fused_reg.distributed.shards import shards_of
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.share import Guest
 from fused_reg.regularizer.strengths import Held, identity
-from fused_reg.regularizer.table import Entry
 
 #: How the penalty is in a step: its gradient is added to the loss's, or its proximal operator follows the step, with
 #: the learning rate or with the rate of each element.

@@ -180,8 +180,8 @@ NUMBERS = (*KINDS[:3], "step", *KINDS[3:])
 PLACES = {kind: NUMBERS.index(kind) for kind in KINDS}
 STEP = NUMBERS.index("step")
 
-#: In an error: any of the strengths.
-ANY_TERM = f"{', '.join(list(ABSENT)[:-1])} or {[*ABSENT][-1]}"
+#: In an error of a Regularizer: any of the strengths.
+ANY_TERM = f"{', '.join(ABSENT)} or zeros"
 
 #: So many rows, columns, or elements in a row.
 Runs: TypeAlias = "tuple[Literal['row', 'column', 'block'], int]"
@@ -329,8 +329,8 @@ def misfit(p: Tensor, group: LayerGroup) -> str:
 
 
 def is_without(name: str, given: Mapping[str, object]) -> bool:
-    """Whether these lack what an argument of this name shapes."""
-    return all(given.get(term) is None for term in (OF_GROUPS if name == "group" else (SHAPES[name].shapes,)))
+    """Whether these lack what an argument of this name shapes; a Regularizer has ``zeros`` of groups, too."""
+    return all(given.get(k) is None for k in ((*OF_GROUPS, "zeros") if name == "group" else (SHAPES[name].shapes,)))
 
 
 def check_shape(where: str, name: str, given: object, others: Mapping[str, object]) -> None:

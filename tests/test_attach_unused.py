@@ -112,6 +112,17 @@ def test_a_closure_decides_what_is_used(mode, include_unused, device):
     torch.testing.assert_close(dict(net.named_parameters())[NAMES[2]].detach(), before)
 
 
+def test_a_word_is_no_flag():
+    """It would be true, also "no"."""
+    w = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    with pytest.raises(TypeError, match=r"^attach: include_unused must be True or False, got 'no'$"):
+        Regularizer([w], l2=0.1).attach(optimizer, include_unused="no")
+    w.grad = torch.zeros(2)
+    optimizer.step()
+    assert w.tolist() == [1, 1]
+
+
 def test_a_batch_without_any_gradient_is_no_step(device):
     net = Heads(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

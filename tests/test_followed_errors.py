@@ -53,6 +53,49 @@ def test_weights_of_a_parameter_that_was_resized(rows):
     assert net[1].weight.grad is None
 
 
+@pytest.mark.parametrize("shape", [(4, 10), (6, 2, 3), (8,)])
+def test_a_pattern_of_a_parameter_that_was_resized(shape):
+    """Hard case 44: its runs would go over the ends of rows. A shape that has such runs is followed."""
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(8, 4, bias=False))
+    regularizer = Regularizer(net, l1=0.1, zeros="2:4")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer.attach(optimizer, mode="prox")
+    net[1].weight.data = torch.randn(shape)
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    for use in (optimizer.step, lambda: regularizer.prox_(0.1), optimizer.step):
+        with pytest.raises(ValueError, match=r"zeros of '1.weight': the rows must have a multiple of 4 .* got shape"):
+            use()
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    net[1].weight.data = torch.randn(6, 12)
+    net[1].weight.grad = torch.zeros(6, 12)
+    optimizer.step()
+    assert (net[1].weight.view(-1, 4) == 0).sum(1).min() == 2
+
+
+@pytest.mark.parametrize(
+    ("group", "said"),
+    [(("row", 2), "2 rows"), (("column", 2), "2 columns"), (("block", 4), "4 elements")],
+    ids=str,
+)
+def test_groups_of_zeros_of_a_parameter_that_was_resized(group, said):
+    """Hard case 44: what its groups do not fill. A shape that they fill is followed."""
+    net = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False))
+    regularizer = Regularizer(net, l1=0.1, zeros=0.5, group=group)
+    net[1].weight.data = torch.randn(5, 3)
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"params\['1.weight'\] must have a multiple of {said}, to have group="):
+            regularizer.prox_(0.1)
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    net[1].weight.data = torch.randn(6, 8)
+    regularizer.prox_(0.1)
+    assert regularizer.report()["group 0"]["zeros_reached"] == 0.5
+
+
 def test_rates_of_a_set():
     """Groups that are one have one rate in a proximal step: `attach` and every step say so, and nothing is written."""
     layer = nn.Linear(4, 6)

@@ -268,6 +268,24 @@ def test_other_groups_are_refused(group):
     refused(net, text, l2_norm=0.1, group=group)
 
 
+def test_a_share_of_zeros_is_refused():
+    """It is of the whole table, of which a batch has some rows. Where the gradient is dense it is reached."""
+    net = table()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    Regularizer(net, l1=0.1, zeros=0.5).attach(optimizer, "prox", lazy_rows=True)
+    backward(net, [1, 2])
+    before = [x.clone() for x in (net.weight.detach(), net.weight.grad.to_dense())]
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"^attach: lazy_rows must come without zeros, got both for the sparse .*'"
+        ):
+            optimizer.step()
+        assert_same_bits([net.weight.detach(), net.weight.grad.to_dense()], before)
+    net.weight.grad = net.weight.grad.to_dense()
+    optimizer.step()
+    assert (net.weight == 0).sum() == 9
+
+
 def test_gradients_that_are_sparse_in_elements_are_refused():
     net = nn.Linear(3, 2, bias=False)
     net.weight.grad = torch.eye(2, 3).to_sparse()

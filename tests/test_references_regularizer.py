@@ -120,6 +120,15 @@ WRONG = {
         r"'0.bias'\] must be finite and >= 0",
     ),
     "flag": ({"save_references": "yes"}, TypeError, "save_references must be None, True or False, got 'yes'"),
+    "nothing to save": ({"save_references": True}, ValueError, "must come with toward or importance, got none$"),
+    **{
+        f"empty {name}": (
+            {name: {}, **given},
+            ValueError,
+            f"{name} must have a tensor, got an empty dict; leave it out",
+        )
+        for name, given in (("toward", {}), ("importance", {}), ("group_weights", {"l2_norm": 0.1}))
+    },
 }
 
 
@@ -128,6 +137,11 @@ def test_what_is_wrong(case):
     given, error, said = WRONG[case]
     with pytest.raises(error, match=f"^Regularizer: .*{said}"):
         Regularizer(net(), l2=0.1, **given)
+
+
+def test_nothing_is_saved_of_no_references():
+    """It is what happens."""
+    assert "references" not in Regularizer(net(), l2=0.1, save_references=False).state_dict()
 
 
 def test_norms_have_no_importance():

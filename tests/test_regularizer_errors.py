@@ -121,7 +121,7 @@ def test_strengths(strength, error, message):
         (
             {},
             ValueError,
-            f"Regularizer: {', '.join(ABSENT)}, rules or marks by `regularized` must give a strength, got none",
+            f"Regularizer: {', '.join(ABSENT)}, zeros, rules or marks by `regularized` must give a strength, got none",
         ),
         (
             {"l1": 0.5, "group": "rows"},

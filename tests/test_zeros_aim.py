@@ -245,6 +245,18 @@ def test_rules_have_pools_of_their_own():
     ]
 
 
+@pytest.mark.parametrize("zeros", [0.5, CubicRamp(0.0, 0.5, steps=1)], ids=str)
+def test_a_rule_with_the_share_of_others_has_a_pool_of_its_own(zeros):
+    model = nn.Sequential(*(nn.Linear(10, 10, bias=False) for _ in range(4)))
+    for i, w in enumerate(model.parameters()):
+        nn.init.uniform_(w, i + 1, i + 2)
+    rules = [("1.*", {"zeros": zeros}), ("2.*", {"zeros": zeros}), ("3.*", {"l2": 0.0})]
+    regularizer = Regularizer(model, zeros=zeros, rules=rules)
+    regularizer.step = 1
+    regularizer.prox_(0.0)
+    assert [zeros_in([w]) for w in model.parameters()] == [100, 50, 50, 0]
+
+
 def test_groups_and_elements_are_counted_apart():
     model = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 10))
     Regularizer(model, zeros=0.5, weights_only=True, rules=[("1.*", {"group": "row"})]).prox_(0.0)

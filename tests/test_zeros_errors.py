@@ -38,6 +38,9 @@ from fused_reg.schedules import CubicRamp
         ({"zeros": 0.5, "lower": 0.1}, ValueError, "zeros of '0.weight' must be within its bounds, .* lower=0.1"),
         ({"zeros": 0.5, "upper": -0.1}, ValueError, "zeros of '0.weight' must be within its bounds, .* upper=-0.1"),
         ({"zeros": 0.5, "lower": 0.0, "upper": 1.0}, None, ""),
+        ({"zeros": 0.5, "lower": torch.tensor(0.1)}, ValueError, "'0.weight' must be within its bounds, .* lower=0.1"),
+        ({"zeros": 0.5, "upper": lambda step: step - 1}, ValueError, "must be within its bounds, .* upper=-1"),
+        ({"zeros": 0.5, "rules": [("2.*", {"lower": 1})]}, ValueError, "zeros of '2.weight' must be within its bounds"),
         ({"zeros": 0.5, "rules": [("*", {"zeros": 0.4})]}, ValueError, "zeros must apply to a parameter, but rules"),
         ({"l1": 0.5, "rules": [("0.*", {"zeros": 2})]}, ValueError, "rules.0. '0.*': zeros must be a share"),
         ({"group": "row", "l1": 0.5}, ValueError, 'group="row" must come with l2_norm'),
@@ -50,6 +53,59 @@ def test_errors_when_it_is_built(given, error, message):
         return
     with pytest.raises(error, match=message):
         Regularizer(net(), **given)
+
+
+def with_bounds():
+    model = net()
+    given = {"l1": lambda step: 0.1 * step, "l2": 0.2, "lower": lambda step: 0.2 * step - 0.4, "upper": 1.0}
+    return model, Regularizer(model, zeros=0.5, **given)
+
+
+def state_of(regularizer, **others):
+    state = regularizer.state_dict()
+    groups = [group | others for group in state["groups"]]
+    return state | {"groups": groups}
+
+
+@pytest.mark.parametrize(
+    ("change", "function", "bound"),
+    [
+        (lambda r: r.set_strength(l2=0.3, lower=0.5), "set_strength", "lower=0.5, upper=1.0"),
+        (lambda r: r.set_strength(upper=-0.5, where="2.*"), "set_strength", "lower=-0.4, upper=-0.5"),
+        (lambda r: r.set_strength(l2=0.3, lower=torch.tensor(0.5)), "set_strength", "lower=0.5, upper=1.0"),
+        (lambda r: r.set_strength(l2=0.3, lower=lambda step: 0.5), "set_strength", "lower=0.5, upper=1.0"),
+        (lambda r: setattr(r, "step", 3), "Regularizer", "lower=0.2"),
+        (lambda r: [r.advance() for _ in range(3)], "Regularizer", "lower=0.2"),
+        (lambda r: r.load_state_dict(r.state_dict() | {"step": 3}), "load_state_dict", "lower=0.2"),
+        (lambda r: r.load_state_dict(state_of(r, upper=-0.1, l2=0.3)), "load_state_dict", "upper=-0.1"),
+        (lambda r: r.load_state_dict(state_of(r, lower=0.1, scheduled=["l1"])), "load_state_dict", "lower=0.1"),
+    ],
+)
+def test_bounds_that_leave_zero_out_whatever_sets_them(change, function, bound):
+    """Before anything is changed; with advance() the last step is one that may be."""
+    model, regularizer = with_bounds()
+    before = repr(regularizer), regularizer.state_dict(), [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=rf"^{function}: zeros of '..weight' must be within its bounds, .*{bound}"):
+        change(regularizer)
+    regularizer.step = 0 if regularizer.step == 2 else regularizer.step
+    assert (repr(regularizer), regularizer.state_dict()) == before[:2]
+    regularizer.prox_(0.1)
+    assert zeros_in(model.parameters()) == round(0.5 * 283)
+
+
+def test_a_bound_that_is_written():
+    model, bound = net(), torch.zeros(())
+    regularizer = Regularizer(model, zeros=0.5, lower=bound)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer.attach(optimizer, mode="prox")
+    backward(model, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    bound.fill_(0.25)
+    for use in (optimizer.step, lambda: regularizer.prox_(0.1)):
+        with pytest.raises(ValueError, match=r"zeros of '0.weight' must be within its bounds, .* lower=0.25"):
+            use()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
 def test_what_is_frozen_does_not_count():

@@ -12,9 +12,9 @@ from fused_reg.regularizer import group_projection
 
 
 def without_rows(w, share):
-    """With its smallest rows at zero: of equal ones the first; NaN is larger than all."""
+    """With its smallest rows at zero: of equal ones the first; NaN stays."""
     norms = w.double().reshape(len(w), -1).norm(dim=1)
-    count = min(round(share * len(w)), len(w) - 1)
+    count = min(round(share * len(w)), len(w) - 1, len(w) - int(norms.isnan().sum()))
     return w.index_fill(0, norms.argsort(stable=True)[:count], 0)
 
 

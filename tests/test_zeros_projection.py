@@ -13,6 +13,7 @@ from fused_reg import Regularizer
 from fused_reg.regularizer import projection
 from fused_reg.regularizer import smallest as ranking
 from fused_reg.regularizer.smallest import smallest
+from fused_reg.schedules import PatternRamp
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -48,13 +49,17 @@ def long_lists():
     yield "transposed", [whole.reshape(50, 60).t()]
 
 
-@pytest.mark.parametrize("is_at_hand", [True, False], ids=["on the host", "as on a GPU"])
-@pytest.mark.parametrize(("name", "tensors"), [pytest.param(*own, id=own[0]) for own in long_lists()])
-def test_long_lists_in_pieces_or_on_a_device(name, tensors, is_at_hand, monkeypatch):
+@pytest.fixture(params=[True, False], ids=["on the host", "as on a GPU"])
+def in_short_pieces(request, monkeypatch):
     monkeypatch.setattr(projection, "_PIECE", 128)
     monkeypatch.setattr(ranking, "_SAMPLE", 100)
-    if not is_at_hand:
+    if not request.param:
         monkeypatch.setattr(projection._devices, "is_at_hand", lambda tensor: False)
+
+
+@pytest.mark.usefixtures("in_short_pieces")
+@pytest.mark.parametrize(("name", "tensors"), [pytest.param(*own, id=own[0]) for own in long_lists()])
+def test_long_lists_in_pieces_or_on_a_device(name, tensors):
     for share in (0.001, 0.3, 0.77, 0.995):
         params = [nn.Parameter(t.clone()) for t in tensors]
         Regularizer(params, zeros=share).prox_(0.0)
@@ -62,6 +67,40 @@ def test_long_lists_in_pieces_or_on_a_device(name, tensors, is_at_hand, monkeypa
         expected = without_smallest(own, round(share * 3000))
         for p, x, t in zip(params, expected, tensors, strict=True):
             assert_same_bits([p.detach()], [x.to(t.dtype)])
+
+
+@pytest.mark.usefixtures("in_short_pieces")
+@pytest.mark.parametrize("group", ["tensor", "row", "column"])
+@pytest.mark.parametrize("shapes", [[(20, 4)], [(20, 4), (30, 2)], [(300, 4), (40, 2)]], ids=str)
+def test_more_nan_than_may_stay(group, shapes):
+    """Hard case 23: NaN stays, and all else becomes zero, which is as near to the aim as can be; also infinity."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for p in params:
+        half = p.data[:, 1::2] if group == "column" else p.data[1::2]
+        half.fill_(torch.nan)
+        p.data[0, 0] = torch.inf
+    expected = [torch.where(p.isnan(), p, 0).detach() for p in params]
+    Regularizer(params, zeros=0.7, group=group).prox_(0.0)
+    assert_same_bits([p.detach() for p in params], expected)
+
+
+@pytest.mark.usefixtures("in_short_pieces")
+@pytest.mark.parametrize("length", [240, 2400])
+@pytest.mark.parametrize("zeros", ["2:4", PatternRamp("2:4", steps=4)], ids=str)
+def test_more_nan_than_a_pattern_lets_stay(zeros, length):
+    """Hard case 23: three of four in every other run. The ramp is at 0.875 of what the pattern leaves out, and more of
+    that is NaN."""
+    w = nn.Parameter(torch.randn((length // 8, 8), generator=torch.Generator().manual_seed(0)))
+    expected = w.detach().clone().view(-1, 4)
+    w.data.view(-1, 4)[1::2, 1:] = expected[1::2, 1:] = torch.nan
+    expected[1::2, 0] = 0
+    sizes = expected[::2].abs()
+    expected[::2] = expected[::2].masked_fill(sizes < sizes.sort().values[:, 2:3], 0)
+    regularizer = Regularizer([w], zeros=zeros)
+    regularizer.step = 2
+    regularizer.prox_(0.0)
+    assert_same_bits([w.detach()], [expected.view_as(w)])
 
 
 def test_it_is_the_nearest_point_with_so_many_zeros():

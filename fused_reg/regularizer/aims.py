@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from fused_reg._arguments import is_dtensor, is_number
-from fused_reg._terms import LayerGroup, group_text
-from fused_reg.regularizer.strengths import Schedule, ZeroShare, check_signature, scheduled
+from fused_reg._arguments import is_dtensor, is_known
+from fused_reg._terms import LayerGroup, check_runs, group_text
+from fused_reg.regularizer.penalties import as_share
+from fused_reg.regularizer.strengths import Held, Schedule, ZeroShare, number, scheduled, tensor_of
 from fused_reg.schedules import PatternRamp, Ramp, parsed_pattern
 
 if TYPE_CHECKING:
-    from fused_reg.regularizer.table import Entry
-
-
-def checked_zeros(name: str, zeros: Any) -> ZeroShare:
-    """What is given, checked; ``name`` begins the message of an error."""
-    if isinstance(zeros, str):
-        parsed_pattern(name, zeros)
-        return zeros
-    if is_number(zeros):
-        return _as_share(name, zeros)
-    if isinstance(zeros, Ramp):
-        for end in ("start", "end"):
-            _as_share(f"{name}: {end} of {type(zeros).__name__}", getattr(zeros, end))
-    elif callable(zeros) and not isinstance(zeros, Tensor):
-        check_signature(name, zeros)
-    else:
-        raise TypeError(f'{name} must be a share, a schedule of it or a pattern as "2:4", got {type(zeros).__name__}')
-    return cast(ZeroShare, zeros)
-
-
-def _as_share(name: str, share: float) -> float:
-    if not 0 <= share < 1:
-        raise ValueError(f"{name} must be a share from 0 to below 1, got {share}")
-    return float(share)
+    from fused_reg.regularizer.entry import Entry
 
 
 @dataclass(eq=False)
@@ -48,11 +25,11 @@ class Aim:
     given: ZeroShare
     group: LayerGroup  # as given; "tensor": elements are counted, not groups
     is_each: bool
-    share: float = 0.0
+    step: InitVar[int]
+    share: float = field(init=False)
 
-    def is_of(self, given: ZeroShare, group: LayerGroup) -> bool:
-        is_same = self.given == given if isinstance(given, float | str) else self.given is given
-        return is_same and self.group == group
+    def __post_init__(self, step: int) -> None:
+        self.share = self.at(step)
 
     @property
     def pattern(self) -> tuple[int, int] | None:
@@ -71,7 +48,7 @@ class Aim:
         if isinstance(self.given, float):
             return self.given
         share = scheduled("", "Regularizer: zeros", self.given, step)
-        return share if self.pattern else _as_share(f"Regularizer: zeros at step {step}", share)
+        return share if self.pattern else as_share(f"Regularizer: zeros at step {step}", share)
 
     @property
     def share_of_all(self) -> float:
@@ -86,41 +63,55 @@ class Aim:
         pattern = f', "{self.given.pattern}"' if isinstance(self.given, PatternRamp) else ""
         return f"zeros={self.share_of_all:g} (schedule{pattern})"
 
-    def check(self, entries: Sequence[Entry]) -> None:
-        """Raises where these cannot reach it, whatever their weights are."""
+    def check(self, function: str, entries: Sequence[Entry]) -> None:
+        """Raises where these cannot have it together, whatever their weights and strengths are."""
         for entry in entries:
-            self._check_fits(entry)
+            where = f"{function}: zeros of {entry.name!r}"
+            if is_dtensor(entry.param):
+                raise TypeError(f"{where} must be of plain tensors, got a DTensor, of which each process has a part")
+            if self.pattern is not None and self.group != "tensor":
+                raise ValueError(f"{where} must be of elements where they are a pattern, got {group_text(self.group)}")
+            apart = [name for name, x in entry.references() if x is not None]
+            apart += [entry.joint_by] * (entry.joint_by != "" and self.group != "tensor")
+            if apart:
+                raise ValueError(
+                    f"{where} must come without {apart[0]}, got both; give one to a Regularizer of its own"
+                )
         for pool in self.pools([e for e in entries if e.param.requires_grad]):
-            sizes = [_size(entry) for entry in pool]
+            sizes = [e.param.numel() if self.group == "tensor" else e.group_count for e in pool]
             largest = max(self.given.start, self.given.end) if isinstance(self.given, Ramp) else self.given
             count = round(largest * sum(sizes)) if isinstance(largest, float) else None
             if count in (0, sum(sizes)):
                 what = "elements" if self.group == "tensor" else f"groups ({group_text(self.group)})"
                 raise ValueError(
-                    f"Regularizer: zeros={largest} must leave some and make others zero, but of the {sum(sizes)} "
+                    f"{function}: zeros={largest} must leave some and make others zero, but of the {sum(sizes)} "
                     f"{what} of {pool[0].name!r}{' and others' * (len(pool) > 1)} it makes {count} zero"
                 )
 
-    def _check_fits(self, entry: Entry) -> None:
-        where, p = f"Regularizer: zeros of {entry.name!r}", entry.param
-        if is_dtensor(p):
-            raise TypeError(f"{where} must be of plain tensors, got a DTensor, of which each process has a part")
-        for name in ("toward", "importance"):
-            if getattr(entry, name) is not None:
-                raise ValueError(f"{where} must come without {name}, got both; give one to a Regularizer of its own")
-        lower, upper = entry.strengths["lower"], entry.strengths["upper"]
-        if (isinstance(lower, float) and lower > 0) or (isinstance(upper, float) and upper < 0):
-            raise ValueError(f"{where} must be within its bounds, which leave zero out: lower={lower}, upper={upper}")
-        if (pattern := self.pattern) is None:
-            return
-        if self.group != "tensor":
-            raise ValueError(f"{where} must be of elements where they are a pattern, got {group_text(self.group)}")
-        size = p[0].numel() if p.ndim > 1 and len(p) else p.numel()
-        if p.ndim < 2 or size % pattern[1] != 0:
+    def check_fits(self, function: str, entry: Entry, strengths: Mapping[str, Held]) -> None:
+        """Raises where an entry with these strengths, of its size of now, cannot have it, as far as the host knows."""
+        lower, upper = (_known(strengths[kind]) for kind in ("lower", "upper"))
+        if (lower is not None and lower > 0) or (upper is not None and upper < 0):
             raise ValueError(
-                f'{where}: the rows must have a multiple of {pattern[1]} elements, to be "{pattern[0]}:{pattern[1]}", '
-                f"got shape {tuple(p.shape)}; leave it out with exclude, or weights_only"
+                f"{function}: zeros of {entry.name!r} must be within its bounds, which leave zero out: lower={lower}, "
+                f"upper={upper}"
             )
+        p = entry.param
+        if self.group != "tensor":
+            check_runs(f"{function}: params[{entry.name!r}]", p, entry.group)
+        if (pattern := self.pattern) is not None:
+            size = p[0].numel() if p.ndim > 1 and len(p) else p.numel()
+            if p.ndim < 2 or size % pattern[1] != 0:
+                raise ValueError(
+                    f"{function}: zeros of {entry.name!r}: the rows must have a multiple of {pattern[1]} elements, to "
+                    f'be "{pattern[0]}:{pattern[1]}", got shape {tuple(p.shape)}; leave it out with exclude, or '
+                    "weights_only"
+                )
+
+    def is_to_watch(self, entry: Entry) -> bool:
+        """Whether that may change from step to step."""
+        has_runs = self.pattern is not None or isinstance(self.group, tuple)
+        return has_runs or not all(isinstance(entry.strengths[kind], float) for kind in ("lower", "upper"))
 
     def pools(self, entries: Sequence[Entry]) -> list[list[Entry]]:
         """Those that reach it together."""
@@ -138,6 +129,28 @@ def aims_of(entries: Sequence[Entry]) -> list[tuple[Aim, list[Entry]]]:
     return list(found.values())
 
 
-def _size(entry: Entry) -> int:
-    is_counted = entry.aim is not None and entry.aim.group != "tensor"
-    return entry.group_count if is_counted else entry.param.numel()
+def new_aims(entries: Sequence[Entry], given: ZeroShare, is_each: bool, step: int) -> list[tuple[Aim, list[Entry]]]:
+    """Of entries that shall reach it together: one for each kind of their groups."""
+    pools: dict[LayerGroup, list[Entry]] = {}
+    for entry in entries:
+        pools.setdefault(entry.named_group, []).append(entry)
+    return [(Aim(given, group, is_each, step), own) for group, own in pools.items()]
+
+
+def check_aims(
+    function: str,
+    pools: Iterable[tuple[Aim, Sequence[Entry]]],
+    strengths: Callable[[Entry], Mapping[str, Held]] = attrgetter("strengths"),
+    are_new: bool = False,
+) -> None:
+    """Raises where entries, with the strengths that they have or are about to have, cannot have these aims."""
+    for aim, own in pools:
+        if are_new:
+            aim.check(function, own)
+        for entry in own:
+            aim.check_fits(function, entry, strengths(entry))
+
+
+def _known(strength: Held) -> float | None:
+    tensor = tensor_of(strength)
+    return number(strength) if tensor is None or is_known(tensor) else None

@@ -18,12 +18,13 @@ from fused_reg._partitioned import check_whole
 from fused_reg._warnings import warn
 from fused_reg.regularizer import strays
 from fused_reg.regularizer.calls import Part
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.lasting import check_lasting
 from fused_reg.regularizer.nesting import Nesting
 from fused_reg.regularizer.repeats import Repeat
 from fused_reg.regularizer.share import Share
 from fused_reg.regularizer.steps import Closure, closure_of, exchanged, found_infinity, is_inert, with_penalty
-from fused_reg.regularizer.table import Entry, Table
+from fused_reg.regularizer.table import Table
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.attachments import Attachments
@@ -215,6 +216,7 @@ class Attachment:
         self._follow(optimizer)
         if self._mode != "grad":
             self._share.check_rates(optimizer)
+            self._table.check_aims()
             self._use()
         self._is_inert = is_inert(optimizer)
         if closure is None and self._is_inert:

@@ -12,8 +12,9 @@ from torch.compiler import is_compiling
 from fused_reg._warnings import warn
 from fused_reg.regularizer import strays
 from fused_reg.regularizer.attachment import Attachment, Mode
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.lasting import check_wrapper
-from fused_reg.regularizer.table import Entry, Table
+from fused_reg.regularizer.table import Table
 from fused_reg.regularizer.wrapped import innermost
 
 

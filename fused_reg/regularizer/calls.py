@@ -27,9 +27,10 @@ from fused_reg.distributed.joint import Joint
 from fused_reg.distributed.parts import are_mixed
 from fused_reg.distributed.shards import is_sharded
 from fused_reg.functional import fused_penalty
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.groups import check_weights
 from fused_reg.regularizer.strengths import Column, identity
-from fused_reg.regularizer.table import Entry, Table
+from fused_reg.regularizer.table import Table
 
 _T = TypeVar("_T")
 

@@ -21,8 +21,8 @@ from fused_reg.regularizer import marks
 from fused_reg.regularizer.candidates import Candidate, candidates_of
 from fused_reg.regularizer.keys import Key
 from fused_reg.regularizer.marks import Mark
+from fused_reg.regularizer.penalties import Penalty
 from fused_reg.regularizer.selection import Choice
-from fused_reg.regularizer.strengths import Given, Penalty
 
 _NAMES_SHOWN = 4
 
@@ -58,7 +58,7 @@ class Source:
         self._module: Module | weakref.ref[Module] | None = params if isinstance(params, Module) else None
         self._is_copy = False  # whose parameters may be nobody's
         self._lonely: str | None = None  # the name of one that is
-        self._changes: dict[tuple[Key | None, str], Given] = {}  # by where and kind, in their order
+        self._changes: dict[tuple[Key | None, str], Any] = {}  # by where and kind, in their order
         self._said: set[str] = set()
         self._marks: dict[str, Mark] = {}  # by the names
         self.candidates: list[Candidate] = []
@@ -147,18 +147,18 @@ class Source:
             assert str(marks.count)  # of the number itself the compiler would make a variable
             _look_at_all(self._module)
 
-    def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Given]:
-        """The strengths that a parameter has by its penalty and by what was changed since."""
+    def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Any]:
+        """What a parameter has by its penalty and by what was changed since."""
         given = dict(penalty.given)
-        for (where, kind), strength in self._changes.items():
-            if given[TERM_OF[kind]] is not None if where is None else candidate.matches(where):
-                given[kind] = strength
+        for (where, kind), said in self._changes.items():
+            if given[TERM_OF.get(kind, kind)] is not None if where is None else candidate.matches(where):
+                given[kind] = said
         return given
 
-    def note(self, where: Key | None, kind: str, strength: Given) -> None:
-        """That these were given a strength."""
+    def note(self, where: Key | None, kind: str, said: Any) -> None:
+        """That these were given a strength, or an aim."""
         self._changes.pop((where, kind), None)
-        self._changes[where, kind] = strength
+        self._changes[where, kind] = said
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_module": self.module, "_seen": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from fused_reg import _devices, _ops
 from fused_reg._terms import Strengths, group_code, group_count, in_groups
 from fused_reg.regularizer.aims import Aim
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.smallest import SHORT, smallest
-from fused_reg.regularizer.table import Entry
 
 
 class GroupProjection:
@@ -131,12 +132,14 @@ class _Alone:
     def project_(self, found_inf: Tensor | None) -> None:
         if found_inf is not None and found_inf != 0:
             return
+        norms = _ops.norms(self._tensors, *self._strengths)
+        self._norms.view(-1).index_copy_(0, self._places, norms if self._weights is None else norms / self._weights)
         counts = [_count(aim, part.size) for aim, part in zip(self._aims, self._parts, strict=True)]
+        if math.isnan(norms.sum().item()):  # one of them is NaN, which stays
+            counts = list(map(min, counts, (self._norms == self._norms).sum(1).tolist()))
         if counts != self._counts:
             self._counts = counts
             self._smallest = [row[:count] for row, count in zip(self._order[1], counts, strict=True)]
-        norms = _ops.norms(self._tensors, *self._strengths)
-        self._norms.view(-1).index_copy_(0, self._places, norms if self._weights is None else norms / self._weights)
         torch.sort(self._norms, dim=1, stable=True, out=self._order)
         for part, places in zip(self._parts, self._smallest, strict=True):
             part.make_rows_zero(places)

@@ -19,8 +19,9 @@ from fused_reg.regularizer.references import Weights
 from fused_reg.regularizer.strengths import identity, is_absent
 
 if TYPE_CHECKING:
+    from fused_reg.regularizer.entry import Entry
     from fused_reg.regularizer.following import Source
-    from fused_reg.regularizer.table import Entry, Wishes
+    from fused_reg.regularizer.table import Wishes
 
 #: A weight with its bias, or with the layer of a type that follows it; or patterns of the names of a set.
 Together: TypeAlias = "Literal['bias'] | TypeKey | Iterable[Literal['bias'] | TypeKey | Iterable[str]]"

@@ -13,7 +13,8 @@ from typing_extensions import Unpack
 
 from fused_reg._terms import ANY_TERM, SHAPES, MoreTerms, check_shape, group_text, takes_terms
 from fused_reg.regularizer.names import Place, dims, is_bias, walk
-from fused_reg.regularizer.strengths import Given, Penalty, as_penalty, checked_keys
+from fused_reg.regularizer.penalties import GivenZeros, Penalty, as_penalty, checked_keys
+from fused_reg.regularizer.strengths import Given, ZeroShare
 
 M = TypeVar("M", bound=Module)
 
@@ -92,6 +93,7 @@ def regularized(
     l2: Given = None,
     l2_norm: Given = None,
     *,
+    zeros: ZeroShare | None = None,
     bias: bool | Mapping[str, Any] = False,
     **terms: Unpack[MoreTerms[Given]],
 ) -> M:
@@ -119,6 +121,8 @@ def regularized(
         l2: the strength of the sum of squares, likewise. ``l2 * sum(w ** 2)``, as in Keras.
         l2_norm: the strength of the sum of norms, likewise.
         terms: {text}
+        zeros: a share of zeros as the aim of proximal steps, as of a :class:`Regularizer`: the weights in this module
+            reach it together, and a copy of the module by itself.
         bias: what the biases carry: True, the same as the weights; a dictionary, ``dict(l2=1e-3)``, strengths of their
             own, with the names of the arguments above as keys; False, nothing.
 
@@ -148,7 +152,7 @@ def regularized(
     global count
     if not isinstance(module, Module):
         raise TypeError(f"regularized: module must be a torch.nn.Module, got {type(module).__name__}")
-    penalty = as_penalty("regularized", l1=l1, l2=l2, l2_norm=l2_norm, **terms)
+    penalty = as_penalty("regularized", l1=l1, l2=l2, l2_norm=l2_norm, zeros=zeros, **terms)
     of_biases = _as_bias(bias, penalty)
     if penalty.is_empty and of_biases.is_empty:
         raise ValueError(f"regularized: {ANY_TERM} must give a strength, got none")
@@ -188,8 +192,11 @@ def _check_shapes(where: str, penalty: Penalty) -> None:
 
 
 def _described(penalty: Penalty) -> list[str]:
-    given = {kind: strength for kind, strength in penalty.given.items() if strength is not None}
-    words = [f"{k}={s:g}" if isinstance(s, float) else f"{k}: {type(s).__name__}" for k, s in given.items()]
+    given = {kind: x.given if isinstance(x, GivenZeros) else x for kind, x in penalty.given.items() if x is not None}
+    words = [
+        f"{k}={s:g}" if isinstance(s, float) else f'{k}="{s}"' if isinstance(s, str) else f"{k}: {type(s).__name__}"
+        for k, s in given.items()
+    ]
     return words if penalty.group == "tensor" else [*words, group_text(penalty.group)]
 
 

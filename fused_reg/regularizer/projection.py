@@ -1,7 +1,7 @@
 """The step that reaches an aim: the projection to the nearest weights with so many zeros.
 
 The smallest become zero, the others stay as they are: the proximal step of an L0 penalty whose strength is found anew
-at each step (iterative hard thresholding). What is equal becomes zero in the order of the parameters.
+at each step (iterative hard thresholding). What is equal becomes zero in the order of the parameters. NaN stays always.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.functional import split
 
 from fused_reg import _devices
 from fused_reg.regularizer.aims import Aim, aims_of
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.group_projection import GroupProjection, make_zero
 from fused_reg.regularizer.smallest import Key, largest_of, smallest
-from fused_reg.regularizer.table import Entry
 
 _PIECE = 2**18  # elements, so few that what is computed of them stays in the caches
 
@@ -69,7 +69,7 @@ def _pieces(p: Tensor, m: int) -> Sequence[Tensor]:
 
 
 def _is_behind(w: Tensor, n: int, m: int) -> Tensor:
-    """Which are not among the n largest of each m; of equal ones the first are. NaN counts as infinity."""
+    """Which are not among the n largest of each m; of equal ones the first are. NaN counts as infinity, and is not."""
     runs = w.abs().nan_to_num(torch.inf, torch.inf).reshape(-1, m).t().contiguous()
     rank = torch.zeros_like(runs, dtype=torch.int8)
     for i in range(m):
@@ -77,11 +77,12 @@ def _is_behind(w: Tensor, n: int, m: int) -> Tensor:
             is_larger = runs[j] > runs[i]
             rank[i] += is_larger
             rank[j] += ~is_larger
-    return (rank >= n).t().reshape(-1)
+    return (rank >= n).t().reshape(-1) & ~w.isnan()
 
 
 def _sizes_behind(w: Tensor, n: int, m: int) -> Tensor:
-    return torch.where(_is_behind(w, n, m), w.abs(), torch.inf)
+    """NaN of the others, which stay."""
+    return torch.where(_is_behind(w, n, m), w.abs(), torch.nan)
 
 
 def _make_smallest_zero(pieces: Sequence[Tensor], key: Key, limit: Tensor, equal: int, has_more: bool) -> None:

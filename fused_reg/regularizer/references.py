@@ -25,6 +25,8 @@ def as_weights(name: str, given: Any) -> Any:
         return given
     if isinstance(given, Tensor) or not isinstance(given, Iterable):
         raise TypeError(f"Regularizer: {name} must be a state dict or a list of tensors, got {type(given).__name__}")
+    if isinstance(given, Mapping) and not given:
+        raise ValueError(f"Regularizer: {name} must have a tensor, got an empty dict; leave it out for none")
     return dict(given) if isinstance(given, Mapping) else list(given)
 
 
@@ -37,6 +39,8 @@ class References:
             raise ValueError(f'Regularizer: toward must be tensors, a state dict or "start", got {toward!r}')
         if is_saved not in (None, True, False):
             raise TypeError(f"Regularizer: save_references must be None, True or False, got {is_saved!r}")
+        if is_saved and toward is None and importance is None:
+            raise ValueError("Regularizer: save_references=True must come with toward or importance, got none")
         self.is_saved = self.is_start if is_saved is None else is_saved
         if isinstance(importance, str):
             raise TypeError("Regularizer: importance must be a state dict or a list of tensors, got str")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import Any, Literal, NoReturn
@@ -18,20 +17,21 @@ from typing_extensions import Unpack
 from fused_reg._arguments import is_number
 from fused_reg._terms import ANY_TERM, KINDS, MoreStrengths, MoreTerms, takes_terms
 from fused_reg._warnings import warn
-from fused_reg.regularizer.aims import checked_zeros
 from fused_reg.regularizer.attachment import Attachment, Mode
 from fused_reg.regularizer.attachments import Attachments
 from fused_reg.regularizer.calls import Part
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.groups import Groups, GroupWeights, Together, as_together
 from fused_reg.regularizer.keys import Key, TypeKey, as_keys, check_matches
+from fused_reg.regularizer.penalties import as_penalty, given_strengths
 from fused_reg.regularizer.projection import Projection
 from fused_reg.regularizer.references import References, Toward, Weights, as_weights
 from fused_reg.regularizer.report import Report, report_of, summary_of
-from fused_reg.regularizer.saved import parsed, state_of
+from fused_reg.regularizer.saved import parsed, parsed_aims, state_of, state_of_aims
 from fused_reg.regularizer.selection import Choice, as_rules
-from fused_reg.regularizer.strengths import Given, ZeroShare, as_flag, as_penalty, given_strengths
-from fused_reg.regularizer.table import Entry, Table
+from fused_reg.regularizer.strengths import Given, ZeroShare, as_flag
+from fused_reg.regularizer.table import Table
 
 
 @takes_terms
@@ -83,7 +83,8 @@ class Regularizer:
             schedule of it, ``CubicRamp(0.0, 0.8, steps=1000)``, or a pattern, ``"2:4"`` (at most 2 of each 4 elements
             that follow on one another in a row) or :class:`.PatternRamp`. After each step the smallest of all
             parameters with this aim become zero, elements, or with a ``group`` other than ``"tensor"`` its groups; the
-            others stay as they are. Of plain tensors without ``toward`` and ``importance``. See :doc:`/guides/zeros`.
+            others stay as they are. What a rule or a mark gives is an aim of its own. Of plain tensors, without
+            ``toward`` and ``importance``, and within bounds that have zero. See :doc:`/guides/zeros`.
         zeros_per: ``"parameter"``: each has this share by itself.
         together: parameters whose groups are one, group by group, so that a neuron has one norm with its bias, a
             channel with its normalization, and vanishes as a whole. ``"bias"``: each weight and the bias of its module;
@@ -119,9 +120,10 @@ class Regularizer:
     Raises:
         TypeError: chosen parameters are of no supported kind, a strength is no number, or a type none of modules.
         ValueError: something has no effect: a pattern or type that matches no parameter or none that is left, a rule
-            behind others, a term, ``group`` or mark that is nobody's; a tied parameter with two marks; a strength that
-            is negative, infinite or NaN; ``zeros`` that are no share, or that these parameters cannot have; ``toward``
-            lacks a parameter, ``importance`` names none, or one of them is not of its shape, dtype and device.
+            behind others, a term, ``group`` or mark that is nobody's, a dictionary of tensors without any; a tied
+            parameter with two marks; a strength that is negative, infinite or NaN; ``zeros`` that are no share, or that
+            these parameters cannot have; ``toward`` lacks a parameter, ``importance`` names none, or one of them is not
+            of its shape, dtype and device.
 
     Warns:
         UserWarning: its module has changed; a schedule is never advanced; it was copied without its module.
@@ -180,9 +182,8 @@ class Regularizer:
         if zeros_per not in (None, "parameter"):
             raise ValueError(f'Regularizer: zeros_per must be None or "parameter", got {zeros_per!r}')
         rules = None if rules is None else list(rules)
-        aim = None if zeros is None else checked_zeros("Regularizer: zeros", zeros)
         choice = Choice(
-            replace(as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, **terms), zeros=aim or None),
+            as_penalty("Regularizer", l1=l1, l2=l2, l2_norm=l2_norm, zeros=zeros, **terms),
             weights_only,
             as_keys("include", include),
             as_keys("types", types),
@@ -209,7 +210,7 @@ class Regularizer:
         references = References(**given, is_saved=save_references)
         table = Table(Source(params, choice), references, Groups(*groups.values()), zeros_per is not None)
         self._begin(table)
-        if zeros_per is not None and not self._table.has_aims():
+        if zeros_per is not None and all(entry.zeros is None for entry in self._table.entries):
             raise ValueError(f'Regularizer: zeros_per="{zeros_per}" must come with zeros, which it is about, got none')
         self._current()
 
@@ -309,12 +310,14 @@ class Regularizer:
         if not is_number(step) and not (isinstance(step, Tensor) and step.ndim == 0):
             got = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
             raise TypeError(f"prox_: step must be a float or a 0-dim tensor, got {got}")
-        part = self._used(is_proximal=True)
+        part, has_aims = self._used(is_proximal=True), self._table.has_aims()
+        if has_aims and is_compiling():
+            raise NotImplementedError("prox_: zeros must be reached outside of compiled code, got a call within it")
+        if has_aims:
+            self._table.check_aims()
         self._attachments.warn_of_twice("by prox_")
         part.prox_(step)
-        if self._table.has_aims():
-            if is_compiling():
-                raise NotImplementedError("prox_: zeros must be reached outside of compiled code, got a call within it")
+        if has_aims:
             Projection([entry for entry in part.entries if entry.param.requires_grad]).project_()
 
     @property
@@ -346,6 +349,7 @@ class Regularizer:
         l2: Given = None,
         l2_norm: Given = None,
         *,
+        zeros: ZeroShare | None = None,
         where: Key | None = None,
         **terms: Unpack[MoreStrengths[Given]],
     ) -> None:
@@ -361,13 +365,16 @@ class Regularizer:
             l2: likewise.
             l2_norm: likewise.
             terms: likewise.
+            zeros: the aim of proximal steps, as of the constructor; 0 drops it. What ``where`` names reaches it
+                together, of the groups that it has by its rule, its mark or the constructor.
             where: a pattern of names (``fnmatch``) or a type of modules: these parameters, and "*" is all. None: all
                 that have such a term (not those that a rule gives 0, or that have rules or marks without it); where
                 none has one, all.
 
         Raises:
             TypeError: a strength is no number; none is given.
-            ValueError: a strength is negative, infinite or NaN; no name matches. Nothing has changed then.
+            ValueError: a strength is negative, infinite or NaN; no name matches; these parameters cannot have
+                ``zeros``, or bounds leave zero out. Nothing has changed then.
 
         Example:
             >>> import torch
@@ -377,7 +384,7 @@ class Regularizer:
             >>> regularizer()
             tensor(3., grad_fn=<...>)
         """
-        given: dict[str, Any] = {"l1": l1, "l2": l2, "l2_norm": l2_norm, **terms}
+        given: dict[str, Any] = {"l1": l1, "l2": l2, "l2_norm": l2_norm, "zeros": zeros, **terms}
         for kind in KINDS:
             if isinstance(strength := given.get(kind), str):
                 raise TypeError(
@@ -393,14 +400,16 @@ class Regularizer:
         table.change(strengths, where)
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and the strengths as they are now, in plain numbers and names; with ``save_references`` the
-        reference weights and importances, too.
+        """The step count, the strengths and ``zeros`` as they are now, in plain numbers and names; with
+        ``save_references`` the reference weights and importances, too.
 
         ``torch.save`` and ``torch.load(weights_only=True)`` take it. Schedules are code, which the constructor gets;
-        so are ``zeros``, whose ramp goes on from the step.
+        they go on from the step.
         """
         table = self._followed()
         state: dict[str, Any] = {"step": self.step, "groups": state_of(table)}
+        if table.has_aims() or any(entry.zeros is not None for entry in table.entries):
+            state["aims"] = state_of_aims(table)
         if table.references.is_saved:
             state["references"] = table.references.state(table.entries)
         return state
@@ -411,18 +420,19 @@ class Regularizer:
 
         Args:
             state_dict: of :meth:`state_dict`. Strengths in tensors are filled in place. References are taken as copies,
-                where the state has them; else those that are here stay.
+                where the state has them; else those that are here stay, and so do ``zeros``.
 
         Raises:
             ValueError: it is of other parameters, or needs a schedule that is not here. Nothing has changed then.
         """
-        if not isinstance(state_dict, Mapping) or set(state_dict) - {"references"} != {"step", "groups"}:
+        if not isinstance(state_dict, Mapping) or set(state_dict) - {"references", "aims"} != {"step", "groups"}:
             raise ValueError("load_state_dict: state_dict must have the keys step and groups, as `state_dict` gives it")
         step = _as_count("load_state_dict: step", state_dict["step"])
         table = self._followed()
         references = state_dict.get("references")
         found = {} if references is None else table.references.parsed(references, table.entries)
-        table.load(step, parsed(state_dict["groups"], table.entries), found)
+        aims = parsed_aims(state_dict["aims"], table.entries) if "aims" in state_dict else None
+        table.load(step, parsed(state_dict["groups"], table.entries), aims, found)
 
     def attach(
         self, optimizer: Optimizer, mode: Mode = "grad", *, include_unused: bool = False, lazy_rows: bool = False
@@ -490,8 +500,8 @@ class Regularizer:
             lazy_rows: whether a parameter with a sparse gradient has the penalty of the rows that the batch has
                 touched alone, each once and at the full strength, as the rows of ``SparseAdam`` have their moments. The
                 gradient stays sparse, and is coalesced. ``value`` counts these rows where it is of a step; before the
-                first, and with mode "prox", the whole table. ``l2_norm`` is of rows then. ``False``: an error, and with
-                mode "prox" every row shrinks.
+                first, and with mode "prox", the whole table. ``l2_norm`` is of rows then, and there are no ``zeros``.
+                ``False``: an error, and with mode "prox" every row shrinks.
 
         Returns:
             An :class:`.Attachment`; ``remove()`` detaches (as leaving ``with regularizer.attach(optimizer):`` does),
@@ -529,6 +539,7 @@ class Regularizer:
         """
         if mode not in ("grad", "prox", "preconditioned"):
             raise ValueError(f'attach: mode must be "grad", "prox" or "preconditioned", got {mode!r}')
+        as_flag("attach: include_unused", include_unused)
         as_flag("attach: lazy_rows", lazy_rows)
         if lazy_rows and include_unused:
             raise ValueError(

@@ -33,8 +33,9 @@ from fused_reg.distributed.shards import shards_of
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.aims import Aim, aims_of
 from fused_reg.regularizer.calls import joint_of, named
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.strengths import Cell, Column, Held, identity, tensor_of
-from fused_reg.regularizer.table import Entry, Table
+from fused_reg.regularizer.table import Table
 
 Row = dict[str, Any]
 

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fused_reg._terms import DEFAULTS, KINDS
-from fused_reg.regularizer.strengths import as_saved, is_scheduled, number
-from fused_reg.regularizer.table import Entry, Table, Wishes
+from fused_reg.regularizer.aims import aims_of
+from fused_reg.regularizer.entry import Entry
+from fused_reg.regularizer.penalties import as_zeros
+from fused_reg.regularizer.strengths import ZeroShare, as_saved, is_scheduled, number
+from fused_reg.regularizer.table import Shared, Table, Wishes
 
 _KEYS = ("params", *KINDS, "group", "scheduled")
 _LATER = set(KINDS[3:])  # which a state that is older lacks
@@ -24,6 +27,55 @@ def state_of(table: Table) -> list[dict[str, Any]]:
         }
         for group in table.groups()
     ]
+
+
+def state_of_aims(table: Table) -> list[dict[str, Any]]:
+    """Each aim, with those that reach it together."""
+    return [
+        {
+            "params": [entry.name for entry in own],
+            "zeros": aim.share_of_all if aim.schedule else aim.given,
+            "scheduled": aim.schedule is not None,
+        }
+        for aim, own in aims_of(table.entries)
+    ]
+
+
+def parsed_aims(state: Any, entries: Sequence[Entry]) -> Shared:
+    """What these entries shall have; raises ValueError unless a `state_of_aims` of such may have given it."""
+    where = "load_state_dict: aims"
+    if not isinstance(state, list | tuple):
+        raise ValueError(f"{where} must be a list, as `state_dict` gives it, got {type(state).__name__}")
+    known = {name: entry for entry in entries for name in entry.names}
+    found: list[tuple[list[Entry], ZeroShare]] = []
+    taken: list[Entry] = []
+    for i, pool in enumerate(state):
+        if not isinstance(pool, Mapping) or {*pool} != {"params", "zeros", "scheduled"}:
+            got = list(pool) if isinstance(pool, Mapping) else type(pool).__name__
+            raise ValueError(f"{where}[{i}] must have the keys params, zeros, scheduled, got {got}")
+        zeros, names = as_zeros(f"{where}[{i}]: zeros", pool["zeros"]), pool["params"]
+        if zeros is None or callable(zeros.given) or not isinstance(names, list | tuple):
+            raise ValueError(f"{where}[{i}] must have a list of names and a share or pattern, got {dict(pool)}")
+        own = [known[name] for name in names if isinstance(name, str) and name in known]
+        taken += own
+        if not own or len(own) < len(names) or len(set(taken)) < len(taken):
+            raise ValueError(f"{where}[{i}] must name parameters that are regularized, each once, got {names}")
+        found.append((own, _schedule_of(own) if pool["scheduled"] else zeros.given))
+    return found
+
+
+def _schedule_of(entries: Sequence[Entry]) -> ZeroShare:
+    """That of their zeros, which is one."""
+    first = entries[0].zeros
+    for entry in entries:
+        if first is None or not callable(first.given) or entry.zeros is None or entry.zeros.given is not first.given:
+            got = "none" if entry.zeros is None else entry.zeros.given
+            raise ValueError(
+                f"load_state_dict: zeros of {entry.name!r} must have a schedule, as in the state_dict, and one with "
+                f"{entries[0].name!r}, got {got}"
+            )
+    assert first is not None
+    return first.given
 
 
 def parsed(state: Any, entries: Sequence[Entry]) -> dict[str, Wishes]:

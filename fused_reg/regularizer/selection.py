@@ -10,11 +10,10 @@ from torch.nn import Module
 
 from fused_reg._partitioned import check_whole
 from fused_reg._terms import ABSENT, ANY_TERM, SHAPES, is_without, lacking
-from fused_reg.regularizer.aims import checked_zeros
 from fused_reg.regularizer.candidates import Candidate, marked_modules
 from fused_reg.regularizer.keys import Key, check_matches, is_type, shown
 from fused_reg.regularizer.marks import Mark
-from fused_reg.regularizer.strengths import Penalty, as_penalty, checked_keys, is_absent
+from fused_reg.regularizer.penalties import Penalty, as_penalty, checked_keys, drops
 
 #: A rule: its key, and what it names of a penalty.
 Rule = tuple[Key, dict[str, Any]]
@@ -46,7 +45,8 @@ class Choice:
         chosen = [(c, penalty) for c in meant if self._includes(c) and (penalty := self._penalty_of(c))]
         marked = marked_modules(params) if isinstance(params, Module) else {}
         if self.default.is_empty and not self.rules and not marked and not any(c.marks for c in candidates):
-            _refuse(f"Regularizer: {', '.join(ABSENT)}, rules or marks by `regularized` must give a strength, got none")
+            given = f"{', '.join(ABSENT)}, zeros, rules or marks by `regularized`"
+            _refuse(f"Regularizer: {given} must give a strength, got none")
         for argument, what in (("include", "pattern"), ("types", "type")):
             if getattr(self, argument) == []:
                 _refuse(f"Regularizer: {argument} must have a {what}, got an empty list; leave it out for all")
@@ -75,9 +75,8 @@ class Choice:
             return None if base.is_empty else base
         given = rule[1]
         # A rule's number 0 drops the term: `set_strength` for all that have it passes by.
-        kept = {k: None if k in ABSENT and is_absent(k, s) else s for k, s in given.items() if k != "group"}
-        zeros = kept.pop("zeros", base.zeros)
-        return Penalty({**base.given, **kept}, given.get("group", base.group), zeros or None)
+        kept = {k: None if drops(k, s) else s for k, s in given.items() if k != "group"}
+        return Penalty({**base.given, **kept}, given.get("group", base.group))
 
     def _base_of(self, candidate: Candidate) -> Penalty:
         penalties = {name: mark.penalty_of(name) for name, mark in candidate.marks.items()}
@@ -109,7 +108,7 @@ class Choice:
                     yield f"Regularizer: {argument} must leave a parameter, but {others} removes {shown(key)}"
         for i, rule in enumerate(self.rules):
             key, given = rule
-            if not _only(candidates, key) or all(_is_nothing(*item) for item in given.items()):
+            if not _only(candidates, key) or all(drops(*item) for item in given.items()):
                 continue  # said already, or nothing to lose
             own = [c for c in _only(chosen, key) if self._rule_of(c) is rule]
             if not own:
@@ -123,8 +122,8 @@ class Choice:
 
     def _idle_defaults(self, chosen: Sequence[Candidate]) -> Iterable[str]:
         takers = [(c, (self._rule_of(c) or ("", {}))[1]) for c in chosen if not c.marks]
-        for kind, strength in {**self.default.given, "zeros": self.default.zeros}.items():
-            if not _is_nothing(kind, strength) and all(kind in given for _, given in takers):
+        for kind, said in self.default.given.items():
+            if said is not None and not drops(kind, said) and all(kind in given for _, given in takers):
                 yield (
                     f"Regularizer: {kind} must apply to a parameter, but rules or marks by `regularized` speak about "
                     "all of them"
@@ -135,10 +134,8 @@ class Choice:
                 yield lacking("Regularizer: ", name, own[name])
 
     def _is_without(self, candidate: Candidate, name: str) -> bool:
-        """Whether it lacks the term that an argument of this name shapes, and for a group an aim, too."""
-        base, rule = self._base_of(candidate), (self._rule_of(candidate) or ("", {}))[1]
-        has_aim = name == "group" and bool(rule.get("zeros", base.zeros))
-        return is_without(name, {**base.given, **rule}) and not has_aim
+        """Whether it lacks what an argument of this name shapes."""
+        return is_without(name, {**self._base_of(candidate).given, **(self._rule_of(candidate) or ("", {}))[1]})
 
     def _idle_marks(self, marked: Mapping[Mark, str], candidates: Sequence[Candidate]) -> Iterable[str]:
         owned: dict[Mark, list[Candidate]] = {mark: [] for mark in marked}
@@ -170,10 +167,6 @@ def _only(candidates: Iterable[Candidate], key: Key) -> list[Candidate]:
     return [c for c in candidates if c.matches(key)]
 
 
-def _is_nothing(name: str, given: Any) -> bool:
-    return given is None or (name in ABSENT and is_absent(name, given))
-
-
 def as_rules(rules: Iterable[tuple[Key, Mapping[str, Any]]] | None) -> list[Rule]:
     checked_rules = []
     for i, rule in enumerate(rules or ()):
@@ -181,12 +174,9 @@ def as_rules(rules: Iterable[tuple[Key, Mapping[str, Any]]] | None) -> list[Rule
         if not is_pair or not (isinstance(rule[0], str) or is_type(rule[0])):
             raise TypeError(f"Regularizer: rules[{i}] must be a pair (pattern or type, dict(l1=...)), got {rule!r}")
         key, given = rule
-        checked_keys(f"Regularizer: rules[{i}]", given, "zeros")
-        where = f"rules[{i}] {shown(key)}: "
-        penalty = as_penalty("Regularizer", where, **{k: x for k, x in given.items() if k != "zeros"})
-        zeros = given.get("zeros")
-        zeros = None if zeros is None else checked_zeros(f"Regularizer: {where}zeros", zeros)
-        named = {k: {**penalty.given, "group": penalty.group, "zeros": zeros}[k] for k in given if given[k] is not None}
+        checked_keys(f"Regularizer: rules[{i}]", given)
+        penalty = as_penalty("Regularizer", f"rules[{i}] {shown(key)}: ", **given)
+        named = {k: {**penalty.given, "group": penalty.group}[k] for k in given if given[k] is not None}
         if not named:
             raise ValueError(f"Regularizer: rules[{i}] must give {ANY_TERM}, got {dict(given)!r}")
         checked_rules.append((key, named))

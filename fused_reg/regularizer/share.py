@@ -18,9 +18,10 @@ from fused_reg._arguments import value_dtype
 from fused_reg._lazy_rows import lend_grad, put_back, rows_of, touched
 from fused_reg._terms import ABSENT, GROUPS, OF_GROUPS, group_code, group_text
 from fused_reg.regularizer.calls import Part
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.projection import Projection
 from fused_reg.regularizer.strengths import identity, tensor_of
-from fused_reg.regularizer.table import Entry, Table
+from fused_reg.regularizer.table import Table
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.attachment import Mode
@@ -139,10 +140,9 @@ class Share:
         for i, entry in enumerate(self.entries):
             if (index := touched(f"attach: params[{entry.name!r}]", entry.param)) is None:
                 continue
-            if entry.is_joint:
+            if apart := "zeros" if entry.aim is not None else entry.joint_by * entry.is_joint:
                 raise ValueError(
-                    f"attach: lazy_rows must come without {entry.joint_by}, got both for the sparse gradient of "
-                    f"{entry.name!r}"
+                    f"attach: lazy_rows must come without {apart}, got both for the sparse gradient of {entry.name!r}"
                 )
             norm = next(filter(entry.has, OF_GROUPS), None)
             if norm is not None and group_code(entry.group) != GROUPS["row"]:

@@ -25,7 +25,7 @@ from fused_reg.regularizer.wrapped import optimizers_in
 
 if TYPE_CHECKING:
     from fused_reg.regularizer.attachment import Attachment
-    from fused_reg.regularizer.table import Entry
+    from fused_reg.regularizer.entry import Entry
 
 _CHANGES = 2  # one alone may be a checkpoint that is loaded
 

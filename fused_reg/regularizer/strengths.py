@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_reg import _devices
-from fused_reg._arguments import as_number, check_constant, is_known, is_number
-from fused_reg._terms import ABSENT, CONSTRAINTS, DEFAULTS, KINDS, OF_LAYERS, SHAPES, LayerGroup, check_group
+from fused_reg._arguments import as_number, is_known, is_number
+from fused_reg._terms import ABSENT, DEFAULTS
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
@@ -46,24 +46,6 @@ ZeroShare: TypeAlias = "float | Schedule | str"
 
 #: A strength as the user gives it.
 Given: TypeAlias = "float | Tensor | Schedule | None"
-
-
-@dataclass(frozen=True)
-class Penalty:
-    """What an argument list, a rule or a mark says: strengths as given, and what a norm is of."""
-
-    given: Mapping[str, Given]  # for each of `KINDS`
-    group: LayerGroup = "tensor"
-    zeros: ZeroShare | None = None  # the share aimed at
-
-    @property
-    def is_empty(self) -> bool:
-        return self.zeros is None and all(self.given[term] is None for term in ABSENT)
-
-    @property
-    def key(self) -> object:
-        """Equal for penalties that are."""
-        return (*map(identity, self.given.values()), self.group)
 
 
 def checked(kind: str, name: str, strength: Any) -> float | Tensor | Schedule:
@@ -108,35 +90,6 @@ def as_flag(name: str, given: Any) -> None:
     """Raises TypeError where it is no bool: text, also "no", would be true."""
     if not isinstance(given, bool):
         raise TypeError(f"{name} must be True or False, got {given!r}")
-
-
-def as_penalty(function: str, where: str = "", **given: Any) -> Penalty:
-    """The penalty of these arguments of a function, checked; ``where`` of them begins the message of an error."""
-    where = f"{function}: {where}"
-    group = given.pop("group", "tensor")
-    check_group(where, group, OF_LAYERS)
-    strengths = given_strengths(function, where, **given)
-    return Penalty({kind: strengths.get(kind) for kind in KINDS}, group)
-
-
-def checked_keys(where: str, given: Mapping[str, Any], *others: str) -> Mapping[str, Any]:
-    """A dictionary of strengths, checked for names that are no arguments; ``where`` begins the message of an error."""
-    allowed = [*KINDS, "group", *others]
-    unknown = [key for key in given if key not in allowed]
-    if unknown:
-        raise ValueError(f"{where} must have keys of {', '.join(allowed)}, got {unknown[0]!r}")
-    return given
-
-
-def given_strengths(function: str, where: str, **given: Any) -> dict[str, Given]:
-    """Those that are given, checked."""
-    for name in given:
-        if name not in KINDS:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")  # as Python says it
-    strengths: dict[str, Given] = {k: checked(k, where + k, given[k]) for k in KINDS if given.get(k) is not None}
-    for kind in {*SHAPES, *CONSTRAINTS} & strengths.keys():
-        check_constant(where + kind, strengths[kind])
-    return strengths
 
 
 def scheduled(kind: str, name: str, schedule: Schedule, step: int) -> float:

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_reg import _devices
-from fused_reg._arguments import is_dtensor
 from fused_reg._terms import (
-    CONSTRAINTS,
     OF_GROUPS,
     SHAPES,
-    TERM_OF,
-    TOGETHER,
     Group,
     LayerGroup,
     check_runs,
-    group_code,
-    group_count,
     lacking,
     misfit,
 )
 from fused_reg._warnings import warn
-from fused_reg.regularizer.aims import Aim, aims_of
+from fused_reg.regularizer.aims import Aim, aims_of, check_aims, new_aims
+from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.following import Source
 from fused_reg.regularizer.groups import Groups, check_saved
-from fused_reg.regularizer.keys import Key, Named
+from fused_reg.regularizer.keys import Key
+from fused_reg.regularizer.penalties import GivenZeros
 from fused_reg.regularizer.references import References
 from fused_reg.regularizer.strengths import (
     Cell,
@@ -39,7 +34,6 @@ from fused_reg.regularizer.strengths import (
     ZeroShare,
     held,
     identity,
-    is_absent,
     scheduled,
     tensor_of,
     weighted,
@@ -48,101 +42,10 @@ from fused_reg.regularizer.strengths import (
 #: For each kind of strength its number, and whether a schedule goes on from there.
 Wishes: TypeAlias = "Mapping[str, tuple[float, bool]]"
 
+#: Entries that reach an aim together, and what they shall have.
+Shared: TypeAlias = "Sequence[tuple[Sequence[Entry], ZeroShare]]"
 
-@dataclass(eq=False)
-class Entry(Named):
-    """A parameter and its strengths, also as they were given."""
-
-    param: Tensor
-    names: list[str]
-    types: dict[str, tuple[type, ...]]
-    group: Group
-    strengths: dict[str, Held]
-    given: dict[str, Given]
-    toward: Tensor | None = None
-    importance: Tensor | None = None
-    weight: float | None = None  # of its groups, by which the strength of their norms is multiplied
-    aim: Aim | None = None
-    runs: int = 1  # of rows, each of which has groups of its own: those of a convolution with groups
-    together: Sequence[Entry] = ()  # those with which its groups are one, itself among them
-    is_turned: bool = False  # its groups are columns, and with others, which have rows
-    weights: Tensor | None = None  # one for each group, or each of those that are one
-
-    def cut(self, x: Tensor) -> Sequence[Tensor]:
-        """A tensor of its shape as tensors whose groups are those of its norms, and of its aim."""
-        if not self.is_cut:
-            return (x,)
-        if is_dtensor(x):
-            what = "columns together with rows" if self.runs == 1 else "channels of a convolution"
-            raise ValueError(
-                f"Regularizer: params[{self.name!r}] must be a plain tensor, to have {what}"
-                f"{f' with groups={self.runs}' * (self.runs > 1)}, got a DTensor"
-            )
-        return x.chunk(self.runs) if self.runs > 1 else (x.transpose(0, 1),)
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether its groups are those of other tensors."""
-        if self.is_turned:
-            return self.has_norms()
-        return self.runs > 1 and (self.has_norms() or (self.aim is not None and self.aim.group != "tensor"))
-
-    @property
-    def kind(self) -> Group:
-        """Which groups of `cut` are its own."""
-        if not (self.is_turned and self.is_cut):
-            return self.group
-        return ("row", self.group[1]) if isinstance(self.group, tuple) else "row"
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether the norms of its groups are not its own alone."""
-        return self.joint_by != "" and self.has_norms()
-
-    @property
-    def is_first(self) -> bool:
-        """Of those with which its groups are one, without what is frozen; of others each is."""
-        others = self.together if self.has_norms() else ()
-        return next((entry for entry in others if entry.param.requires_grad), self) is self
-
-    @property
-    def joint_by(self) -> str:
-        """The argument that says so, if any."""
-        return "together" if self.together else "group_weights of tensors" if self.weights is not None else ""
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    @property
-    def group_count(self) -> int:
-        return self.runs * group_count(self.param, group_code(self.group))
-
-    def is_given(self, kind: str) -> bool:
-        """Whether its term is, also as 0 in `set_strength`."""
-        return self.given[TERM_OF[kind]] is not None
-
-    def weight_of(self, kind: str) -> float | None:
-        return self.weight if kind == "l2_norm" else None
-
-    def has(self, term: str) -> bool:
-        """Whether a term, or a constraint, is there. A tensor is not looked at."""
-        return any(not is_absent(kind, self.strengths[kind]) for kind in TOGETHER[term])
-
-    def has_norms(self) -> bool:
-        return any(map(self.has, OF_GROUPS))
-
-    def constraints(self) -> list[str]:
-        """Those that are given."""
-        return [kind for kind in CONSTRAINTS if not is_absent(kind, self.strengths[kind])]
-
-    def references(self) -> list[tuple[str, Tensor | None]]:
-        return [("toward", self.toward), ("importance", self.importance)]
-
-    @property
-    def relation(self) -> tuple[bool, bool]:
-        """Whether it has reference weights, and importances: entries that differ are in calls of their own."""
-        return self.toward is not None, self.importance is not None
+_Aims: TypeAlias = "dict[tuple[GivenZeros | None, LayerGroup], Aim | None]"
 
 
 class Table:
@@ -156,7 +59,8 @@ class Table:
         self._groups = groups
         groups.read(source.candidates)
         self._aims_at_each = aims_at_each
-        self._aims: list[Aim] = []  # those of the entries
+        self._aims: list[Aim] = []  # those of the entries,
+        self._watched: list[tuple[Aim, list[Entry]]] = []  # and what may not fit them any more at a later step
         self._step = 0
         self._is_led = False  # whether somebody counts or sets the step
         self._skipped: Tensor | None = None  # how many of these steps were none, which a GPU knows
@@ -198,26 +102,27 @@ class Table:
         that have it alike."""
         hold = _holder(self.step)
         known = {name: e for e in self.entries for name in e.names} | {id(e.param): e for e in self.entries}
+        aims: _Aims = {}
         alike: dict[object, list[Held]] = {}
         for e in self.entries:
             for kind, own_strength in e.strengths.items():
                 alike.setdefault((kind, identity(e.given[kind]), e.weight_of(kind)), []).append(own_strength)
-        entries, aims = [], [*self._aims]
+        entries = []
         for candidate, penalty in self._source.chosen:
             names, given = candidate.names, self._source.given(candidate, penalty)
             before = next((known[key] for key in (id(candidate.param), *names) if key in known), None)
             group: Group = "tensor"  # where it has no norms, and others do not fit
-            aim = None if penalty.zeros is None else self._aim_of(penalty.zeros, penalty.group, aims)
-            if aim is not None or any(given[term] is not None for term in OF_GROUPS):
+            zeros = given.pop("zeros")
+            if zeros is not None or any(given[term] is not None for term in OF_GROUPS):
                 group = candidate.group_of("Regularizer", penalty.group)
                 check_runs(f"Regularizer: params[{names[0]!r}]", candidate.param, group)
             elif candidate.knows(penalty.group) and not misfit(candidate.param, penalty.group):
                 group = candidate.group_of("Regularizer", penalty.group)
             references = self.references.of(candidate.param, names, before)
-            runs = candidate.runs_of(penalty.group)
-            entries.append(
-                Entry(candidate.param, names, candidate.types, group, {}, given, *references, runs=runs, aim=aim)
-            )
+            entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references)
+            entry.runs, entry.named_group = candidate.runs_of(penalty.group), penalty.group
+            entry.zeros, entry.aim = zeros, self._aim_of(zeros, penalty.group, before, aims)
+            entries.append(entry)
         self._groups.settle(entries, self._source)
         for entry in entries:
             before = next((known[key] for key in (id(entry.param), *entry.names) if key in known), None)
@@ -231,23 +136,37 @@ class Table:
                     entry.strengths[kind] = others[0]
                 else:
                     entry.strengths[kind] = hold(kind, f"Regularizer: {kind} of {entry.name!r}", strength, weight)
-        found = aims_of(entries)
-        has_groups = any(aim.group != "tensor" for aim, _ in found)
-        if self._groups.are_weighted and not has_groups and all(entry.given["l2_norm"] is None for entry in entries):
+        has_aims = any(entry.zeros is not None and entry.named_group != "tensor" for entry in entries)
+        if self._groups.are_weighted and not has_aims and all(entry.given["l2_norm"] is None for entry in entries):
             raise ValueError("Regularizer: group_weights must come with l2_norm, whose groups it weighs, got none")
-        for aim, own in found:
-            aim.check(own)
-        self._aims = [aim for aim, _ in found]
+        found = aims_of(entries)
+        check_aims("Regularizer", found, are_new=True)
+        self._set_aims(entries, found)
         return entries
 
-    def _aim_of(self, zeros: ZeroShare, group: LayerGroup, aims: list[Aim]) -> Aim:
-        """The one of these that has been given the same, or a new one."""
-        aim = next((aim for aim in aims if aim.is_of(zeros, group)), None)
-        if aim is None:
-            aim = Aim(zeros, group, self._aims_at_each)
-            aim.share = aim.at(self.step)
-            aims.append(aim)
-        return aim
+    def _aim_of(self, zeros: GivenZeros | None, group: LayerGroup, before: Entry | None, known: _Aims) -> Aim | None:
+        """As a strength: that of before, that of others that have it alike, or a new one."""
+        if before is not None and before.zeros is zeros and before.named_group == group:
+            return before.aim
+        if (zeros, group) not in known:
+            alike = {entry.aim for entry in self.entries if entry.zeros is zeros and entry.named_group == group}
+            if len(alike) != 1:
+                own = None if zeros is None or zeros.is_none else zeros.given
+                alike = {None if own is None else Aim(own, group, self._aims_at_each, self.step)}
+            known[zeros, group] = alike.pop()
+        return known[zeros, group]
+
+    def _set_aims(self, entries: Sequence[Entry], pools: Sequence[tuple[Aim, Sequence[Entry]]]) -> None:
+        """These and no others."""
+        aims = {id(entry): aim for aim, own in pools for entry in own}
+        for entry in entries:
+            entry.aim = aims.get(id(entry))
+        self._aims = [aim for aim, _ in pools]
+        self._watched = [(aim, [entry for entry in own if aim.is_to_watch(entry)]) for aim, own in pools]
+
+    def check_aims(self) -> None:
+        """Before a proximal step: since the last one a parameter may have been resized, and a bound been written."""
+        check_aims("Regularizer", self._watched)
 
     def groups(self) -> list[list[Entry]]:
         """The strength groups: the entries with the same strengths, of the same kind."""
@@ -304,6 +223,11 @@ class Table:
                     kind = name.partition(" ")[0]
                     values[id(schedule)] = scheduled(kind, f"Regularizer: {name}", schedule, step)
         shares = self._shares(step)
+
+        def after(entry: Entry) -> dict[str, Held]:
+            return {kind: values.get(id(_schedule_of(old)), old) for kind, old in entry.strengths.items()}
+
+        check_aims("Regularizer", self._watched, after)
         self._step, self._skipped, self._is_led = step, None, True
         for cell, asked in due:
             _fill(cell.value, values[asked])
@@ -314,10 +238,11 @@ class Table:
         """What each aim is at this step, checked."""
         return [(aim, aim.at(step)) for aim in self._aims]
 
-    def change(self, strengths: Mapping[str, Given], where: Key | None) -> None:
-        """Gives the entries that ``where`` means strengths of some kinds, checked before. A number is written into the
-        tensor that holds the old one, if no entry or kind outside uses it."""
+    def change(self, strengths: Mapping[str, Any], where: Key | None) -> None:
+        """Gives the entries that ``where`` means strengths of some kinds, and `GivenZeros`, checked before. A number is
+        written into the tensor that holds the old one, if no entry or kind outside uses it."""
         hold = _holder(self.step)
+        zeros: GivenZeros | None = strengths.get("zeros")
         # For all is for all that have such a term, and where none has one yet, for all.
         meant = {k: "*" if where is None and not any(e.is_given(k) for e in self.entries) else where for k in strengths}
         own = {
@@ -328,10 +253,12 @@ class Table:
             if SHAPES[kind].shapes not in strengths and not any(e.is_given(kind) for e in own[kind]):
                 raise ValueError(lacking("set_strength: ", kind, strengths[kind]))
         for (candidate, penalty), entry in zip(self._source.chosen, self.entries, strict=True):
-            if any(entry in own.get(term, ()) for term in OF_GROUPS):
+            if any(entry in own.get(kind, ()) for kind in (*OF_GROUPS, "zeros")):
                 group = candidate.group_of("set_strength", penalty.group)
                 check_runs(f"set_strength: params[{entry.name!r}]", entry.param, group)
         self._groups.check_change(strengths, own)
+        aimed = own.pop("zeros", [])
+        aims = [] if zeros is None or zeros.is_none else new_aims(aimed, zeros.given, self._aims_at_each, self.step)
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
         new: list[tuple[str, list[Entry], Held]] = []  # for those of one weight at a time
         for kind, entries in own.items():
@@ -343,12 +270,22 @@ class Table:
                 for old in _in_tensors(entries, kind):
                     if self._uses(old) <= places:
                         _check_fits(f"set_strength: {kind}", old, strength)
+
+        def after(entry: Entry) -> dict[str, Held]:
+            return {**entry.strengths, **{kind: strength for kind, its, strength in new if entry in its}}
+
+        pools = [*aims, *aims_of([entry for entry in self.entries if entry not in aimed])]
+        check_aims("set_strength", pools, after, are_new=len(aimed) > 0)
         for kind, entries, strength in new:
             self._replace(entries, kind, strength)
             for entry in entries:
                 entry.given[kind] = strengths[kind]
-        for kind, strength_given in strengths.items():
-            self._source.note(meant[kind], kind, strength_given)
+        for entry in aimed:
+            entry.zeros = zeros
+            self.version += 1
+        self._set_aims(self.entries, pools)
+        for kind, said in strengths.items():
+            self._source.note(meant[kind], kind, said)
 
     def _replace(self, entries: Sequence[Entry], kind: str, strength: Held) -> None:
         fresh: dict[object, Held] = {}  # for what is in a tensor and shall be a number
@@ -367,9 +304,9 @@ class Table:
     def _uses(self, strength: Held) -> set[tuple[int, str]]:
         return {(id(e), kind) for e in self.entries for kind, own in e.strengths.items() if own is strength}
 
-    def load(self, step: int, saved: Mapping[str, Wishes], references: Any) -> None:
+    def load(self, step: int, saved: Mapping[str, Wishes], aims: Shared | None, references: Any) -> None:
         """Takes a step and, for each name, strengths, and references, checked before. A schedule that goes on gives its
-        own strength for that step."""
+        own strength for that step. ``aims``: None: those that are here."""
         check_saved(self.entries, saved)
         wanted: dict[object, dict[tuple[float, bool], Held]] = {}  # of each tensor: what its users shall have
         for e in self.entries:
@@ -384,7 +321,13 @@ class Table:
                     values[id(schedule)] = scheduled(kind, name, schedule, step)
                 if len(wanted[identity(old)]) == 1:
                     _check_fits(name, old, values.get(id(schedule), value))
-        shares = self._shares(step)
+        shared = [(own, aim.given) for aim, own in aims_of(self.entries)] if aims is None else aims
+        pools = [pool for own, given in shared for pool in new_aims(own, given, self._aims_at_each, step)]
+
+        def after(e: Entry) -> dict[str, Held]:
+            return {k: values.get(id(_schedule_of(e.strengths[k], keep)), x) for k, (x, keep) in saved[e.name].items()}
+
+        check_aims("load_state_dict", pools, after, are_new=aims is not None)
         for wishes in wanted.values():
             for (value, keep), old in list(wishes.items()):
                 schedule = _schedule_of(old, keep)
@@ -399,13 +342,12 @@ class Table:
             for kind, old in e.strengths.items():
                 e.strengths[kind] = wanted[identity(old)][saved[e.name][kind]]
         self.references.load(references, self.entries)
-        for aim, share in shares:
-            aim.share = share
+        self._set_aims(self.entries, pools)
         self._step, self._skipped = step, None
         self.version += 1
 
 
-def _schedule_of(strength: Held, keep: bool) -> Schedule | None:
+def _schedule_of(strength: Held, keep: bool = True) -> Schedule | None:
     return strength.schedule if isinstance(strength, Cell) and keep else None
 
 
