@@ -122,6 +122,8 @@ LAYOUTS = {
     "every second column": (False, lambda **k: draw((31, 46), **k)[:, ::2]),
     "every third row": (False, lambda **k: draw((31, 46), **k)[1::3]),
     "block": (False, lambda **k: draw((300, 211), **k)[5:290, 7:200]),
+    "block of long rows": (False, lambda **k: draw((70, 900), **k)[3:69, 5:805]),
+    "block of long rows in matrices": (False, lambda **k: draw((5, 9, 700), **k)[:, 2:8, :600]),
     "diagonal": (False, lambda **k: draw((40, 40), **k).diagonal()),
     "expanded scalar": (False, lambda **k: draw((), **k).expand(7, 3)),
     "expanded rows": (False, lambda **k: draw((33,), **k).expand(5, 33)),

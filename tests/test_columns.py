@@ -10,7 +10,8 @@ from fused_reg import Regularizer, accumulate_grad_, fused_penalty, optim, prox_
 
 SHAPES = (
     *((5, 7), (33, 65), (300, 211), (6, 5, 3, 3), (2, 1, 4), (1, 9), (0, 4), (4, 0), (3, 20_000)),
-    *((20_000, 3), (16_385, 19), (70, 2_000), (1_850, 9, 3, 3)),  # long columns, several strips
+    *((40_000, 2), (20_000, 3), (3_001, 8), (16, 700)),  # few columns, and short ones
+    *((16_385, 19), (70, 2_000), (1_850, 9, 3, 3)),  # several strips
 )
 STRENGTHS = ({"l2_norm": 0.3}, {"l1": 0.1, "l2": 0.2, "l2_norm": [0.1 * i for i in range(len(SHAPES))]})
 LAYOUTS = {

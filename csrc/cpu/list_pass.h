@@ -199,12 +199,14 @@ class ListPass : public TaskList {
 
   // A pass that writes, where there is something to be written.
   void run_with_norms(const OptionalTensor& norms, at::IntArrayRef first_groups) {
-    const double* const all = group_ == Grouping::kNone ? nullptr : norms->const_data_ptr<double>();
+    if (group_ == Grouping::kNone) {
+      for_each_run([&](const ChunkTask& task) { write(task, Pass::kPenalty); });
+      return;
+    }
+    const double* const all = norms->const_data_ptr<double>();
     for_each_task(plan_, own_streams(), [&](const Visit& visit, ChunkTask& task) {
-      if (all != nullptr) {
-        const int64_t t = visit.first.tensor;
-        set_norms(task, t, all + first_groups[t] + visit.first.group - plan_.first_group(t));
-      }
+      const int64_t t = visit.first.tensor;
+      set_norms(task, t, all + first_groups[t] + visit.first.group - plan_.first_group(t));
       write(task, Pass::kPenalty);
     });
   }

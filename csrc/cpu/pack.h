@@ -13,6 +13,7 @@ namespace fused_reg {
 
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPrefetchRows = 16;
+constexpr int64_t kLeastRun = 256;
 
 // Where the elements of groups lie, from the first of them on. Strides are in elements.
 struct Strides {
@@ -25,6 +26,20 @@ struct Strides {
   static Strides of_runs(int64_t size) { return {size, {{size, 1}}}; }
 
   bool is_run() const { return dims.size() == 1 && dims[0].stride == 1 && group == dims[0].size; }
+
+  // Where element i of a group lies, and how many from there on lie as it does to the next.
+  std::pair<int64_t, int64_t> piece(int64_t i) const {
+    const int64_t left = dims.back().size - i % dims.back().size;
+    int64_t offset = 0;
+    for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+      offset += i % dim->size * dim->stride;
+      i /= dim->size;
+    }
+    return {offset, left};
+  }
+
+  // Whether its elements lie in runs that are worth a task each.
+  bool has_runs() const { return dims.back().stride == 1 && dims.back().size >= kLeastRun; }
 
   // Each element is beside that of the next group. Those of an expanded tensor are no distance apart.
   bool is_across() const { return dims.size() == 1 && dims[0].stride != 0 && group == 1; }
@@ -154,14 +169,9 @@ void copy(Matrix<T> from, Matrix<T> to, int64_t rows, int64_t columns) {
 template <bool unpacks, class T>
 void pack_elements(const Strides& strides, T* memory, Matrix<T> packed, int64_t groups, int64_t begin, int64_t size) {
   for (int64_t i = 0, count; i < size; i += count) {
-    const Strides::Dim& last = strides.dims.back();
-    int64_t offset = 0, rest = begin + i;
-    for (auto dim = strides.dims.rbegin(); dim != strides.dims.rend(); ++dim) {
-      offset += rest % dim->size * dim->stride;
-      rest /= dim->size;
-    }
-    count = std::min(last.size - (begin + i) % last.size, size - i);
-    const Matrix<T> strided{memory + offset, strides.group, last.stride};
+    const auto [offset, left] = strides.piece(begin + i);
+    count = std::min(left, size - i);
+    const Matrix<T> strided{memory + offset, strides.group, strides.dims.back().stride};
     const Matrix<T> run{packed.at + i * packed.column, packed.row, packed.column};
     unpacks ? copy(run, strided, groups, count) : copy(strided, run, groups, count);
   }

@@ -118,6 +118,23 @@ class TaskList {
     });
   }
 
+  // body(task) once for everything that a pass without sums or norms writes; it is free to take the elements as they
+  // lie, run by run.
+  template <class Body>
+  void for_each_run(const Body& body) const {
+    for_each_visit(plan_, [&](const Visit& visit) {
+      const int64_t t = visit.first.tensor;
+      const StreamUse used = streams_used(tasks_[t].pass);
+      if (!plan_.has_strips(t)) {
+        body(task_of(visit));
+      } else if (has_runs(t, used)) {
+        visit_runs(visit, used, body);
+      } else {
+        visit_strip(plan_, visit, used, [&](const Visit&, const ChunkTask& task) { body(task); });
+      }
+    });
+  }
+
   at::TensorList params_;
   Grouping group_;
   bool has_further_;
@@ -185,6 +202,45 @@ class TaskList {
     plan_.set_strips(t, across ? 4 * line(t) : line(t), across ? kMaxVisit : plan_.elements());
   }
 
+  bool uses(int64_t t, const StreamUse& used, int s) const {
+    return (used.reads | relative_streams(kRelative) | used.writes) & bit(s) && tasks_[t].streams[s] != nullptr;
+  }
+
+  bool has_runs(int64_t t, const StreamUse& used) const {
+    for (int s = 0; s < kStreams; ++s) {
+      const Strides& strides = strides_[t][s];
+      if (uses(t, used, s) && !strides.dims.empty() && !strides.has_runs()) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  template <class Body>
+  void visit_runs(const Visit& visit, const StreamUse& used, const Body& body) const {
+    const int64_t t = visit.first.tensor, end = visit.first.begin + visit.size;
+    const auto bytes = static_cast<int64_t>(dense(t).element_size());
+    const auto& dims = strides_[t][0].dims;
+    const int64_t apart = dims.size() > 1 ? dims[dims.size() - 2].stride : 0;  // what is fetched, in the next run
+    for (int64_t i = visit.first.begin, count; i < end; i += count) {
+      ChunkTask task = tasks_[t];
+      count = end - i;
+      for (int s = 0; s < kStreams; ++s) {
+        if (!uses(t, used, s)) {
+          task.streams[s] = nullptr;
+          continue;
+        }
+        const Strides& strides = strides_[t][s];
+        const auto [offset, left] = strides.dims.empty() ? std::pair(i, count) : strides.piece(i);
+        task.streams[s] = static_cast<char*>(task.streams[s]) + offset * bytes;
+        count = std::min(count, left);
+      }
+      task.size = task.chunk_size = count;
+      task.ahead = apart;
+      body(task);
+    }
+  }
+
   // A strip, whose streams are packed, unless they are side by side, or runs that are wanted.
   template <class Body>
   void visit_strip(const ChunkPlan& plan, const Visit& strip, const StreamUse& used, const Body& body) const {
@@ -200,7 +256,7 @@ class TaskList {
     void* memory[kStreams];
     unsigned packed = 0;
     for (int s = 0; s < kStreams; ++s) {
-      if (!((reads | used.writes) & bit(s)) || tasks_[t].streams[s] == nullptr) {
+      if (!uses(t, used, s)) {
         task.streams[s] = nullptr;
         continue;
       }
