@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from torch.nn import Module
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fused_reg import _devices
 from fused_reg._arguments import are_run, is_dtensor, is_known
 from fused_reg._terms import Strengths
 
@@ -83,6 +84,16 @@ def expanded(x: Any, p: Tensor) -> Any:
         return x
     fits = x.ndim == p.ndim and all(n in (1, m) for n, m in zip(x.shape, p.shape, strict=True))
     return x.expand(p.shape) if fits and x.shape != p.shape else x
+
+
+def followed(x: Tensor, p: Tensor) -> Tensor:
+    """A reference of a parameter that may have been converted since: a copy that is, unless there are no values."""
+    if not _devices.has_data(p) or (x.dtype is p.dtype and x.device == p.device):
+        return x
+    if is_dtensor(x) or 0 not in x.stride():
+        return x.to(p.device, p.dtype)
+    rows = x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]  # one of each that are the same
+    return rows.to(p.device, p.dtype).expand(x.shape)
 
 
 def check_like(name: str, x: Any, p: Any, of: str) -> None:

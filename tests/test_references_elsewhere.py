@@ -135,7 +135,38 @@ def check_fully_shard() -> list[float]:
     return trained[0][-2].tolist()
 
 
-@pytest.mark.parametrize("check", [check_layouts, check_what_is_not_cut_alike, check_fully_shard])
+def check_converted() -> list[float]:
+    """What is cut follows its module as a whole one does."""
+    import warnings
+
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    warnings.simplefilter("ignore")  # that it follows
+    mesh, found = init_device_mesh("cpu", (4,)), []
+    for is_cut in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(9, 6)
+        if is_cut:
+            for name, p in [*model.named_parameters()]:
+                setattr(model, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+        importance = {"weight": model.weight.detach().abs()}
+        regularizer = Regularizer(model, l1=0.1, l2=0.3, toward="start", importance=importance)
+        optimizer = optim.SGD(model.parameters(), lr=0.1, l2=0.3, toward="start")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        model.double()
+        assert all(p.dtype is torch.float64 and isinstance(p, DTensor) == is_cut for p in model.parameters())
+        regularizer.prox_(0.1)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        found.append([x.item() for x in (regularizer(), optimizer.penalty)] + [regularizer.report().total["value"]])
+    torch.testing.assert_close(*found, rtol=1e-13, atol=0)
+    return found[0]
+
+
+@pytest.mark.parametrize("check", [check_layouts, check_what_is_not_cut_alike, check_fully_shard, check_converted])
 def test_cut_over_processes(check):
     results = ranks(4).run(check)
     assert results == results[:1] * 4

@@ -130,6 +130,7 @@ class Share:
                 )
 
     def penalty(self) -> Tensor:
+        self.table.follow()
         with torch.no_grad():
             return self.part.penalty()
 

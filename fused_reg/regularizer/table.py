@@ -27,7 +27,7 @@ from fused_reg._terms import (
 )
 from fused_reg._warnings import warn
 from fused_reg.regularizer.aims import Aim, aims_of
-from fused_reg.regularizer.following import Source
+from fused_reg.regularizer.following import Source, listed
 from fused_reg.regularizer.groups import Groups, check_saved
 from fused_reg.regularizer.keys import Key, Named
 from fused_reg.regularizer.references import References
@@ -167,12 +167,22 @@ class Table:
 
     def follow(self) -> None:
         """Reads the module again where it has changed."""
+        self.references.converted = {}
         if self._source.has_changed():
             with self._source.reading_again() as said:
                 self.entries = self._chosen_entries()
             self.version += 1
             if said:
                 warn(said)
+        elif self.references.follow(self.entries):
+            self.version += 1
+        if converted := self.references.converted:
+            self.references.keep(converted)
+            names = listed(list(dict.fromkeys(name for _, name in converted)))
+            warn(
+                f"Regularizer: it follows its module: {names} converted; their toward and importance are converted "
+                "copies from now on"
+            )
 
     def is_standing(self) -> bool:
         """Whether it has a schedule, and no step was counted or set."""
