@@ -7,7 +7,7 @@ Tests and benchmarks compare with it. The package itself does not use it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ _SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
 def _sum(x: Tensor, given: dict[str, Any]) -> Tensor:
     importance = given["importance"]
     return x.sum() if importance is None else (importance.to(x.dtype) * x).sum()
+
+
+def _nothing(w: Tensor) -> Tensor:
+    """0, whose gradient is 0: the value without a term."""
+    return w.flatten()[:0].sum()
 
 
 def _difference(w: Tensor, given: dict[str, Any]) -> Tensor:
@@ -196,7 +201,7 @@ def fused_penalty(
     for p, given in _with_terms(params, l1, l2, terms, toward, importance):
         dtype = torch.promote_types(dtype, p.dtype)
         w = _difference(p.double(), given)
-        value = w.new_zeros(())
+        value = _nothing(w)
         for term in TERMS:
             if _is_present(given[term]):
                 value = value + given[term] * _SUMS[term](w, given)
@@ -376,8 +381,9 @@ def loop(
         tensor(6.5000)
     """
     total: Any = 0
-    for p, given in _with_terms(params, l1, l2, terms, toward, importance):
+    own = _with_terms(params, l1, l2, terms, toward, importance)
+    for p, given in own:
         for term in TERMS:
             if _is_present(given[term]):
                 total = total + given[term] * _SUMS[term](_difference(p, given), given)
-    return torch.as_tensor(total)
+    return total if isinstance(total, Tensor) else cast(Tensor, sum(_nothing(p) for p, _ in own))
