@@ -105,6 +105,8 @@ class Attachment:
         optimizer of :mod:`fused_reg.optim`: in every mode before the step; of DTensors it is reduced when it is looked
         at, and every process must look."""
         if self._value is None:
+            if (optimizer := self.optimizer) is not None and self.is_active:
+                self._follow(optimizer)
             return self._share.penalty()
         value: Tensor = self._value if isinstance(self._value, Tensor) else self._value.total()
         return value

@@ -61,6 +61,7 @@ class Groups:
         self._are_roots = isinstance(weights, str)
         self._weights: Any = None if self._are_roots else weights
         self.are_weighted = weights is not None
+        self.are_of_sizes = self._are_roots or together is not None  # what it gives depends on these
 
     def read(self, candidates: Sequence[Named]) -> None:
         """Of the parameters that a regularizer chooses from: gives the weights of a list their names."""

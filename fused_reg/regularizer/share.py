@@ -130,7 +130,6 @@ class Share:
                 )
 
     def penalty(self) -> Tensor:
-        self.table.follow()
         with torch.no_grad():
             return self.part.penalty()
 

@@ -163,17 +163,28 @@ class Table:
         self._cells: dict[str, Cell] = {}
         self._cells_version = -1
         self.entries: list[Entry] = []
+        self._shapes: list[torch.Size] = []  # of their parameters, where it matters
+        self._choose()
+
+    def _choose(self) -> None:
         self.entries = self._chosen_entries()
+        self._shapes = self._shapes_now()
+
+    def _shapes_now(self) -> list[torch.Size]:
+        return [entry.param.shape for entry in self.entries] if self._groups.are_of_sizes else []
 
     def follow(self) -> None:
-        """Reads the module again where it has changed."""
+        """Reads the module again where it has changed, and chooses again where a parameter was resized."""
         self.references.converted = {}
         if self._source.has_changed():
             with self._source.reading_again() as said:
-                self.entries = self._chosen_entries()
+                self._choose()
             self.version += 1
             if said:
                 warn(said)
+        elif self._shapes != self._shapes_now():
+            self._choose()
+            self.version += 1
         elif self.references.follow(self.entries):
             self.version += 1
         if converted := self.references.converted:
