@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fused_reg import _devices
 from fused_reg._arguments import are_run, is_dtensor, is_known
-from fused_reg._terms import Strengths
+from fused_reg._terms import NUMBERS, PLACES, TERMS, Strengths
 
 #: One tensor for each parameter, of its shape and dtype.
 Tensors: TypeAlias = "Iterable[Tensor] | Tensor"
@@ -58,6 +58,7 @@ def relative(
                 check_like(f"{where}{name}[{i}]", x, p, f"params[{i}]")
     for i, x in enumerate(importance):
         check_importance(f"{where}importance[{i}]", x)
+    strengths = behind_checks(strengths, importance, [f"{where}importance[{i}]" for i, _ in enumerate(importance)])
     return strengths.relative([x.detach() for x in toward], [x.detach() for x in whole])
 
 
@@ -130,6 +131,34 @@ def check_importance(name: str, x: Any) -> None:
     if not bool(is_good.all()):
         raise ValueError(f"{name} must be finite and >= 0, got {local[~is_good][0].item()}")
     _looked_at[x] = version
+
+
+def behind_checks(strengths: Strengths, factors: Sequence[Tensor], names: Sequence[str]) -> Strengths:
+    """The same; in compiled code, which has no values yet, behind an operator that looks at these factors."""
+    if not is_compiling() or not factors or not _devices.is_at_hand(factors[0]):
+        return strengths
+    columns = dict(zip(NUMBERS, strengths.columns(), strict=True))
+    kinds = [kind for kind in TERMS if strengths.counts[PLACES[kind]] != 0]
+    kinds.sort(key=lambda kind: not isinstance(columns[kind], Tensor))
+    if kinds:
+        column = columns[kinds[0]]
+        if not isinstance(column, Tensor):
+            column = torch.tensor(column if len(column) > 1 else column[0], dtype=torch.float64)
+        own: list[Any] = list(factors)
+        one = torch.ops.fused_reg.one_if_valid([x.to_local() if is_dtensor(x) else x for x in own], names)
+        strengths = strengths.having(**{kinds[0]: one * column})
+    return strengths
+
+
+def _one_if_valid(factors: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+    """1, by which a strength is multiplied, so that no compiler leaves it out."""
+    for name, x in zip(names, factors, strict=True):
+        check_importance(name, x)
+    return torch.ones((), dtype=torch.float64, device=factors[0].device)
+
+
+torch.library.define("fused_reg::one_if_valid", "(Tensor[] factors, str[] names) -> Tensor")
+torch.library.impl("fused_reg::one_if_valid", "CompositeExplicitAutograd", _one_if_valid)
 
 
 def of_places(given: Sequence[Tensor], places: Iterable[int]) -> list[Tensor]:

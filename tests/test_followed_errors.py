@@ -47,7 +47,7 @@ def test_weights_of_a_parameter_that_was_resized(rows):
     regularizer = Regularizer(net, l2_norm=0.5, group="row", weights_only=True, group_weights=weights)
     net[0].weight.data = torch.ones(rows, 4)
     before = net[1].weight.detach().clone()
-    for use in (regularizer, lambda: regularizer.prox_(0.1), regularizer.accumulate_grad_):
+    for use in (regularizer, lambda: regularizer.prox_(0.1), regularizer.accumulate_grad_, regularizer.report):
         with pytest.raises(ValueError, match=rf"group_weights\['0\.weight'\] must have .* each of {rows} groups"):
             use()
     assert torch.equal(net[1].weight, before)

@@ -47,6 +47,30 @@ def test_compiled(given):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", [fused_penalty, value_and_grad, accumulate_grad_, prox_])
+@pytest.mark.parametrize("strength", [0.3, [0.1, 0.2]], ids=["one", "each"])
+def test_a_compiled_importance_is_looked_at(function, strength):
+    """Where it is used, and the sentence is that of a use that is not compiled."""
+    errors = []
+    for is_compiled in (False, True):
+        params, importance = leaves([torch.ones(3), torch.ones(2, 4)]), [torch.ones(3), torch.ones(2, 1)]
+        more = {"step": 0.1} if function is prox_ else {}
+
+        def use(params=params, importance=importance, more=more):
+            return function(params, l1=strength, importance=importance, **more)
+
+        run = torch.compile(use, backend="aot_eager", fullgraph=True) if is_compiled else use
+        run()
+        importance[1][1] = -2
+        with pytest.raises(ValueError, match=r"importance\[1\] must be finite and >= 0, got -2") as found:
+            run()
+        errors.append(str(found.value))
+        importance[1][1] = 2
+        run()
+    assert errors[1] == errors[0]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_regularizer_compiled():
     net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
     regularizer = Regularizer(net, l1=0.1, l2=0.3, toward="start", importance={"0.bias": torch.rand(4)})

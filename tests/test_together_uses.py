@@ -222,6 +222,28 @@ def test_compiled():
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
+@pytest.mark.parametrize("given", [{}, {"together": "bias"}], ids=["several groups", "together"])
+def test_compiled_as_one_graph(given):
+    """Also where there are gradients to add to, and several calls."""
+    results = []
+    for is_compiled in (False, True):
+        net = make_net()
+        rules = [("0.*", {"group": "row"}), ("4.*", {"group": "tensor"})]
+        regularizer = Regularizer(net, l2_norm=0.3, l1=0.01, rules=rules, exclude="1.*", **given)
+
+        def step(regularizer=regularizer):
+            value = regularizer.accumulate_grad_(0.5)
+            regularizer.prox_(0.5)
+            return value
+
+        run = torch.compile(step, backend="aot_eager", fullgraph=True) if is_compiled else step
+        values = [run() for _ in range(3)]
+        results.append([*values, *net.parameters(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(results[0]) == 3 + 6 + 4
+    assert_near(results[1], results[0], rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
 @pytest.mark.parametrize("mode", ["grad", "prox"])
 def test_a_compiled_optimizer(mode):
     results = []
