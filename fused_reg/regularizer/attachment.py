@@ -217,7 +217,8 @@ class Attachment:
         self._follow(optimizer)
         if self._mode != "grad":
             self._share.check_rates(optimizer)
-            self._use()
+            if closure is None:
+                self._use()
         self._is_inert = is_inert(optimizer)
         if closure is None and self._is_inert:
             self._remember()
@@ -386,12 +387,14 @@ class Attachment:
 
     def _has_stepped(self, optimizer: Optimizer) -> bool:
         """Whether the step that ends was one."""
-        if self._mode == "grad" and self._awaits_closure and not self._is_inert:
-            self.warn_once(
-                "closure",
-                f"attach: a step of {type(optimizer).__name__} did not call its closure, and had no penalty, which "
-                "follows the closure; call step() without one",
-            )
+        if self._awaits_closure and not self._is_inert:
+            self._use()
+            if self._mode == "grad":
+                self.warn_once(
+                    "closure",
+                    f"attach: a step of {type(optimizer).__name__} did not call its closure, and had no penalty, which "
+                    "follows the closure; call step() without one",
+                )
         if self._is_inert:  # and none indeed, if the weights are as before, or the penalty could not enter
             before = self._before_inert
             if before is None or not ((now := self._share.penalty()) < before or before < now):
