@@ -1,7 +1,7 @@
 """The specification, in plain torch and independent of the kernels: the functions of the package with the same
 signatures, computed in float64, and the loop that people write by hand.
 
-Tests and benchmarks compare with it. The package itself does not use it.
+Tests and benchmarks compare with it. The package itself takes `penalty_of` where no kernel has what is wanted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,16 @@ _SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
 }
 
 
+def penalty_of(p: Tensor, given: dict[str, Any]) -> Tensor:
+    """That of one parameter in float64, for all arguments of the terms, with ``toward`` and ``importance``."""
+    w = _difference(p.double(), given)
+    value = _nothing(w)
+    for term in TERMS:
+        if _is_present(given[term]):
+            value = value + given[term] * _SUMS[term](w, given)
+    return value
+
+
 def _sum(x: Tensor, given: dict[str, Any]) -> Tensor:
     importance = given["importance"]
     return x.sum() if importance is None else (importance.to(x.dtype) * x).sum()
@@ -49,17 +59,18 @@ def _smooth_l1(w: Tensor, beta: float | Tensor) -> Tensor:
 
 def _mcp(w: Tensor, strength: float | Tensor, gamma: float | Tensor) -> Tensor:
     """Zhang 2010, equation 2.1, divided by the strength."""
-    end = torch.as_tensor(strength * gamma, dtype=w.dtype, device=w.device)
-    slope = 0.5 / torch.where(end > 0, end, 1)
-    return torch.where(w.abs() <= end, w.abs() - w * w * slope, end / 2)
+    return _bent(w, 0.0, torch.as_tensor(strength * gamma, dtype=w.dtype, device=w.device))
 
 
 def _scad(w: Tensor, strength: float | Tensor, a: float | Tensor) -> Tensor:
     """The integral of Fan and Li 2001, equation 2.7, divided by the strength."""
-    knee, end = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (strength, strength * a))
-    over = w.abs() - knee
-    bent = w.abs() - over * over * (0.5 / torch.where(end > knee, end - knee, 1))
-    return torch.where(w.abs() <= knee, w.abs(), torch.where(w.abs() <= end, bent, (end + knee) / 2))
+    return _bent(w, *(torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (strength, strength * a)))
+
+
+def _bent(w: Tensor, knee: float | Tensor, end: Tensor) -> Tensor:
+    """The magnitude up to the knee, a parabola from there to the end, and constant beyond."""
+    size = torch.minimum(w.abs(), end)
+    return size - (size - knee).clamp(min=0).square() / (2 * torch.where(end > knee, end - knee, 1))
 
 
 def _with_terms(
@@ -200,11 +211,7 @@ def fused_penalty(
             raise ValueError(f"{name} has no value")
     for p, given in _with_terms(params, l1, l2, terms, toward, importance):
         dtype = torch.promote_types(dtype, p.dtype)
-        w = _difference(p.double(), given)
-        value = _nothing(w)
-        for term in TERMS:
-            if _is_present(given[term]):
-                value = value + given[term] * _SUMS[term](w, given)
+        value = penalty_of(p, given)
         total = value if total is None else total + value.to(total.device)
     return torch.zeros(()) if total is None else total.to(dtype)
 
