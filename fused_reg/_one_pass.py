@@ -50,8 +50,9 @@ _ARGUMENTS = """
             and penalty. See :doc:`/guides/weight_decay`. An option of a group, too.
         toward: reference weights, a tensor for each of ``params``, of its shape: the penalty is of ``w - toward``; or
             ``"start"``, copies of the weights as they are now. Lists are options of a group where there are several.
-            They are kept as tuples and not copied, constants, and a part of the state dict: with ``"start"`` a training
-            goes on toward the weights of its beginning. See :doc:`/guides/reference_weights`.
+            They are kept as tuples and not copied, unless their parameters are converted, constants, and a part of the
+            state dict: with ``"start"`` a training goes on toward the weights of its beginning. See
+            :doc:`/guides/reference_weights`.
         importance: factors of the strengths by element, or by row as ``(rows, 1)``, likewise; finite and >= 0.
         lazy_rows: whether a parameter with a sparse gradient (``Embedding(sparse=True)``) has the penalty of the rows
             that the batch has touched alone, each once; ``penalty`` counts these rows then. Such a gradient is an error
@@ -237,6 +238,8 @@ class OnePass(Optimizer):
 
     def _penalty_now(self) -> Penalty:
         groups = [group for group in self.param_groups if group["params"]]
+        for group in groups:
+            read_references(f"{type(self).__name__}: ", group)
         return Penalty(self._dtype(), [partial(now, penalized(group), group["l1"], group["l2"]) for group in groups])
 
     @_calls_hooks

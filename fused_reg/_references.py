@@ -11,8 +11,9 @@ from torch.compiler import is_compiling
 from torch.nn import Module
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fused_reg import _devices
 from fused_reg._arguments import are_run, is_dtensor, is_known
-from fused_reg._terms import Strengths
+from fused_reg._terms import NUMBERS, PLACES, TERMS, Strengths
 
 #: One tensor for each parameter, of its shape and dtype.
 Tensors: TypeAlias = "Iterable[Tensor] | Tensor"
@@ -57,6 +58,7 @@ def relative(
                 check_like(f"{where}{name}[{i}]", x, p, f"params[{i}]")
     for i, x in enumerate(importance):
         check_importance(f"{where}importance[{i}]", x)
+    strengths = behind_checks(strengths, importance, [f"{where}importance[{i}]" for i, _ in enumerate(importance)])
     return strengths.relative([x.detach() for x in toward], [x.detach() for x in whole])
 
 
@@ -83,6 +85,16 @@ def expanded(x: Any, p: Tensor) -> Any:
         return x
     fits = x.ndim == p.ndim and all(n in (1, m) for n, m in zip(x.shape, p.shape, strict=True))
     return x.expand(p.shape) if fits and x.shape != p.shape else x
+
+
+def followed(x: Tensor, p: Tensor) -> Tensor:
+    """A reference of a parameter that may have been converted since: a copy that is, unless there are no values."""
+    if not _devices.has_data(p) or (x.dtype is p.dtype and x.device == p.device):
+        return x
+    if is_dtensor(x) or 0 not in x.stride():
+        return x.to(p.device, p.dtype)
+    rows = x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride())]  # one of each that are the same
+    return rows.to(p.device, p.dtype).expand(x.shape)
 
 
 def check_like(name: str, x: Any, p: Any, of: str) -> None:
@@ -119,6 +131,34 @@ def check_importance(name: str, x: Any) -> None:
     if not bool(is_good.all()):
         raise ValueError(f"{name} must be finite and >= 0, got {local[~is_good][0].item()}")
     _looked_at[x] = version
+
+
+def behind_checks(strengths: Strengths, factors: Sequence[Tensor], names: Sequence[str]) -> Strengths:
+    """The same; in compiled code, which has no values yet, behind an operator that looks at these factors."""
+    if not is_compiling() or not factors or not _devices.is_at_hand(factors[0]):
+        return strengths
+    columns = dict(zip(NUMBERS, strengths.columns(), strict=True))
+    kinds = [kind for kind in TERMS if strengths.counts[PLACES[kind]] != 0]
+    kinds.sort(key=lambda kind: not isinstance(columns[kind], Tensor))
+    if kinds:
+        column = columns[kinds[0]]
+        if not isinstance(column, Tensor):
+            column = torch.tensor(column if len(column) > 1 else column[0], dtype=torch.float64)
+        own: list[Any] = list(factors)
+        one = torch.ops.fused_reg.one_if_valid([x.to_local() if is_dtensor(x) else x for x in own], names)
+        strengths = strengths.having(**{kinds[0]: one * column})
+    return strengths
+
+
+def _one_if_valid(factors: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+    """1, by which a strength is multiplied, so that no compiler leaves it out."""
+    for name, x in zip(names, factors, strict=True):
+        check_importance(name, x)
+    return torch.ones((), dtype=torch.float64, device=factors[0].device)
+
+
+torch.library.define("fused_reg::one_if_valid", "(Tensor[] factors, str[] names) -> Tensor")
+torch.library.impl("fused_reg::one_if_valid", "CompositeExplicitAutograd", _one_if_valid)
 
 
 def of_places(given: Sequence[Tensor], places: Iterable[int]) -> list[Tensor]:

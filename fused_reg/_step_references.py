@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from fused_reg._references import Tensors, as_tensors, relative
+from fused_reg._references import Tensors, as_tensors, followed, relative
 from fused_reg._terms import Strengths
+from fused_reg._warnings import warn
 
 #: ``"start"``: the weights as they are when the group is added.
 Toward: TypeAlias = "Tensors | Literal['start']"
@@ -52,17 +54,23 @@ def in_one_group(where: str, params: Any, given: Mapping[str, Any]) -> Any:
 
 
 def read_references(where: str, group: dict[str, Any], is_loaded: bool = False) -> None:
-    """Keeps those of a group as tuples, whose content does not change; those of a state where its parameters are.
-    Raises where one is wrong."""
+    """Keeps those of a group as tuples, whose content does not change. What is kept, or of a state, follows parameters
+    that are converted. Raises where one is wrong."""
     params = group["params"]
     if isinstance(toward := group["toward"], str):
         if toward != "start":
             raise ValueError(f'{where}toward must be tensors, one for each parameter, or "start", got {toward!r}')
         group["toward"] = tuple(p.detach().clone() for p in params)
     lists = [as_tensors(where, name, group[name], len(params)) for name in REFERENCES]
-    if is_loaded:
-        lists = [[x.to(p.device, p.dtype) for x, p in zip(xs, params, strict=bool(xs))] for xs in lists]
-    own = relative(where, params, Strengths(), *lists).references() if any(lists) else ((), ())
-    for name, xs in zip(REFERENCES, own, strict=True):
-        if is_loaded or type(group[name]) not in (tuple, type(None)):
+    are_kept = [is_loaded or type(group[name]) is tuple for name in REFERENCES]
+    now = [
+        [followed(x, p) for x, p in zip(xs, params, strict=True)] if xs and is_kept else xs
+        for xs, is_kept in zip(lists, are_kept, strict=True)
+    ]
+    own = relative(where, params, Strengths(), *now).references() if any(now) else ((), ())
+    is_converted = not is_loaded and any(x is not y for x, y in zip(chain(*now), chain(*lists), strict=True))
+    for name, xs, is_kept in zip(REFERENCES, own, are_kept, strict=True):
+        if is_loaded or is_converted or not is_kept:
             group[name] = xs or None
+    if is_converted:
+        warn(f"{where}toward and importance are converted copies from now on, because their parameters were converted")

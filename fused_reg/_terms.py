@@ -288,6 +288,12 @@ def group_code(group: Group | None) -> int:
     return _RUNS[group[0]] + _GROUPINGS * (group[1] - 1) if isinstance(group, tuple) else GROUPS[group]
 
 
+def group_of(code: int) -> Group | None:
+    """The group that they call so."""
+    kind = next(name for name, kind in {**GROUPS, "block": _BLOCK}.items() if kind == code % _GROUPINGS)
+    return kind if code in GROUPS.values() else cast(Group, (kind, group_length(code)))  # type: ignore[return-value]
+
+
 def group_text(group: object) -> str:
     """As it is given."""
     return f'group=("{group[0]}", {group[1]})' if isinstance(group, tuple) else f'group="{group}"'

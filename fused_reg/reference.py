@@ -1,13 +1,13 @@
 """The specification, in plain torch and independent of the kernels: the functions of the package with the same
 signatures, computed in float64, and the loop that people write by hand.
 
-Tests and benchmarks compare with it. The package itself does not use it.
+Tests and benchmarks compare with it. The package itself takes `penalty_of` where no kernel has what is wanted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,9 +27,24 @@ _SUMS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
 }
 
 
+def penalty_of(p: Tensor, given: dict[str, Any]) -> Tensor:
+    """That of one parameter in float64, for all arguments of the terms, with ``toward`` and ``importance``."""
+    w = _difference(p.double(), given)
+    value = _nothing(w)
+    for term in TERMS:
+        if _is_present(given[term]):
+            value = value + given[term] * _SUMS[term](w, given)
+    return value
+
+
 def _sum(x: Tensor, given: dict[str, Any]) -> Tensor:
     importance = given["importance"]
     return x.sum() if importance is None else (importance.to(x.dtype) * x).sum()
+
+
+def _nothing(w: Tensor) -> Tensor:
+    """0, whose gradient is 0: the value without a term."""
+    return w.flatten()[:0].sum()
 
 
 def _difference(w: Tensor, given: dict[str, Any]) -> Tensor:
@@ -44,17 +59,18 @@ def _smooth_l1(w: Tensor, beta: float | Tensor) -> Tensor:
 
 def _mcp(w: Tensor, strength: float | Tensor, gamma: float | Tensor) -> Tensor:
     """Zhang 2010, equation 2.1, divided by the strength."""
-    end = torch.as_tensor(strength * gamma, dtype=w.dtype, device=w.device)
-    slope = 0.5 / torch.where(end > 0, end, 1)
-    return torch.where(w.abs() <= end, w.abs() - w * w * slope, end / 2)
+    return _bent(w, 0.0, torch.as_tensor(strength * gamma, dtype=w.dtype, device=w.device))
 
 
 def _scad(w: Tensor, strength: float | Tensor, a: float | Tensor) -> Tensor:
     """The integral of Fan and Li 2001, equation 2.7, divided by the strength."""
-    knee, end = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (strength, strength * a))
-    over = w.abs() - knee
-    bent = w.abs() - over * over * (0.5 / torch.where(end > knee, end - knee, 1))
-    return torch.where(w.abs() <= knee, w.abs(), torch.where(w.abs() <= end, bent, (end + knee) / 2))
+    return _bent(w, *(torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (strength, strength * a)))
+
+
+def _bent(w: Tensor, knee: float | Tensor, end: Tensor) -> Tensor:
+    """The magnitude up to the knee, a parabola from there to the end, and constant beyond."""
+    size = torch.minimum(w.abs(), end)
+    return size - (size - knee).clamp(min=0).square() / (2 * torch.where(end > knee, end - knee, 1))
 
 
 def _with_terms(
@@ -195,11 +211,7 @@ def fused_penalty(
             raise ValueError(f"{name} has no value")
     for p, given in _with_terms(params, l1, l2, terms, toward, importance):
         dtype = torch.promote_types(dtype, p.dtype)
-        w = _difference(p.double(), given)
-        value = w.new_zeros(())
-        for term in TERMS:
-            if _is_present(given[term]):
-                value = value + given[term] * _SUMS[term](w, given)
+        value = penalty_of(p, given)
         total = value if total is None else total + value.to(total.device)
     return torch.zeros(()) if total is None else total.to(dtype)
 
@@ -376,8 +388,9 @@ def loop(
         tensor(6.5000)
     """
     total: Any = 0
-    for p, given in _with_terms(params, l1, l2, terms, toward, importance):
+    own = _with_terms(params, l1, l2, terms, toward, importance)
+    for p, given in own:
         for term in TERMS:
             if _is_present(given[term]):
                 total = total + given[term] * _SUMS[term](_difference(p, given), given)
-    return torch.as_tensor(total)
+    return total if isinstance(total, Tensor) else cast(Tensor, sum(_nothing(p) for p, _ in own))

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fused_reg import _ops
 from fused_reg._arguments import as_list, is_dtensor
-from fused_reg._terms import Group, check_group, check_runs
-from fused_reg.reference import _norms
+from fused_reg._terms import Group, Strengths, check_group, check_runs, group_code
 
 
 def largest_strength(
@@ -89,7 +89,8 @@ def largest_strength(
     largest = 0.0
     for i, grad in enumerate(grads):
         if grad is not None and grad.numel() > 0:
-            found = float((grad.abs() if group is None else _norms(grad.double(), group)).max())
+            sizes = grad.abs() if group is None else _ops.norms([grad], *Strengths(group=group_code(group)))
+            found = float(sizes.max())
             if not found < float("inf"):
                 raise ValueError(f"largest_strength: the gradient of params[{i}] at zero must be finite, got {found}")
             largest = max(largest, found)

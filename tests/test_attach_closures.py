@@ -246,8 +246,10 @@ def attach(regularizer, optimizer, mode):
 class LeavesTheClosure(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure=None):
-        for p in self.param_groups[0]["params"]:
-            p.sub_(p.grad)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad)
 
 
 class TakesGradients(torch.optim.SGD):
@@ -274,6 +276,18 @@ def test_a_step_that_the_penalty_does_not_enter_is_said_once():
         optimizer.step([torch.ones(2)])
     optimizer.step([torch.ones(2)])
     assert regularizer.step == 0
+
+
+def test_a_proximal_step_that_does_not_call_its_closure():
+    """It is of the gradients that there are then."""
+    w, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = LeavesTheClosure([w], lr=0.25)
+    optimizer.add_param_group({"params": [other]})
+    Regularizer([w, other], l1=0.5).attach(optimizer, mode="prox")
+    for p, rest in ((w, other), (other, w)):
+        p.grad, rest.grad, before = torch.ones(2), None, rest.tolist()
+        optimizer.step(lambda: None)
+        assert (p.tolist(), rest.tolist()) == ([0.625, 0.625], before)
 
 
 class SearchesALine(torch.optim.SGD):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_attach_wrappers import Lookahead, backward, check, trained, with_closure
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import SGD, Adam, Optimizer
 
 from fused_reg import Regularizer
@@ -337,6 +338,37 @@ def test_a_compiled_step_of_a_subclass():
 
     step = None
     check(Clipped, wrap, step=compiled)
+
+
+class Scaled(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, rate):
+        for p in self.param_groups[0]["params"]:
+            p -= rate * p.grad
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it traces
+@pytest.mark.parametrize(("mode", "given"), [("grad", {}), ("prox", {}), ("prox", {"zeros": 0.5})])
+def test_a_compiled_step_that_takes_a_tensor(mode, given):
+    """A compiler looks at functions that have a tensor, as both hooks do then: of them it makes no graph."""
+    weights, operations = [], []
+    for is_attached, is_compiled in ((True, False), (True, True), (False, True)):
+        torch._dynamo.reset()
+        w = nn.Parameter(torch.tensor([1.0, -2.0, 0.25, 3.0]))
+        optimizer = Scaled([w], {"lr": 0.5})
+        regularizer = Regularizer([w], l1=0.125, **given)
+        if is_attached:
+            regularizer.attach(optimizer, mode)
+        counter = CompileCounterWithBackend("eager")
+        step = torch.compile(optimizer.step, backend=counter) if is_compiled else optimizer.step
+        for _ in range(3):
+            w.grad = torch.ones_like(w)
+            step(torch.tensor(0.25))
+        assert regularizer.step == 3 * is_attached
+        weights.append(w.tolist())
+        operations.append({n.target for graph in counter.graphs for n in graph.graph.nodes if n.op.startswith("call")})
+    assert weights[0] == weights[1] != weights[2]
+    assert set() < operations[1] <= operations[2]
 
 
 def test_other_optimizers_of_a_class_that_is_hooked_now():

@@ -121,3 +121,20 @@ def test_parameters_that_an_optimizer_has_are_as_others_to_torch(tmp_path, kind)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     optimizer.step()
+
+
+@COPIES
+def test_an_attachment_that_has_stepped(copied):
+    """What it keeps of rows from step to step is a view in another dtype: no file has that beside its parameter."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = Regularizer(net, l1=0.5, zeros=0.5, group="row", zeros_per="parameter", weights_only=True)
+    attachment = regularizer.attach(optimizer, mode="prox")
+    sum(p.sum() for p in net.parameters()).backward()
+    optimizer.step()
+    other, own = copied((net, attachment))
+    assert not own.is_active
+    assert own.value == attachment.value > 0
+    with torch.no_grad():
+        other[0].weight.zero_()
+    assert 0 < own.value < attachment.value

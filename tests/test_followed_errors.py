@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fused_reg import Regularizer
+from fused_reg.schedules import LinearRamp
 
 
 def _grown(net, optimizer):
@@ -46,7 +47,7 @@ def test_weights_of_a_parameter_that_was_resized(rows):
     regularizer = Regularizer(net, l2_norm=0.5, group="row", weights_only=True, group_weights=weights)
     net[0].weight.data = torch.ones(rows, 4)
     before = net[1].weight.detach().clone()
-    for use in (regularizer, lambda: regularizer.prox_(0.1), regularizer.accumulate_grad_):
+    for use in (regularizer, lambda: regularizer.prox_(0.1), regularizer.accumulate_grad_, regularizer.report):
         with pytest.raises(ValueError, match=rf"group_weights\['0\.weight'\] must have .* each of {rows} groups"):
             use()
     assert torch.equal(net[1].weight, before)
@@ -114,3 +115,58 @@ def test_rates_of_a_set():
     other = torch.optim.SGD(optimizer.param_groups)
     with pytest.raises(ValueError, match=match):
         Regularizer(layer, l2_norm=0.1, group="row", together="bias").attach(other, mode="prox")
+
+
+def test_weights_by_sizes_follow_a_parameter_that_was_resized():
+    """The root of the size is that of now, as if the Regularizer were new; also of a list, and of a schedule."""
+    for strength in (0.5, LinearRamp(0.5, 1.0, steps=2)):
+        for of in (lambda net: net, lambda net: net.named_parameters()):
+            net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
+            given = {"l2_norm": strength, "group": "row", "weights_only": True, "group_weights": "sqrt_size"}
+            regularizer = Regularizer(of(net), **given)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            attachment = regularizer.attach(optimizer)
+            regularizer.step = 1
+            for columns in (9, 4):
+                net[0].weight.data = torch.ones(3, columns)
+                net[0].bias.data = torch.ones(3)
+                new = Regularizer(of(net), **given)
+                new.step = 1
+                with torch.no_grad():
+                    assert attachment.value == new()
+                    assert regularizer() == new()
+                    assert regularizer.report().total["value"] == new.report().total["value"]
+                    assert str(regularizer) == str(new)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    net[0].weight.data = torch.ones(3, 25)
+    net[0].weight.grad = torch.zeros(3, 25)
+    optimizer.step()
+    torch.testing.assert_close(net[0].weight.grad, torch.full((3, 25), 0.75 * 5 / 5))
+
+
+@pytest.mark.parametrize("given", [{}, {"group_weights": "sqrt_size"}], ids=["", "by sizes"])
+def test_sets_of_a_parameter_that_was_resized(given):
+    """At every use, and nothing is written."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
+    regularizer = Regularizer(net, l2_norm=0.5, group="row", together="bias", **given)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    attachment = regularizer.attach(optimizer)
+    before = regularizer().item()
+    net[0].weight.data = torch.ones(9, 4)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    match = "together must be of parameters with as many groups each, got 9 of '0.weight' and 6 of '0.bias'"
+    for use in (
+        regularizer,
+        optimizer.step,
+        lambda: regularizer.prox_(0.1),
+        regularizer.accumulate_grad_,
+        regularizer.report,
+        lambda: attachment.value,
+    ):
+        with pytest.raises(ValueError, match=match):
+            use()
+    assert all((p.grad == 1).all() for p in net.parameters())
+    net[0].weight.data = torch.ones(6, 4)
+    assert regularizer().item() != before  # of other weights

@@ -114,6 +114,37 @@ def test_attached(make, mode):
     assert attachment.value.isfinite()
 
 
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("use", ["call", "accumulate_grad_", "prox_"])
+@pytest.mark.parametrize("bad", [-1.0, torch.nan, torch.inf])
+def test_in_compiled_code(bad, use, backend):
+    """They are looked at where they are used, and the sentence is that of a use that is not compiled."""
+    torch._dynamo.reset()
+    results, errors = [], []
+    for is_compiled in (False, True):
+        net, weights = make_net(), {name: x.clone() for name, x in WEIGHTS.items()}
+        regularizer = Regularizer(net, l2_norm=0.3, group="output", group_weights=weights)
+        step = {"call": regularizer, "accumulate_grad_": regularizer.accumulate_grad_}.get(use, regularizer.prox_)
+        args = (0.5,) * (use == "prox_")
+        run = torch.compile(lambda *x, step=step: step(*x), backend=backend, fullgraph=True) if is_compiled else step
+        values = [run(*args)]
+        weights["4.weight"][0] = 9
+        values.append(run(*args))
+        results.append([x.detach() for x in values if x is not None])
+        before = [p.detach().clone() for p in net.parameters()]
+        results[-1] += before
+        weights["4.weight"][2] = bad
+        with pytest.raises(ValueError, match=r"group_weights\['4.weight'\] must be finite and >= 0") as found:
+            run(*args)
+        errors.append(str(found.value))
+        assert_near([p.detach() for p in net.parameters()], before, rtol=0, atol=0)
+        weights["4.weight"][2] = 1
+        run(*args)
+    assert_near(results[1], results[0])
+    assert errors[1] == errors[0]
+
+
 def test_configurations_and_copies():
     net = make_net()
     regularizer = Regularizer(net, l2_norm=0.3, group="output", group_weights=WEIGHTS)

@@ -10,6 +10,7 @@ from oracle import assert_same_bits
 from torch import nn
 
 from fused_reg import Regularizer, optim, reference, regularized
+from fused_reg.regularizer import share
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant")
 
@@ -145,6 +146,31 @@ def test_the_value_counts_these_rows():
     torch.testing.assert_close(torch.tensor(optimizer.step(closure)), 7 + rows.float())
     torch.testing.assert_close(attachment.value, rows)
     torch.testing.assert_close(regularizer(), 0.5 * net.weight.abs().sum())
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, optim.SGD])
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+@pytest.mark.parametrize("has_closure", [True, False])
+def test_the_rows_of_a_step_are_looked_for_once(make, mode, has_closure, monkeypatch):
+    found = []
+    own = share.touched
+    monkeypatch.setattr(share, "touched", lambda *args: found.append(own(*args)) or found[-1])
+    net = table()
+    optimizer = make(net.parameters(), lr=0.1)
+    Regularizer(net, l1=0.5).attach(optimizer, mode=mode, lazy_rows=True)
+    for rows in ([1, 4, 4], [2]):
+
+        def closure(rows=rows):
+            net.zero_grad()
+            backward(net, rows)
+
+        found.clear()
+        if has_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        assert [index.tolist() for index in found] == [sorted({*rows})]
 
 
 def test_a_schedule():

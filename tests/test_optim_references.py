@@ -151,8 +151,6 @@ def test_states_of_other_dtypes_and_of_torch():
     start = [x.clone() for x in optimizer.param_groups[0]["toward"]]
     train(model, optimizer, [0])
     model.double()
-    with pytest.raises(ValueError, match=r"^Adam: toward\[0\] must have the dtype of params\[0\]"):
-        train(model, optimizer, [1])
     optimizer.load_state_dict(optimizer.state_dict())
     assert_same_bits(optimizer.param_groups[0]["toward"], [x.double() for x in start])
     train(model, optimizer, [1])

@@ -47,6 +47,30 @@ def test_compiled(given):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", [fused_penalty, value_and_grad, accumulate_grad_, prox_])
+@pytest.mark.parametrize("strength", [0.3, [0.1, 0.2]], ids=["one", "each"])
+def test_a_compiled_importance_is_looked_at(function, strength):
+    """Where it is used, and the sentence is that of a use that is not compiled."""
+    errors = []
+    for is_compiled in (False, True):
+        params, importance = leaves([torch.ones(3), torch.ones(2, 4)]), [torch.ones(3), torch.ones(2, 1)]
+        more = {"step": 0.1} if function is prox_ else {}
+
+        def use(params=params, importance=importance, more=more):
+            return function(params, l1=strength, importance=importance, **more)
+
+        run = torch.compile(use, backend="aot_eager", fullgraph=True) if is_compiled else use
+        run()
+        importance[1][1] = -2
+        with pytest.raises(ValueError, match=r"importance\[1\] must be finite and >= 0, got -2") as found:
+            run()
+        errors.append(str(found.value))
+        importance[1][1] = 2
+        run()
+    assert errors[1] == errors[0]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_regularizer_compiled():
     net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
     regularizer = Regularizer(net, l1=0.1, l2=0.3, toward="start", importance={"0.bias": torch.rand(4)})
@@ -135,7 +159,38 @@ def check_fully_shard() -> list[float]:
     return trained[0][-2].tolist()
 
 
-@pytest.mark.parametrize("check", [check_layouts, check_what_is_not_cut_alike, check_fully_shard])
+def check_converted() -> list[float]:
+    """What is cut follows its module as a whole one does."""
+    import warnings
+
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    warnings.simplefilter("ignore")  # that it follows
+    mesh, found = init_device_mesh("cpu", (4,)), []
+    for is_cut in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(9, 6)
+        if is_cut:
+            for name, p in [*model.named_parameters()]:
+                setattr(model, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+        importance = {"weight": model.weight.detach().abs()}
+        regularizer = Regularizer(model, l1=0.1, l2=0.3, toward="start", importance=importance)
+        optimizer = optim.SGD(model.parameters(), lr=0.1, l2=0.3, toward="start")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        model.double()
+        assert all(p.dtype is torch.float64 and isinstance(p, DTensor) == is_cut for p in model.parameters())
+        regularizer.prox_(0.1)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        found.append([x.item() for x in (regularizer(), optimizer.penalty)] + [regularizer.report().total["value"]])
+    torch.testing.assert_close(*found, rtol=1e-13, atol=0)
+    return found[0]
+
+
+@pytest.mark.parametrize("check", [check_layouts, check_what_is_not_cut_alike, check_fully_shard, check_converted])
 def test_cut_over_processes(check):
     results = ranks(4).run(check)
     assert results == results[:1] * 4

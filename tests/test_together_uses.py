@@ -222,6 +222,28 @@ def test_compiled():
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
+@pytest.mark.parametrize("given", [{}, {"together": "bias"}], ids=["several groups", "together"])
+def test_compiled_as_one_graph(given):
+    """Also where there are gradients to add to, and several calls."""
+    results = []
+    for is_compiled in (False, True):
+        net = make_net()
+        rules = [("0.*", {"group": "row"}), ("4.*", {"group": "tensor"})]
+        regularizer = Regularizer(net, l2_norm=0.3, l1=0.01, rules=rules, exclude="1.*", **given)
+
+        def step(regularizer=regularizer):
+            value = regularizer.accumulate_grad_(0.5)
+            regularizer.prox_(0.5)
+            return value
+
+        run = torch.compile(step, backend="aot_eager", fullgraph=True) if is_compiled else step
+        values = [run() for _ in range(3)]
+        results.append([*values, *net.parameters(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(results[0]) == 3 + 6 + 4
+    assert_near(results[1], results[0], rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler warns of itself
 @pytest.mark.parametrize("mode", ["grad", "prox"])
 def test_a_compiled_optimizer(mode):
     results = []
@@ -305,6 +327,41 @@ def test_layers_that_compute_their_weights():
     names = [("0.weight_orig", "0.bias"), ("1.parametrizations.weight.original", "1.bias")]
     expected = sum(torch.cat([params[a], params[b][:, None]], 1).norm(dim=1).sum() for a, b in names)
     assert_near(Regularizer(net, l2_norm=0.3, group="row", together="bias")().detach(), 0.3 * expected.detach())
+
+
+WEIGHT = "parametrizations.weight.original"
+#: How a layer computes its weight, and the parameters of a neuron.
+COMPUTED = {
+    "weight_norm": (parametrizations.weight_norm, ["bias", f"{WEIGHT}0", f"{WEIGHT}1"]),
+    "its old form": (nn.utils.weight_norm, ["bias", "weight_g", "weight_v"]),
+    "with one size": (lambda layer: parametrizations.weight_norm(layer, dim=None), ["bias", f"{WEIGHT}1"]),
+    "of the bias, too": (
+        lambda layer: parametrizations.weight_norm(parametrizations.weight_norm(layer), "bias", dim=None),
+        [f"{WEIGHT}0", f"{WEIGHT}1", "parametrizations.bias.original1"],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("way", COMPUTED)
+@pytest.mark.parametrize("layer", [nn.Linear, lambda i, o: nn.Conv2d(i, o, 1)], ids=["linear", "convolution"])
+def test_a_weight_that_is_computed_of_several_parameters(layer, way):
+    """All of them make up a neuron, with its bias; a number for all neurons is of none."""
+    compute, names = COMPUTED[way]
+    net = compute(layer(4, 3)).double()
+    rest = [(name,) for name, p in net.named_parameters() if name not in names and p.ndim > 0]
+    alone = sum(p.abs() for p in net.parameters() if p.ndim == 0)
+    found = Regularizer(net, l2_norm=0.3, group="output", together="bias")
+    assert_near(found().detach(), (penalty_of(net, [tuple(names), *rest], 0.3) + 0.3 * alone).detach())
+
+
+def test_a_computed_weight_before_a_normalization():
+    net = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(4, 3, 1)), nn.BatchNorm2d(3)).double()
+    found = Regularizer(net, l2_norm=0.3, group="output", together=RULES)
+    assert_near(found().detach(), penalty_of(net, [[name for name, _ in net.named_parameters()]], 0.3).detach())
+    gates = Regularizer(net, l2_norm=0.3, group="output", together=RULES, exclude="*.original1")
+    names = [name for name, _ in net.named_parameters() if not name.endswith("1")]
+    assert_near(gates().detach(), penalty_of(net, [names], 0.3).detach())
 
 
 def test_layers_with_other_names():

@@ -232,6 +232,24 @@ def test_strength_zero_drops_the_term(strengths, special, device):
     assert fused_penalty([finite, one], **strengths) == 0
 
 
+@pytest.mark.parametrize("name", ["l1", "l2", "l2_norm", "smooth_l1", "mcp", "scad"])
+@pytest.mark.parametrize("strength", [0.0, [0.0, 0.0]], ids=["one", "each"])
+def test_a_list_without_a_term(name, strength):
+    """The value is 0, and so are the gradients: of the kernels, of the reference, and of the loop."""
+    for module in (fused_reg, reference):
+        params = leaves([torch.tensor([1.0, math.nan]), torch.ones(2, 3, dtype=torch.float64)])
+        value, grads = module.value_and_grad(params, **{name: strength})
+        values = [value, module.accumulate_grad_(params, **{name: strength})]
+        found = [grads, [p.grad for p in params]]
+        for function in (module.fused_penalty, *((reference.loop,) if module is reference else ())):
+            values.append(function(params, **{name: strength}))
+            found.append(torch.autograd.grad(values[-1], params))
+        for value, grads in zip(values, found, strict=True):
+            assert (value, value.dtype) == (0, torch.float64)
+            assert [g.dtype for g in grads] == [p.dtype for p in params]
+            assert not any(g.any() for g in grads)
+
+
 def test_plain_call_is_the_sum_of_squares(device):
     params = draw_list(torch.float32, device)
     assert_value(fused_penalty(params), params, l2=1.0)

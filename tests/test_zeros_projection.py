@@ -130,3 +130,29 @@ def test_a_step_that_a_gpu_knows_to_be_none(given, is_at_hand, monkeypatch):
     assert_same_bits(clones(model), before)
     projection.Projection(entries).project_(torch.zeros(()))
     assert zeros_in(weights(model)) == (19 if callable(given["zeros"]) else 32)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.77, 0.95])
+def test_a_sample_says_where_to_look(share, monkeypatch):
+    """So that few of many elements are compared with each other, and not all of them after all."""
+    found, calls = [], []
+
+    def between(*args):
+        found.append(own(*args))
+        return found[-1]
+
+    def key(piece):
+        calls.append(len(piece))
+        return piece.abs()
+
+    own = ranking._between
+    monkeypatch.setattr(ranking, "_between", between)
+    monkeypatch.setattr(ranking, "_SAMPLE", 2**10)
+    whole = torch.randn(2**18, generator=torch.Generator().manual_seed(0))
+    count = round(share * len(whole))
+    limit, *_ = ranking.largest_of(whole.split(2**14), key, count)
+    assert limit == whole.abs().sort().values[count - 1]
+    ((below, values),) = found
+    assert below < count <= below + len(values)
+    assert len(values) < len(whole) / 5
+    assert len(calls) == 2 * 16  # of the sample, and of all

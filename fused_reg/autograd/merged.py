@@ -7,15 +7,16 @@ value is summed in float64 too, in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from fused_reg import _devices, _ops
-from fused_reg._terms import NUMBERS, TERMS, Column, Strengths, in_groups
+from fused_reg._terms import NUMBERS, Column, Strengths, group_of
+from fused_reg.reference import penalty_of
 
 #: Of longer lists the compiler takes minutes.
 MOST_TENSORS = 512
@@ -64,54 +65,10 @@ def specified_penalty(params: Sequence[Tensor], strengths: Strengths) -> Tensor:
     references = (x or [None] * len(params) for x in strengths.references())
     total: Any = 0
     for p, toward, importance, *numbers in zip(params, *references, *columns, strict=True):
-        w = p.double() if toward is None else p.double() - toward.double()
-        own = dict(zip(NUMBERS, numbers, strict=True))
-        value = w.new_zeros(())
-        for term in TERMS:
-            if (strength := own[term]) is not None:
-                x = _norms(w, strengths.group) if term == "l2_norm" else _ELEMENTS[term](w, own)
-                weighted = x if importance is None else importance.double() * x
-                value = value + strength * weighted.sum()
-        total = total + value
+        given = {kind: 0.0 if x is None else x for kind, x in zip(NUMBERS, numbers, strict=True)}
+        group = group_of(strengths.group)
+        total = total + penalty_of(p, {**given, "group": group, "toward": toward, "importance": importance})
     return total if any(p.dtype is torch.float64 for p in params) else total.float()  # type: ignore[no-any-return]
-
-
-def _norms(w: Tensor, group: int) -> Tensor:
-    w, kept = in_groups(w, group)
-    others = [d for d in range(w.ndim) if d != kept]
-    return torch.linalg.vector_norm(w, dim=others) if others else w.abs()
-
-
-#: The numbers of a parameter; None: 0.
-_Own: TypeAlias = "dict[str, float | Tensor | None]"
-
-
-def _smooth_l1(w: Tensor, own: _Own) -> Tensor:
-    width = _as_tensor(own["beta"], w)
-    within = w.square() / (2 * torch.where(width > 0, width, 1))
-    return torch.where(w.abs() < width, within, w.abs() - width / 2)
-
-
-def _concave(w: Tensor, strength: float | Tensor | None, shape: float | Tensor | None, knee: int) -> Tensor:
-    """Of MCP or SCAD, whose curve begins at 0 or at the strength."""
-    height, end = _as_tensor(strength, w), _as_tensor(shape, w)
-    size = torch.minimum(w.abs(), height * end)
-    curved = height * (end - knee)
-    return size - (size - knee * height).clamp(min=0).square() / (2 * torch.where(curved > 0, curved, 1))
-
-
-def _as_tensor(number: float | Tensor | None, like: Tensor) -> Tensor:
-    return torch.as_tensor(0.0 if number is None else number, dtype=like.dtype, device=like.device)
-
-
-#: Of each term but the norm what its strength is a factor of, by element.
-_ELEMENTS: dict[str, Callable[[Tensor, _Own], Tensor]] = {
-    "l1": lambda w, own: w.abs(),
-    "l2": lambda w, own: w.square(),
-    "smooth_l1": _smooth_l1,
-    "mcp": lambda w, own: _concave(w, own["mcp"], own["mcp_gamma"], 0),
-    "scad": lambda w, own: _concave(w, own["scad"], own["scad_a"], 1),
-}
 
 
 class _ValueFrom(Function):

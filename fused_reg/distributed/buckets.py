@@ -23,8 +23,8 @@ from fused_reg._references import of_places, with_one_more
 from fused_reg._terms import GROUPS, Strengths, group_count, group_length, is_block, sliced_dim, slots
 from fused_reg.autograd import functions
 from fused_reg.autograd.composed import group_norms, table_of
-from fused_reg.distributed.collectives import gathered, hypot, processes, scale_of, shared, total
-from fused_reg.distributed.joint import Joint, JointNorms
+from fused_reg.distributed.collectives import gathered, hypot, processes, shared, total
+from fused_reg.distributed.joint import Joint, JointNorms, units_of
 from fused_reg.distributed.shards import shards_of
 
 #: A sum as a penalty, whose order is the same on every device.
@@ -220,7 +220,7 @@ class Bucket(NamedTuple):
         largest = own.detach()
         if self.sharing_groups is not None:
             largest = gathered(largest, self.sharing_groups).amax(0)
-        units = 1 / scale_of(largest[None]) if self.joint is None else self.joint.units(largest)
+        units = units_of(largest if self.joint is None else self.joint.largest(largest))
         squares = (own / (units if self.joint is None else units[self.joint.groups])).square()
         sums = total(torch.cat((functions.general_penalty(shards, pieces)[None], squares)), self.sharing_groups)
         value, squares = sums[0], sums[1:]

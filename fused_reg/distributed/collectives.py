@@ -63,13 +63,9 @@ def shared(x: Tensor, group: Any) -> Tensor:
 
 def hypot(norms: Tensor) -> Tensor:
     """``(norms ** 2).sum(0).sqrt()`` without overflow."""
-    scale = scale_of(norms)
+    # By a power of two that takes the largest of each column near 1.
+    scale = torch.exp2(-exponent_of(norms.amax(0)).clamp(-1000, 1000).double())
     return (norms * scale).square().sum(0).sqrt() / scale
-
-
-def scale_of(norms: Tensor) -> Tensor:
-    """A power of two that takes the largest of each column near 1."""
-    return torch.exp2(-exponent_of(norms.amax(0)).clamp(-1000, 1000).double())
 
 
 class _Total(Function):

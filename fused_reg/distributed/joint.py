@@ -69,14 +69,12 @@ class JointNorms(NamedTuple):
 
     def of_groups(self, norms: Tensor) -> Tensor:
         """[groups]: the norm of each, without overflow."""
-        unit = self.units(norms)
+        unit = units_of(self.largest(norms))
         return self.sums((norms / unit[self.groups]).square()).sqrt() * unit
 
-    def units(self, norms: Tensor) -> Tensor:
-        """[groups]: the largest of each, whose multiples have squares; 1 where it is 0, infinite or NaN. (The powers of
-        two of other norms are by an operation that the compiler of torch 2.13 does not write for AVX-512.)"""
-        largest = self._parts(norms).amax(0)
-        return torch.where((largest > 0) & (largest < torch.inf), largest, 1)
+    def largest(self, norms: Tensor) -> Tensor:
+        """[groups]: the largest of each."""
+        return self._parts(norms).amax(0)
 
     def sums(self, x: Tensor) -> Tensor:
         """[groups]: the sum of what is in the slots of each."""
@@ -97,6 +95,13 @@ class JointNorms(NamedTuple):
 
     def _parts(self, x: Tensor) -> Tensor:
         return pad(x, (0, 1))[self.members]
+
+
+def units_of(largest: Tensor) -> Tensor:
+    """Of the largest norms that are added, what these are taken as multiples of, so that they have squares: themselves;
+    1 where they are 0, infinite or NaN. (Powers of two are by an operation that the compiler of torch 2.13 does not
+    write for AVX-512.)"""
+    return torch.where((largest > 0) & (largest < torch.inf), largest, 1)
 
 
 def _sum(parts: Tensor) -> Tensor:

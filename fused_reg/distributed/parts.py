@@ -23,6 +23,7 @@ from fused_reg.distributed.buckets import Bucket, buckets, value_of
 from fused_reg.distributed.joint import Joint
 from fused_reg.distributed.shards import (
     check_distinct,
+    is_negated,
     is_sharded,
     laid_out_as,
     plain,
@@ -88,7 +89,7 @@ def accumulate_grad_(
     for p, shard in zip(params, shards, strict=True):
         if shard is not p and p.grad is None and shard.grad is not None:
             p.grad = laid_out_as(p, shard.grad)
-        elif shard is not p and p.grad is not None and p.grad.is_neg():  # the shard has a copy
+        elif shard is not p and p.grad is not None and is_negated(p.grad):  # the shard has a copy
             p.grad.copy_(cast(Tensor, shard.grad))
     increment_version([p.grad for p in params if p.grad is not None and is_dtensor(p.grad)])
     return value
@@ -109,10 +110,8 @@ def prox_(params: list[Tensor], strengths: Strengths, joint: Joint | None = None
     """The proximal step. Nothing is written unless all of it can be."""
     shards = check_prox(params, strengths)
     with torch.no_grad():
-        # The dispatcher writes to no negated view. The step is odd: it may take the memory behind as it is. Compilers
-        # know of none.
-        if not is_compiling():
-            shards = [torch._neg_view(shard) if shard.is_neg() else shard for shard in shards]
+        # The dispatcher writes to no negated view. The step is odd: it may take the memory behind as it is.
+        shards = [torch._neg_view(shard) if is_negated(shard) else shard for shard in shards]
         for bucket in buckets(params, shards, strengths, joint):
             bucket.prox_()
     increment_version([p for p in params if is_dtensor(p)])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from fused_reg._arguments import PLAIN_TYPES, is_dtensor
 
@@ -26,6 +27,11 @@ def shards_of(params: list[Tensor]) -> list[Tensor]:
     """What this process holds of each: of a DTensor its shard, outside of autograd."""
     with torch.no_grad():
         return [p.to_local() if is_dtensor(p) else p for p in params]  # type: ignore[attr-defined]
+
+
+def is_negated(x: Tensor) -> bool:
+    """Whether it is a negated view. Compilers know of none."""
+    return not is_compiling() and x.is_neg()
 
 
 def check_distinct(params: list[Tensor]) -> None:
@@ -55,7 +61,7 @@ def _with_grad(i: int, p: Any, skip_missing: bool) -> Tensor:
                 "build the embedding with sparse=False, use p.grad = p.grad.to_dense(), or attach a Regularizer with "
                 "lazy_rows=True"
             )
-        if grad is None or not grad.is_neg():  # the dispatcher writes to no negated view: it gets a copy
+        if grad is None or not is_negated(grad):  # the dispatcher writes to no negated view: it gets a copy
             return p  # type: ignore[no-any-return]
         shard, own = p.detach(), grad.resolve_neg()
     else:

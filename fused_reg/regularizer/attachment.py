@@ -106,6 +106,8 @@ class Attachment:
         optimizer of :mod:`fused_reg.optim`: in every mode before the step; of DTensors it is reduced when it is looked
         at, and every process must look."""
         if self._value is None:
+            if (optimizer := self.optimizer) is not None and self.is_active:
+                self._follow(optimizer)
             return self._share.penalty()
         value: Tensor = self._value if isinstance(self._value, Tensor) else self._value.total()
         return value
@@ -217,7 +219,8 @@ class Attachment:
         if self._mode != "grad":
             self._share.check_rates(optimizer)
             self._table.check_aims()
-            self._use()
+            if closure is None:
+                self._use()
         self._is_inert = is_inert(optimizer)
         if closure is None and self._is_inert:
             self._remember()
@@ -386,12 +389,14 @@ class Attachment:
 
     def _has_stepped(self, optimizer: Optimizer) -> bool:
         """Whether the step that ends was one."""
-        if self._mode == "grad" and self._awaits_closure and not self._is_inert:
-            self.warn_once(
-                "closure",
-                f"attach: a step of {type(optimizer).__name__} did not call its closure, and had no penalty, which "
-                "follows the closure; call step() without one",
-            )
+        if self._awaits_closure and not self._is_inert:
+            self._use()
+            if self._mode == "grad":
+                self.warn_once(
+                    "closure",
+                    f"attach: a step of {type(optimizer).__name__} did not call its closure, and had no penalty, which "
+                    "follows the closure; call step() without one",
+                )
         if self._is_inert:  # and none indeed, if the weights are as before, or the penalty could not enter
             before = self._before_inert
             if before is None or not ((now := self._share.penalty()) < before or before < now):

@@ -20,7 +20,7 @@ from fused_reg._arguments import (
     value_dtype,
 )
 from fused_reg._partitioned import check_whole
-from fused_reg._references import relative, with_one_more
+from fused_reg._references import behind_checks, relative, with_one_more
 from fused_reg._terms import ABSENT, CONSTRAINTS, TERM_OF, Group, Strengths, group_code, group_count
 from fused_reg.distributed.buckets import check_sets, value_of
 from fused_reg.distributed.joint import Joint
@@ -104,7 +104,8 @@ class _Call:
         return given if self._group == "tensor" else {**given, "group": self._group}
 
     def _strengths(self) -> Strengths:
-        return self._fixed or self._as_strengths()
+        strengths = self._fixed or self._as_strengths()
+        return strengths if self._joint is None else behind_checks(strengths, *weights_of(self._whole))
 
     def penalty(self) -> Tensor:
         given = {name: x for name, x in self._given().items() if name not in CONSTRAINTS}
@@ -112,7 +113,7 @@ class _Call:
             return torch.zeros((), dtype=value_dtype(self._params), device=self._params[0].device)
         if self._joint is not None:
             strengths = self._strengths().having(**dict.fromkeys(CONSTRAINTS, ()))
-            return self._run(_routes.penalty, self._tensors(), strengths, False, self._joint_norms())
+            return self._run(_routes.penalty, self._tensors(), strengths, False, self._joint)
         if "l2_norm" not in given:
             given.pop("group", None)
         return self._run(lambda: fused_penalty(self._tensors(), **given, **self._references))
@@ -120,7 +121,7 @@ class _Call:
     def accumulate_grad_(self, scale: float | Tensor | None, skip_missing: bool) -> Tensor:
         factor = self._factor(scale)
         params, fresh = self._trained(skip_missing)
-        args = params, self._strengths(), factor, skip_missing, True, self._joint_norms()
+        args = params, self._strengths(), factor, skip_missing, True, self._joint
         value = self._run(_routes.accumulate_grad_, *args)
         for p, grad in fresh:
             p.grad = grad
@@ -153,7 +154,6 @@ class _Call:
     def check_accumulation(self, scale: float | Tensor | None, skip_missing: bool) -> None:
         """Raises what `accumulate_grad_` would, before anything is written."""
         factor = self._factor(scale)
-        self._joint_norms()
         self._run(_routes.check_accumulation, self._trained(skip_missing)[0], self._strengths(), factor, skip_missing)
 
     def _factor(self, scale: float | Tensor | None) -> tuple[float, Tensor | None]:
@@ -162,11 +162,10 @@ class _Call:
         return as_scale("accumulate_grad_", scale if self.sign > 0 else -scale, self._params)
 
     def prox_(self, step: float | Tensor | list[float | Tensor]) -> None:
-        self._run(_routes.prox_, *self._shrinkage(step), True, self._joint_norms())
+        self._run(_routes.prox_, *self._shrinkage(step), True, self._joint)
 
     def check_writable(self, step: float | Tensor | list[float | Tensor]) -> None:
         """Raises what `prox_` would, before anything is written."""
-        self._joint_norms()
         self._run(_routes.check_prox, *self._shrinkage(step))
 
     def check_closed_form(self, where: str) -> None:
@@ -183,13 +182,6 @@ class _Call:
                     "because their groups are one"
                 )
 
-    def _joint_norms(self) -> Joint | None:
-        """If it has any; raises where weights of groups have become wrong, or their parameters."""
-        for entry in self._whole if self._joint is not None else ():
-            if entry.weights is not None:
-                check_weights(f"Regularizer: group_weights[{entry.name!r}]", entry.weights, entry)
-        return self._joint
-
     def _shrinkage(self, step: float | Tensor | list[float | Tensor]) -> tuple[Any, ...]:
         self._check_l2_of_sets("prox_: ")
         if isinstance(step, list):
@@ -203,6 +195,16 @@ class _Call:
             return function(*args)
         except (TypeError, ValueError) as error:
             raise named(error, self._names) from error
+
+
+def weights_of(entries: Sequence[Entry]) -> tuple[list[Tensor], list[str]]:
+    """The weights of groups that are given, and what errors call them. Raises where they have become wrong, or their
+    parameters."""
+    weighted = [(entry, entry.weights) for entry in entries if entry.weights is not None]
+    names = [f"Regularizer: group_weights[{entry.name!r}]" for entry, _ in weighted]
+    for name, (entry, weights) in zip(names, weighted, strict=True):
+        check_weights(name, weights, entry)
+    return [weights for _, weights in weighted], names
 
 
 def joint_of(entries: Sequence[Entry], count: int) -> Joint:

@@ -105,7 +105,7 @@ class Source:
             gone.pop(name, None)
         replaced = new.keys() & gone.keys()
         said = [
-            f"{_listed(names)} {what}"
+            f"{listed(names)} {what}"
             for names, what in (
                 ([n for n in new if n in replaced], "replaced"),
                 ([n for n in new if n not in replaced], "new"),
@@ -212,5 +212,5 @@ def _without(candidates: Iterable[Candidate], others: Iterable[Candidate]) -> di
     return {c.names[0]: c for c in candidates if id(c.param) not in known}
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     return ", ".join([*map(repr, names[:_NAMES_SHOWN]), *["..."] * (len(names) > _NAMES_SHOWN)])

@@ -62,6 +62,7 @@ class Groups:
         self._are_roots = isinstance(weights, str)
         self._weights: Any = None if self._are_roots else weights
         self.are_weighted = weights is not None
+        self.are_of_sizes = self._are_roots or together is not None  # what it gives depends on these
 
     def read(self, candidates: Sequence[Named]) -> None:
         """Of the parameters that a regularizer chooses from: gives the weights of a list their names."""
@@ -90,24 +91,20 @@ class Groups:
         self._weigh(entries)
 
     def _sets(self, entries: Sequence[Entry], source: Source) -> list[list[Entry]]:
-        by_rule: dict[int, list[Entry]] = {}  # by the weight, which is the first
+        by_rule: dict[int, list[Entry]] = {}  # by the first weight
         sets: list[list[Entry]] = []
         for given in self._together:
             if isinstance(given, tuple):
                 sets.append(_named(given, entries, source.candidates))
                 continue
-            pairs = [
-                pair
-                for pair in _pairs(given, entries, source.module)
-                if all(e.given["l2_norm"] is not None for e in pair)
-            ]
+            pairs = [*_pairs(given, [e for e in entries if e.given["l2_norm"] is not None], source.module)]
             if not pairs:
                 what = "biases" if given == "bias" else f"layers of {shown(given)} that follow in a Sequential"
                 raise ValueError(
                     f"Regularizer: together must find weights with {what}, where both have l2_norm, got none"
                 )
-            for weight, other in pairs:
-                by_rule.setdefault(id(weight), [weight]).append(other)
+            for weights, other in pairs:
+                by_rule.setdefault(id(weights[0]), weights).append(other)
         places = {id(entry): i for i, entry in enumerate(entries)}
         sets = [sorted(own, key=lambda entry: places[id(entry)]) for own in (*by_rule.values(), *sets)]
         seen: set[int] = set()
@@ -171,13 +168,22 @@ def _named(patterns: Sequence[str], entries: Sequence[Entry], candidates: Sequen
     return own
 
 
-def _pairs(rule: Any, entries: Sequence[Entry], module: Module | None) -> Iterator[tuple[Entry, Entry]]:
-    """The weights, each with what a rule puts together with it."""
-    known: dict[str, Entry] = {name: entry for entry in entries for name in entry.names}
+def _pairs(rule: Any, entries: Sequence[Entry], module: Module | None) -> Iterator[tuple[list[Entry], Entry]]:
+    """The weights, each as the parameters that it is computed from, with what a rule puts together with it."""
+    named: dict[str, list[Entry]] = {}  # several have a name where a layer computes what it is the name of
+    for entry in entries:
+        for name in entry.names:
+            named.setdefault(name, []).append(entry)
+
+    def parts_of(weight: Entry) -> list[Entry]:
+        return [part for part in max((named[name] for name in weight.names), key=len) if _is_weight(part)]
+
     if rule == "bias":
         for weight in filter(_is_weight, entries):
-            biases = dict.fromkeys(known[bias] for name in weight.names if (bias := _bias_of(name)) in known)
-            yield from ((weight, bias) for bias in biases if bias is not weight)
+            if (parts := parts_of(weight))[0] is weight:
+                names = (bias for name in weight.names if (bias := _bias_of(name)) != name)
+                biases = dict.fromkeys(bias for name in names for bias in named.get(name, ()) if dims(bias.param) > 0)
+                yield from ((parts, bias) for bias in biases)
         return
     if module is None:
         raise ValueError(f"Regularizer: together={shown(rule)} needs the layers, got a list of tensors; pass the model")
@@ -187,13 +193,13 @@ def _pairs(rule: Any, entries: Sequence[Entry], module: Module | None) -> Iterat
         layers = [layer for layer, is_its in place.around if is_its]  # with those that wrap it
         if any(isinstance(layer, rule) for layer in layers):
             of_type.update(map(id, layers))
-        for layer in layers if place.full_name in known else ():
-            own.setdefault(id(layer), []).append(known[place.full_name])
+        for layer in layers:
+            own.setdefault(id(layer), []).extend(named.get(place.full_name, ()))
     for sequence in module.modules():
         for layer, following in pairwise(sequence.children()) if isinstance(sequence, Sequential) else ():
             weights = [entry for entry in own.get(id(layer), ()) if _is_weight(entry)]
             if len(weights) > 0 and id(following) in of_type:
-                yield from ((weights[0], other) for other in own.get(id(following), ()))
+                yield from ((parts_of(weights[0]), other) for other in own.get(id(following), ()))
 
 
 def _is_weight(entry: Entry) -> bool:

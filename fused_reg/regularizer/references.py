@@ -8,9 +8,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fused_reg._arguments import is_dtensor
-from fused_reg._references import check_importance, check_like, expanded
+from fused_reg._references import check_importance, check_like, expanded, followed
 from fused_reg.regularizer.keys import Named
 
 #: By name, as a state dict; or one for each parameter, in their order.
@@ -45,7 +46,9 @@ class References:
         if isinstance(importance, str):
             raise TypeError("Regularizer: importance must be a state dict or a list of tensors, got str")
         self._given: dict[str, Any] = {"toward": None if self.is_start else toward, "importance": importance}
-        self._loaded: dict[str, dict[str, Tensor]] = {"toward": {}, "importance": {}}
+        self._has_any = self.is_start or any(x is not None for x in self._given.values())
+        self._own: dict[str, dict[str, Tensor]] = {"toward": {}, "importance": {}}  # in the place of what is given
+        self.converted: dict[tuple[str, str], Tensor] = {}  # by kind and name, at the last look
 
     def read(self, candidates: Sequence[Named]) -> None:
         """Of the parameters that a regularizer chooses from: gives the tensors of a list their names."""
@@ -63,14 +66,17 @@ class References:
 
     def of(self, param: Tensor, names: Sequence[str], before: Any) -> tuple[Tensor | None, Tensor | None]:
         """Those of a parameter. ``before``: the entry that it or its name had."""
-        toward = self._find("toward", names)
-        if self.is_start and toward is None:
+        given = {kind: self._find(kind, names) for kind in ("toward", "importance")}
+        if self.is_start:
             toward = None if before is None else before.toward
             is_other = toward is None or toward.shape != param.shape or is_dtensor(toward) != is_dtensor(param)
             if toward is None or (is_other and before.param is not param):
                 toward = param.detach().clone()
-        given_importance = self._find("importance", names)
-        importance = expanded(given_importance, param)
+            given["toward"] = toward
+        now = given
+        if before is not None and (before.param is param or isinstance(param, Parameter)):  # not lent for a while
+            now = {kind: followed(x, param) if isinstance(x, Tensor) else x for kind, x in given.items()}
+        toward, importance = now["toward"], expanded(now["importance"], param)
         if toward is None and self._given["toward"] is not None:
             raise ValueError(
                 f"Regularizer: toward must have a tensor for {names[0]!r}, got none; leave that out with exclude, or "
@@ -83,11 +89,28 @@ class References:
                     raise TypeError(f"{where} must be a tensor, got {type(x).__name__}")
                 check_like(where, x, param, f"params[{names[0]!r}]")
         if importance is not None:
-            check_importance(f"Regularizer: importance[{names[0]!r}]", given_importance)
+            check_importance(f"Regularizer: importance[{names[0]!r}]", now["importance"])
+        self.converted |= {(kind, names[0]): x for kind, x in now.items() if x is not given[kind]}
         return toward, importance
 
+    def follow(self, entries: Sequence[Any]) -> bool:
+        """Those of parameters that were converted are, too, as the buffers of a module are; whether there are any."""
+        if not self._has_any:  # most regularizers, at every step
+            return False
+        others = [e for e in entries if _is_other(e.toward, e.param) or _is_other(e.importance, e.param)]
+        found = [self.of(e.param, e.names, e) for e in others]
+        for e, own in zip(others, found, strict=True):
+            e.toward, e.importance = own
+        return len(others) > 0
+
+    def keep(self, found: Mapping[tuple[str, str], Tensor]) -> None:
+        """What is converted or loaded, in the place of what was given; the weights of the start are with the entry."""
+        for (kind, name), x in found.items():
+            if self._given[kind] is not None:
+                self._own[kind][name] = x
+
     def _find(self, kind: str, names: Sequence[str]) -> Any:
-        for source in (self._loaded[kind], self._given[kind] or {}):
+        for source in (self._own[kind], self._given[kind] or {}):
             for name in names:
                 if name in source:
                     return source[name]
@@ -117,7 +140,7 @@ class References:
                     place = f"{where}: {kind}[{name!r}]"
                     if not isinstance(saved[name], Tensor):
                         raise TypeError(f"{place} must be a tensor, got {type(saved[name]).__name__}")
-                    found[kind][e.name] = x = saved[name].detach().to(e.param.device)
+                    found[kind][e.name] = x = followed(saved[name].detach(), e.param)
                     check_like(place, x, e.param, f"params[{e.name!r}]")
                     if kind == "importance":
                         check_importance(place, x)
@@ -129,5 +152,9 @@ class References:
         for kind, own in found.items():
             for e in entries:
                 if e.name in own:
-                    self._loaded[kind][e.name] = deepcopy(own[e.name])  # with its strides
-                    setattr(e, kind, self._loaded[kind][e.name])
+                    setattr(e, kind, deepcopy(own[e.name]))  # with its strides
+                    self.keep({(kind, e.name): getattr(e, kind)})
+
+
+def _is_other(x: Tensor | None, param: Tensor) -> bool:
+    return x is not None and (x.dtype is not param.dtype or x.device != param.device)

@@ -111,7 +111,7 @@ class Regularizer:
         toward: reference weights: every term is of ``w - toward`` (L2-SP, FedProx). ``"start"``: the weights as they
             are now, of a parameter that its module gets later those that it has then; or a state dict, or a list with
             one for each of ``params``. What is regularized has one, of its shape, dtype and device; they are kept, not
-            copied. See :doc:`/guides/reference_weights`.
+            copied, and follow a module that is converted, as its buffers do. See :doc:`/guides/reference_weights`.
         importance: tensors by which the strengths are multiplied element by element, or by row as ``(rows, 1)``, finite
             and >= 0, not with ``l2_norm``: a dictionary by names, or a list. What it does not name has 1.
         save_references: whether ``toward`` and ``importance`` are in :meth:`state_dict`. ``None``: where ``toward`` is

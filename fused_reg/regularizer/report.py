@@ -32,7 +32,7 @@ from fused_reg.distributed.parts import checked_buckets
 from fused_reg.distributed.shards import shards_of
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.aims import Aim, aims_of
-from fused_reg.regularizer.calls import joint_of, named
+from fused_reg.regularizer.calls import joint_of, named, weights_of
 from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.strengths import Cell, Column, Held, identity, tensor_of
 from fused_reg.regularizer.table import Table
@@ -214,6 +214,7 @@ def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
         whole = [e for e in entries if (e.kind, e.is_joint) == (kind, is_joint)]
         cut = [(e, part) for e in whole for part in e.cut(e.param)]
         own, params, group = [e for e, _ in cut], [part for _, part in cut], group_code(kind)
+        weights_of(whole)
         args = params, _numbers_of(own, group), joint_of(whole, len(params)) if is_joint else None
         try:
             parts = _routes.run("report", _parts, _parts, *args, are_whole=True)

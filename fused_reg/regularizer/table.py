@@ -21,7 +21,7 @@ from fused_reg._terms import (
 from fused_reg._warnings import warn
 from fused_reg.regularizer.aims import Aim, aims_of, check_aims, new_aims
 from fused_reg.regularizer.entry import Entry
-from fused_reg.regularizer.following import Source
+from fused_reg.regularizer.following import Source, listed
 from fused_reg.regularizer.groups import Groups, check_saved
 from fused_reg.regularizer.keys import Key
 from fused_reg.regularizer.penalties import GivenZeros
@@ -67,16 +67,37 @@ class Table:
         self._cells: dict[str, Cell] = {}
         self._cells_version = -1
         self.entries: list[Entry] = []
+        self._shapes: list[torch.Size] = []  # of their parameters, where it matters
+        self._choose()
+
+    def _choose(self) -> None:
         self.entries = self._chosen_entries()
+        self._shapes = self._shapes_now()
+
+    def _shapes_now(self) -> list[torch.Size]:
+        return [entry.param.shape for entry in self.entries] if self._groups.are_of_sizes else []
 
     def follow(self) -> None:
-        """Reads the module again where it has changed."""
+        """Reads the module again where it has changed, and chooses again where a parameter was resized."""
+        self.references.converted = {}
         if self._source.has_changed():
             with self._source.reading_again() as said:
-                self.entries = self._chosen_entries()
+                self._choose()
             self.version += 1
             if said:
                 warn(said)
+        elif self._shapes != self._shapes_now():
+            self._choose()
+            self.version += 1
+        elif self.references.follow(self.entries):
+            self.version += 1
+        if converted := self.references.converted:
+            self.references.keep(converted)
+            names = listed(list(dict.fromkeys(name for _, name in converted)))
+            warn(
+                f"Regularizer: it follows its module: {names} converted; their toward and importance are converted "
+                "copies from now on"
+            )
 
     def is_standing(self) -> bool:
         """Whether it has a schedule, and no step was counted or set."""
