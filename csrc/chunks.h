@@ -45,7 +45,7 @@ constexpr int64_t kVisitedGroup = 4 * kChunkSize;
 constexpr int64_t kVisitedTogether = kChunkSize;
 constexpr int kMaxVisit = 256;  // chunks
 
-// A strip has about so many elements, or a cache line of each row of them.
+// A strip has about so many elements, or the least width that set_strips() is given.
 constexpr int64_t kStripElements = 4 * kChunkSize;
 
 class ChunkPlan {
