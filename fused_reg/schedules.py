@@ -84,10 +84,9 @@ class LinearRamp(Ramp):
 class CosineRamp(Ramp):
     r"""Half a cosine from one strength to another: slow at both ends.
 
-    .. math:: s(t) = \text{end} + (\text{start} - \text{end})\, \frac{1 + \cos(\pi x)}{2}, \qquad
-        x = \min\Big( \frac{\max(t - \text{delay},\, 0)}{\text{steps}},\, 1 \Big)
+    .. math:: s(t) = \text{end} + (\text{start} - \text{end})\, \frac{1 + \cos(\pi x)}{2}
 
-    for the number t of optimizer steps taken. Up or down, as ``CosineAnnealingLR`` does for learning rates.
+    with the x of :class:`LinearRamp`. Up or down, as ``CosineAnnealingLR`` does for learning rates.
 
     Args:
         start: as of :class:`LinearRamp`, and so are the others.
@@ -117,11 +116,10 @@ class CosineRamp(Ramp):
 class CubicRamp(Ramp):
     r"""Fast at first, and slower the nearer it comes: for a share of zeros, ``CubicRamp(0.0, 0.8, steps=1000)``.
 
-    .. math:: s(t) = \text{end} + (\text{start} - \text{end})\, (1 - x)^3, \qquad
-        x = \min\Big( \frac{\max(t - \text{delay},\, 0)}{\text{steps}},\, 1 \Big)
+    .. math:: s(t) = \text{end} + (\text{start} - \text{end})\, (1 - x)^3
 
-    for the number t of optimizer steps taken. As ``zeros`` of a :class:`fused_reg.Regularizer` it prunes most
-    while many weights are of little use, and leaves time for the last ones.
+    with the x of :class:`LinearRamp`. As ``zeros`` of a :class:`fused_reg.Regularizer` it prunes most while many
+    weights are of little use, and leaves time for the last ones.
 
     Args:
         start: as of :class:`LinearRamp`, and so are the others.
