@@ -215,7 +215,7 @@ FILES = {
     "test_wrong.py": "def test_c(): pass\ndef test_d(): assert 'left' == 'right'\n",
     "test_none.py": "def test_e(): pass\n",
     "test_dies.py": "import os\ndef test_f(): os._exit(7)\n",
-    "test_hangs.py": "import os, time\ndef test_g():\n    open('{}', 'w').close()\n    print('it hangs', flush=True)\n"
+    "test_hangs.py": "import os, time\ndef test_g():\n    print('it hangs', flush=True)\n    open('{}', 'w').close()\n"
     "    time.sleep(600)\n",
 }
 
