@@ -15,10 +15,12 @@ class Loop(NamedTuple):
     """A loop that loads by vectors alone, as those over whole blocks of each dtype do; without the loops in it."""
 
     loaded: int  # bytes of global memory
-    stored: int  # likewise
+    stored: int  # likewise, of what runs: see work()
     under_way: int  # of the bytes loaded, the most at a time
-    conversions: int  # to and from float64, of what runs: see work()
+    conversions: int  # to and from float64, of what runs
     float64: int  # additions, multiplications and comparisons, likewise
+    integers: int = 0  # likewise, of the units for integers, comparisons and choices
+    instructions: int = 0  # all that run
     is_float64: bool = False  # of elements of float64
 
     def __str__(self) -> str:
@@ -76,6 +78,8 @@ _LABEL = re.compile(r"(\.L\w+):")
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*)([.\w]*)\s*(.*);")
 _ENDS_BLOCK = ("BRA", "BRX", "JMP", "JMX", "CALL", "RET", "EXIT")
 _FLOAT64 = ("DADD", "DMUL", "DFMA", "DSETP")
+# Those of the unit that also compares and chooses; products (IMAD) are another's.
+_INTEGERS = re.compile(r"V?IADD|V?IMNMX|LOP|SHF|ISETP|LEA|PRMT|SEL|FMNMX|FSETP|FSEL")
 _INSTRUCTION_BYTES = 16
 
 
@@ -188,28 +192,46 @@ def unordered_atomics(lines: list[Line]) -> int:
     return count
 
 
-def work(body: list[Line]) -> tuple[int, int]:
-    """The conversions and operations of float64 that run in the body of a loop: on the way with most of them.
+class Work(NamedTuple):
+    """What runs: a way through the body of a loop."""
+
+    conversions: int = 0
+    float64: int = 0
+    integers: int = 0
+    instructions: int = 0
+    stored: int = 0
+
+    def after(self, line: Instruction) -> Work:
+        is_integer = _INTEGERS.match(line.operation) is not None
+        more = (line.converts, line.operation in _FLOAT64, is_integer, 1, line.stored)
+        return Work(*(own + new for own, new in zip(self, more, strict=True)))
+
+    @property
+    def length(self) -> tuple[int, int]:
+        return self.conversions + self.float64, self.instructions
+
+
+def work(body: list[Line]) -> Work:
+    """What runs in the body of a loop: the way with most conversions and operations of float64.
 
     Branches exclude one another: the sums of L1 alone, of L2 alone, and of both, the usual and the longest. A way that
     calls ``__prof_trigger`` is rare, and not taken.
     """
     places = {line: i for i, line in enumerate(body) if isinstance(line, str)}
-    ways: list[tuple[int, int] | None] = [(0, 0)] * (len(body) + 1)  # from each line to the end; None: rare
+    ways: list[Work | None] = [Work()] * (len(body) + 1)  # from each line to the end; None: rare
     for i, line in reversed(list(enumerate(body))):
         nexts = [ways[i + 1]]
         if isinstance(line, Instruction) and line.operation in ("BRA", "EXIT", "BRX"):
             target = re.search(r"\.L\w+", line.operands)
             place = places.get(target[0], 0) if target else 0
-            to = ways[place] if place > i else (0, 0)  # or out of the body
+            to = ways[place] if place > i else Work()  # or out of the body
             is_choice = line.predicate or "," in line.operands
             nexts = [to, *nexts] if is_choice else [to]
-        most = max((way for way in nexts if way is not None), key=sum, default=None)
+        most = max((way for way in nexts if way is not None), key=lambda way: way.length, default=None)
         if isinstance(line, Instruction) and most is not None:
-            most = (most[0] + line.converts, most[1] + (line.operation in _FLOAT64))
-            most = None if line.operation == "PMTRIG" else most
+            most = None if line.operation == "PMTRIG" else most.after(line)
         ways[i] = most
-    return ways[0] or (0, 0)
+    return ways[0] or Work()
 
 
 def hot_loops(lines: list[Line]) -> tuple[Loop, ...]:
@@ -229,9 +251,10 @@ def hot_loops(lines: list[Line]) -> tuple[Loop, ...]:
         is_float64 = is_of_float64(body)
         # What loads also by less is for the ends of chunks; doubles one by one are sums of chunks.
         if len(widths) == 1 and min(widths) >= (16 if is_float64 else 8):
-            loaded, stored = (sum(getattr(x, what) for x in body) for what in ("loaded", "stored"))
-            held = under_way([lines[i] for i in own], 8)
-            found.append(Loop(loaded, stored, held, *work(lines[begin : end + 1]), is_float64))
+            loaded, held = sum(x.loaded for x in body), under_way([lines[i] for i in own], 8)
+            way = [lines[i] for i in range(begin, end + 1) if i not in of_inner or isinstance(lines[i], str)]
+            *runs, stored = work(way)
+            found.append(Loop(loaded, stored, held, *runs, is_float64))
     return tuple(sorted(found))
 
 
@@ -294,7 +317,7 @@ def record(kernels: list[Kernel], version: str) -> str:
         titles = [
             "kernel",
             *(title for title, _ in FIGURES.values()),
-            "loops: loaded/stored/under way/conversions/float64",
+            f"loops: {'/'.join(Loop._fields[:-1]).replace('_', ' ')}",
         ]
         rows = [titles, ["---", *["---:"] * len(FIGURES), "---"]]
         for k in sorted((k for k in kernels if k.architecture == architecture), key=lambda k: k.name):
@@ -310,9 +333,10 @@ HEAD = """\
 By nvcc {version} (`python -m scripts.check_cuda_compile --update`). Loads under way: of 16 bytes of global memory, the
 most at a time within a basic block. Conversions: instructions that convert to or from float64. Loops: those over whole
 blocks, at least one for each dtype, and with a star those of float64 elements; of each the bytes that it loads, stores,
-and has under way at a time, and of what runs, the conversions, and additions, multiplications and comparisons of
-float64: of branches that exclude one another the longest, the sums of both terms, and none that is rare. A figure that
-gets worse by more than a tenth, of loops per byte that all load, fails `make cuda-compile` where nvcc has this version.
+and has under way at a time, and of what runs, the conversions, the additions, multiplications and comparisons of
+float64, the instructions of the units for integers, comparisons and choices, and all: of branches that exclude one
+another the longest, the sums of both terms, and none that is rare. A figure that gets worse by more than a tenth, of
+loops per byte that all load, fails `make cuda-compile` where nvcc has this version.
 """
 
 

@@ -1,9 +1,9 @@
 """What share of a card's bandwidth the loops of the kernels can reach, by their instructions and loads: a model, which
 tells where machine code is the limit before anything is measured.
 
-A multiprocessor has so many conversions and operations of float64 a clock, and as many bytes under way as its resident
-threads, which their registers bound, have loaded and not used; what its part of the bandwidth wants of either is what
-bounds the share.
+A multiprocessor has so many conversions and operations of float64 a clock, of integers and of all instructions, and as
+many bytes under way as its resident threads, which their registers bound, have loaded and not used; what its part of
+the bandwidth wants of either is what bounds the share.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ REGISTERS = 65536  # of a multiprocessor
 MOST_THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 103: 2048, 120: 1536}  # of it
 # Of a clock and multiprocessor, by architecture (CUDA C++ programming guide, "Arithmetic Instructions").
 FLOAT64 = {75: 2, 80: 32, 86: 2, 89: 2, 90: 64, 100: 64, 103: 2, 120: 2}
+INTEGERS, INSTRUCTIONS = 64, 128  # of every architecture; the latter are those that start
 CONVERSIONS = {75: 2, 80: 16, 86: 2, 89: 2, 90: 16, 100: 16, 103: 2, 120: 2}
 
 
@@ -56,7 +57,12 @@ def predicted_share(loop: Loop, threads: int, card: Card) -> float:
     """At most 1."""
     per_clock = card.bandwidth / card.multiprocessors / card.clock  # bytes
     clocks = (loop.loaded + loop.stored) / per_clock  # that the bandwidth takes for a thread
-    busy = max(loop.conversions / CONVERSIONS[card.architecture], loop.float64 / FLOAT64[card.architecture])
+    busy = max(
+        loop.conversions / CONVERSIONS[card.architecture],
+        loop.float64 / FLOAT64[card.architecture],
+        loop.integers / INTEGERS,
+        loop.instructions / INSTRUCTIONS,
+    )
     wanted = card.bandwidth / card.multiprocessors * card.latency
     return min(1.0, clocks / busy if busy else 1.0, loop.under_way * threads / wanted)
 
@@ -89,6 +95,6 @@ HEAD = """\
 Percent, of the slowest loop of float32 and half elements, and in brackets, where that is slower, of float64 ones:
 what its instructions and its loads under way allow (`scripts/predicted_share.py`, a model; nothing of it is measured,
 and the fixed costs of a launch are not in it). What runs is counted, with both terms; where float64 units are few, of
-lanes whose integers are exact, and sums that come before the rest as a loop of their own. Operations of integers are
-not counted: where these take sums, a share is an upper bound, and no prediction.
+lanes whose integers are exact, and sums that come before the rest as a loop of their own. Of an optimizer's step and of
+further terms it is all that they may be asked for, at a time: what runs takes less.
 """

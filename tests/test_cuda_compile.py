@@ -124,6 +124,7 @@ LOOP = """\
         /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0040*/                   LD.E.128 R8, desc[UR4][R2.64] ;
         /*0050*/                   F2F.F64.F32 R12, R4 ;
+        /*0058*/                   IADD3 R14, R14, 0x1, RZ ;
         /*0060*/                   DADD R12, R12, R8 ;
         /*0068*/                   ST.E.128 desc[UR4][R2.64], R8 ;
         /*006c*/                   STS.128 [R2], R8 ;
@@ -138,7 +139,7 @@ def figures(middle):
     return found["code_bytes"], found["loads"], found["conversions"]
 
 
-LOOPED = Loop(32, 16, 32, 1, 2, is_float64=True)
+LOOPED = Loop(32, 16, 32, 1, 2, 1, 9, is_float64=True)
 
 
 def changed(loop, *changes):
@@ -155,16 +156,19 @@ def changed(loop, *changes):
         (LOOP, (LOOPED,)),
         (LOOP + changed(LOOP, ("L_x_2", "L_x_4"), ("L_x_1", "L_x_5")), (LOOPED, LOOPED)),
         # The outer one, where it is innermost.
-        (changed(LOOP, ("@P1 BRA `(.L_x_2)", "@P1 BRA `(.L_x_9)")), (LOOPED,)),
+        (changed(LOOP, ("@P1 BRA `(.L_x_2)", "@P1 BRA `(.L_x_9)")), (LOOPED._replace(instructions=11),)),
         # Float64 is not what is loaded, but what is made of it.
-        (changed(LOOP, ("R12, R12, R8", "R12, R12, R14"), ("PT, R12, R8", "PT, R12, R14")), (Loop(32, 16, 32, 1, 2),)),
-        (changed(LOOP, ("F2F.F64.F32 R12, R4", "MOV R8, R4")), (Loop(32, 16, 32, 0, 2),)),
+        (
+            changed(LOOP, ("R12, R12, R8", "R12, R12, R14"), ("PT, R12, R8", "PT, R12, R14")),
+            (Loop(32, 16, 32, 1, 2, 1, 9),),
+        ),
+        (changed(LOOP, ("F2F.F64.F32 R12, R4", "MOV R8, R4")), (Loop(32, 16, 32, 0, 2, 1, 9),)),
         # Vectors of four half elements; doubles one by one are sums of chunks.
         (
             changed(
                 LOOP, ("E.128", "E.64"), ("DADD R12, R12, R8", "DADD R12, R12, R14"), ("PT, R12, R8", "PT, R12, R14")
             ),
-            (Loop(16, 8, 16, 1, 2),),
+            (Loop(16, 8, 16, 1, 2, 1, 9),),
         ),
         (changed(LOOP, ("E.128", "E.64")), ()),
         # Ends of chunks, which are also read by less.
@@ -173,7 +177,7 @@ def changed(loop, *changes):
         # A loop within another that loads, too: to each its own.
         (
             changed(LOOP, ("MOV R3, R2", "LDG.E.128 R4, desc[UR4][R2.64]"), ("LD.E.128 R8", "LDS.128 R8")),
-            (Loop(16, 0, 16, 1, 2), Loop(16, 16, 16, 1, 2)),
+            (Loop(16, 0, 16, 0, 0, 0, 2), Loop(16, 16, 16, 1, 2, 1, 9)),
         ),
     ],
 )
@@ -241,7 +245,9 @@ WAYS = """\
 @pytest.mark.parametrize(
     ("middle", "work"),
     [
-        ("", (0, 2)),
+        ("", (0, 2, 0, 6, 0)),
+        ("ST.E.128 desc[UR4][R2.64], R8 ; SHF.L.U32 R4, R4, 0x1, RZ", (0, 2, 0, 6, 0)),
+        ("DMUL R4, R4, R4 ; ST.E.64 desc[UR4][R2.64], R8 ; LOP3.LUT R4, R4, R5, RZ, 0xc0, !PT", (1, 1, 1, 8, 8)),
         ("DMUL R4, R4, R4 ; DMUL R4, R4, R4", (1, 2)),
         ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; PMTRIG 0x1", (0, 2)),  # is rare
         ("DMUL R4, R4, R4 ; DMUL R4, R4, R4 ; @P3 BRA `(.L_x_4) ; PMTRIG 0x1", (1, 2)),
@@ -251,10 +257,11 @@ WAYS = """\
     ],
 )
 def test_what_runs_in_a_loop(middle, work):
-    """Of sums of both terms, of one, and of something else: the way with most conversions and operations."""
+    """Of sums of both terms, of one, and of something else: the way with most conversions and operations; of ways with
+    as many, that with most instructions."""
     more = "".join(f"        /*00a8*/                   {line} ;\n" for line in middle.split(" ; ") if line)
     (loop,) = parse_code(CODE.format(WAYS.format(more)))["first"]["loops"]
-    assert (loop.conversions, loop.float64) == work
+    assert (loop.conversions, loop.float64, loop.integers, loop.instructions, loop.stored)[: len(work)] == work
 
 
 MEMBAR = "        /*0020*/                   MEMBAR.ALL.GPU ;\n"
@@ -294,7 +301,7 @@ def test_names_of_the_source():
 
 # The record
 
-LOOPS = (Loop(32, 0, 16, 10, 30), Loop(32, 32, 16, 30, 10, is_float64=True))
+LOOPS = (Loop(32, 0, 16, 10, 30, 7, 90), Loop(32, 32, 16, 30, 10, 8, 99, is_float64=True))
 KERNELS = [
     Kernel("b<int>", 120, 30, 0, 4096, 4, 20, (Loop(64, 0, 64, 0, 0),)),
     Kernel("a", 75, 100, 0, 1000, 8, 0, LOOPS),
@@ -336,7 +343,7 @@ def test_another_version_of_nvcc(tmp_path, monkeypatch, capsys):
     assert check_cuda_compile.compare(worse, "13.0") == ["b<int> for sm_120: loads under way 1, recorded 4"]
     assert check_cuda_compile.compare(worse, "13.1") == []
     said = capsys.readouterr().out
-    assert said.count("+| `b<int>` | 30 | 4096 | 1 | 20 | 64/0/64/0/0 |") == 2
+    assert said.count("+| `b<int>` | 30 | 4096 | 1 | 20 | 64/0/64/0/0/0/0 |") == 2
     assert said.endswith("is of nvcc 13.0, this is 13.1: a difference is no failure\n")
 
 
@@ -379,6 +386,8 @@ def test_predicted_shares():
     assert share(32, 32, 128, 64, 64) == 0.871
     assert share(64, 0, 128, 32, 512) == 0.436
     assert share(64, 0, 128, 0, 0) == share(64, 0, 128, 32, 64) == 1
+    assert share(64, 0, 128, 0, 0, 256, 512) == 0.871  # 3.48 of 4 clocks
+    assert share(64, 0, 128, 0, 0, 128, 1024) == 0.436
     assert share(64, 0, 64, 0, 0) == share(64, 0, 128, 0, 0, threads=256) == 0.693
 
 
@@ -410,7 +419,7 @@ def test_table_of_predicted_shares():
 
 def test_a_record_of_another_form():
     text = "nvcc 13.0\n## sm_90\n\n" + "| `kernel` | " + "1 | " * len(FIGURES) + "8/8/0/96* |\n"
-    with pytest.raises(ValueError, match="a loop of the record must have 5 numbers, got"):
+    with pytest.raises(ValueError, match="a loop of the record must have 7 numbers, got"):
         read_record(text)
 
 
