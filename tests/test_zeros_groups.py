@@ -133,7 +133,8 @@ def test_a_ramp_of_steps_that_are_kept():
 def test_the_smallest_of_a_step_beside_those_of_the_last():
     """The same, others in one parameter, NaN, nothing but NaN, and equal ones."""
     sizes = (8, 3), (100, 4), (80, 600)
-    params = [nn.Parameter(torch.arange(1.0, n + 1).reshape(-1, 1).repeat(1, m)) for n, m in sizes]
+    generator = torch.Generator().manual_seed(4)
+    params = [nn.Parameter(torch.randperm(n, generator=generator)[:, None].repeat(1, m) + 1.0) for n, m in sizes]
     start = [p.detach().clone() for p in params]
     optimizer = torch.optim.SGD(params, lr=0.1)
     Regularizer(params, zeros=0.5, zeros_per="parameter", group="row").attach(optimizer, mode="prox")
