@@ -7,8 +7,7 @@ from oracle import assert_same_bits
 from test_zeros_aim import clones
 from torch import nn
 
-from fused_reg import Regularizer
-from fused_reg.regularizer import group_projection
+from fused_reg import Regularizer, _devices
 
 
 def without_rows(w, share):
@@ -36,7 +35,7 @@ ODD = [(torch.nan, 0), (torch.nan, 3), (torch.inf, 2), (-torch.inf, 4), (0.0, 1)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 0.99])
 def test_each_parameter_by_its_rows(share, has_odd, dtype, is_at_hand, monkeypatch):
     if not is_at_hand:
-        monkeypatch.setattr(group_projection._devices, "is_at_hand", lambda tensor: False)
+        monkeypatch.setattr(_devices, "is_at_hand", lambda tensor: False)
     params = [nn.Parameter(w) for w in tensors(dtype)]
     for p in params if has_odd else ():
         for value, row in ODD:
@@ -64,10 +63,8 @@ def test_memory_that_begins_anywhere(offset):
     assert_same_bits([memory[:offset], memory[offset + 96 :]], [before[:offset], before[offset + 96 :]])
 
 
-@pytest.mark.parametrize("short", [256, 0], ids=["one sort for all", "each by itself"])
-def test_norms_that_are_equal_when_they_are_weighed(short, monkeypatch):
+def test_norms_that_are_equal_when_they_are_weighed():
     """They are compared as quotients, of which some are equal where the norms differ in the last bit."""
-    monkeypatch.setattr(group_projection, "SHORT", short)
     small = torch.linspace(1.5, 1.9, 50).double()
     large = small.nextafter(torch.full_like(small, 2.0))
     i = int((small / 2**0.5 == large / 2**0.5).nonzero()[0])
@@ -131,6 +128,34 @@ def test_a_ramp_of_steps_that_are_kept():
         expected = [without_rows(w, share) for w in clones(model)]
         step(model, optimizer)
         assert_same_bits(clones(model), expected)
+
+
+def test_the_smallest_of_a_step_beside_those_of_the_last():
+    """The same, others in one parameter, NaN, nothing but NaN, and equal ones."""
+    sizes = (8, 3), (100, 4), (80, 600)
+    generator = torch.Generator().manual_seed(4)
+    params = [nn.Parameter(torch.randperm(n, generator=generator)[:, None].repeat(1, m) + 1.0) for n, m in sizes]
+    start = [p.detach().clone() for p in params]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    Regularizer(params, zeros=0.5, zeros_per="parameter", group="row").attach(optimizer, mode="prox")
+    steps = [([], 0.0), ([], 0.0), ([99], 0.5), ([3, 60], torch.nan), (range(100), torch.nan), ([], 0.0)]
+    steps += [([49, 50], value) for value in (50.0, 51.0, 50.5, 50.5)]
+    for rows, value in steps:
+        for p, w in zip(params, start, strict=True):
+            p.data.copy_(w)
+            p.grad = torch.zeros_like(p)
+        params[1].data[list(rows)] = value
+        expected = [without_rows(p.detach(), 0.5) for p in params]
+        optimizer.step()
+        assert_same_bits([p.detach() for p in params], expected)
+
+
+def test_a_parameter_that_is_empty_for_a_step():
+    params = [nn.Parameter(torch.arange(1.0, 9).reshape(4, 2)), nn.Parameter(torch.ones(4, 2))]
+    regularizer = Regularizer(params, zeros=lambda step: 0.5, zeros_per="parameter", group="row")
+    params[1].data = torch.empty(0, 2)
+    regularizer.prox_(0.1)
+    assert (params[0] == 0).all(1).tolist() == [True, True, False, False]
 
 
 def test_steps_in_inference_mode_and_outside():

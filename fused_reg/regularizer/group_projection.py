@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from fused_reg import _devices, _ops
 from fused_reg._terms import Strengths, group_code, group_count, in_groups
 from fused_reg.regularizer.aims import Aim
 from fused_reg.regularizer.entry import Entry
-from fused_reg.regularizer.smallest import SHORT, smallest
+from fused_reg.regularizer.smallest import smallest
+
+# So few groups, or so many bytes of each, that filling each run of neighbors takes less time than filling by places.
+_FEW, _LONG = 2**6, 2**11
 
 
 class GroupProjection:
@@ -23,15 +26,15 @@ class GroupProjection:
         self._given = pools
         self._params = [entry.param for _, pool in pools for entry in pool]
         self._seen: list[Any] = []  # where these were at the last step
-        self._pools: list[_Pool | _Alone] = []
+        self._batches: list[_Batch] = []
 
     def project_(self, found_inf: Tensor | None) -> None:
         seen = [(p.data_ptr(), p.shape, p.stride()) for p in self._params]
         if seen != self._seen:
             with torch.inference_mode(False):  # what is kept is written by steps outside of it too
-                self._pools, self._seen = _pools(self._given), seen
-        for pool in self._pools:
-            pool.project_(found_inf)
+                self._batches, self._seen = _batches(self._given), seen
+        for batch in self._batches:
+            batch.project_(found_inf)
 
 
 def make_zero(w: Tensor, mask: Tensor, found_inf: Tensor | None = None) -> None:
@@ -45,18 +48,35 @@ class _Part:
         self.tensor, self.weight, self.code = tensor, entry.weight, group_code(entry.group)
         self.size = group_count(tensor, self.code)
         self.groups, self.dim = in_groups(tensor, self.code)
-        self.has_rows = self.dim == 0 and _devices.is_at_hand(tensor)
-        self._rows = _wide(self.groups) if self.has_rows else self.groups
+        self._rows = _wide(self.groups) if self.dim == 0 and _devices.is_at_hand(tensor) else None
+        self._has_runs = self.size <= _FEW or tensor.numel() * tensor.element_size() >= _LONG * self.size
 
-    def make_rows_zero(self, places: Tensor) -> None:
-        """On the host, where it takes half the time of a mask, with which all that stays is written too."""
-        self._rows.index_fill_(0, places, 0)
-
-    def make_zero(self, mask: Tensor, found_inf: Tensor | None) -> None:
+    def choose(self, mask: Tensor) -> None:
+        """The groups that become zero."""
         shape = [1] * self.groups.ndim
         if self.dim is not None:
             shape[self.dim] = -1
-        make_zero(self.groups, mask.reshape(shape), found_inf)
+        self._mask = mask.reshape(shape)
+        self._places: Tensor | None = None  # of rows, when they first become zero,
+        self._runs: list[Tensor] = []  # and when they do again, because they may for long
+
+    def make_zero(self, found_inf: Tensor | None) -> None:
+        """Rows on the host by their places: with a mask the others would be written too."""
+        if self._rows is None:
+            make_zero(self.groups, self._mask, found_inf)
+        elif found_inf is not None and found_inf != 0:
+            return
+        elif self._runs:
+            torch._foreach_zero_(self._runs)
+        else:
+            if self._places is None:
+                self._places = self._mask.reshape(-1).nonzero().reshape(-1)
+            elif self._has_runs and len(self._places) > 0:
+                lengths = [len(list(equal)) for _, equal in groupby(self._mask.reshape(-1).tolist())]
+                first = 0 if self._places[0] == 0 else 1
+                self._runs = list(self.groups.split_with_sizes(lengths))[first::2]
+                self._runs.reverse()  # the last ones are in the caches, because norms were read in order
+            self._rows.index_fill_(0, self._places, 0)
 
 
 def _wide(rows: Tensor) -> Tensor:
@@ -67,84 +87,69 @@ def _wide(rows: Tensor) -> Tensor:
     return rows.view(-1, length).view(torch.complex128) if is_aligned and length > 0 == length % size else rows
 
 
-def _pools(given: Sequence[tuple[Aim, Sequence[Entry]]]) -> list[_Pool | _Alone]:
-    """Those of one part with few rows are taken together, where the operator can take them in one call."""
-    pools: list[_Pool | _Alone] = []
-    alone: dict[Any, list[tuple[Aim, _Part]]] = {}
+def _batches(given: Sequence[tuple[Aim, Sequence[Entry]]]) -> list[_Batch]:
+    """Pools whose norms the operator has in one call are taken together."""
+    alike: dict[Any, list[tuple[Aim, list[_Part]]]] = {}
     for aim, entries in given:
         parts = [_Part(entry, x) for entry in entries for x in entry.cut(entry.param.detach())]
-        first = parts[0]
-        if len(parts) == 1 and first.has_rows and 0 < first.size <= SHORT:
-            alone.setdefault((first.code, first.tensor.device), []).append((aim, first))
-        else:
-            pools.append(_Pool(aim, parts))
-    return pools + [_Alone(*zip(*own, strict=True)) for own in alone.values()]
+        calls = frozenset((part.code, part.tensor.device) for part in parts)
+        alike.setdefault(calls if len(calls) == 1 else id(parts), []).append((aim, parts))
+    return [_Batch(pools) for pools in alike.values()]
 
 
-class _Pool:
-    """Parts that reach an aim together."""
+class _Batch:
+    """Pools, in each of which parts reach an aim together. On the host a limit between the norms of the smallest and
+    those of the others tells without a search whether they are the smallest still, as they mostly are."""
 
-    def __init__(self, aim: Aim, parts: Sequence[_Part]) -> None:
-        self._aim, self._parts = aim, parts
-        self._size = sum(part.size for part in parts)
-        alike: dict[Any, list[int]] = {}
-        for i, part in enumerate(parts):
-            alike.setdefault((part.code, part.tensor.device), []).append(i)
-        self._calls = [(Strengths(group=code), places) for (code, _), places in alike.items()]
+    def __init__(self, pools: Sequence[tuple[Aim, Sequence[_Part]]]) -> None:
+        self._pools, self._parts = pools, [part for _, parts in pools for part in parts]
+        self._sizes = [sum(part.size for part in parts) for _, parts in pools]
+        self._is_at_hand = all(_devices.is_at_hand(part.tensor) for part in self._parts)
+        alike: dict[Any, list[_Part]] = {}
+        for part in self._parts:
+            alike.setdefault((part.code, part.tensor.device), []).append(part)
+        self._calls = [(own, [p.tensor for p in own], Strengths(group=code)) for (code, _), own in alike.items()]
+        self._is_one_call = len(alike) == 1 and all(part.weight is None for part in self._parts)
+        self._limits = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self._parts[0].tensor.device)
+        self._masks = torch.zeros_like(self._limits, dtype=torch.bool)
+        self._counts: list[int | None] = [None] * len(pools)  # how many are below each limit; None: other ones
 
     def project_(self, found_inf: Tensor | None) -> None:
-        count = _count(self._aim, self._size)
-        for part, mask in zip(self._parts, smallest(self._norms(), count), strict=True):
-            if not part.has_rows:
-                part.make_zero(mask, found_inf)
-            elif found_inf is None or found_inf == 0:
-                part.make_rows_zero(mask.nonzero().reshape(-1))
+        self._choose()
+        for part in reversed(self._parts):  # as the runs of each
+            part.make_zero(found_inf)
 
-    def _norms(self) -> list[Tensor]:
+    def _choose(self) -> None:
+        norms, counts = self._norms(), list(map(_count, self._pools, self._sizes))
+        if self._is_at_hand and counts == self._counts and torch.equal(norms <= self._limits, self._masks):
+            return
+        places = (x.split_with_sizes(self._sizes) for x in (norms, self._limits, self._masks))
+        for i, (own, limit, mask) in enumerate(zip(*places, strict=True)):
+            parts, count = self._pools[i][1], counts[i]
+            if self._is_at_hand and count == self._counts[i] and torch.equal(own <= limit, mask):
+                continue
+            is_found = False
+            if self._is_at_hand and count > 0:
+                limit.copy_((own.kthvalue(count).values + own.kthvalue(count + 1).values) / 2)
+                is_found = bool(torch.le(own, limit, out=mask).count_nonzero() == count)
+            if not is_found:  # among them equal ones, or NaN
+                mask.copy_(smallest([own], count)[0])
+            self._counts[i] = count if is_found else None
+            for part, its in zip(parts, mask.split_with_sizes([part.size for part in parts]), strict=True):
+                part.choose(its.to(part.tensor.device))
+
+    def _norms(self) -> Tensor:
         """The norm of each group, in the bits that every device gives; divided by its weight, if it has one."""
         norms: dict[int, Tensor] = {}
-        for strengths, places in self._calls:
-            parts = [self._parts[i] for i in places]
-            found = _ops.norms([part.tensor for part in parts], *strengths)
-            for i, part, own in zip(places, parts, found.split_with_sizes([p.size for p in parts]), strict=True):
-                norms[i] = own if part.weight is None else own / part.weight
-        return [norms[i] for i in range(len(self._parts))]
+        for parts, tensors, strengths in self._calls:
+            found: Tensor = _ops.norms(tensors, *strengths)
+            if self._is_one_call:
+                return found
+            for part, own in zip(parts, found.split_with_sizes([part.size for part in parts]), strict=True):
+                norms[id(part)] = own if part.weight is None else own / part.weight
+        return torch.cat([norms[id(part)].to(norms[id(self._parts[0])].device) for part in self._parts])
 
 
-class _Alone:
-    """Parts on the host with few rows, each with an aim of its own: one call has all norms, and one sort all orders."""
-
-    def __init__(self, aims: Sequence[Aim], parts: Sequence[_Part]) -> None:
-        self._aims, self._parts = aims, parts
-        self._tensors, sizes = [part.tensor for part in parts], [part.size for part in parts]
-        self._strengths = Strengths(group=parts[0].code)
-        shape = len(parts), max(sizes)
-        self._places = torch.cat([torch.arange(n) + i * shape[1] for i, n in enumerate(sizes)])
-        found = _ops.norms(self._tensors, *self._strengths)
-        self._weights: Tensor | None = None
-        if any(part.weight is not None for part in parts):
-            self._weights = found.new_tensor([part.weight or 1.0 for part in parts for _ in range(part.size)])
-        self._norms = found.new_full(shape, torch.nan)  # behind the norms of a part, and last in its order
-        self._order = torch.empty_like(self._norms), torch.empty(shape, dtype=torch.long)
-        self._counts: list[int] = []
-        self._smallest: list[Tensor] = []  # so many of each order
-
-    def project_(self, found_inf: Tensor | None) -> None:
-        if found_inf is not None and found_inf != 0:
-            return
-        norms = _ops.norms(self._tensors, *self._strengths)
-        self._norms.view(-1).index_copy_(0, self._places, norms if self._weights is None else norms / self._weights)
-        counts = [_count(aim, part.size) for aim, part in zip(self._aims, self._parts, strict=True)]
-        if math.isnan(norms.sum().item()):  # one of them is NaN, which stays
-            counts = list(map(min, counts, (self._norms == self._norms).sum(1).tolist()))
-        if counts != self._counts:
-            self._counts = counts
-            self._smallest = [row[:count] for row, count in zip(self._order[1], counts, strict=True)]
-        torch.sort(self._norms, dim=1, stable=True, out=self._order)
-        for part, places in zip(self._parts, self._smallest, strict=True):
-            part.make_rows_zero(places)
-
-
-def _count(aim: Aim, size: int) -> int:
+def _count(pool: tuple[Aim, Sequence[_Part]], size: int) -> int:
     """How many become zero, never all."""
-    return min(round(aim.share * size), size - 1)
+    return min(round(pool[0].share * size), size - 1)

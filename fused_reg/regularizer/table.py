@@ -248,7 +248,8 @@ class Table:
         def after(entry: Entry) -> dict[str, Held]:
             return {kind: values.get(id(_schedule_of(old)), old) for kind, old in entry.strengths.items()}
 
-        check_aims("Regularizer", self._watched, after)
+        if due:
+            check_aims("Regularizer", self._watched, after)
         self._step, self._skipped, self._is_led = step, None, True
         for cell, asked in due:
             _fill(cell.value, values[asked])
