@@ -219,6 +219,7 @@ class Attachment:
         if self._mode != "grad":
             self._share.check_rates(optimizer)
             self._table.check_aims()
+            self._share.check_fits()
             if closure is None:
                 self._use()
         self._is_inert = is_inert(optimizer)
@@ -254,6 +255,7 @@ class Attachment:
         is_taken = False
         if host is not None and has_all:
             check_whole("Regularizer", self._share.params, [entry.name for entry in self.entries])
+            self._share.part.check()
             is_taken = bool(host(self._share.guest(self, _PROX[self._mode])))
         if self._mode == "preconditioned" and not is_taken:
             raise ValueError(_MUST_RIDE)

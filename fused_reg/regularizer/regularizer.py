@@ -315,6 +315,7 @@ class Regularizer:
             raise NotImplementedError("prox_: zeros must be reached outside of compiled code, got a call within it")
         if has_aims:
             self._table.check_aims()
+        part.check()
         self._attachments.warn_of_twice("by prox_")
         part.prox_(step)
         if has_aims:

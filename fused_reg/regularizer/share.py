@@ -19,6 +19,7 @@ from fused_reg._lazy_rows import lend_grad, put_back, rows_of, touched
 from fused_reg._terms import ABSENT, GROUPS, OF_GROUPS, group_code, group_text
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.entry import Entry
+from fused_reg.regularizer.fits import fits_of_strengths
 from fused_reg.regularizer.projection import Projection
 from fused_reg.regularizer.strengths import identity, tensor_of
 from fused_reg.regularizer.table import Table
@@ -100,6 +101,7 @@ class Share:
             self.part, self.shrinking = Part(self.table, entries), Part(self.table, entries)
             self.part.check_closed_form("attach: ")
             self._check_by_element()
+            self._strengths = fits_of_strengths(entries)
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
             self._maximized = [maximized[i] for i in self.group_of]
@@ -204,6 +206,11 @@ class Share:
         if self._projection is None or self._projection[0] != used:
             self._projection = used, Projection(list(compress(self.entries, used)))
         self._projection[1].project_(found_inf)
+
+    def check_fits(self) -> None:
+        """Before the optimizer's step, which a proximal step follows."""
+        self.part.check()
+        self._strengths.check()
 
     def check_rates(self, optimizer: Optimizer) -> None:
         """Raises unless each of the groups has a rate that a proximal step can have. A GPU is not waited for."""

@@ -1,0 +1,67 @@
+"""What stands beside the parameters of a `Regularizer`, as it has to fit them at every use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from fused_reg._arguments import as_number, is_known
+from fused_reg._fits import Fits
+from fused_reg._partitioned import check_whole
+from fused_reg._references import check_importance, check_like
+from fused_reg._terms import check_runs
+from fused_reg.regularizer.entry import Entry
+from fused_reg.regularizer.groups import check_weights
+
+
+def fits_of(entries: Sequence[Entry]) -> Fits:
+    """References, weights of groups, and runs, which must fill a parameter."""
+    has_runs = [isinstance(e.group, tuple) and e.has_norms() for e in entries]
+    shaped = [
+        e
+        for e, is_run in zip(entries, has_runs, strict=True)
+        if is_run or any(x is not None for x in (e.toward, e.importance, e.weights))
+    ]
+    factors = [(e, x) for e in entries for x in (e.importance, e.weights) if x is not None]
+    return Fits(
+        [(e.param, partial(_check_shape, e)) for e in shaped],
+        [(e.param, x, partial(_check_factor, e, x)) for e, x in factors],
+    )
+
+
+def fits_of_strengths(entries: Sequence[Entry]) -> Fits:
+    """Strengths in tensors of the user's, which the operators look at when they take them."""
+    return Fits(
+        values=[
+            (e.param, x, partial(_check_strength, kind, f"Regularizer: {kind} of {e.name!r}", x))
+            for e in entries
+            for kind, x in e.strengths.items()
+            if isinstance(x, Tensor)
+        ]
+    )
+
+
+def _check_shape(entry: Entry) -> None:
+    check_whole("Regularizer", [entry.param], [entry.name])
+    where = f"params[{entry.name!r}]"
+    for kind, x in entry.references():
+        if x is not None:
+            check_like(f"Regularizer: {kind}[{entry.name!r}]", x, entry.param, where)
+    if entry.has_norms():
+        check_runs(f"Regularizer: {where}", entry.param, entry.group)
+    if entry.weights is not None:
+        _check_factor(entry, entry.weights)
+
+
+def _check_factor(entry: Entry, x: Tensor) -> None:
+    if x is entry.weights:
+        check_weights(f"Regularizer: group_weights[{entry.name!r}]", x, entry)
+    else:
+        check_importance(f"Regularizer: importance[{entry.name!r}]", x)
+
+
+def _check_strength(kind: str, name: str, strength: Tensor) -> None:
+    if is_known(strength):
+        as_number(name, strength.detach().item(), kind)
