@@ -10,7 +10,7 @@ from optim_cases import backward, net
 from test_zeros_aim import clones, weights, without_smallest, zeros_in
 from torch import nn
 
-from fused_reg import Regularizer, optim
+from fused_reg import Regularizer, optim, regularized
 from fused_reg.schedules import CubicRamp, PatternRamp
 
 RAMP = CubicRamp(0.0, 0.8, steps=8)
@@ -79,6 +79,30 @@ def test_all_that_have_one_or_all():
     model, regularizer = layers(zeros=0.5, zeros_per="parameter")
     regularizer.set_strength(zeros=0.25)
     assert reached(model, regularizer) == [25, 25, 25, 25]
+
+
+def test_what_a_rule_or_a_mark_gave_stays_by_itself():
+    """Also when it was dropped in between, or has had a share of its own, with a schedule, in a state, and of what the
+    module gets later; `where` takes all together."""
+    model, _ = layers(zeros=0.5)
+    regularized(model[2], zeros=0.5)
+    regularizer = Regularizer(model, zeros=0.5, rules=[("3.*", {"zeros": 0.5})])
+    for share, pair in ((0.25, 50), (0.0, 0), (0.5, 100), (lambda step: 0.75, 150)):
+        regularizer.set_strength(zeros=share)
+        assert reached(model, regularizer) == [min(pair, 100), max(pair - 100, 0), pair // 2, pair // 2]
+    state = regularizer.state_dict()
+    assert [aim["params"] for aim in state["aims"]] == [["0.weight", "1.weight"], ["2.weight"], ["3.weight"]]
+    regularizer.load_state_dict(state)
+    copied, again = copy.deepcopy((model, regularizer))
+    regularizer.set_strength(zeros=0.5, where="*")
+    assert reached(model, regularizer) == [100, 100, 0, 0]
+    regularizer.set_strength(zeros=0.5)
+    assert reached(model, regularizer) == [100, 0, 50, 50]
+    copied[3] = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+    torch.nn.init.uniform_(copied[3][0].weight, 7, 8)
+    torch.nn.init.uniform_(copied[3][1].weight, 8, 9)
+    with pytest.warns(UserWarning, match="follows its module"):
+        assert reached(copied, again) == [100, 50, 75, 100, 50]
 
 
 def test_groups_are_those_that_they_have():

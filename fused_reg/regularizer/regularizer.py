@@ -367,7 +367,8 @@ class Regularizer:
             l2_norm: likewise.
             terms: likewise.
             zeros: the aim of proximal steps, as of the constructor; 0 drops it. What ``where`` names reaches it
-                together, of the groups that it has by its rule, its mark or the constructor.
+                together, of the groups that it has by its rule, its mark or the constructor; without ``where`` what
+                each of these gave one reaches it by itself, as before.
             where: a pattern of names (``fnmatch``) or a type of modules: these parameters, and "*" is all. None: all
                 that have such a term (not those that a rule gives 0, or that have rules or marks without it); where
                 none has one, all.

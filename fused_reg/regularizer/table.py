@@ -279,7 +279,17 @@ class Table:
                 check_runs(f"set_strength: params[{entry.name!r}]", entry.param, group)
         self._groups.check_change(strengths, own)
         aimed = own.pop("zeros", [])
-        aims = [] if zeros is None or zeros.is_none else new_aims(aimed, zeros.given, self._aims_at_each, self.step)
+        said_zeros: dict[GivenZeros, list[Entry]] = {}
+        for (_, penalty), entry in zip(self._source.chosen, self.entries, strict=True):
+            if zeros is not None and entry in aimed:  # for all, what rules and marks have set apart stays so
+                own_zeros = zeros if meant["zeros"] is not None else zeros.in_place_of(penalty.given["zeros"])
+                said_zeros.setdefault(own_zeros, []).append(entry)
+        aims = [
+            pool
+            for said, entries in said_zeros.items()
+            if not said.is_none
+            for pool in new_aims(entries, said.given, self._aims_at_each, self.step)
+        ]
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
         new: list[tuple[str, list[Entry], Held]] = []  # for those of one weight at a time
         for kind, entries in own.items():
@@ -301,12 +311,13 @@ class Table:
             self._replace(entries, kind, strength)
             for entry in entries:
                 entry.given[kind] = strengths[kind]
-        for entry in aimed:
-            entry.zeros = zeros
-            self.version += 1
+        for said, entries in said_zeros.items():
+            for entry in entries:
+                entry.zeros = said
+                self.version += 1
         self._set_aims(self.entries, pools)
-        for kind, said in strengths.items():
-            self._source.note(meant[kind], kind, said)
+        for kind, strength in strengths.items():
+            self._source.note(meant[kind], kind, strength)
 
     def _replace(self, entries: Sequence[Entry], kind: str, strength: Held) -> None:
         fresh: dict[object, Held] = {}  # for what is in a tensor and shall be a number
