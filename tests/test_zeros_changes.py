@@ -183,7 +183,7 @@ def test_what_is_attached_by_gradients_says_so_at_every_step():
         p.grad = torch.ones_like(p)
     optimizer.step()
     before = clones(model)
-    regularizer.set_strength(zeros=0.5)
+    regularizer.load_state_dict(layers(l1=0.1, zeros=0.5)[1].state_dict())
     for _ in range(2):
         with pytest.raises(ValueError, match=r"mode must be .prox. where parameters have zeros, as '0.weight'"):
             optimizer.step()
@@ -341,3 +341,39 @@ def test_copies():
         assert reached(own, other) == [100, 0, 0, 50]
         other.set_strength(zeros=0.2, where="3.*")
         assert reached(own, other) == [100, 0, 0, 20]
+
+
+@pytest.mark.parametrize(
+    ("zeros", "said"),
+    [
+        (lambda step: -1.0, "zeros: what the schedule gives at step 0 must be finite"),
+        (lambda step: 1.0, "zeros at step 0 must be a share from 0 to below 1"),
+        (lambda step: None, "zeros: the schedule must give a number at step 0"),
+    ],
+)
+def test_a_schedule_that_is_wrong_is_of_set_strength(zeros, said):
+    _, regularizer = layers(zeros=0.5)
+    with pytest.raises((TypeError, ValueError), match=f"^set_strength: {said}"):
+        regularizer.set_strength(zeros=zeros)
+    assert regularizer.report()["group 0"]["zeros_aim"] == 0.5
+
+
+def test_zeros_of_what_is_attached_with_gradients():
+    """Not at the next step, which could not be mended by then."""
+    model, regularizer = layers(l1=0.1)
+    first, rest = (torch.optim.SGD(layer.parameters(), lr=0.0) for layer in (model[0], model[1:]))
+    attachment = regularizer.attach(first)
+    regularizer.attach(rest, mode="prox")
+    for where in (None, "*", "[01].*"):
+        with pytest.raises(ValueError, match=r"^set_strength: mode must be .prox. where .* as '0.weight', got .grad."):
+            regularizer.set_strength(zeros=0.5, l1=0.2, where=where)
+    assert "l1=0.1: 4 parameters" in repr(regularizer)
+    regularizer.set_strength(zeros=0.0)
+    regularizer.set_strength(zeros=0.5, where="1.*")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    first.step()
+    rest.step()
+    assert [zeros_in([p]) for p in model.parameters()] == [0, 50, 0, 0]
+    attachment.remove()
+    regularizer.set_strength(zeros=0.5, where="*")

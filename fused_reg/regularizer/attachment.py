@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -137,6 +137,11 @@ class Attachment:
     def entries(self) -> list[Entry]:
         """What it handles."""
         return self._share.entries
+
+    def check_aimed(self, function: str, entries: Sequence[Entry]) -> None:
+        """Raises where it handles some of these, which have zeros or shall have, and its mode has none."""
+        own = {id(entry.param) for entry in self.entries}
+        self._share.check_aimed(function, [entry for entry in entries if id(entry.param) in own])
 
     def remove(self) -> None:
         """Takes the hooks away. A second call does nothing."""

@@ -376,7 +376,7 @@ class Regularizer:
         Raises:
             TypeError: a strength is no number; none is given.
             ValueError: a strength is negative, infinite or NaN; no name matches; these parameters cannot have
-                ``zeros``, or bounds leave zero out. Nothing has changed then.
+                ``zeros``, or are attached with mode "grad", or bounds leave zero out. Nothing has changed then.
 
         Example:
             >>> import torch
@@ -399,7 +399,7 @@ class Regularizer:
         table = self._followed()
         if where is not None:
             check_matches("set_strength", "where", where, table.entries)
-        table.change(strengths, where)
+        table.change(strengths, where, self._attachments.check_aimed)
 
     def state_dict(self) -> dict[str, Any]:
         """The step count, the strengths and ``zeros`` as they are now, in plain numbers and names; with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from operator import is_
@@ -89,8 +89,7 @@ class Share:
                         f"attach: {kind} of {entry.name!r} must be a constant, got a tensor that requires grad, and an "
                         "attached penalty gives it none; add regularizer() to the loss"
                     )
-        if self._mode == "grad" and (aimed := next((e for e in entries if e.aim is not None), None)) is not None:
-            raise ValueError(f'attach: mode must be "prox" where parameters have zeros, as {aimed.name!r}, got "grad"')
+        self.check_aimed("attach", [entry for entry in entries if entry.aim is not None])
         for entry in entries:
             self._check_set(entry, optimizer, groups)
         self.entries, self.params = entries, [entry.param for entry in entries]
@@ -108,6 +107,12 @@ class Share:
             self.part = Part(self.table, entries, self._maximized)
             self.part.refuse_constraints("attach: ")
         self._options = options
+
+    def check_aimed(self, function: str, aimed: Sequence[Entry]) -> None:
+        """Raises where the mode has no zeros, and these have them, or shall have."""
+        if self._mode == "grad" and aimed:
+            name = aimed[0].name
+            raise ValueError(f'{function}: mode must be "prox" where parameters have zeros, as {name!r}, got "grad"')
 
     def _check_set(self, entry: Entry, optimizer: Optimizer, groups: Mapping[int, int]) -> None:
         """Raises where an optimizer has parameters whose groups are one in part, or maximizes some of them alone."""

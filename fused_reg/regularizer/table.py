@@ -259,9 +259,12 @@ class Table:
         """What each aim is at this step, checked."""
         return [(aim, aim.at(step)) for aim in self._aims]
 
-    def change(self, strengths: Mapping[str, Any], where: Key | None) -> None:
+    def change(
+        self, strengths: Mapping[str, Any], where: Key | None, check_aimed: Callable[[Sequence[Entry]], None]
+    ) -> None:
         """Gives the entries that ``where`` means strengths of some kinds, and `GivenZeros`, checked before. A number is
-        written into the tensor that holds the old one, if no entry or kind outside uses it."""
+        written into the tensor that holds the old one, if no entry or kind outside uses it. ``check_aimed``: raises
+        where entries must not have an aim."""
         hold = _holder(self.step)
         zeros: GivenZeros | None = strengths.get("zeros")
         # For all is for all that have such a term, and where none has one yet, for all.
@@ -288,7 +291,7 @@ class Table:
             pool
             for said, entries in said_zeros.items()
             if not said.is_none
-            for pool in new_aims(entries, said.given, self._aims_at_each, self.step)
+            for pool in new_aims("set_strength", entries, said.given, self._aims_at_each, self.step)
         ]
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
         new: list[tuple[str, list[Entry], Held]] = []  # for those of one weight at a time
@@ -307,6 +310,7 @@ class Table:
 
         pools = [*aims, *aims_of([entry for entry in self.entries if entry not in aimed])]
         check_aims("set_strength", pools, after, are_new=len(aimed) > 0)
+        check_aimed([entry for _, entries in aims for entry in entries])
         for kind, entries, strength in new:
             self._replace(entries, kind, strength)
             for entry in entries:
@@ -354,7 +358,9 @@ class Table:
                 if len(wanted[identity(old)]) == 1:
                     _check_fits(name, old, values.get(id(schedule), value))
         shared = [(own, aim.given) for aim, own in aims_of(self.entries)] if aims is None else aims
-        pools = [pool for own, given in shared for pool in new_aims(own, given, self._aims_at_each, step)]
+        pools = [
+            pool for own, given in shared for pool in new_aims("load_state_dict", own, given, self._aims_at_each, step)
+        ]
 
         def after(e: Entry) -> dict[str, Held]:
             return {k: values.get(id(_schedule_of(e.strengths[k], keep)), x) for k, (x, keep) in saved[e.name].items()}
