@@ -182,3 +182,22 @@ def test_options_of_an_optimizer_resized(name):
         with pytest.raises(ValueError, match=rf"SGD: {name}\[0\] must have the shape of params\[0\] \(\(5,\)\), got"):
             optimizer.step()
     assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("use", ["__call__", "accumulate_grad_", "prox_"])
+def test_written_before_compiled_code_runs(use):
+    """What it was compiled with has no values: they are looked at when it runs."""
+    torch._dynamo.reset()
+    net, x = nn.Linear(3, 3), torch.ones(3, 3)
+    regularizer = Regularizer(net, l1=0.1, importance={"weight": x})
+    args = (0.1,) if use == "prox_" else ()
+    run = torch.compile(lambda: getattr(regularizer, use)(*args), backend="aot_eager")
+    _with_grads(net)
+    run()
+    run()
+    x[0, 0] = -5.0
+    before = _with_grads(net)
+    with pytest.raises(ValueError, match=r"importance.* must be finite and >= 0, got -5"):
+        run()
+    _assert_unchanged(net, before)
+    assert all((p.grad == 1).all() for p in net.parameters())
