@@ -201,3 +201,31 @@ def test_written_before_compiled_code_runs(use):
         run()
     _assert_unchanged(net, before)
     assert all((p.grad == 1).all() for p in net.parameters())
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize(
+    ("given", "value", "message"),
+    [
+        ({"lower": -1.0, "upper": 1.0}, 2.0, "lower must be less than upper, got 2.0 and 1.0 for params['weight']"),
+        ({"mcp": 0.0, "l2_norm": 0.1}, 1.0, "mcp and l2_norm of one parameter have no proximal operator"),
+    ],
+    ids=["bounds", "terms"],
+)
+def test_strengths_without_a_closed_form(kind, given, value, message):
+    """Hard to see in what the optimizer's step and half a proximal step have left."""
+    net = nn.Linear(3, 3)
+    name, start = next(iter(given.items()))
+    tensor = torch.tensor(start)
+    optimizer = kind(net.parameters(), lr=0.1)
+    Regularizer(net, **{**given, name: tensor}).attach(optimizer, mode="prox")
+    _with_grads(net)
+    optimizer.step()
+    tensor.fill_(value)
+    before = _with_grads(net)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            optimizer.step()
+    _assert_unchanged(net, before)
+    tensor.fill_(start)
+    optimizer.step()

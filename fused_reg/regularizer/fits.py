@@ -7,13 +7,14 @@ from functools import partial
 
 from torch import Tensor
 
-from fused_reg._arguments import as_number, is_known
+from fused_reg._arguments import as_number, check_closed_form, is_known, relabelled
 from fused_reg._fits import Fits
 from fused_reg._partitioned import check_whole
 from fused_reg._references import check_importance, check_like
-from fused_reg._terms import check_runs
+from fused_reg._terms import NUMBERS, Column, Strengths, check_runs
 from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.groups import check_weights
+from fused_reg.regularizer.strengths import Held, number, tensor_of
 
 
 def fits_of(entries: Sequence[Entry]) -> Fits:
@@ -32,10 +33,10 @@ def fits_of(entries: Sequence[Entry]) -> Fits:
 
 
 def fits_of_strengths(entries: Sequence[Entry]) -> Fits:
-    """Strengths in tensors of the user's, which the operators look at when they take them."""
+    """Strengths of proximal steps in tensors of the user's, which the operators look at when they take them."""
     return Fits(
         values=[
-            (e.param, x, partial(_check_strength, kind, f"Regularizer: {kind} of {e.name!r}", x))
+            (e.param, x, partial(_check_strength, e, kind, x))
             for e in entries
             for kind, x in e.strengths.items()
             if isinstance(x, Tensor)
@@ -62,6 +63,16 @@ def _check_factor(entry: Entry, x: Tensor) -> None:
         check_importance(f"Regularizer: importance[{entry.name!r}]", x)
 
 
-def _check_strength(kind: str, name: str, strength: Tensor) -> None:
+def _check_strength(entry: Entry, kind: str, strength: Tensor) -> None:
     if is_known(strength):
-        as_number(name, strength.detach().item(), kind)
+        as_number(f"Regularizer: {kind} of {entry.name!r}", strength.detach().item(), kind)
+    columns = [_column(entry.strengths[name]) if name in entry.strengths else () for name in NUMBERS]
+    try:
+        check_closed_form("Regularizer: ", Strengths.of(columns), 1)
+    except ValueError as error:
+        raise relabelled(error, [repr(entry.name)]) from error
+
+
+def _column(strength: Held) -> Column:
+    tensor = tensor_of(strength)
+    return (number(strength),) if tensor is None else tensor
