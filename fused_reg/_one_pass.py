@@ -23,7 +23,8 @@ from fused_reg._references import Tensors
 from fused_reg._step_in_turn import InTurn
 from fused_reg._step_penalty import Penalty, now, penalties_of
 from fused_reg._step_plans import Formula, Plans, Prox, check_options, has_penalty
-from fused_reg._step_references import Toward, in_one_group, penalized, read_references
+from fused_reg._step_references import REFERENCES, Toward, in_one_group, penalized, read_references
+from fused_reg._warnings import warn
 from fused_reg.distributed.collectives import total
 from fused_reg.regularizer.share import Guest
 from fused_reg.regularizer.steps import is_inert
@@ -70,6 +71,9 @@ _ARGUMENTS = """
             a penalty, a parameter is a placeholder (DeepSpeed ZeRO-3) or a piece (FSDP1).
         NotImplementedError: at a step, ``prox="preconditioned"`` where the kernels do not take the parameters (of
             a tensor subclass). There the penalty, torch's own step and the proximal step are taken in turn.
+
+    Warns:
+        UserWarning: references are given without a strength.
     """
 
 
@@ -163,6 +167,9 @@ class OnePass(Optimizer):
             self._given = own
             base.__init__(self, *args, **kwargs)
             self.defaults.update(own)
+            without = next((name for name in REFERENCES for g in self.param_groups if g[name] is not None), None)
+            if without is not None and not self._has_own():
+                warn(f"{cls.__name__}: {without} has no effect as long as l1 and l2 are 0 in every group; give one")
 
         written, own = (inspect.signature(f).parameters.values() for f in (base.__init__, init))
         more = [p for p in own if p.name in _OWN]

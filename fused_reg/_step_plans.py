@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fused_reg import _devices, _ops
 from fused_reg._arguments import as_number, check_values, is_dtensor, is_number, value_dtype
+from fused_reg._fits import Fits
 from fused_reg._partitioned import check_whole
 from fused_reg._step_launches import MAXIMIZE, Batch, Launch, Numbers, Place
-from fused_reg._step_references import REFERENCES, Penalized, params_of, penalized, read_references
+from fused_reg._step_references import REFERENCES, Penalized, fits_of, params_of, penalized, read_references
 from fused_reg._terms import DEFAULTS, TERM_OF, group_code
 from fused_reg.distributed.buckets import sharing
 from fused_reg.distributed.shards import shards_of
@@ -60,6 +61,7 @@ class Plans:
         self._relations: list[Any] = []  # what the groups have of references, and whether these count
         self._rest: tuple[list[list[Penalized]], list[Tensor]] = [], []
         self._plan: Plan | None = None
+        self._fits = Fits()
         self._given: list[Any] = []  # what is in the groups
         self._kept: list[Any] = []
 
@@ -68,6 +70,7 @@ class Plans:
         found = _ops.fingerprint(optimizer.param_groups, optimizer.state)
         is_alike = found is not None and guest is self._guest
         if is_alike and found == self._fingerprint and self._plan is not None:
+            self._fits.check()
             return self._plan
         old, self._fingerprint, self._plan = self._fingerprint, None, None
         has_batches = is_alike and old is not None and found is not None and found[0] == old[0]
@@ -98,6 +101,7 @@ class Plans:
         self._batches, self._relations, self._guest, self._fingerprint = batches, relations, guest, found
         if all(own.is_fixed for own in numbers):
             self._plan = plan
+            self._fits = fits_of(f"{type(optimizer).__name__}: ", filter(has_penalty, optimizer.param_groups))
         self._given = [list(group.items()) for group in optimizer.param_groups]
         self._kept = list(optimizer.state.values())
         return plan

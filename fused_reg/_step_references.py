@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from fused_reg._references import Tensors, as_tensors, followed, relative
+from fused_reg._fits import Fits
+from fused_reg._references import Tensors, as_tensors, check_importance, check_like, followed, relative
 from fused_reg._terms import Strengths
 from fused_reg._warnings import warn
 
@@ -41,6 +43,20 @@ def params_of(own: Iterable[Penalized]) -> list[Tensor]:
 def references_of(own: Sequence[Penalized]) -> dict[str, Any]:
     """As arguments of a function."""
     return {name: [getattr(x, name) for x in own] for name in REFERENCES if own and getattr(own[0], name) is not None}
+
+
+def fits_of(where: str, groups: Iterable[Mapping[str, Any]]) -> Fits:
+    """Of the references of an optimizer, as `read_references` has left them."""
+    given = [
+        (name, i, p, x)
+        for group in groups
+        for name in REFERENCES
+        for i, (p, x) in enumerate(zip(group["params"], group[name] or (), strict=False))
+    ]
+    return Fits(
+        [(p, partial(check_like, f"{where}{name}[{i}]", x, p, f"params[{i}]")) for name, i, p, x in given],
+        [(p, x, partial(check_importance, f"{where}{n}[{i}]", x)) for n, i, p, x in given if n == "importance"],
+    )
 
 
 def in_one_group(where: str, params: Any, given: Mapping[str, Any]) -> Any:

@@ -114,3 +114,10 @@ def test_a_pattern_that_matches_nothing_says_what_is_near(pattern, near):
 def test_a_list_has_no_names_to_match():
     with pytest.raises(ValueError, match=r"got 'fc.weight'; the names of a list are numbers: pass the model, or pairs"):
         Regularizer(make_net().parameters(), l1=0.5, exclude="fc.weight")
+
+
+@pytest.mark.parametrize("key", ["", ".", "/"])
+def test_a_pattern_of_nothing(key):
+    """There is nothing that it is near to."""
+    with pytest.raises(ValueError, match=r"include must match the name of a parameter, got '.?'; the names are '0.wei"):
+        Regularizer(nn.Sequential(nn.Linear(2, 2)), l1=0.5, include=key)

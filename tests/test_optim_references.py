@@ -326,3 +326,17 @@ def test_rows_of_a_batch_are_of_some_classes():
     p.grad = torch.sparse_coo_tensor([[1, 1]], torch.ones(2, 2), (4, 2))
     optimizer.step()
     assert p[:, 0].tolist() == [1, 1 - 0.5 * 2.5, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["toward", "importance"])
+def test_without_a_strength(name):
+    """It is said, not refused: a strength may begin at 0. One group with a strength is enough."""
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    with pytest.warns(UserWarning, match=f"SGD: {name} has no effect as long as l1 and l2 are 0 in every group"):
+        optimizer = optim.SGD([p], lr=0.1, **{name: [torch.zeros(3)]})
+    optimizer.param_groups[0]["l1"] = 0.5
+    p.grad = torch.zeros(3)
+    optimizer.step()
+    for given in ({"l1": 0.1}, {"l2": torch.tensor(0.0)}):
+        optim.SGD([p], lr=0.1, **given, **{name: [torch.zeros(3)]})
+    optim.SGD([{"params": [p], "l2": 0.1}, {"params": [q]}], toward="start")

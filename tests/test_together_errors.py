@@ -30,6 +30,7 @@ def error_of(call, *args, **kwargs) -> str:
         ({"together": 3}, 'together must be "bias", a type of layers or lists of names, as *, got 3'),
         ({"together": [(1, 2)]}, 'together must be "bias", a type of layers or lists of names, as *, got (1, 2)'),
         ({"together": []}, "together must have a set, got an empty list; leave it out for none"),
+        ({"together": {}}, "together must have a set, got an empty dict; leave it out for none"),
         ({"together": [("4.weight", "5.bias")]}, "together must match the name of a parameter, got '5.bias'*"),
         ({"together": [("4.weight",)]}, "together must name two parameters or more, got ['4.weight']"),
         (

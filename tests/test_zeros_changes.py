@@ -10,7 +10,7 @@ from optim_cases import backward, net
 from test_zeros_aim import clones, weights, without_smallest, zeros_in
 from torch import nn
 
-from fused_reg import Regularizer, optim
+from fused_reg import Regularizer, optim, regularized
 from fused_reg.schedules import CubicRamp, PatternRamp
 
 RAMP = CubicRamp(0.0, 0.8, steps=8)
@@ -79,6 +79,30 @@ def test_all_that_have_one_or_all():
     model, regularizer = layers(zeros=0.5, zeros_per="parameter")
     regularizer.set_strength(zeros=0.25)
     assert reached(model, regularizer) == [25, 25, 25, 25]
+
+
+def test_what_a_rule_or_a_mark_gave_stays_by_itself():
+    """Also when it was dropped in between, or has had a share of its own, with a schedule, in a state, and of what the
+    module gets later; `where` takes all together."""
+    model, _ = layers(zeros=0.5)
+    regularized(model[2], zeros=0.5)
+    regularizer = Regularizer(model, zeros=0.5, rules=[("3.*", {"zeros": 0.5})])
+    for share, pair in ((0.25, 50), (0.0, 0), (0.5, 100), (lambda step: 0.75, 150)):
+        regularizer.set_strength(zeros=share)
+        assert reached(model, regularizer) == [min(pair, 100), max(pair - 100, 0), pair // 2, pair // 2]
+    state = regularizer.state_dict()
+    assert [aim["params"] for aim in state["aims"]] == [["0.weight", "1.weight"], ["2.weight"], ["3.weight"]]
+    regularizer.load_state_dict(state)
+    copied, again = copy.deepcopy((model, regularizer))
+    regularizer.set_strength(zeros=0.5, where="*")
+    assert reached(model, regularizer) == [100, 100, 0, 0]
+    regularizer.set_strength(zeros=0.5)
+    assert reached(model, regularizer) == [100, 0, 50, 50]
+    copied[3] = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
+    torch.nn.init.uniform_(copied[3][0].weight, 7, 8)
+    torch.nn.init.uniform_(copied[3][1].weight, 8, 9)
+    with pytest.warns(UserWarning, match="follows its module"):
+        assert reached(copied, again) == [100, 50, 75, 100, 50]
 
 
 def test_groups_are_those_that_they_have():
@@ -159,7 +183,7 @@ def test_what_is_attached_by_gradients_says_so_at_every_step():
         p.grad = torch.ones_like(p)
     optimizer.step()
     before = clones(model)
-    regularizer.set_strength(zeros=0.5)
+    regularizer.load_state_dict(layers(l1=0.1, zeros=0.5)[1].state_dict())
     for _ in range(2):
         with pytest.raises(ValueError, match=r"mode must be .prox. where parameters have zeros, as '0.weight'"):
             optimizer.step()
@@ -317,3 +341,39 @@ def test_copies():
         assert reached(own, other) == [100, 0, 0, 50]
         other.set_strength(zeros=0.2, where="3.*")
         assert reached(own, other) == [100, 0, 0, 20]
+
+
+@pytest.mark.parametrize(
+    ("zeros", "said"),
+    [
+        (lambda step: -1.0, "zeros: what the schedule gives at step 0 must be finite"),
+        (lambda step: 1.0, "zeros at step 0 must be a share from 0 to below 1"),
+        (lambda step: None, "zeros: the schedule must give a number at step 0"),
+    ],
+)
+def test_a_schedule_that_is_wrong_is_of_set_strength(zeros, said):
+    _, regularizer = layers(zeros=0.5)
+    with pytest.raises((TypeError, ValueError), match=f"^set_strength: {said}"):
+        regularizer.set_strength(zeros=zeros)
+    assert regularizer.report()["group 0"]["zeros_aim"] == 0.5
+
+
+def test_zeros_of_what_is_attached_with_gradients():
+    """Not at the next step, which could not be mended by then."""
+    model, regularizer = layers(l1=0.1)
+    first, rest = (torch.optim.SGD(layer.parameters(), lr=0.0) for layer in (model[0], model[1:]))
+    attachment = regularizer.attach(first)
+    regularizer.attach(rest, mode="prox")
+    for where in (None, "*", "[01].*"):
+        with pytest.raises(ValueError, match=r"^set_strength: mode must be .prox. where .* as '0.weight', got .grad."):
+            regularizer.set_strength(zeros=0.5, l1=0.2, where=where)
+    assert "l1=0.1: 4 parameters" in repr(regularizer)
+    regularizer.set_strength(zeros=0.0)
+    regularizer.set_strength(zeros=0.5, where="1.*")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    first.step()
+    rest.step()
+    assert [zeros_in([p]) for p in model.parameters()] == [0, 50, 0, 0]
+    attachment.remove()
+    regularizer.set_strength(zeros=0.5, where="*")

@@ -26,10 +26,11 @@ class Aim:
     group: LayerGroup  # as given; "tensor": elements are counted, not groups
     is_each: bool
     step: InitVar[int]
+    function: InitVar[str] = "Regularizer"  # that gives it
     share: float = field(init=False)
 
-    def __post_init__(self, step: int) -> None:
-        self.share = self.at(step)
+    def __post_init__(self, step: int, function: str) -> None:
+        self.share = self.at(step, function)
 
     @property
     def pattern(self) -> tuple[int, int] | None:
@@ -41,14 +42,14 @@ class Aim:
     def schedule(self) -> Schedule | None:
         return self.given if callable(self.given) else None
 
-    def at(self, step: int) -> float:
+    def at(self, step: int, function: str = "Regularizer") -> float:
         """The share at this step, checked."""
         if isinstance(self.given, str):
             return 1.0
         if isinstance(self.given, float):
             return self.given
-        share = scheduled("", "Regularizer: zeros", self.given, step)
-        return share if self.pattern else as_share(f"Regularizer: zeros at step {step}", share)
+        share = scheduled("", f"{function}: zeros", self.given, step)
+        return share if self.pattern else as_share(f"{function}: zeros at step {step}", share)
 
     @property
     def share_of_all(self) -> float:
@@ -129,12 +130,14 @@ def aims_of(entries: Sequence[Entry]) -> list[tuple[Aim, list[Entry]]]:
     return list(found.values())
 
 
-def new_aims(entries: Sequence[Entry], given: ZeroShare, is_each: bool, step: int) -> list[tuple[Aim, list[Entry]]]:
+def new_aims(
+    function: str, entries: Sequence[Entry], given: ZeroShare, is_each: bool, step: int
+) -> list[tuple[Aim, list[Entry]]]:
     """Of entries that shall reach it together: one for each kind of their groups."""
     pools: dict[LayerGroup, list[Entry]] = {}
     for entry in entries:
         pools.setdefault(entry.named_group, []).append(entry)
-    return [(Aim(given, group, is_each, step), own) for group, own in pools.items()]
+    return [(Aim(given, group, is_each, step, function), own) for group, own in pools.items()]
 
 
 def check_aims(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,6 +138,11 @@ class Attachment:
         """What it handles."""
         return self._share.entries
 
+    def check_aimed(self, function: str, entries: Sequence[Entry]) -> None:
+        """Raises where it handles some of these, which have zeros or shall have, and its mode has none."""
+        own = {id(entry.param) for entry in self.entries}
+        self._share.check_aimed(function, [entry for entry in entries if id(entry.param) in own])
+
     def remove(self) -> None:
         """Takes the hooks away. A second call does nothing."""
         if self._hooks:
@@ -219,6 +224,7 @@ class Attachment:
         if self._mode != "grad":
             self._share.check_rates(optimizer)
             self._table.check_aims()
+            self._share.check_fits()
             if closure is None:
                 self._use()
         self._is_inert = is_inert(optimizer)
@@ -254,6 +260,7 @@ class Attachment:
         is_taken = False
         if host is not None and has_all:
             check_whole("Regularizer", self._share.params, [entry.name for entry in self.entries])
+            self._share.part.check()
             is_taken = bool(host(self._share.guest(self, _PROX[self._mode])))
         if self._mode == "preconditioned" and not is_taken:
             raise ValueError(_MUST_RIDE)

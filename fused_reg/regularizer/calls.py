@@ -28,6 +28,7 @@ from fused_reg.distributed.parts import are_mixed
 from fused_reg.distributed.shards import is_sharded
 from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.entry import Entry
+from fused_reg.regularizer.fits import fits_of
 from fused_reg.regularizer.groups import check_weights
 from fused_reg.regularizer.strengths import Column, identity
 from fused_reg.regularizer.table import Table
@@ -105,7 +106,12 @@ class _Call:
 
     def _strengths(self) -> Strengths:
         strengths = self._fixed or self._as_strengths()
-        return strengths if self._joint is None else behind_checks(strengths, *weights_of(self._whole))
+        if self._joint is not None:
+            return behind_checks(strengths, *weights_of(self._whole))
+        if self._fixed is None or not is_compiling():
+            return strengths
+        importance = self._references.get("importance", [])
+        return behind_checks(strengths, importance, [f"Regularizer: importance[{name!r}]" for name in self._names])
 
     def penalty(self) -> Tensor:
         given = {name: x for name, x in self._given().items() if name not in CONSTRAINTS}
@@ -240,12 +246,20 @@ class Part:
         self._names = [entry.name for entry in entries]
         self._is_one_of = is_one_of
         self._maximized = list(maximized) or [False] * len(self.entries)
-        self._version = -1
+        self._version = self._fits_version = -1
         self._chosen: list[bool] = []
         self._device: torch.device | None = None
         self._constrained = ""  # the first of its constraints
         self.calls: list[_Call] = []
         self._current_calls()  # now, not inside a graph that is being compiled
+
+    def check(self) -> None:
+        """Raises where a shape or a value has changed so that it does not fit any more: before anything is written."""
+        if is_compiling():
+            return
+        if self._fits_version != self._table.version:
+            self._fits, self._fits_version = fits_of(self.entries), self._table.version
+        self._fits.check()
 
     def _current_calls(self, chosen: list[bool] | None = None) -> list[_Call]:
         check_whole("Regularizer", self.params, self._names)
@@ -259,6 +273,7 @@ class Part:
         return self.calls
 
     def penalty(self) -> Tensor:
+        self.check()
         calls = self._current_calls()
         return self._total(calls, [call.penalty() for call in calls])
 
@@ -266,6 +281,7 @@ class Part:
         """Returns the penalty, and what of it belongs to the objective, negative where that is maximized.
 
         ``scale``: None is 1. ``skip_missing``: a parameter whose gradient is None gets none."""
+        self.check()
         self.refuse_constraints("accumulate_grad_: ")
         calls = self._current_calls()
         if len(calls) == 1:
@@ -279,6 +295,7 @@ class Part:
 
     def objective(self) -> Tensor:
         """The second of these, without a gradient and with a graph."""
+        self.check()
         self.refuse_constraints("attach: ")
         calls = self._current_calls()
         return self._signed(calls, [call.penalty() for call in calls])
@@ -298,7 +315,8 @@ class Part:
             call.check_closed_form(where)
 
     def prox_(self, step: float | Tensor | list[float | Tensor], chosen: list[bool] | None = None) -> None:
-        """``step``: one, or a list with one for each entry; ``chosen``: which entries, of those that require grad."""
+        """``step``: one, or a list with one for each entry; ``chosen``: which entries, of those that require grad. What
+        `check` looks at, the caller has checked."""
         calls = self._current_calls(chosen)
         if len(calls) > 1:
             for call in calls:

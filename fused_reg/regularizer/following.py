@@ -152,7 +152,7 @@ class Source:
         given = dict(penalty.given)
         for (where, kind), said in self._changes.items():
             if given[TERM_OF.get(kind, kind)] is not None if where is None else candidate.matches(where):
-                given[kind] = said
+                given[kind] = said if where is not None or kind != "zeros" else said.in_place_of(penalty.given[kind])
         return given
 
     def note(self, where: Key | None, kind: str, said: Any) -> None:

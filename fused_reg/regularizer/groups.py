@@ -48,7 +48,8 @@ def as_together(given: Any) -> list[Any] | None:
         else:
             checked.append(tuple(names))
     if not checked:
-        raise ValueError("Regularizer: together must have a set, got an empty list; leave it out for none")
+        what = type(given).__name__
+        raise ValueError(f"Regularizer: together must have a set, got an empty {what}; leave it out for none")
     return checked
 
 

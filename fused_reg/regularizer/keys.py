@@ -129,7 +129,7 @@ def _near(pattern: str, names: Sequence[str]) -> Iterator[str]:
     inside = dots.partition(".")[2]  # without the name of the model
     inside = inside if inside.strip("*.") else dots
     around = [x for part in (dots, inside) for x in (part, f"{part}.*", f"*.{part}", f"*.{part}.*")]
-    for tried in (*around, f"*{dots.strip('*')}*", glob, f"{glob}*", f"*{glob}"):
+    for tried in () if not dots else (*around, f"*{dots.strip('*')}*", glob, f"{glob}*", f"*{glob}"):
         if any(fnmatchcase(name, tried) for name in names):
             yield tried
     parts = {".".join(name.split(".")[:n]) + ".*" for name in names for n in range(1, name.count(".") + 1)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,11 @@ class GivenZeros:
     """A share of zeros as it is given in one place. What has it from there reaches it together."""
 
     given: ZeroShare
+    _parts: dict[GivenZeros | None, GivenZeros] = field(default_factory=dict)
+
+    def in_place_of(self, other: GivenZeros | None) -> GivenZeros:
+        """The same share for what has had another, which goes on reaching it by itself."""
+        return self._parts.setdefault(other, GivenZeros(self.given))
 
     @property
     def is_none(self) -> bool:

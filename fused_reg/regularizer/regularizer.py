@@ -315,6 +315,7 @@ class Regularizer:
             raise NotImplementedError("prox_: zeros must be reached outside of compiled code, got a call within it")
         if has_aims:
             self._table.check_aims()
+        part.check()
         self._attachments.warn_of_twice("by prox_")
         part.prox_(step)
         if has_aims:
@@ -366,7 +367,8 @@ class Regularizer:
             l2_norm: likewise.
             terms: likewise.
             zeros: the aim of proximal steps, as of the constructor; 0 drops it. What ``where`` names reaches it
-                together, of the groups that it has by its rule, its mark or the constructor.
+                together, of the groups that it has by its rule, its mark or the constructor; without ``where`` what
+                each of these gave one reaches it by itself, as before.
             where: a pattern of names (``fnmatch``) or a type of modules: these parameters, and "*" is all. None: all
                 that have such a term (not those that a rule gives 0, or that have rules or marks without it); where
                 none has one, all.
@@ -374,7 +376,7 @@ class Regularizer:
         Raises:
             TypeError: a strength is no number; none is given.
             ValueError: a strength is negative, infinite or NaN; no name matches; these parameters cannot have
-                ``zeros``, or bounds leave zero out. Nothing has changed then.
+                ``zeros``, or are attached with mode "grad", or bounds leave zero out. Nothing has changed then.
 
         Example:
             >>> import torch
@@ -397,7 +399,7 @@ class Regularizer:
         table = self._followed()
         if where is not None:
             check_matches("set_strength", "where", where, table.entries)
-        table.change(strengths, where)
+        table.change(strengths, where, self._attachments.check_aimed)
 
     def state_dict(self) -> dict[str, Any]:
         """The step count, the strengths and ``zeros`` as they are now, in plain numbers and names; with

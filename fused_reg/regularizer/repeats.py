@@ -60,6 +60,7 @@ class Repeat:
             or _is_tracing()
         ):
             return None
+        share.part.check()
         if is_new:
             self._note(found, optimizer)
         grads = _ops.gather(self._with_grad, [], ())

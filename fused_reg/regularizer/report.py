@@ -34,6 +34,7 @@ from fused_reg.functional import fused_penalty
 from fused_reg.regularizer.aims import Aim, aims_of
 from fused_reg.regularizer.calls import joint_of, named, weights_of
 from fused_reg.regularizer.entry import Entry
+from fused_reg.regularizer.fits import fits_of
 from fused_reg.regularizer.strengths import Cell, Column, Held, identity, tensor_of
 from fused_reg.regularizer.table import Table
 
@@ -209,6 +210,7 @@ def _aimed(aim: Aim, rows: Sequence[Row]) -> Row:
 @torch.no_grad()
 def _measure(entries: Sequence[Entry]) -> dict[int, Row]:
     """A row for each entry: some launches for each device and kind of group, and one transfer from each device."""
+    fits_of(entries).check()
     measured: dict[torch.device, list[tuple[list[Entry], Tensor]]] = {}
     for kind, is_joint in dict.fromkeys((e.kind, e.is_joint) for e in entries):
         whole = [e for e in entries if (e.kind, e.is_joint) == (kind, is_joint)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from operator import is_
@@ -19,6 +19,7 @@ from fused_reg._lazy_rows import lend_grad, put_back, rows_of, touched
 from fused_reg._terms import ABSENT, GROUPS, OF_GROUPS, group_code, group_text
 from fused_reg.regularizer.calls import Part
 from fused_reg.regularizer.entry import Entry
+from fused_reg.regularizer.fits import fits_of_strengths
 from fused_reg.regularizer.projection import Projection
 from fused_reg.regularizer.strengths import identity, tensor_of
 from fused_reg.regularizer.table import Table
@@ -88,8 +89,7 @@ class Share:
                         f"attach: {kind} of {entry.name!r} must be a constant, got a tensor that requires grad, and an "
                         "attached penalty gives it none; add regularizer() to the loss"
                     )
-        if self._mode == "grad" and (aimed := next((e for e in entries if e.aim is not None), None)) is not None:
-            raise ValueError(f'attach: mode must be "prox" where parameters have zeros, as {aimed.name!r}, got "grad"')
+        self.check_aimed("attach", [entry for entry in entries if entry.aim is not None])
         for entry in entries:
             self._check_set(entry, optimizer, groups)
         self.entries, self.params = entries, [entry.param for entry in entries]
@@ -100,12 +100,19 @@ class Share:
             self.part, self.shrinking = Part(self.table, entries), Part(self.table, entries)
             self.part.check_closed_form("attach: ")
             self._check_by_element()
+            self._strengths = fits_of_strengths(entries)
         else:
             maximized = [bool(group.get("maximize")) for group in optimizer.param_groups]
             self._maximized = [maximized[i] for i in self.group_of]
             self.part = Part(self.table, entries, self._maximized)
             self.part.refuse_constraints("attach: ")
         self._options = options
+
+    def check_aimed(self, function: str, aimed: Sequence[Entry]) -> None:
+        """Raises where the mode has no zeros, and these have them, or shall have."""
+        if self._mode == "grad" and aimed:
+            name = aimed[0].name
+            raise ValueError(f'{function}: mode must be "prox" where parameters have zeros, as {name!r}, got "grad"')
 
     def _check_set(self, entry: Entry, optimizer: Optimizer, groups: Mapping[int, int]) -> None:
         """Raises where an optimizer has parameters whose groups are one in part, or maximizes some of them alone."""
@@ -204,6 +211,11 @@ class Share:
         if self._projection is None or self._projection[0] != used:
             self._projection = used, Projection(list(compress(self.entries, used)))
         self._projection[1].project_(found_inf)
+
+    def check_fits(self) -> None:
+        """Before the optimizer's step, which a proximal step follows."""
+        self.part.check()
+        self._strengths.check()
 
     def check_rates(self, optimizer: Optimizer) -> None:
         """Raises unless each of the groups has a rate that a proximal step can have. A GPU is not waited for."""

@@ -260,9 +260,12 @@ class Table:
         """What each aim is at this step, checked."""
         return [(aim, aim.at(step)) for aim in self._aims]
 
-    def change(self, strengths: Mapping[str, Any], where: Key | None) -> None:
+    def change(
+        self, strengths: Mapping[str, Any], where: Key | None, check_aimed: Callable[[Sequence[Entry]], None]
+    ) -> None:
         """Gives the entries that ``where`` means strengths of some kinds, and `GivenZeros`, checked before. A number is
-        written into the tensor that holds the old one, if no entry or kind outside uses it."""
+        written into the tensor that holds the old one, if no entry or kind outside uses it. ``check_aimed``: raises
+        where entries must not have an aim."""
         hold = _holder(self.step)
         zeros: GivenZeros | None = strengths.get("zeros")
         # For all is for all that have such a term, and where none has one yet, for all.
@@ -280,7 +283,17 @@ class Table:
                 check_runs(f"set_strength: params[{entry.name!r}]", entry.param, group)
         self._groups.check_change(strengths, own)
         aimed = own.pop("zeros", [])
-        aims = [] if zeros is None or zeros.is_none else new_aims(aimed, zeros.given, self._aims_at_each, self.step)
+        said_zeros: dict[GivenZeros, list[Entry]] = {}
+        for (_, penalty), entry in zip(self._source.chosen, self.entries, strict=True):
+            if zeros is not None and entry in aimed:  # for all, what rules and marks have set apart stays so
+                own_zeros = zeros if meant["zeros"] is not None else zeros.in_place_of(penalty.given["zeros"])
+                said_zeros.setdefault(own_zeros, []).append(entry)
+        aims = [
+            pool
+            for said, entries in said_zeros.items()
+            if not said.is_none
+            for pool in new_aims("set_strength", entries, said.given, self._aims_at_each, self.step)
+        ]
         places = {(id(entry), kind) for kind, entries in own.items() for entry in entries}
         new: list[tuple[str, list[Entry], Held]] = []  # for those of one weight at a time
         for kind, entries in own.items():
@@ -298,16 +311,18 @@ class Table:
 
         pools = [*aims, *aims_of([entry for entry in self.entries if entry not in aimed])]
         check_aims("set_strength", pools, after, are_new=len(aimed) > 0)
+        check_aimed([entry for _, entries in aims for entry in entries])
         for kind, entries, strength in new:
             self._replace(entries, kind, strength)
             for entry in entries:
                 entry.given[kind] = strengths[kind]
-        for entry in aimed:
-            entry.zeros = zeros
-            self.version += 1
+        for said, entries in said_zeros.items():
+            for entry in entries:
+                entry.zeros = said
+                self.version += 1
         self._set_aims(self.entries, pools)
-        for kind, said in strengths.items():
-            self._source.note(meant[kind], kind, said)
+        for kind, strength in strengths.items():
+            self._source.note(meant[kind], kind, strength)
 
     def _replace(self, entries: Sequence[Entry], kind: str, strength: Held) -> None:
         fresh: dict[object, Held] = {}  # for what is in a tensor and shall be a number
@@ -344,7 +359,9 @@ class Table:
                 if len(wanted[identity(old)]) == 1:
                     _check_fits(name, old, values.get(id(schedule), value))
         shared = [(own, aim.given) for aim, own in aims_of(self.entries)] if aims is None else aims
-        pools = [pool for own, given in shared for pool in new_aims(own, given, self._aims_at_each, step)]
+        pools = [
+            pool for own, given in shared for pool in new_aims("load_state_dict", own, given, self._aims_at_each, step)
+        ]
 
         def after(e: Entry) -> dict[str, Held]:
             return {k: values.get(id(_schedule_of(e.strengths[k], keep)), x) for k, (x, keep) in saved[e.name].items()}
