@@ -382,9 +382,9 @@ struct Across {
     if constexpr (P::kWrites == 0) {
       sum(streams[0], task.apart[0], task.ahead != 0, found);
     } else {
-      const bool is_tight =
-          std::all_of(task.apart, task.apart + kStreams, [&](int64_t apart) { return apart == 0 || apart == chunks; });
-      chunks <= kCount&& is_tight ? write_narrow(task, streams) : write_wide(task, streams);
+      const auto follows = [&](int64_t apart) { return apart == 0 || apart == chunks; };
+      const bool is_narrow = chunks <= kCount && std::all_of(task.apart, task.apart + kStreams, follows);
+      is_narrow ? write_narrow(task, streams) : write_wide(task, streams);
     }
   }
 };
