@@ -232,3 +232,41 @@ def test_fully_shard(mesh):
     fully_shard(net[0], mesh=mesh)
     fully_shard(net, mesh=mesh)
     assert repr(Regularizer(net)) == "Regularizer(\n  l1=0.5: 1 parameter, 35 elements: 0.weight\n)"
+
+
+def test_a_mark_and_a_change_of_strengths():
+    """The later one counts, of what it says; a copy of a mark is as old as that is."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    regularized(net[0], l1=1.0, bias=True)
+    regularizer = Regularizer(net, l2=0.25)
+    regularizer.set_strength(l1=0.5)
+    regularizer.set_strength(l2=0.125, where="*")
+    before = {"0.weight": (0.5, 0.125, 0), "0.bias": (0.5, 0.125, 0)} | dict.fromkeys(
+        ["1.weight", "1.bias"], (0, 0.125, 0)
+    )
+    assert strengths_of(regularizer) == before
+    net[0] = copy.deepcopy(net[0])
+    with pytest.warns(UserWarning, match="it follows its module"):
+        assert strengths_of(regularizer) == before
+    for copied, own in (pickle.loads(pickle.dumps((net, regularizer))), (net, regularizer)):
+        regularized(copied[0], l1=2.0, bias=True)
+        regularized(copied[1], l2=4.0)
+        now = before | {"0.weight": (2, 0.125, 0), "0.bias": (2, 0.125, 0), "1.weight": (0, 4, 0)}
+        assert strengths_of(own) == now
+        own.set_strength(l1=0.75)
+        assert strengths_of(own) == now | {"0.weight": (0.75, 0.125, 0), "0.bias": (0.75, 0.125, 0)}
+        regularized(copied[0], l2=8.0)
+        assert strengths_of(own) == now | {"0.weight": (0, 8, 0), "0.bias": (0, 0.125, 0)}
+
+
+def test_a_mark_of_another_process(monkeypatch):
+    """What is set here is later than what was said there."""
+    net = make_net()
+    regularized(net[0], l1=1.0)
+    regularizer = Regularizer(net)
+    regularizer.set_strength(l1=0.5)
+    file = pickle.dumps((net, regularizer))
+    monkeypatch.setattr("fused_reg.regularizer.marks.count", 0)
+    net, regularizer = pickle.loads(file)
+    regularized(net[0], l1=2.0)
+    assert strengths_of(regularizer) == {"0.weight": (2, 0, 0)}

@@ -72,6 +72,11 @@ class Candidate(Named):
             found.append(None if slices is None else (slices, own.runs if own and slices == "column" else 1))
         return list(dict.fromkeys(found))
 
+    def has_later_mark(self, number: int, kind: str, said: Any) -> bool:
+        """Whether a strength is what a mark says that was set after so many."""
+        later = ((name, mark) for name, mark in self.marks.items() if mark.number > number)
+        return said is not None and any(mark.penalty_of(name).given[kind] is said for name, mark in later)
+
     def remember(self, name: str, types: tuple[type, ...]) -> None:
         """A name and the types around it there, of before."""
         if name not in self.names:

@@ -58,7 +58,8 @@ class Source:
         self._module: Module | weakref.ref[Module] | None = params if isinstance(params, Module) else None
         self._is_copy = False  # whose parameters may be nobody's
         self._lonely: str | None = None  # the name of one that is
-        self._changes: dict[tuple[Key | None, str], Any] = {}  # by where and kind, in their order
+        # By where and kind, in their order: what was said, and after how many marks.
+        self._changes: dict[tuple[Key | None, str], tuple[Any, int]] = {}
         self._said: set[str] = set()
         self._marks: dict[str, Mark] = {}  # by the names
         self.candidates: list[Candidate] = []
@@ -148,9 +149,11 @@ class Source:
             _look_at_all(self._module)
 
     def given(self, candidate: Candidate, penalty: Penalty) -> dict[str, Any]:
-        """What a parameter has by its penalty and by what was changed since."""
+        """What a parameter has by its penalty and by what was changed since. Of a change and a mark, the later."""
         given = dict(penalty.given)
-        for (where, kind), said in self._changes.items():
+        for (where, kind), (said, mark_count) in self._changes.items():
+            if candidate.has_later_mark(mark_count, kind, penalty.given[kind]):
+                continue
             if given[TERM_OF.get(kind, kind)] is not None if where is None else candidate.matches(where):
                 given[kind] = said if where is not None or kind != "zeros" else said.in_place_of(penalty.given[kind])
         return given
@@ -158,13 +161,14 @@ class Source:
     def note(self, where: Key | None, kind: str, said: Any) -> None:
         """That these were given a strength, or an aim."""
         self._changes.pop((where, kind), None)
-        self._changes[where, kind] = said
+        self._changes[where, kind] = said, marks.count
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_module": self.module, "_seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The module of a copy is held when it is first looked at, if anybody has it."""
+        marks.see(max((number for _, number in state["_changes"].values()), default=0))
         vars(self).update(state, _seen=_Snapshot(), _is_copy=True)
         self._seen.mark_count = -1
         if isinstance(self._module, Module):

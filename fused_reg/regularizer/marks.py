@@ -21,8 +21,14 @@ M = TypeVar("M", bound=Module)
 # A plain attribute: deepcopy, pickle, torch.compile and fully_shard keep it, and state_dict does not see it.
 _ATTRIBUTE = "_fused_reg_mark"
 
-#: How many marks have been set.
+#: How many marks have been set, the number of the last one.
 count = 0
+
+
+def see(number: int) -> None:
+    """That a process has had so many, from which something was unpickled: what is set from now on is later."""
+    global count
+    count = max(count, number)
 
 
 class Mark:
@@ -30,6 +36,7 @@ class Mark:
     conversion puts them into another module. (No weak reference: torch cannot swap a tensor that has one.)"""
 
     def __init__(self, module: Module, penalty: Penalty, bias: Penalty) -> None:
+        self.number = count
         self.penalty = penalty  # of the weights
         self.bias = bias
         self.is_replaced = False
@@ -46,6 +53,7 @@ class Mark:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies of the module's parameters have the note, too."""
+        see(state["number"])
         self.note_on(state.pop("noted"))
         module = state.pop("_module")
         vars(self).update(state, _module=weakref.ref(module) if module is not None else lambda: None)
@@ -157,12 +165,12 @@ def regularized(
     if penalty.is_empty and of_biases.is_empty:
         raise ValueError(f"regularized: {ANY_TERM} must give a strength, got none")
     holder: Module = getattr(module, "_orig_mod", module)  # what torch.compile wraps holds the attributes
+    count += 1
     mark = Mark(holder, penalty, of_biases)
     for old in marks_on(holder):
         old.is_replaced = True
     setattr(holder, _ATTRIBUTE, mark)
     mark.note_on(place.param for place in walk(holder) if next(_speaking(place), None) is mark)
-    count += 1
     if type(holder)._get_name is Module._get_name:
         name = _Name(type(holder).__name__)
         own = [] if of_biases.is_empty else ["bias"] if bias is True else [f"bias: {', '.join(_described(of_biases))}"]
