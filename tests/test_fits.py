@@ -229,3 +229,28 @@ def test_strengths_without_a_closed_form(kind, given, value, message):
     _assert_unchanged(net, before)
     tensor.fill_(start)
     optimizer.step()
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lower": lambda step: -1.0 + step, "upper": 1.0}, "lower must be less than upper, got 1.0 and 1.0"),
+        ({"lower": -1.0, "upper": lambda step: 1.0 - step}, "lower must be less than upper, got -1.0 and -1.0"),
+        ({"lower": lambda step: step - 1.0, "upper": lambda step: 3.0 - step}, "got 1.0 and 1.0 for params['weight']"),
+    ],
+    ids=["lower", "upper", "both"],
+)
+def test_schedules_that_cross(kind, given, message):
+    """Each gives a bound that may be."""
+    net = nn.Linear(3, 3)
+    optimizer = kind(net.parameters(), lr=0.1)
+    Regularizer(net, **given).attach(optimizer, mode="prox")
+    for _ in range(2):
+        _with_grads(net)
+        optimizer.step()
+    before = _with_grads(net)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            optimizer.step()
+    _assert_unchanged(net, before)

@@ -183,7 +183,7 @@ def test_what_is_attached_by_gradients_says_so_at_every_step():
         p.grad = torch.ones_like(p)
     optimizer.step()
     before = clones(model)
-    regularizer.load_state_dict(layers(l1=0.1, zeros=0.5)[1].state_dict())
+    regularized(model[0], l1=0.1, zeros=0.5)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"mode must be .prox. where parameters have zeros, as '0.weight'"):
             optimizer.step()

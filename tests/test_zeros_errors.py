@@ -132,6 +132,24 @@ def test_it_has_no_part_in_values_and_gradients():
     assert regularizer.attach(optimizer, mode="prox").value == Regularizer(model, l1=0.1)()
 
 
+@pytest.mark.parametrize("change", ["set_strength", "load_state_dict"])
+def test_what_is_attached_for_gradients_gets_none(change):
+    model = net()
+    aimed = Regularizer(model, l1=0.5, zeros=0.8)
+    regularizer = Regularizer(model, l1=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = regularizer.attach(optimizer)
+    given = {"set_strength": lambda: regularizer.set_strength(zeros=0.8)}
+    given["load_state_dict"] = lambda: regularizer.load_state_dict(aimed.state_dict())
+    before = regularizer.state_dict()
+    with pytest.raises(ValueError, match=rf"^{change}: mode must be .prox. where parameters have zeros, as '0.weight'"):
+        given[change]()
+    assert regularizer.state_dict() == before
+    attachment.remove()
+    given[change]()
+    assert regularizer.state_dict()["aims"][0]["zeros"] == 0.8
+
+
 def test_a_schedule_that_goes_wrong_is_told_a_step_ahead():
     model = net()
     regularizer = Regularizer(model, zeros=lambda step: [0.1, 0.2, 1.0][step], weights_only=True)

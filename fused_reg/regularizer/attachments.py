@@ -60,10 +60,10 @@ class Attachments:
         """The identities of the parameters that the active ones handle."""
         return {id(entry.param) for a in self if a is not but for entry in a.entries}
 
-    def check_aimed(self, entries: Sequence[Entry]) -> None:
-        """Raises where one that adds gradients handles what `set_strength` would give zeros."""
+    def check_aimed(self, function: str, entries: Sequence[Entry]) -> None:
+        """Raises where one that adds gradients handles what this function would give zeros."""
         for attachment in self:
-            attachment.check_aimed("set_strength", entries)
+            attachment.check_aimed(function, entries)
 
     def lose(self, entries: Sequence[Entry]) -> None:
         """Those of what this is a copy of are not here: a step that comes without is told so."""

@@ -11,10 +11,10 @@ from fused_reg._arguments import as_number, check_closed_form, is_known, relabel
 from fused_reg._fits import Fits
 from fused_reg._partitioned import check_whole
 from fused_reg._references import check_importance, check_like
-from fused_reg._terms import NUMBERS, Column, Strengths, check_runs
+from fused_reg._terms import APART, NUMBERS, Column, Strengths, check_runs
 from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.groups import check_weights
-from fused_reg.regularizer.strengths import Held, number, tensor_of
+from fused_reg.regularizer.strengths import Held, is_absent, number, tensor_of
 
 
 def fits_of(entries: Sequence[Entry]) -> Fits:
@@ -33,15 +33,16 @@ def fits_of(entries: Sequence[Entry]) -> Fits:
 
 
 def fits_of_strengths(entries: Sequence[Entry]) -> Fits:
-    """Strengths of proximal steps in tensors of the user's, which the operators look at when they take them."""
-    return Fits(
-        values=[
-            (e.param, x, partial(_check_strength, e, kind, x))
-            for e in entries
-            for kind, x in e.strengths.items()
-            if isinstance(x, Tensor)
-        ]
-    )
+    """Strengths of proximal steps in tensors, which the operators look at when they take them. Those that schedules
+    fill are numbers that fit, but perhaps not beside one another."""
+    held = [(e, kind, tensor_of(x)) for e in entries for kind, x in e.strengths.items() if _may_misfit(e, kind)]
+    return Fits(values=[(e.param, x, partial(_check_strength, e, kind, x)) for e, kind, x in held if x is not None])
+
+
+def _may_misfit(entry: Entry, kind: str) -> bool:
+    pairs = [pair for pair in (*APART, ("lower", "upper")) if kind in pair]
+    has_both = any(all(not is_absent(k, entry.strengths[k]) for k in pair) for pair in pairs)
+    return has_both or isinstance(entry.strengths[kind], Tensor)
 
 
 def _check_shape(entry: Entry) -> None:

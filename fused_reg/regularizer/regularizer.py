@@ -371,7 +371,7 @@ class Regularizer:
                 each of these gave one reaches it by itself, as before.
             where: a pattern of names (``fnmatch``) or a type of modules: these parameters, and "*" is all. None: all
                 that have such a term (not those that a rule gives 0, or that have rules or marks without it); where
-                none has one, all.
+                none has one, all. A mark by :func:`regularized` that is set later counts for what it gives.
 
         Raises:
             TypeError: a strength is no number; none is given.
@@ -425,7 +425,8 @@ class Regularizer:
                 where the state has them; else those that are here stay, and so do ``zeros``.
 
         Raises:
-            ValueError: it is of other parameters, or needs a schedule that is not here. Nothing has changed then.
+            ValueError: it is of other parameters, needs a schedule that is not here, or has ``zeros`` for what is
+                attached with mode "grad". Nothing has changed then.
         """
         if not isinstance(state_dict, Mapping) or set(state_dict) - {"references", "aims"} != {"step", "groups"}:
             raise ValueError("load_state_dict: state_dict must have the keys step and groups, as `state_dict` gives it")
@@ -434,7 +435,8 @@ class Regularizer:
         references = state_dict.get("references")
         found = {} if references is None else table.references.parsed(references, table.entries)
         aims = parsed_aims(state_dict["aims"], table.entries) if "aims" in state_dict else None
-        table.load(step, parsed(state_dict["groups"], table.entries), aims, found)
+        strengths = parsed(state_dict["groups"], table.entries)
+        table.load(step, strengths, aims, found, self._attachments.check_aimed)
 
     def attach(
         self, optimizer: Optimizer, mode: Mode = "grad", *, include_unused: bool = False, lazy_rows: bool = False

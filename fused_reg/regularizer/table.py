@@ -261,7 +261,7 @@ class Table:
         return [(aim, aim.at(step)) for aim in self._aims]
 
     def change(
-        self, strengths: Mapping[str, Any], where: Key | None, check_aimed: Callable[[Sequence[Entry]], None]
+        self, strengths: Mapping[str, Any], where: Key | None, check_aimed: Callable[[str, Sequence[Entry]], None]
     ) -> None:
         """Gives the entries that ``where`` means strengths of some kinds, and `GivenZeros`, checked before. A number is
         written into the tensor that holds the old one, if no entry or kind outside uses it. ``check_aimed``: raises
@@ -311,7 +311,7 @@ class Table:
 
         pools = [*aims, *aims_of([entry for entry in self.entries if entry not in aimed])]
         check_aims("set_strength", pools, after, are_new=len(aimed) > 0)
-        check_aimed([entry for _, entries in aims for entry in entries])
+        check_aimed("set_strength", [entry for _, entries in aims for entry in entries])
         for kind, entries, strength in new:
             self._replace(entries, kind, strength)
             for entry in entries:
@@ -341,9 +341,16 @@ class Table:
     def _uses(self, strength: Held) -> set[tuple[int, str]]:
         return {(id(e), kind) for e in self.entries for kind, own in e.strengths.items() if own is strength}
 
-    def load(self, step: int, saved: Mapping[str, Wishes], aims: Shared | None, references: Any) -> None:
+    def load(
+        self,
+        step: int,
+        saved: Mapping[str, Wishes],
+        aims: Shared | None,
+        references: Any,
+        check_aimed: Callable[[str, Sequence[Entry]], None],
+    ) -> None:
         """Takes a step and, for each name, strengths, and references, checked before. A schedule that goes on gives its
-        own strength for that step. ``aims``: None: those that are here."""
+        own strength for that step. ``aims``: None: those that are here. ``check_aimed``: as of `change`."""
         check_saved(self.entries, saved)
         wanted: dict[object, dict[tuple[float, bool], Held]] = {}  # of each tensor: what its users shall have
         for e in self.entries:
@@ -367,6 +374,7 @@ class Table:
             return {k: values.get(id(_schedule_of(e.strengths[k], keep)), x) for k, (x, keep) in saved[e.name].items()}
 
         check_aims("load_state_dict", pools, after, are_new=aims is not None)
+        check_aimed("load_state_dict", [entry for _, entries in pools for entry in entries])
         for wishes in wanted.values():
             for (value, keep), old in list(wishes.items()):
                 schedule = _schedule_of(old, keep)
