@@ -49,8 +49,8 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
         if self._lacks:
             raise ValueError(
                 f"RegularizerCallback: {', '.join(self._lacks)} must be given again, because checkpoints of the "
-                "Trainer are JSON and hold no such values; leave out restore_callback_states_from_checkpoint, and the callback "
-                "that is given goes on from the checkpoint"
+                "Trainer are JSON and hold no such values; leave out restore_callback_states_from_checkpoint, and the "
+                "callback that is given goes on from the checkpoint"
             )
         self._arguments = _with_pairs(self._arguments)
         if isinstance(optimizer, AcceleratedOptimizer):
