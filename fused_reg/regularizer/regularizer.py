@@ -120,8 +120,8 @@ class Regularizer:
     Raises:
         TypeError: chosen parameters are of no supported kind, a strength is no number, or a type none of modules.
         ValueError: something has no effect: a pattern or type that matches no parameter or none that is left, a rule
-            behind others, a term, ``group`` or mark that is nobody's, a dictionary of tensors without any; a tied
-            parameter with two marks; a strength that is negative, infinite or NaN; ``zeros`` that are no share, or that
+            behind others, a term, ``group`` or mark that is nobody's, a dictionary of tensors without any, or with a
+            name that is nobody's; a tied parameter with two marks, or two tensors; a strength that is negative, infinite or NaN; ``zeros`` that are no share, or that
             these parameters cannot have; ``toward`` lacks a parameter, ``importance`` names none, or one of them is not
             of its shape, dtype and device.
 
