@@ -32,7 +32,6 @@ MUTATIONS = [
     (MANY, "chunk_pass.cuh", "if ({i + k < size_})", "i + k <= size_"),
     (MANY, "chunk_pass.cuh", "(can && {i + kCount <= end})", "i + kCount <= end + 1"),
     (MANY, "chunk_pass.cuh", "Part::kOfVectors || {i < end};", "i <= end"),
-    (MANY, "chunk_pass.cuh", "thread, {b + of_warp < chunks});", "b + of_warp <= chunks"),
     (MANY, "cursor.cuh", "{chunk.size > kBlock} ||", "chunk.size > 2 * kBlock"),
     (MANY, "group_kernels.cuh", "{thread / 2 < groups})", "thread / 2 <= groups"),
     (MANY, "group_kernels.cuh", "{(c + 1) % call.run_length == 0}))", "c % call.run_length == 0"),
