@@ -40,8 +40,9 @@ class ChunkPass {
     }
   }
 
-  // So many chunks of this size that follow on one another (Cursor::strip), by a warp: each is a block of its own.
+  // The sums of so many chunks of this size that follow on one another (Cursor::strip), by a warp: each is a block.
   __device__ __forceinline__ void run_strip(Blocks* blocks, int chunks) const {
+    static_assert(Job::kWrites == 0 && !Job::kSumsFirst);
     const int thread = threadIdx.x % kWarp, of_warp = thread / (kWarp / kAbreast);
     for (int b = 0; b < chunks; b += kAbreast) {
       const int at = (b + of_warp) * size_;

@@ -99,6 +99,13 @@ template <class Pass, int numbers_of_pass>
 constexpr bool kHasStrips =
     !kFewDoubles && numbers_of_pass == kGroupNumbers && Pass::kSums == kL1L2 && !Pass::kIsRelative;
 
+// Runs that follow on one another, of which a team takes so many at a time: all of its own where a run is one chunk,
+// else no more than strips are worth, for long groups lie together, too.
+__device__ __forceinline__ uint32_t runs_in_turn(const Call& call, const Team& team) {
+  const uint32_t own = (call.runs + team.count() - 1) / team.count();
+  return call.run_length == 1 ? own : smaller(own, (kBlocks / 2 + call.run_length - 1) / call.run_length);
+}
+
 // The sums of a strip of groups, by a warp, and their norms. add(g, penalty) takes the penalty of each in turn.
 template <template <int> class P, int known, class AnyChunk, class Add>
 __device__ __forceinline__ void sum_strip(const Call& call, const AnyChunk& chunk, int groups, Blocks* blocks,
@@ -141,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kSumsCtas<P<known>, numbers_of_pass>
   constexpr bool kStrips = kHasStrips<P<known>, numbers_of_pass>;
   const Call& call = table.call;
   const Team team(call.team);
-  const uint32_t each = kStrips ? (call.runs + team.count() - 1) / team.count() : 1;
+  const uint32_t each = kStrips ? runs_in_turn(call, team) : 1;
   const auto add_to_run = [&](uint32_t c, double penalty) {
     run_sum.add(penalty);
     if (kStrips && (c + 1 == call.chunks || (c + 1) % call.run_length == 0)) {
