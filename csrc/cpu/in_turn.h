@@ -184,13 +184,21 @@ struct Kernel {
     if (is_weighted) {
       importance = E::widened(streams[kImportance] + i);
     }
+    const auto scaled = [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; };
     for (int v = 0; v < E::kCount / kDoubles; ++v) {
-      Double x[kPassSums] = {};
-      P::template add<TwoRoundings>(x, d.of[v], sum_factors,
-                                    [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
+      Double x[kPassSums];
+      for (int k = 0; k < kPassSums; ++k) {
+        x[k] = P::kSums & bit(k) ? sums[k * apart + v] : Double{};
+      }
+      if (is_weighted) {
+        const Double m = importance.of[v], w = d.of[v];
+        P::add_weighted(x, kWide ? without_masked(w, m) : w, m, sum_factors, scaled);
+      } else {
+        P::template add<TwoRoundings>(x, d.of[v], sum_factors, scaled);
+      }
       for (int k = 0; k < kPassSums; ++k) {
         if (P::kSums & bit(k)) {
-          sums[k * apart + v] = sums[k * apart + v] + (is_weighted ? x[k] * importance.of[v] : x[k]);
+          sums[k * apart + v] = x[k];
         }
       }
     }

@@ -85,7 +85,11 @@ __device__ __forceinline__ ChunkSums sums_of(const AnyChunk& chunk, Blocks* bloc
     *filled = 1 - *filled;
     const bool may_leave = !std::is_void_v<typename P<known>::Sums> &&
                            (P<known>::kOfAnyDtype || chunk.dtype == Dtype::kFloat64) && exponent == 0;
-    const int again = may_leave ? rescue_exponent(sums.of[0], sums.of[1], has_second) : 0;
+    bool may_be_small = has_second;
+    if constexpr (P<known>::kIsRelative && P<known>::kSumFactors != 0) {
+      may_be_small = has_second && chunk.streams[kImportance] == nullptr;
+    }
+    const int again = may_leave ? rescue_exponent(sums.of[0], sums.of[1], may_be_small) : 0;
     if (again == 0) {
       return {{{sums.of[0], exponent}, {sums.of[1], exponent}}};
     }

@@ -120,12 +120,12 @@ class Job {
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         const double d = static_cast<double>(E::widen(w[i])) - static_cast<double>(E::widen(toward[i]));
-        const double weight = E::widen(importance[i]);
-        double sums[2] = {};
-        Whole::template add<TwoRoundings>(sums, d, sum_factors_,
-                                          [&](double y) { return scaled && kWide<dtype> ? y * scale_ : y; });
-        first[i] = first[i] + sums[0] * weight;
-        second[i] = second[i] + sums[1] * weight;
+        const double m = E::widen(importance[i]);
+        double sums[2] = {first[i], second[i]};
+        Whole::add_weighted(sums, scaled && kWide<dtype> ? without_masked(d, m) : d, m, sum_factors_,
+                            [&](double y) { return scaled && kWide<dtype> ? y * scale_ : y; });
+        first[i] = sums[0];
+        second[i] = sums[1];
       }
     }
   }
