@@ -246,6 +246,7 @@ struct Operators {
   }
 
   static at::Tensor sums(at::TensorList params, bool with_zeros, FUSED_REG_NUMBERS) {
+    TORCH_CHECK_VALUE(group == 0, "fused_reg::sums: group must be 0, for sums are of tensors, got ", group);
     ListPass pass(params, all_of(params.size()), FUSED_REG_NUMBERS_GIVEN);
     const at::Tensor terms = pass.run_term_sums();
     return with_zeros ? at::cat({terms, pass.run_zero_counts().unsqueeze(1)}, 1) : terms;

@@ -211,13 +211,20 @@ struct Kernel {
     if (is_weighted) {
       importance = E::widened(streams[kImportance] + i);
     }
-    for (int v = 0; v < E::kCount / kDoubles; ++v) {
+    const auto scaled = [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; };
+    for (int v = 0; v < kAcross; ++v) {
       Double x[kPassSums] = {};
-      P::template add<TwoRoundings>(x, d.of[v], sum_factors,
-                                    [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
       for (int i = 0; i < kSums; ++i) {
-        const Double own = x[kFirstSum + i];
-        sums[i * apart + v] = sums[i * apart + v] + (is_weighted ? own * importance.of[v] : own);
+        x[kFirstSum + i] = sums[i * apart + v];
+      }
+      if (is_weighted) {
+        const Double m = importance.of[v], w = d.of[v];
+        P::add_weighted(x, kWide ? without_masked(w, m) : w, m, sum_factors, scaled);
+      } else {
+        P::template add<TwoRoundings>(x, d.of[v], sum_factors, scaled);
+      }
+      for (int i = 0; i < kSums; ++i) {
+        sums[i * apart + v] = x[kFirstSum + i];
       }
     }
   }
