@@ -202,8 +202,8 @@ def test_a_regularizer_has_them_as_any_term():
     model, by_hand = net(), net()
     bounds = [("*.bias", {"upper": 0.1}), ("1.weight", {"lower": math.inf})]
     rules = [("0.weight", {"max_norm": 0.3, "group": "row"}), *bounds]
-    with pytest.raises(ValueError, match="lower must be less than upper"):
-        Regularizer(model, l1=0.1, rules=rules).prox_(0.5)
+    with pytest.raises(ValueError, match=r"lower of '1.weight' must be less than upper"):
+        Regularizer(model, l1=0.1, rules=rules)
     rules[2] = ("1.weight", {"lower": 0.0})
     regularizer = Regularizer(model, l1=0.1, rules=rules)
     assert repr(regularizer).split("\n")[1:4] == [

@@ -334,6 +334,35 @@ def test_a_functional_call_is_followed():
     assert_penalty(net.regularizer, list(net.parameters()), l1=0.125)
 
 
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_a_functional_call_with_tensors_that_train_nothing(with_grad):
+    """As when a model is evaluated with other weights, or many models in one call."""
+
+    class Penalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.regularizer = Regularizer(self.layer, l1=0.125)
+
+        def forward(self):
+            return self.regularizer()
+
+    net, models = Penalized(), [nn.Linear(3, 2) for _ in range(4)]
+    params = {f"layer.{name}": p for name, p in torch.func.stack_module_state(models)[0].items()}
+    first = {name: p[0].detach() for name, p in params.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.func.functional_call(net, first, ()), 0.125 * sum(p.abs().sum() for p in first.values())
+        )
+    with torch.set_grad_enabled(with_grad):
+        found = torch.func.vmap(lambda params: torch.func.functional_call(net, params, ()))(params)
+    expected = [0.125 * sum(p.abs().sum() for p in model.parameters()) for model in models]
+    torch.testing.assert_close(found.detach(), torch.stack(expected).detach())
+    assert_penalty(net.regularizer, list(net.parameters()), l1=0.125)
+    net.layer.bias.requires_grad_(False)  # a parameter that is frozen is left out
+    assert_penalty(net.regularizer, [net.layer.weight], l1=0.125)
+
+
 def test_a_list_is_kept():
     net = make_net()
     regularizer = Regularizer(net.named_parameters(), l1=0.125)

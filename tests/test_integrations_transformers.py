@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fused_reg import Regularizer
+from fused_reg.schedules import CubicRamp, LinearRamp
 
 pytestmark = [
     pytest.mark.long,
@@ -153,6 +154,48 @@ def test_resumes_from_a_checkpoint(hf, tmp_path, restores):
 
     straight = run()
     assert_equal(run(resume_from_checkpoint=str(tmp_path / "checkpoint-2")), straight)
+
+
+def heads(group):
+    return {"l2_norm": 0.1, "include": "*.0.weight", "group": group}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lacks"),
+    [
+        (lambda net: {"l2": 0.1, "toward": Net().state_dict()}, "toward"),
+        (
+            lambda net: {"l2": 0.1, "importance": {"layers.0.weight": torch.ones_like(net.layers[0].weight)}},
+            "importance",
+        ),
+        (lambda net: {"l1": 0.1, "types": nn.Linear}, "types"),
+        (lambda net: {"l1": 0.1, "rules": [(nn.Linear, {"l2": 0.1})]}, "rules"),
+        (lambda net: {"l1": LinearRamp(0.0, 0.1, steps=4)}, "l1"),
+        (lambda net: {"l1": 0.1, "zeros": CubicRamp(0.0, 0.5, steps=4), "mode": "prox"}, "zeros"),
+        (lambda net: {"regularizer": Regularizer(net, l1=0.1)}, "regularizer"),
+        (lambda net: heads(("row", 2)), ""),
+        (lambda net: {"l1": 0.1, "rules": [("*.0.weight", {"l2_norm": 0.1, "group": ("block", 2)})]}, ""),
+        (lambda net: {"l1": 0.1, "rules": []}, ""),
+        (lambda net: {"l1": 0.1, "weights_only": True, "toward": None}, ""),
+    ],
+)
+def test_what_the_trainer_builds_anew_is_whole(hf, tmp_path, arguments, lacks):
+    """Or says so: a penalty toward other weights, or of others, would go on in silence. Left to us, it is resumed."""
+
+    def run(restores, **how):
+        net = Net()
+        args = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": restores}
+        trainer = trainer_of(hf, tmp_path, [hf.Ours(**arguments(net))], net, **args)
+        trainer.train(**how)
+        return weights(trainer.model)
+
+    straight, checkpoint = run(False), str(tmp_path / "checkpoint-2")
+    if lacks:
+        with pytest.raises(ValueError, match=rf"^RegularizerCallback: {lacks} must be given again, because"):
+            run(True, resume_from_checkpoint=checkpoint)
+    else:
+        assert_equal(run(True, resume_from_checkpoint=checkpoint), straight)
+    assert_equal(run(False, resume_from_checkpoint=checkpoint), straight)
 
 
 @pytest.mark.parametrize("is_given", [False, True])

@@ -52,7 +52,8 @@ def test_by_names_or_in_order(kind):
     start = moved(model)
     toward = start if kind == "list" else dict(zip(dict(model.named_parameters()), start, strict=True))
     if kind == "state dict":
-        toward["running_mean"] = torch.ones(3)  # a state dict has more than parameters
+        model[0].register_buffer("running_mean", torch.ones(3))
+        toward["0.running_mean"] = torch.ones(3)  # a state dict has more than parameters
     importance = importances(model, "weight")
     regularizer = Regularizer(model, l2=0.2, toward=toward, importance=importance)
     expected = fused_penalty(model.parameters(), l2=0.2, toward=start, importance=in_full(model, importance))
@@ -146,7 +147,7 @@ def test_nothing_is_saved_of_no_references():
 
 def test_norms_have_no_importance():
     model = net()
-    with pytest.raises(ValueError, match="importance must come without l2_norm"):
+    with pytest.raises(ValueError, match=r"l2_norm of '0.weight' must come without importance"):
         Regularizer(model, l2_norm=0.1, importance=importances(model))
 
 
@@ -295,3 +296,71 @@ def test_the_pass_of_an_optimizer_is_one(monkeypatch):
         monkeypatch.setattr(type(optimizer), name, None)
     monkeypatch.setattr(parts, "accumulate_grad_", None)
     optimizer.step()
+
+
+def tied():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    model["b"].weight = model["a"].weight
+    return model
+
+
+def with_another(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()} | {"7.weight": torch.ones(3)}
+
+
+def two_of_one(kind):
+    return lambda model: {kind: {"a.weight": torch.ones(3, 3), "b.weight": 2 * torch.ones(3, 3)}}
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "message"),
+    [
+        (net, lambda m: {"toward": with_another(m)}, "toward must name parameters, or buffers .* got '7.weight'"),
+        (net, lambda m: {"importance": {"0.wieght": torch.ones(1)}}, "importance must name parameters, got '0.wieght'"),
+        (
+            lambda: list(net().named_parameters()),
+            lambda m: {"toward": dict(m) | {"7.weight": torch.ones(3)}},
+            "toward must name parameters, or buffers .* got '7.weight'",
+        ),
+        (
+            net,
+            lambda m: {"exclude": "0.*", "importance": {"0.weight": torch.ones(1)}},
+            "importance must name a parameter with a penalty, got '0.weight'",
+        ),
+        (
+            net,
+            lambda m: {"rules": [("0.*", {"l2": 0.0})], "importance": importances(m, "0.weight")},
+            "importance must name a parameter with a penalty, got '0.weight'",
+        ),
+        (tied, two_of_one("toward"), "toward of 'a.weight', a tied parameter, must be one tensor, .* 'b.weight'"),
+        (
+            tied,
+            two_of_one("importance"),
+            "importance of 'a.weight', a tied parameter, must be one tensor, .* 'b.weight'",
+        ),
+    ],
+)
+def test_what_is_given_and_has_no_effect(make, given, message):
+    model = make()
+    with pytest.raises(ValueError, match=f"^Regularizer: {message}"):
+        Regularizer(model, l2=0.1, **given(model))
+
+
+def test_a_tied_parameter_may_have_one_tensor_by_two_names():
+    model = tied()
+    for toward in (model.state_dict(), {name: x.clone() for name, x in model.state_dict().items()}):
+        toward = {name: 1.0 * x for name, x in toward.items()}
+        assert Regularizer(model, l2=0.1, toward=toward)() == 0
+
+
+def test_another_parameter_is_no_reference():
+    a, b = (nn.Parameter(torch.full((3,), x)) for x in (1.0, 2.0))
+    with pytest.raises(ValueError, match=r"toward\['0'\] must not be params\['1'\], whose changes it would follow"):
+        Regularizer([a, b], l2=0.1, toward=[b.detach(), a.detach()])
+    b.requires_grad_(False)
+    assert Regularizer([a], l2=0.5, toward=[b.detach()])() == 1.5
+
+
+def test_a_module_is_no_state_dict():
+    with pytest.raises(TypeError, match=r"toward must be a state dict .*, got Sequential; pass its `state_dict\(\)`"):
+        Regularizer(net(), l2=0.1, toward=net())

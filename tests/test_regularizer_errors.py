@@ -10,6 +10,7 @@ from torch import nn
 
 from fused_reg import Regularizer, regularized
 from fused_reg._terms import ABSENT, ANY_TERM, KINDS
+from fused_reg.schedules import PatternRamp
 
 PARAMETER = nn.Parameter(torch.ones(3))
 
@@ -310,3 +311,35 @@ def test_wrong_state_dicts_change_nothing():
         with pytest.raises(ValueError, match=rf"^load_state_dict: .*{re.escape(message)}"):
             regularizer.load_state_dict(wrong)
         assert regularizer.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"l2_norm": 0.1}, "l2_norm of '0.weight' must come without importance, which has a strength for each element"),
+        ({"max_norm": 0.1}, "max_norm of '0.weight' must come without importance"),
+        ({"lower": 2.0, "upper": 1.0}, "lower of '0.weight' must be less than upper, got 2.0 and 1.0"),
+        ({"upper": -1.5}, "lower of '0.weight' must be less than upper, got -1.0 and -1.5"),
+    ],
+)
+def test_strengths_that_are_none_beside_others(change, message):
+    """Whoever gives them is told so, and not the next step."""
+    net = make_net()
+    importance = {"0.weight": torch.ones_like(net[0].weight)}
+    regularizer = Regularizer(net, l2=0.1, lower=-1.0, importance=importance)
+    before = regularizer.state_dict()["groups"]
+    with pytest.raises(ValueError, match=f"^set_strength: {message}"):
+        regularizer.set_strength(l2=0.5, **change)
+    state = regularizer.state_dict()
+    for group in state["groups"]:
+        group.update(change)
+    with pytest.raises(ValueError, match=f"^load_state_dict: {message}"):
+        regularizer.load_state_dict(state | {"step": 3})
+    assert (regularizer.step, regularizer.state_dict()["groups"]) == (0, before)
+    with pytest.raises(ValueError, match=f"^Regularizer: {message}"):
+        Regularizer(net, **{"l2": 0.1, "lower": -1.0, "importance": importance} | change)
+
+
+def test_a_ramp_of_patterns_is_no_strength():
+    with pytest.raises(TypeError, match=r"l1 must be a float, .*, got PatternRamp, which is of zeros"):
+        Regularizer(make_net(), l1=PatternRamp("2:4", steps=3))

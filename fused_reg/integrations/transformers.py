@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fused_reg.integrations._attached import Attached, needs
@@ -26,7 +26,7 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
       was written without this callback, the trainer's count is taken. Else a training begins at step 0, with a
       Regularizer of its own.
     - With ``restore_callback_states_from_checkpoint=True`` the trainer builds its callbacks anew, of arguments that
-      JSON can hold: no schedules, tensors or given regularizers.
+      JSON can hold: no schedules, tensors, types or given regularizers.
     - It detaches when the training ends. Of an exception the trainer tells no callback: call ``detach()``, or write
       ``with callback: trainer.train()``. The next training takes it out of an interrupted one by itself.
 
@@ -39,10 +39,20 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
         arguments: those of :class:`.Regularizer` beside the parameters, to build one: ``l1=1e-5, weights_only=True``.
 
     Raises:
-        ValueError: when a training begins, the optimizer holds no parameter of the regularizer, as with DeepSpeed.
+        ValueError: when a training begins, the optimizer holds no parameter of the regularizer, as with DeepSpeed, or
+            the trainer has built it anew, of a checkpoint that lacks an argument.
     """
 
+    _lacks: Sequence[str] = ()  #: Arguments that the checkpoint lacks of which it was built.
+
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any) -> None:
+        if self._lacks:
+            raise ValueError(
+                f"RegularizerCallback: {', '.join(self._lacks)} must be given again, because checkpoints of the "
+                "Trainer are JSON and hold no such values; leave out restore_callback_states_from_checkpoint, and the "
+                "callback that is given goes on from the checkpoint"
+            )
+        self._arguments = _with_pairs(self._arguments)
         if isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         if state.global_step == 0:
@@ -64,8 +74,10 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        plain = {key: value for key, value in {**self._options(), **self._arguments}.items() if _is_plain(value)}
-        return {"args": plain, "attributes": {"_saved": self._state()}}
+        given = {**self._options(), **self._arguments}
+        plain = {key: value for key, value in given.items() if _is_plain(value)}
+        lacks = [*sorted(given.keys() - plain.keys()), *["regularizer"] * self._is_given]
+        return {"args": plain, "attributes": {"_saved": self._state(), "_lacks": lacks}}
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         if not _is_plain(state):
@@ -78,6 +90,15 @@ class RegularizerCallback(Attached, TrainerCallback, ExportableState):
         """Those of all callbacks of this kind, and again in each later checkpoint where they are several."""
         states = state.stateful_callbacks.get(type(self).__name__, [])
         return states if isinstance(states, list) else [states]
+
+
+def _with_pairs(x: Any, key: str = "") -> Any:
+    """Arguments as they were given, where JSON has made lists of the pairs that groups may be."""
+    if isinstance(x, dict):
+        return {name: _with_pairs(value, name) for name, value in x.items()}
+    if isinstance(x, list):
+        return tuple(x) if key == "group" else [_with_pairs(value) for value in x]
+    return x
 
 
 def _is_plain(value: Any) -> bool:

@@ -7,10 +7,10 @@ from dataclasses import InitVar, dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from fused_reg._arguments import is_dtensor, is_known
+from fused_reg._arguments import is_dtensor
 from fused_reg._terms import LayerGroup, check_runs, group_text
 from fused_reg.regularizer.penalties import as_share
-from fused_reg.regularizer.strengths import Held, Schedule, ZeroShare, number, scheduled, tensor_of
+from fused_reg.regularizer.strengths import Held, Schedule, ZeroShare, known, scheduled
 from fused_reg.schedules import PatternRamp, Ramp, parsed_pattern
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Aim:
 
     def check_fits(self, function: str, entry: Entry, strengths: Mapping[str, Held]) -> None:
         """Raises where an entry with these strengths, of its size of now, cannot have it, as far as the host knows."""
-        lower, upper = (_known(strengths[kind]) for kind in ("lower", "upper"))
+        lower, upper = (known(strengths[kind]) for kind in ("lower", "upper"))
         if (lower is not None and lower > 0) or (upper is not None and upper < 0):
             raise ValueError(
                 f"{function}: zeros of {entry.name!r} must be within its bounds, which leave zero out: lower={lower}, "
@@ -152,8 +152,3 @@ def check_aims(
             aim.check(function, own)
         for entry in own:
             aim.check_fits(function, entry, strengths(entry))
-
-
-def _known(strength: Held) -> float | None:
-    tensor = tensor_of(strength)
-    return number(strength) if tensor is None or is_known(tensor) else None

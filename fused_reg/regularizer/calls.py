@@ -264,7 +264,7 @@ class Part:
     def _current_calls(self, chosen: list[bool] | None = None) -> list[_Call]:
         check_whole("Regularizer", self.params, self._names)
         if chosen is None:
-            chosen = [p.requires_grad for p in self.params]
+            chosen = [entry.has_penalty for entry in self.entries]
         if chosen != self._chosen or self._version != self._table.version or self.params[0].device != self._device:
             self._table.place_cells()
             self.calls = list(_calls(self.entries, chosen, self._maximized, self._is_one_of))

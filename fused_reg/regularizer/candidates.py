@@ -30,6 +30,7 @@ class Candidate(Named):
     types: dict[str, tuple[type, ...]] = field(default_factory=dict)
     marks: dict[str, Mark] = field(default_factory=dict)
     can_train: bool = True
+    is_lent: bool = False  # in the place of a parameter, as within a functional call
     slices: dict[str, Slices | None] = field(default_factory=dict)  # by its places; None: of an unknown layer
 
     @property
@@ -93,7 +94,7 @@ class Candidate(Named):
                 f"{where} must be initialized, got {type(param).__name__}; run the module once so that it knows its "
                 f"shapes, or{out}"
             )
-        if not isinstance(param, Parameter) and not param.requires_grad:
+        if not isinstance(param, Parameter) and not param.requires_grad and not self.is_lent:
             raise ValueError(f"{where} must be a parameter, got a tensor without grad; pass it itself, not its `.data`")
         if not param.is_leaf:
             raise ValueError(f"{where} must be a leaf, as a parameter is, got the result of {param.grad_fn}")
@@ -130,7 +131,8 @@ def candidates_of(params: Any, known: Mapping[str, Mark], content: Mapping[tuple
             names += [name for place in own for name in (place.full_name, *place.plain_names)]
             # Not so: the frozen integers of a quantized layer. A module may hold them; nothing will train them.
             can_train = param.requires_grad or param.dtype in _DTYPES
-            found[i] = Candidate(param, list(dict.fromkeys(names)), types, marks_of(own, known, new), can_train, slices)
+            own_marks, is_lent = marks_of(own, known, new), not isinstance(param, Parameter)
+            found[i] = Candidate(param, list(dict.fromkeys(names)), types, own_marks, can_train, is_lent, slices)
         if found and not any(c.can_train for c in found.values()):
             raise ValueError("Regularizer: params must hold a dense floating point parameter, got none")
     else:

@@ -38,6 +38,7 @@ class Entry(Named):
     together: Sequence[Entry] = ()  # those with which its groups are one, itself among them
     is_turned: bool = False  # its groups are columns, and with others, which have rows
     weights: Tensor | None = None  # one for each group, or each of those that are one
+    is_lent: bool = False  # not a parameter itself, but in the place of one
 
     def cut(self, x: Tensor) -> Sequence[Tensor]:
         """A tensor of its shape as tensors whose groups are those of its norms, and of its aim."""
@@ -50,6 +51,11 @@ class Entry(Named):
                 f"{f' with groups={self.runs}' * (self.runs > 1)}, got a DTensor"
             )
         return x.chunk(self.runs) if self.runs > 1 else (x.transpose(0, 1),)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether it counts now: it is not frozen."""
+        return self.param.requires_grad or self.is_lent
 
     @property
     def is_cut(self) -> bool:
@@ -74,7 +80,7 @@ class Entry(Named):
     def is_first(self) -> bool:
         """Of those with which its groups are one, without what is frozen; of others each is."""
         others = self.together if self.has_norms() else ()
-        return next((entry for entry in others if entry.param.requires_grad), self) is self
+        return next((entry for entry in others if entry.has_penalty), self) is self
 
     @property
     def joint_by(self) -> str:

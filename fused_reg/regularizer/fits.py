@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -11,10 +11,10 @@ from fused_reg._arguments import as_number, check_closed_form, is_known, relabel
 from fused_reg._fits import Fits
 from fused_reg._partitioned import check_whole
 from fused_reg._references import check_importance, check_like
-from fused_reg._terms import APART, NUMBERS, Column, Strengths, check_runs
+from fused_reg._terms import APART, NUMBERS, OF_GROUPS, Column, Strengths, check_runs
 from fused_reg.regularizer.entry import Entry
 from fused_reg.regularizer.groups import check_weights
-from fused_reg.regularizer.strengths import Held, is_absent, number, tensor_of
+from fused_reg.regularizer.strengths import Held, is_absent, known, number, tensor_of
 
 
 def fits_of(entries: Sequence[Entry]) -> Fits:
@@ -37,6 +37,20 @@ def fits_of_strengths(entries: Sequence[Entry]) -> Fits:
     fill are numbers that fit, but perhaps not beside one another."""
     held = [(e, kind, tensor_of(x)) for e in entries for kind, x in e.strengths.items() if _may_misfit(e, kind)]
     return Fits(values=[(e.param, x, partial(_check_strength, e, kind, x)) for e, kind, x in held if x is not None])
+
+
+def check_beside(function: str, entry: Entry, strengths: Mapping[str, Held]) -> None:
+    """Raises where strengths that it has, or is about to have, are none beside one another or beside its importance,
+    as far as the host knows."""
+    for kind in OF_GROUPS:
+        if entry.importance is not None and not is_absent(kind, strengths[kind]):
+            raise ValueError(
+                f"{function}: {kind} of {entry.name!r} must come without importance, which has a strength for each "
+                "element and not for a group"
+            )
+    lower, upper = (known(strengths[kind]) for kind in ("lower", "upper"))
+    if lower is not None and upper is not None and lower >= upper:
+        raise ValueError(f"{function}: lower of {entry.name!r} must be less than upper, got {lower} and {upper}")
 
 
 def _may_misfit(entry: Entry, kind: str) -> bool:

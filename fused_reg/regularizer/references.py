@@ -8,10 +8,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.compiler import is_compiling
+from torch.nn import Module, Parameter
 
-from fused_reg._arguments import is_dtensor
+from fused_reg._arguments import are_run, is_dtensor
 from fused_reg._references import check_importance, check_like, expanded, followed
+from fused_reg._terms import ABSENT
 from fused_reg.regularizer.keys import Named
 
 #: By name, as a state dict; or one for each parameter, in their order.
@@ -24,8 +26,11 @@ def as_weights(name: str, given: Any) -> Any:
     """What is given, read once: None, a word, a dictionary or a list."""
     if given is None or isinstance(given, str):
         return given
-    if isinstance(given, Tensor) or not isinstance(given, Iterable):
-        raise TypeError(f"Regularizer: {name} must be a state dict or a list of tensors, got {type(given).__name__}")
+    if isinstance(given, Tensor | Module) or not isinstance(given, Iterable):
+        hint = "; pass its `state_dict()`" if isinstance(given, Module) else ""
+        raise TypeError(
+            f"Regularizer: {name} must be a state dict or a list of tensors, got {type(given).__name__}{hint}"
+        )
     if isinstance(given, Mapping) and not given:
         raise ValueError(f"Regularizer: {name} must have a tensor, got an empty dict; leave it out for none")
     return dict(given) if isinstance(given, Mapping) else list(given)
@@ -50,8 +55,9 @@ class References:
         self._own: dict[str, dict[str, Tensor]] = {"toward": {}, "importance": {}}  # in the place of what is given
         self.converted: dict[tuple[str, str], Tensor] = {}  # by kind and name, at the last look
 
-    def read(self, candidates: Sequence[Named]) -> None:
-        """Of the parameters that a regularizer chooses from: gives the tensors of a list their names."""
+    def read(self, candidates: Sequence[Named], module: Module | None) -> None:
+        """Of the parameters that a regularizer chooses from: gives the tensors of a list their names, and raises where
+        a name is nobody's. A state dict may have the buffers of the module."""
         for name, given in self._given.items():
             if isinstance(given, list):
                 if len(given) != len(candidates):
@@ -59,10 +65,43 @@ class References:
                         f"Regularizer: {name} must have one tensor per parameter ({len(candidates)}), got {len(given)}"
                     )
                 self._given[name] = {c.names[0]: x for c, x in zip(candidates, given, strict=True)}
-        known = {n for c in candidates for n in c.names}
-        for name in self._given["importance"] or ():
-            if name not in known:
-                raise ValueError(f"Regularizer: importance must name parameters, got {name!r}")
+        owners = {n: c for c in candidates for n in c.names}
+        buffers = [n for n, _ in module.named_buffers(remove_duplicate=False)] if module is not None else []
+        for kind, given in self._given.items():
+            of_buffers = (*buffers, "_extra_state") if kind == "toward" else ()
+            found: dict[str, str] = {}  # of each parameter, by its first name: the name that gives its tensor
+            for name in given or ():
+                if (owner := owners.get(name)) is not None:
+                    first = found.setdefault(owner.names[0], name)
+                    if not _are_same(given[first], given[name]):
+                        raise ValueError(
+                            f"Regularizer: {kind} of {first!r}, a tied parameter, must be one tensor, got another for "
+                            f"{name!r}"
+                        )
+                elif not any(f".{name}".endswith(f".{buffer}") for buffer in of_buffers):
+                    what = "parameters, or buffers of the module," if of_buffers else "parameters,"
+                    raise ValueError(f"Regularizer: {kind} must name {what} got {name!r}")
+
+    def check_used(self, entries: Sequence[Any]) -> None:
+        """Raises where importances are of nothing that has a penalty."""
+        if self._given["importance"] and all(e.importance is None or not any(map(e.is_given, ABSENT)) for e in entries):
+            name = next(iter(self._given["importance"]))
+            raise ValueError(
+                f"Regularizer: importance must name a parameter with a penalty, got {name!r}, which has none"
+            )
+
+    def check_apart(self, entries: Sequence[Any]) -> None:
+        """Raises where a reference is another of these parameters, whose changes it would follow."""
+        if not self._has_any or is_compiling():
+            return
+        places = {p.data_ptr(): e.name for e in entries if _has_place(p := e.param) and p.requires_grad}
+        for e in entries:
+            for kind, x in e.references():
+                if x is not None and _has_place(x) and (name := places.get(x.data_ptr())) is not None:
+                    raise ValueError(
+                        f"Regularizer: {kind}[{e.name!r}] must not be params[{name!r}], whose changes it would follow; "
+                        "use `.detach().clone()`"
+                    )
 
     def of(self, param: Tensor, names: Sequence[str], before: Any) -> tuple[Tensor | None, Tensor | None]:
         """Those of a parameter. ``before``: the entry that it or its name had."""
@@ -154,6 +193,18 @@ class References:
                 if e.name in own:
                     setattr(e, kind, deepcopy(own[e.name]))  # with its strides
                     self.keep({(kind, e.name): getattr(e, kind)})
+
+
+def _are_same(x: Any, other: Any) -> bool:
+    """Whether two tensors have one value; what they are, and where, is looked at elsewhere."""
+    if x is other or not (isinstance(x, Tensor) and isinstance(other, Tensor)):
+        return x is other
+    is_alike = x.shape == other.shape and x.device == other.device
+    return is_alike and (not are_run((x, other)) or bool(((x == other) | (x.isnan() & other.isnan())).all()))
+
+
+def _has_place(x: Tensor) -> bool:
+    return are_run((x,)) and x.layout is torch.strided and x.data_ptr() != 0
 
 
 def _is_other(x: Tensor | None, param: Tensor) -> bool:

@@ -210,8 +210,10 @@ class Regularizer:
         references = References(**given, is_saved=save_references)
         table = Table(Source(params, choice), references, Groups(*groups.values()), zeros_per is not None)
         self._begin(table)
-        if zeros_per is not None and all(entry.zeros is None for entry in self._table.entries):
-            raise ValueError(f'Regularizer: zeros_per="{zeros_per}" must come with zeros, which it is about, got none')
+        aims = {entry.aim for entry in self._table.entries} - {None}
+        if zeros_per is not None and all(aim is None or aim.pattern for aim in aims):
+            got = "a pattern, which is of each row" if aims else "none"
+            raise ValueError(f'Regularizer: zeros_per="{zeros_per}" must come with a share of zeros, got {got}')
         self._current()
 
     def _begin(self, table: Table) -> None:

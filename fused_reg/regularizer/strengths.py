@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 from fused_reg import _devices
 from fused_reg._arguments import as_number, is_known, is_number
 from fused_reg._terms import ABSENT, DEFAULTS
+from fused_reg.schedules import PatternRamp
 
 #: A strength as a function of the number of optimizer steps taken, like the functions of ``LambdaLR``.
 Schedule: TypeAlias = Callable[[int], float]
@@ -64,6 +65,8 @@ def checked(kind: str, name: str, strength: Any) -> float | Tensor | Schedule:
         return strength
     if is_number(strength):
         return as_number(name, strength, kind)
+    if isinstance(strength, PatternRamp):
+        raise TypeError(f"{name} must be a float, a 0-dim tensor or a schedule, got PatternRamp, which is of zeros")
     if callable(strength):
         if not is_compiling():
             check_signature(name, strength)
@@ -166,6 +169,12 @@ def number(strength: Held) -> float:
     """Its value now. A GPU is waited for if it lives there."""
     tensor = tensor_of(strength)
     return float(tensor.detach()) if tensor is not None else cast(float, strength)
+
+
+def known(strength: Held) -> float | None:
+    """The same, unless a GPU would be waited for, or it has none yet."""
+    tensor = tensor_of(strength)
+    return number(strength) if tensor is None or is_known(tensor) else None
 
 
 class Column:

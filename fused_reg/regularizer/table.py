@@ -21,6 +21,7 @@ from fused_reg._terms import (
 from fused_reg._warnings import warn
 from fused_reg.regularizer.aims import Aim, aims_of, check_aims, new_aims
 from fused_reg.regularizer.entry import Entry
+from fused_reg.regularizer.fits import check_beside
 from fused_reg.regularizer.following import Source, listed
 from fused_reg.regularizer.groups import Groups, check_saved
 from fused_reg.regularizer.keys import Key
@@ -55,7 +56,7 @@ class Table:
         self.version = 0
         self._source = source
         self.references = references
-        references.read(source.candidates)
+        references.read(source.candidates, source.module)
         self._groups = groups
         groups.read(source.candidates)
         self._aims_at_each = aims_at_each
@@ -69,6 +70,7 @@ class Table:
         self.entries: list[Entry] = []
         self._shapes: list[torch.Size] = []  # of their parameters, where it matters
         self._choose()
+        references.check_used(self.entries)
 
     def _choose(self) -> None:
         self.entries = self._chosen_entries()
@@ -142,6 +144,7 @@ class Table:
             references = self.references.of(candidate.param, names, before)
             entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references)
             entry.runs, entry.named_group = candidate.runs_of(penalty.group), penalty.group
+            entry.is_lent = candidate.is_lent
             entry.zeros, entry.aim = zeros, self._aim_of(zeros, penalty.group, before, aims)
             entries.append(entry)
         self._groups.settle(entries, self._source)
@@ -160,6 +163,9 @@ class Table:
         has_aims = any(entry.zeros is not None and entry.named_group != "tensor" for entry in entries)
         if self._groups.are_weighted and not has_aims and all(entry.given["l2_norm"] is None for entry in entries):
             raise ValueError("Regularizer: group_weights must come with l2_norm, whose groups it weighs, got none")
+        self.references.check_apart(entries)
+        for entry in entries:
+            check_beside("Regularizer", entry, entry.strengths)
         found = aims_of(entries)
         check_aims("Regularizer", found, are_new=True)
         self._set_aims(entries, found)
@@ -311,6 +317,8 @@ class Table:
 
         pools = [*aims, *aims_of([entry for entry in self.entries if entry not in aimed])]
         check_aims("set_strength", pools, after, are_new=len(aimed) > 0)
+        for entry in self.entries:
+            check_beside("set_strength", entry, after(entry))
         check_aimed("set_strength", [entry for _, entries in aims for entry in entries])
         for kind, entries, strength in new:
             self._replace(entries, kind, strength)
@@ -374,6 +382,8 @@ class Table:
             return {k: values.get(id(_schedule_of(e.strengths[k], keep)), x) for k, (x, keep) in saved[e.name].items()}
 
         check_aims("load_state_dict", pools, after, are_new=aims is not None)
+        for e in self.entries:
+            check_beside("load_state_dict", e, after(e))
         check_aimed("load_state_dict", [entry for _, entries in pools for entry in entries])
         for wishes in wanted.values():
             for (value, keep), old in list(wishes.items()):
