@@ -124,13 +124,24 @@ inline void check_relative(at::TensorList params, const Selection& selection, co
   check("importance", numbers.importance);
 }
 
-// What a call writes shall not be what it reads.
-inline void check_unshared(const at::Tensor& written, const char* of, size_t t, const NumbersArg& numbers) {
+// What a call writes, the parameters, or gradients of those at these places, shall not be what it reads.
+inline void check_unshared(at::TensorList written, const NumbersArg& numbers,
+                           const std::vector<size_t>* of_places = nullptr) {
+  if (!numbers.is_relative()) {
+    return;
+  }
+  std::vector<Region> regions;
+  for (const auto i : c10::irange(written.size())) {
+    if (written[i].numel() > 0) {
+      regions.emplace_back(written[i], of_places == nullptr ? i : (*of_places)[i], of_places == nullptr ? "" : ".grad");
+    }
+  }
+  const WrittenMemory memory(std::move(regions));
   const auto check = [&](const char* name, at::TensorList given) {
-    if (t < given.size() && written.numel() > 0 && given[t].numel() > 0) {
-      const std::vector<Region> both{Region(written, t, of), Region(given[t], t, "")};
-      TORCH_CHECK_VALUE(!first_shared(both).has_value(), name, "[", t, "] must not share memory with ", both[0].name(),
-                        "; use `.clone()`");
+    for (const auto t : c10::irange(given.size())) {
+      const Region* shared = given[t].numel() > 0 ? memory.shared_with(Region(given[t], t, "")) : nullptr;
+      TORCH_CHECK_VALUE(shared == nullptr, name, "[", t, "] must not share memory with ",
+                        shared == nullptr ? "" : shared->name(), "; use `.clone()`");
     }
   };
   check("toward", numbers.toward);

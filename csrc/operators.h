@@ -88,9 +88,7 @@ struct Operators {
     check_number("scale", {scale, scale_tensor}, params[0].device());
     const std::vector<size_t> places = check_accumulation(params, grads, modes);
     const NumbersArg numbers = FUSED_REG_NUMBERS_GIVEN;
-    for (const auto i : c10::irange(numbers.is_relative() ? places.size() : 0)) {
-      fused_reg::check_unshared(grads[i], ".grad", places[i], numbers);
-    }
+    check_unshared(grads, numbers, &places);
     // What the kernels read and write: pairs of one layout and dtype, copies where a gradient has another than its
     // parameter, or groups that are no runs and the backend needs these. The dtype is one that holds both exactly. (To
     // hold a tensor that Python has, too, takes its lock.)
@@ -248,18 +246,13 @@ struct Operators {
   }
 
   static at::Tensor sums(at::TensorList params, bool with_zeros, FUSED_REG_NUMBERS) {
+    TORCH_CHECK_VALUE(group == 0, "fused_reg::sums: group must be 0, for sums are of tensors, got ", group);
     ListPass pass(params, all_of(params.size()), FUSED_REG_NUMBERS_GIVEN);
     const at::Tensor terms = pass.run_term_sums();
     return with_zeros ? at::cat({terms, pass.run_zero_counts().unsqueeze(1)}, 1) : terms;
   }
 
  private:
-  static void check_unshared(at::TensorList params, const NumbersArg& numbers) {
-    for (const auto t : c10::irange(numbers.is_relative() ? params.size() : 0)) {
-      fused_reg::check_unshared(params[t], "", t, numbers);
-    }
-  }
-
   // After a pass that has written to `written`: that is the tensor, or a copy of it. Autograd shall notice.
   static void copy_back(const at::Tensor& written, const at::Tensor& tensor) {
     if (!written.is_same(tensor)) {

@@ -228,7 +228,13 @@ struct L2 : Term<kL2, kL2Strength> {
   // and less; for float64 elements it must round twice, on every machine.
   template <class MultiplyAdd, class V>
   static FUSED_REG_INLINE V add(V sum, V w) {
-    return MultiplyAdd::of(w, w, sum);
+    return add<MultiplyAdd>(sum, w, w);
+  }
+
+  // weighted: w times its importance, if that is first, so that no square leaves the range where the product does not.
+  template <class MultiplyAdd, class V>
+  static FUSED_REG_INLINE V add(V sum, V w, V weighted) {
+    return MultiplyAdd::of(weighted, w, sum);
   }
 
   template <class V>
@@ -549,12 +555,18 @@ struct ChunkSums {
 constexpr int kRescueExponent = 600;
 
 // What the float64 elements must be taken again with, after their sums with exponent 0 (an absent one is 0); 0: these
-// are good.
-FUSED_REG_INLINE int rescue_exponent(double l1, double l2, bool has_l2) {
+// are good. Where importances make it small, the sum of a further term says nothing about the elements.
+FUSED_REG_INLINE int rescue_exponent(double l1, double l2, bool may_be_small) {
   if (l1 > 0x1p1000 || l2 > 0x1p1000) {
     return kRescueExponent;
   }
-  return has_l2 && l2 < 0x1p-900 ? -kRescueExponent : 0;
+  return may_be_small && l2 < 0x1p-900 ? -kRescueExponent : 0;
+}
+
+// 0 where the importance is 0, lest it leave the range when it is scaled; NaN if it is not finite.
+template <class V>
+FUSED_REG_INLINE V without_masked(V w, V importance) {
+  return importance == 0 ? w * importance : w;
 }
 
 // The norm of a group, of its sum of squares. NaN has one form.

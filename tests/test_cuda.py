@@ -1,5 +1,6 @@
 """What a GPU promises beyond the CPU: the CPU's bits (more: test_golden.py), tables of every length, out of memory."""
 
+import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -117,6 +118,16 @@ def test_counts_around_the_limits_of_a_table(count, cuda):
     assert_as_on_the_cpu(params, {"l1": 0.1, "l2": 0.3})
     assert_as_on_the_cpu(params, {"l1": each, "l2": each[::-1]})
     assert_as_on_the_cpu(params, {"l1": torch.tensor(each, device=cuda), "l2": 0.3})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("shape", [(40_000, 8), (20_001, 96), (5_000, 768), (5_000, 1024)])
+def test_rows_side_by_side(shape, offset, dtype, cuda):
+    """More than there are warps, so that each takes some at a time, where their vectors are whole."""
+    rows = draw(offset + math.prod(shape), dtype).to(cuda)[offset:].view(shape)
+    params = [draw((3, 40_000), device=cuda), rows, draw((77, 5), device=cuda)]
+    assert_as_on_the_cpu(params, {"l1": 0.1, "l2_norm": [0.3, 0.7, 0.2], "group": "row"})
 
 
 @pytest.mark.parametrize("count", [5_000, 10_000])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from capabilities import capabilities, output_with
 from oracle import assert_near, assert_same_bits, bits, gradients
-from samples import DTYPES, FULL_DTYPES, LAYOUTS, draw, draw_list, first_quick, leaves, mixed_list
+from samples import CHUNK, DTYPES, FULL_DTYPES, LAYOUTS, draw, draw_list, first_quick, leaves, mixed_list
 
 from fused_reg import Regularizer, accumulate_grad_, fused_penalty, optim, prox_, reference, value_and_grad
 
@@ -433,3 +433,80 @@ def test_a_rate_beyond_the_type_is_nan_whatever_the_terms(terms, device):
     prox_([w], step=1e38, importance=[importance], **terms)
     assert w[::2].isnan().all()
     assert w[1::2].isfinite().all()
+
+
+def exactly(params, importance, l1, l2):
+    of = zip(
+        *(torch.cat([x.detach().double().reshape(-1) for x in xs]).tolist() for xs in (params, importance)), strict=True
+    )
+    pairs = [(abs(Fraction(w)), Fraction(m)) for w, m in of]
+    return sum(m * (Fraction(l1) * w + Fraction(l2) * w * w) for w, m in pairs)
+
+
+@pytest.mark.parametrize("size", [1, 4, 100, CHUNK, CHUNK + 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "terms", [{"l2": 0.4}, {"l1": 0.1, "l2": 0.4}, {"smooth_l1": 0.5}, {"mcp": 0.5}, {"scad": 0.5}]
+)
+def test_what_is_masked_has_no_value(terms, dtype, size, device):
+    """Also a whole chunk, or all: its sum of 0 says nothing about its weights, which it must not scale."""
+    params = [draw(size, dtype, device).requires_grad_(), draw(size, dtype, device, seed=1).requires_grad_()]
+    importance = [torch.zeros_like(p) for p in params]
+    assert fused_penalty(params, **terms, importance=importance) == 0
+    importance[1] = torch.ones_like(params[1])
+    expected = fused_penalty(params[1:], **terms)
+    value, grads = value_and_grad(params, **terms, importance=importance)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    assert (grads[0] == 0).all()
+
+
+@pytest.mark.parametrize("importance", [1e-300, 1e-290, 1e-200, 1e-100, 1.0, 1e100, 1e200, 1e290])
+@pytest.mark.parametrize("scale", [1e-200, 1e-160, 1e-100, 1e-20, 1.0, 1e20, 1e100, 1e160, 1e200])
+def test_importances_and_weights_of_any_size(scale, importance, device):
+    """Neither a square nor a sum of squares may leave the range where the penalty does not."""
+    for l1, l2 in ((0.5, 0.0), (0.0, 0.4), (1e-10, 0.4), (0.0, 1e-200), (0.0, 1e200)):
+        w = [scale * draw(50, torch.float64, device), torch.full((3,), 1e190, dtype=torch.float64, device=device)]
+        m = [importance * draw(50, torch.float64, device, seed=1).abs(), torch.zeros_like(w[1])]
+        exact = exactly(w, m, l1, l2)
+        if 1e-290 < exact < 1e300:
+            w = [torch.cat(w).requires_grad_()]  # in one chunk
+            value = fused_penalty(w, l1=l1, l2=l2, importance=[torch.cat(m)])
+            assert value.item() == pytest.approx(float(exact), rel=1e-14)
+
+
+@pytest.mark.parametrize("importance", [1e-300, 1e-280, 1e-10, 1e10, 1e280])
+def test_importances_of_any_size_of_other_terms(importance, device):
+    w, ones = 3 * draw(1000, torch.float64, device), torch.ones(1000, dtype=torch.float64, device=device)
+    for terms in ({"smooth_l1": 0.5}, {"smooth_l1": 0.5, "beta": 1e-3}, {"mcp": 0.5}, {"scad": 0.5}):
+        expected = fused_penalty(w.requires_grad_(), **terms).item() * importance
+        value = fused_penalty(w, **terms, importance=[importance * ones])
+        assert value.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["toward", "importance"])
+def test_a_reference_is_not_written(name, device):
+    """Another parameter of the call, or its gradient, whole or in part, between others of one matrix or not."""
+    params = [draw(300, device=device), draw((20, 7), device=device, seed=1)[:, 2], draw(5, device=device)]
+    memory = draw((300, 2), device=device)
+    params.append(memory[:, 0])
+    for i, other in ((0, params[3]), (3, params[0]), (2, params[0][7:12]), (1, params[3][100:120])):
+        own = [p.detach().abs() for p in map(torch.clone, params)]
+        own[i] = other
+        before = [p.clone() for p in params]
+        with pytest.raises(ValueError, match=rf"^prox_: {name}\[{i}\] must not share memory with params\[[03]\]; use"):
+            prox_(params, l2=0.1, step=1.0, **{name: own})
+        assert_same_bits(params, before)
+    own = [p.detach().abs() for p in map(torch.clone, params)]
+    own[3] = memory[:, 1].abs_()  # beside it
+    prox_(params, l2=0.1, step=1.0, **{name: own})
+    leaves = [p.clone().requires_grad_() for p in params]
+    for p in leaves:
+        p.grad = torch.ones_like(p)
+    own[2] = leaves[0].grad[:5]
+    with pytest.raises(
+        ValueError, match=rf"^accumulate_grad_: {name}\[2\] must not share memory with params\[0\].grad"
+    ):
+        accumulate_grad_(leaves, l2=0.1, **{name: own})
+    optimizer = optim.SGD(leaves, lr=0.1, l2=0.1, **{name: [leaves[3].detach(), *own[1:2], own[0][:5], own[3]]})
+    with pytest.raises(ValueError, match=rf"{name}\[0\] must not share memory with params\[3\]"):
+        optimizer.step()

@@ -59,3 +59,9 @@ def test_group_norms(dtype, rows, device):
     assert (norms.dtype, norms.shape) == (torch.float64, (len(groups),))
     for group, number in list(zip(groups, norms.tolist(), strict=True))[::13]:
         assert relative_error(number, exact_norms(group, "tensor")) < 4e-15
+
+
+def test_they_are_of_tensors(device):
+    params = [draw((400, 8), device=device)]
+    with pytest.raises(ValueError, match="sums: group must be 0, for sums are of tensors, got 2"):
+        _ops.sums(params, False, *numbers(group="row"))

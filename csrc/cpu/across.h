@@ -14,6 +14,7 @@ struct Across {
   using Scalar = typename Kernel::Scalar;
   using Factor = typename Kernel::Factor;
   using Written = typename Kernel::Written;
+  using Sums = typename Kernel::Sums;  // of a lane, of each chunk of a vector
   static constexpr int kCount = E::kCount, kAcross = Kernel::kAcross;
 
   // Sums that norms come from. Of others, which are rare, there is one kernel.
@@ -22,8 +23,8 @@ struct Across {
   // Vectors of a row that are read together, if there are as many: those of some cache lines, or at least of one. Rows
   // that are a power of two apart compete for few places in a cache.
   static constexpr int kInLine = std::max<int>(kCacheLine / sizeof(Storage) / kCount, 1);
-  static constexpr int kSums = (P::kSums == kL1L2 ? 2 : 1) * kAcross;
-  static constexpr int kInLines = kIsUsual ? std::max(std::min(4 * kInLine, kRegisters / kSums), kInLine) : 1;
+  static constexpr int kInRegisters = kIsUsual ? kRegisters / (Kernel::kSums * kAcross) : 1;
+  static constexpr int kInLines = kIsUsual ? std::max(std::min(4 * kInLine, kInRegisters), kInLine) : 1;
 
   // How far ahead elements are fetched: of each stream of a block, so many rows; of short chunks what lies beside them,
   // as so many rows; what is written, so many bytes.
@@ -49,38 +50,8 @@ struct Across {
     period = kLanes / per_row;
   }
 
-  // Sums of a lane, of each chunk of a vector.
-  struct Sums {
-    Double of[kSums];
-
-    const Double* sum(int k) const { return of + (P::kSums == kL1L2 ? k * kAcross : 0); }
-
-    FUSED_REG_INLINE void clear() {
-#pragma GCC unroll 8
-      for (Double& sum : of) {
-        sum = Double{};
-      }
-    }
-
-    FUSED_REG_INLINE void operator+=(const Sums& other) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kSums; ++v) {
-        of[v] = of[v] + other.of[v];
-      }
-    }
-  };
-
   FUSED_REG_INLINE void add(Sums& sums, const Storage* from) const {
-    Double all[kPassSums * kAcross];
-#pragma GCC unroll 8
-    for (int v = 0; v < kPassSums * kAcross; ++v) {
-      all[v] = sums.of[v % kSums];
-    }
-    kernel.template add<kAcross>(all, E::widened(from));
-#pragma GCC unroll 8
-    for (int v = 0; v < kSums; ++v) {
-      sums.of[v] = all[(P::kSums == kL2 ? kAcross : 0) + v];
-    }
+    kernel.template add<kAcross>(sums.of, E::widened(from));
   }
 
   // Rows of the chunks of a vector; those that no vector of memory holds are in a copy.
@@ -170,21 +141,19 @@ struct Across {
 
   // The end of the tree, of chunks from `first` on: what is in their rows is still side by side.
   FUSED_REG_INLINE void end(const Sums& lane, int64_t first, TaskSums* found) const {
-    for (int k = 0; k < kPassSums; ++k) {
-      if (P::kSums & bit(k)) {
-        double numbers[kCount];
-        store_in_order(lane.sum(k), numbers, std::make_index_sequence<kDoubles>());
-        if (chunks >= kCount) {
-          std::copy_n(numbers, kCount, found->sum[k] + first);
-          continue;
-        }
-        for (int64_t half = per_row / 2; half > 0; half /= 2) {
-          for (int64_t i = 0; i < half * chunks; ++i) {
-            numbers[i] += numbers[i + half * chunks];
-          }
-        }
-        std::copy_n(numbers, chunks, found->sum[k]);
+    for (int k = 0; k < Kernel::kSums; ++k) {
+      double numbers[kCount], *const sums = found->sum[Kernel::kFirstSum + k];
+      store_in_order(lane.of + k * kAcross, numbers, std::make_index_sequence<kDoubles>());
+      if (chunks >= kCount) {
+        std::copy_n(numbers, kCount, sums + first);
+        continue;
       }
+      for (int64_t half = per_row / 2; half > 0; half /= 2) {
+        for (int64_t i = 0; i < half * chunks; ++i) {
+          numbers[i] += numbers[i + half * chunks];
+        }
+      }
+      std::copy_n(numbers, chunks, sums);
     }
   }
 
@@ -212,7 +181,7 @@ struct Across {
   }
 
   // Of longer ones, or fewer than a vector has; the columns beside them, or what follows on them, is fetched.
-  void sum_long(const Storage* from, int64_t apart, bool is_cached, TaskSums* found) const {
+  void sum_long(const Storage* from, int64_t apart, bool is_packed, TaskSums* found) const {
     const int64_t block = kBlock / per_row;
     const int folded = kFoldedLanes / per_row;
     Storage rest[2 * kCount]{};
@@ -229,7 +198,7 @@ struct Across {
           const bool is_last = begin + block >= rows && apart > chunks * per_row;
           const Storage* const own = column.from + begin * apart;
           const Storage* const next = is_last ? column.from + kTogether * kCount : own + block * apart;
-          take_lanes<kTogether>(column, begin, std::min(begin + block, rows), is_cached ? own : next, lanes);
+          take_lanes<kTogether>(column, begin, std::min(begin + block, rows), is_packed ? own : next, lanes);
           for (int i = 0; i < kTogether; ++i) {
             halve(lanes[i], 1, period, period / 2, folded);
             std::copy_n(lanes[i], folded, blocks[i][b]);
@@ -258,7 +227,7 @@ struct Across {
     }
   }
 
-  void sum(const Storage* from, int64_t apart, bool is_cached, TaskSums* found) const {
+  void sum(const Storage* from, int64_t apart, bool is_packed, TaskSums* found) const {
     for (int k = 0; k < kPassSums; ++k) {
       if (!(P::kSums & bit(k))) {
         std::fill_n(found->sum[k], chunks, 0.0);
@@ -267,10 +236,10 @@ struct Across {
     if constexpr (kIsUsual) {
       if (chunks >= kCount && rows <= kLanes) {
         const int64_t beside = std::max<int64_t>(kAheadBeside / rows, 1) * kInLine * kCount;
-        return sum_short(from, apart, is_cached ? 0 : beside, found);
+        return sum_short(from, apart, is_packed ? 0 : beside, found);
       }
     }
-    sum_long(from, per_row * apart, is_cached, found);
+    sum_long(from, per_row * apart, is_packed, found);
   }
 
   // Where the vectors of E have element i, if they are of so many numbers.
@@ -380,7 +349,7 @@ struct Across {
 
   void run(const ChunkTask& task, Storage* const* streams, TaskSums* found) const {
     if constexpr (P::kWrites == 0) {
-      sum(streams[0], task.apart[0], task.ahead != 0, found);
+      sum(streams[0], task.apart[0], task.is_packed, found);
     } else {
       const auto follows = [&](int64_t apart) { return apart == 0 || apart == chunks; };
       const bool is_narrow = chunks <= kCount && std::all_of(task.apart, task.apart + kStreams, follows);

@@ -20,6 +20,7 @@ struct ChunkTask {
   int64_t chunk_size = kChunkSize;  // at most kMaxVisit chunks, of which the last may be shorter
   const double* norms = nullptr;    // of the group of each chunk; null: that of the numbers
   int64_t ahead = 0;                // so far behind an element is fetched; what is nearer is in the cache, or a gap
+  bool is_packed = false;           // the parameter is a copy, in the cache
   // Of two or more chunks side by side, how far apart the elements of each are, in every stream; if the chunks are less
   // than a cache line, nothing is between the elements. 0: the chunks follow on one another.
   int64_t apart[kStreams] = {};

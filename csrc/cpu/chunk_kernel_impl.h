@@ -13,6 +13,7 @@ namespace fused_reg::FUSED_REG_ISA {
 template <Dtype dtype, class P>
 void run_kernel(const ChunkTask& task, TaskSums* sums) {
   constexpr bool kIsRescued = !std::is_void_v<typename P::Sums> && (dtype == Dtype::kFloat64 || P::kOfAnyDtype);
+  const bool may_be_small = P::kSums & kL2 && (P::kSumFactors == 0 || task.streams[kImportance] == nullptr);
   if constexpr (kIsRescued && (P::kWrites & bit(0))) {
     if (sums != nullptr) {
       run_kernel<dtype, typename P::Sums>(task, sums);  // of what is written over
@@ -26,7 +27,7 @@ void run_kernel(const ChunkTask& task, TaskSums* sums) {
       bool is_there = false;
       for (int64_t c = 0; sums != nullptr && c * task.chunk_size < task.size; ++c) {
         if (sums->of(0, c).exponent == 0 &&
-            rescue_exponent(sums->sum[0][c], sums->sum[1][c], P::kSums & kL2) == exponent) {
+            rescue_exponent(sums->sum[0][c], sums->sum[1][c], may_be_small) == exponent) {
           if (!is_there) {
             Kernel<dtype, typename P::Sums>(task.numbers, exponent, 0).run(task, &again);
             is_there = true;

@@ -36,6 +36,9 @@ struct Kernel {
   using MultiplyAdd = std::conditional_t<kWide, TwoRoundings, OneRounding>;
   static constexpr unsigned kRead = P::kReads | (P::kSums ? bit(0) : 0);
 
+  // So many sums, from this one on.
+  static constexpr int kSums = P::kSums == kL1L2 ? 2 : P::kSums != 0, kFirstSum = P::kSums == kL2;
+
   // Whether chunks of at most a block are taken together.
   static constexpr bool kCanBeShort = P::kSums != 0 && !P::kHasOptions && FUSED_REG_VECTOR_BYTES > 16;
 
@@ -156,16 +159,40 @@ struct Kernel {
     return out;
   }
 
-  // Adds elements of the parameter to the two sums of their lanes, which are so many vectors apart.
+  // The sums of the lanes that a vector of elements has.
+  struct Sums {
+    Double of[std::max(kSums, 1) * kAcross];
+
+    FUSED_REG_INLINE void clear() {
+#pragma GCC unroll 8
+      for (Double& sum : of) {
+        sum = Double{};
+      }
+    }
+
+    FUSED_REG_INLINE void operator+=(const Sums& other) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kSums * kAcross; ++v) {
+        of[v] = of[v] + other.of[v];
+      }
+    }
+  };
+
+  // Adds elements of the parameter to the sums of their lanes, each of which is so many vectors behind the one before.
   template <int apart>
   FUSED_REG_INLINE void add(Double* sums, Widened w) const {
     if constexpr (P::kSums != 0) {
-      for (int v = 0; v < E::kCount / kDoubles; ++v) {
-        Double x[2] = {sums[v], sums[apart + v]};
+#pragma GCC unroll 8
+      for (int v = 0; v < kAcross; ++v) {
+        Double x[kPassSums] = {};
+        for (int i = 0; i < kSums; ++i) {
+          x[kFirstSum + i] = sums[i * apart + v];
+        }
         P::template add<MultiplyAdd>(x, w.of[v], sum_factors,
                                      [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
-        sums[v] = x[0];
-        sums[apart + v] = x[1];
+        for (int i = 0; i < kSums; ++i) {
+          sums[i * apart + v] = x[kFirstSum + i];
+        }
       }
     }
   }
@@ -184,14 +211,20 @@ struct Kernel {
     if (is_weighted) {
       importance = E::widened(streams[kImportance] + i);
     }
-    for (int v = 0; v < E::kCount / kDoubles; ++v) {
+    const auto scaled = [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; };
+    for (int v = 0; v < kAcross; ++v) {
       Double x[kPassSums] = {};
-      P::template add<TwoRoundings>(x, d.of[v], sum_factors,
-                                    [&](Double y) __attribute__((always_inline)) { return kWide ? y * scale : y; });
-      for (int k = 0; k < kPassSums; ++k) {
-        if (P::kSums & bit(k)) {
-          sums[k * apart + v] = sums[k * apart + v] + (is_weighted ? x[k] * importance.of[v] : x[k]);
-        }
+      for (int i = 0; i < kSums; ++i) {
+        x[kFirstSum + i] = sums[i * apart + v];
+      }
+      if (is_weighted) {
+        const Double m = importance.of[v], w = d.of[v];
+        P::add_weighted(x, kWide ? without_masked(w, m) : w, m, sum_factors, scaled);
+      } else {
+        P::template add<TwoRoundings>(x, d.of[v], sum_factors, scaled);
+      }
+      for (int i = 0; i < kSums; ++i) {
+        sums[i * apart + v] = x[kFirstSum + i];
       }
     }
   }
@@ -210,13 +243,11 @@ struct Kernel {
     }
     int64_t next_ahead = begin + ahead;
     for (int strip = 0; strip < kRow; strip += kStrip) {
-      Double strip_sums[kPassSums * kVectors];
+      Double strip_sums[std::max(kSums, 1) * kVectors];
       const auto each_sum = [&](const auto& body) __attribute__((always_inline)) {
-        for (int k = 0; k < kPassSums; ++k) {
+        for (int i = 0; i < kSums; ++i) {
           for (int v = 0; v < kVectors; ++v) {
-            if (P::kSums & bit(k)) {
-              body(strip_sums[k * kVectors + v], sums[(k * kLanes + strip) / kDoubles + v]);
-            }
+            body(strip_sums[i * kVectors + v], sums[(i * kLanes + strip) / kDoubles + v]);
           }
         }
       };
@@ -283,10 +314,8 @@ struct Kernel {
   }
 
   FUSED_REG_INLINE void fold_into(int b, Double* lanes) {
-    for (int k = 0; k < kPassSums; ++k) {
-      if (P::kSums & bit(k)) {
-        fold(lanes + k * kLanes / kDoubles, sums[k][b].lanes);
-      }
+    for (int i = 0; i < kSums; ++i) {
+      fold(lanes + i * kLanes / kDoubles, sums[kFirstSum + i][b].lanes);
     }
   }
 
@@ -294,7 +323,7 @@ struct Kernel {
     if constexpr (FUSED_REG_VECTOR_BYTES == 16) {  // compiled once, which takes less time
       part_of_block(b, streams, begin, kRows, nullptr);
     } else {
-      Double lanes[kPassSums * kLanes / kDoubles];
+      Double lanes[std::max(kSums, 1) * kLanes / kDoubles];
       take_rows<true>(lanes, streams, begin, kRows);
       fold_into(b, lanes);
     }
@@ -303,7 +332,7 @@ struct Kernel {
   // Some rows of a block, and a last row at `tail`, unless that is null.
   __attribute__((noinline)) void part_of_block(int b, Storage* const* streams, int64_t begin, int rows,
                                                Storage* const* tail) {
-    Double lanes[kPassSums * kLanes / kDoubles];
+    Double lanes[std::max(kSums, 1) * kLanes / kDoubles];
     take_rows<true>(lanes, streams, begin, rows);
     if (tail != nullptr) {
       take_rows<false>(lanes, tail, 0, 1);

@@ -12,6 +12,7 @@ struct Short {
   using E = typename Kernel::E;
   using Storage = typename Kernel::Storage;
   using Widened = typename Kernel::Widened;
+  using Sums = typename Kernel::Sums;
   static constexpr int kAcross = Kernel::kAcross;
 
   // Whether the end of a row may be read with what follows.
@@ -80,19 +81,6 @@ struct Short {
     }
   };
 
-  // Sums that a vector of elements belongs to.
-  struct Lane {
-    Double of[kPassSums * kAcross];
-
-    FUSED_REG_INLINE void operator+=(const Lane& other) {
-      for (int k = 0; k < kPassSums; ++k) {
-        for (int v = k * kAcross; v < (k + 1) * kAcross; ++v) {
-          of[v] = P::kSums & bit(k) ? of[v] + other.of[v] : Double{};
-        }
-      }
-    }
-  };
-
   // Sums of a chunk, the end of whose trees is left.
   struct Ends {
     Double of[kPassSums];
@@ -101,10 +89,8 @@ struct Short {
     template <int lanes_used>
     static FUSED_REG_INLINE Ends folded_from(Double* lanes) {
       Ends ends{};
-      for (int k = 0; k < kPassSums; ++k) {
-        if (P::kSums & bit(k)) {
-          ends.of[k] = folded<lanes_used>(lanes + k * lanes_used / kDoubles);
-        }
+      for (int i = 0; i < Kernel::kSums; ++i) {
+        ends.of[Kernel::kFirstSum + i] = folded<lanes_used>(lanes + i * lanes_used / kDoubles);
       }
       return ends;
     }
@@ -135,16 +121,17 @@ struct Short {
 
   // A row of so many lanes, of which the vectors from `first` on, so many apart, are added up in the order of the tree.
   template <int lanes_used, bool has_rest, int apart = 1, int first = 0>
-  FUSED_REG_INLINE Lane row_of(const Storage* from, const Mask<lanes_used>& mask) const {
+  FUSED_REG_INLINE Sums row_of(const Storage* from, const Mask<lanes_used>& mask) const {
     if constexpr (apart * E::kCount == lanes_used) {
-      Lane lane{};
+      Sums sums;
+      sums.clear();
       const Widened w = E::widened(from + first * E::kCount);
-      kernel.template add<kAcross>(lane.of, has_rest ? mask.of(first, w) : w);
-      return lane;
+      kernel.template add<kAcross>(sums.of, has_rest ? mask.of(first, w) : w);
+      return sums;
     } else {
-      Lane lane = row_of<lanes_used, has_rest, 2 * apart, first>(from, mask);
-      lane += row_of<lanes_used, has_rest, 2 * apart, first + apart>(from, mask);
-      return lane;
+      Sums sums = row_of<lanes_used, has_rest, 2 * apart, first>(from, mask);
+      sums += row_of<lanes_used, has_rest, 2 * apart, first + apart>(from, mask);
+      return sums;
     }
   }
 
@@ -153,7 +140,7 @@ struct Short {
   void run_rows_of(const ChunkTask& task, const Storage* from, TaskSums* found) {
     const Mask<lanes_used> mask(static_cast<int>(std::min(task.chunk_size, task.size)));
     end_together(task, found, [&](int64_t, int64_t begin, int64_t size) __attribute__((always_inline)) {
-      Lane row;
+      Sums row;
       if (size == mask.count && task.size - begin >= lanes_used) {
         row = row_of<lanes_used, has_rest>(from + begin, mask);
       } else {
@@ -196,7 +183,7 @@ struct Short {
     const Mask<kLanes> mask(static_cast<int>(std::min(task.chunk_size, task.size) % kLanes));
     end_together(task, found, [&](int64_t chunk, int64_t begin, int64_t size) __attribute__((always_inline)) {
       const int rest = has_rest ? static_cast<int>(size % kLanes) : 0;
-      Double lanes[kPassSums * kLanes / kDoubles];
+      Double lanes[Kernel::kSums * kLanes / kDoubles];
       kernel.set_norm(task, chunk);
       kernel.template take_rows<true>(lanes, streams, begin, static_cast<int>(size / kLanes));
       if (rest != 0) {

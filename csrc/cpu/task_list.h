@@ -284,7 +284,7 @@ class TaskList {
     };
     each(reads, pack<false>);
     if (across) {
-      task.ahead = packed & bit(0) ? strip.size : 0;
+      task.is_packed = packed & bit(0);
       body(strip, task);
     }
     for (int64_t i = 0; i < (across ? 0 : strip.chunks);) {

@@ -1,103 +1,15 @@
 // How a team of warps reads a chunk, in the order of summation.h; what it does with the elements is a Job's.
 //
-// The warps of a team take blocks of the chunk: every thread loads 16 bytes of a row, the rows of a block one after the
-// other, so that it holds some lanes of the block; shuffles fold 64 lanes to 8; shared memory collects the blocks of
-// the chunk. Of memory that is not aligned to 16 bytes, and of the last part of a chunk, a thread takes two elements of
-// a row: at once where they are aligned, in the same order.
+// The warps of a team (team.cuh) take blocks of the chunk: every thread loads 16 bytes of a row, the rows of a block
+// one after the other, so that it holds some lanes of the block. Of memory that is not aligned to 16 bytes, and of the
+// last part of a chunk, a thread takes two elements of a row: at once where they are aligned, in the same order. A warp
+// can also take short chunks that follow on one another, each a block, side by side: again by 16 bytes.
 #pragma once
 
-#include "../passes/pass.h"
 #include "cursor.cuh"
+#include "team.cuh"
 
 namespace fused_reg::cuda {
-
-constexpr int kWarp = 32;
-constexpr int kThreads = kWarp * kWarps;
-constexpr int kCtasPerSm = 4;  // resident, at least: bounds the registers
-// Where the rows of a block are read for its sums by integers (exact_sums.cuh), and kept for what is written.
-constexpr int kSummingCtasPerSm = kFewDoubles ? 3 : kCtasPerSm;
-constexpr unsigned kAll = 0xffffffff;
-
-// The folded lanes of every block of a chunk.
-struct Blocks {
-  double sums[kBlocks][kPassSums][kFoldedLanes];
-};
-
-// The warps that take a chunk together: all of a CTA.
-struct WholeCta {
-  __device__ int warps() const { return kWarps; }
-  __device__ int warp() const { return threadIdx.x / kWarp; }
-  __device__ int lane() const { return threadIdx.x % kWarp; }
-};
-
-// The same, or every warp for itself: where chunks are short, as rows are.
-class Team {
- public:
-  __device__ explicit Team(int warps) : warps_(warps) {}
-  __device__ int warps() const { return warps_; }
-  __device__ int warp() const { return threadIdx.x / kWarp % warps_; }
-  __device__ int lane() const { return threadIdx.x % kWarp; }
-  __device__ bool is_first_thread() const { return warp() == 0 && threadIdx.x % kWarp == 0; }
-
-  // Among those of the grid.
-  __device__ uint32_t index() const { return blockIdx.x * (kWarps / warps_) + threadIdx.x / kWarp / warps_; }
-  __device__ uint32_t count() const { return gridDim.x * (kWarps / warps_); }
-
-  __device__ void sync() const {
-    if (warps_ == 1) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  }
-
- private:
-  int warps_;
-};
-
-// The halving tree over lanes that neighbouring threads hold, `count` each: thread i has the lanes from i * count on.
-// Two threads whose indices differ in a bit add their lanes, and each keeps half of the sums; once a thread has one
-// sum, both keep the same. The bits go from `mask` down to `last`.
-template <int count, int mask, int last>
-struct Fold {
-  static constexpr int kKept = count > 1 ? count / 2 : 1;
-  using Next = Fold<kKept, mask / 2, last>;
-
-  static __device__ __forceinline__ double sum(const double (&x)[count], int thread) {
-    double kept[kKept];
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      const bool upper = count > 1 && (thread & mask) != 0;
-      const double mine = upper ? x[i + count - kKept] : x[i];
-      const double others = upper ? x[i] : x[i + count - kKept];
-      kept[i] = mine + __shfl_xor_sync(kAll, others, mask);
-    }
-    if constexpr (mask == last) {
-      static_assert(kKept == 1);
-      return kept[0];
-    } else {
-      return Next::sum(kept, thread);
-    }
-  }
-
-  // Which of its lanes a thread ends with, and whether it is the first of those that have it.
-  static __device__ __forceinline__ int lane(int thread) {
-    const int skipped = count > 1 && (thread & mask) != 0 ? kKept : 0;
-    if constexpr (mask == last) {
-      return skipped;
-    } else {
-      return skipped + Next::lane(thread);
-    }
-  }
-  static __device__ __forceinline__ bool is_first(int thread) {
-    const bool first = count > 1 || (thread & mask) == 0;
-    if constexpr (mask == last) {
-      return first;
-    } else {
-      return first && Next::is_first(thread);
-    }
-  }
-};
 
 // How a chunk is read and written for a Job (jobs.cuh).
 template <class Job>
@@ -117,15 +29,24 @@ class ChunkPass {
 
   template <class AnyTeam>
   __device__ __forceinline__ void run(Blocks* blocks, const AnyTeam& team) const {
-    constexpr int kAbreast = kWarp / (kLanes / kVector);  // blocks that a warp takes side by side
     const int thread = team.lane(), of_warp = thread / (kWarp / kAbreast);
     const int whole = is_aligned(sizeof(Vector)) ? size_ / kBlock : 0;
     for (int b = team.warp() * kAbreast; b < whole; b += team.warps() * kAbreast) {
-      block<Vector, true>(blocks, b + of_warp, thread, b + of_warp < whole);
+      block<Vector, Part::kWhole>(blocks, b + of_warp, (b + of_warp) * kBlock, size_, thread, b + of_warp < whole);
     }
     const bool has_pairs = is_aligned(sizeof(Pair));
     for (int b = whole + team.warp(); b * kBlock < size_; b += team.warps()) {
-      block<Pair, false>(blocks, b, thread, has_pairs);
+      block<Pair, Part::kAny>(blocks, b, b * kBlock, size_, thread, has_pairs);
+    }
+  }
+
+  // The sums of so many chunks of this size that follow on one another (Cursor::strip), by a warp: each is a block.
+  __device__ __forceinline__ void run_strip(Blocks* blocks, int chunks) const {
+    static_assert(Job::kWrites == 0 && !Job::kSumsFirst);
+    const int thread = threadIdx.x % kWarp, of_warp = thread / (kWarp / kAbreast);
+    for (int b = 0; b < chunks; b += kAbreast) {
+      const int at = (b + of_warp) * size_;
+      block<Vector, Part::kOfVectors>(blocks, b + of_warp, at, at + size_, thread, b + of_warp < chunks);
     }
   }
 
@@ -134,8 +55,12 @@ class ChunkPass {
   using Pair =
       std::conditional_t<sizeof(Storage) == 2, unsigned, std::conditional_t<sizeof(Storage) == 4, uint2, uint4>>;
   static constexpr int kVector = sizeof(Vector) / sizeof(Storage);  // elements that a thread loads at a time
+  static constexpr int kAbreast = kWarp / (kLanes / kVector);       // blocks that a warp takes side by side
   static constexpr int kUsed = streams_in(Job::kReads | Job::kWrites);
   static constexpr int kRead = streams_in(Job::kReads), kWritten = streams_in(Job::kWrites);
+
+  // What there is of a block: all of it; a part that ends where a vector does; or a part that ends anywhere.
+  enum class Part { kWhole, kOfVectors, kAny };
 
   __device__ bool is_aligned(size_t bytes) const {
     uintptr_t addresses = 0;
@@ -178,13 +103,13 @@ class ChunkPass {
   }
 
   // That of the parameter.
-  __device__ __forceinline__ Storage element(int i) const {
-    return i < size_ ? load(0, streams_[0] + i) : job_.padding();
+  __device__ __forceinline__ Storage element(int i, int end) const {
+    return i < end ? load(0, streams_[0] + i) : job_.padding();
   }
 
-  // Elements of stream s from i on, as one vector if `at_once`, else as far as the chunk goes.
+  // Elements of stream s from i on, as one vector if `at_once`, else those before the end.
   template <class V>
-  __device__ __forceinline__ V read(int s, int i, bool at_once) const {
+  __device__ __forceinline__ V read(int s, int i, int end, bool at_once) const {
     if (!reads(s)) {
       return s == kImportance ? filled<V>(E::narrow(1)) : V{};
     }
@@ -194,7 +119,7 @@ class ChunkPass {
     Storage x[sizeof(V) / sizeof(Storage)];
 #pragma unroll
     for (int k = 0; k < static_cast<int>(sizeof(V) / sizeof(Storage)); ++k) {
-      x[k] = i + k < size_ ? load(s, streams_[s] + i + k) : job_.padding();
+      x[k] = i + k < end ? load(s, streams_[s] + i + k) : job_.padding();
     }
     return bits_as<V>(x);
   }
@@ -213,44 +138,61 @@ class ChunkPass {
     }
   }
 
-  // A block by vectors V, some rows of which are on their way at a time: a whole one, if `can`; or one that may end
-  // anywhere, whose vectors are read at once if `can`.
-  template <class V, bool is_whole>
-  __device__ __forceinline__ void block(Blocks* blocks, int b, int thread, bool can) const {
+  // A part of a block, the elements from `at` to `end`, by vectors V, some rows of which are on their way at a time.
+  // One that may end anywhere has its vectors read at once if `can`; others there are if `can`.
+  template <class V, Part part>
+  __device__ __forceinline__ void block(Blocks* blocks, int b, int at, int end, int thread, bool can) const {
     constexpr int kCount = sizeof(V) / sizeof(Storage), kSharers = kLanes / kCount;  // threads that share a row
     constexpr int kAhead = Job::template kAhead<V>;
     static_assert(kRows % kAhead == 0);
     typename Job::Sum first_sums[kCount] = {}, second_sums[kCount] = {};
-    const int sharer = thread % kSharers, begin = b * kBlock + sharer * kCount;
-    const auto at_once = [&](int i) { return is_whole || (can && i + kCount <= size_); };
-    const int left = (size_ - b * kBlock + kLanes - 1) / kLanes;
-    const int rows = is_whole ? (can ? kRows : 0) : left < kRows ? left : kRows;
-    const auto again = [&](int r, int lane) { return element(begin + r * kLanes + lane); };
+    constexpr bool kIsWhole = part == Part::kWhole, kIsAny = part == Part::kAny;
+    const int sharer = thread % kSharers, begin = at + sharer * kCount;
+    const auto at_once = [&](int i) { return !kIsAny || (can && i + kCount <= end); };
+    const int left = (end - at + kLanes - 1) / kLanes, most = left < kRows ? left : kRows;
+    const int rows = kIsAny ? most : !can ? 0 : kIsWhole ? kRows : most;
+    const auto again = [&](int r, int lane) { return element(begin + r * kLanes + lane, end); };
     if constexpr (Job::kSumsFirst) {  // what is read here is in the cache for the rest
       if (rows > 0 && job_.has_terms()) {
         V w[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const int i = begin + r * kLanes;
-          w[r] = read<V>(0, i, at_once(i));
+          w[r] = read<V>(0, i, end, at_once(i));
         }
         job_.add_rows(w, first_sums, second_sums, again);
       }
-      store(blocks, b, sharer, first_sums, second_sums, !is_whole || can);
+      store(blocks, b, sharer, first_sums, second_sums, kIsAny || can);
       if (!writes()) {
         return;
       }
     }
-#pragma unroll 1
-    for (int first = 0; first < rows; first += kAhead) {
-      V rows_of[kRead][kAhead];
+    const auto read_rows = [&](V(&to)[kRead][kAhead], int first) {
 #pragma unroll
       for (int r = 0; r < kAhead; ++r) {
         const int i = begin + (first + r) * kLanes;
 #pragma unroll
         for (int s = 0; s < kRead; ++s) {
-          rows_of[s][r] = read<V>(s, i, at_once(i));
+          const bool is_within = part != Part::kOfVectors || i < end;
+          to[s][r] = is_within ? read<V>(s, i, end, at_once(i)) : filled<V>(job_.padding());
         }
+      }
+    };
+    constexpr bool kEarly = !kIsAny && Job::kReadsEarly;
+    [[maybe_unused]] V next[kRead][kAhead];
+    if (kEarly && rows > 0) {
+      read_rows(next, 0);
+    }
+#pragma unroll 1
+    for (int first = 0; first < rows; first += kAhead) {
+      V rows_of[kRead][kAhead];
+      if constexpr (kEarly) {
+        memcpy(rows_of, next, sizeof next);
+        if (first + kAhead < rows) {
+          read_rows(next, first + kAhead);
+        }
+      } else {
+        read_rows(rows_of, first);
       }
       if constexpr (Job::kSums != 0 && !Job::kSumsFirst) {
         if constexpr (Job::kIsRelative) {
@@ -259,28 +201,53 @@ class ChunkPass {
           job_.add_rows(rows_of[0], first_sums, second_sums, again);
         }
       }
-      if (!writes()) {
-        continue;
-      }
-#pragma unroll
-      for (int r = 0; r < kAhead; ++r) {
-        const int i = begin + (first + r) * kLanes;
-        Storage x[kUsed][kCount];
-#pragma unroll
-        for (int s = 0; s < kRead; ++s) {
-          memcpy(x[s], &rows_of[s][r], sizeof(V));
-        }
-        job_.write(x, adds_);
-#pragma unroll
-        for (int s = 0; s < kUsed; ++s) {
-          if (writes(s)) {
-            write<V>(s, i, x[s], at_once(i));
-          }
-        }
+      if (writes()) {
+        write(rows_of, [&](int r) { return begin + (first + r) * kLanes; }, at_once);
       }
     }
     if constexpr (Job::kSums != 0 && !Job::kSumsFirst) {
-      store(blocks, b, sharer, first_sums, second_sums, !is_whole || can);
+      store(blocks, b, sharer, first_sums, second_sums, kIsAny || can);
+    }
+  }
+
+  // What is written of rows, where element(r) is the first one of row r.
+  template <class V, int rows, class Element, class AtOnce>
+  __device__ __forceinline__ void write(const V (&of)[kRead][rows], const Element& element,
+                                        const AtOnce& at_once) const {
+    const auto take = [&](int r, auto& x) {
+#pragma unroll
+      for (int s = 0; s < kRead; ++s) {
+        memcpy(x[s], &of[s][r], sizeof(V));
+      }
+    };
+    const auto put = [&](int r, const auto& x) {
+      const int i = element(r);
+#pragma unroll
+      for (int s = 0; s < kUsed; ++s) {
+        if (writes(s)) {
+          write<V>(s, i, x[s], at_once(i));
+        }
+      }
+    };
+    using Elements = Storage[kUsed][sizeof(V) / sizeof(Storage)];
+    if constexpr (Job::kSums != 0) {
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        Elements x;
+        take(r, x);
+        job_.with_pass([&](auto pass) { job_.template write<decltype(pass)>(x, adds_); });
+        put(r, x);
+      }
+    } else {  // terms are chosen once for all rows; beside sums that would take registers that there are not
+      job_.with_pass([&](auto pass) {
+#pragma unroll
+        for (int r = 0; r < rows; ++r) {
+          Elements x;
+          take(r, x);
+          job_.template write<decltype(pass)>(x, adds_);
+          put(r, x);
+        }
+      });
     }
   }
 
@@ -308,24 +275,5 @@ class ChunkPass {
   int size_;
   bool adds_;
 };
-
-// The sums of a pass over a chunk.
-struct PassSums {
-  double of[kPassSums];
-};
-
-// These, in every thread of a warp: the trees over its blocks and then over the folded lanes.
-__device__ __forceinline__ PassSums total(const Blocks& blocks, int count, int thread) {
-  const int lane = thread % kFoldedLanes, term = thread / kFoldedLanes % 2, odd = thread / kFoldedLanes / 2;
-  const auto block = [&](int b) { return b < count ? blocks.sums[b][term][lane] : 0.0; };
-  const auto pair = [&](int b) { return block(b) + block(b + 8); };
-  double x = (pair(odd) + pair(odd + 4)) + (pair(odd + 2) + pair(odd + 6));
-  x = x + __shfl_xor_sync(kAll, x, 16);
-#pragma unroll
-  for (int mask = kFoldedLanes / 2; mask > 0; mask /= 2) {
-    x = x + __shfl_xor_sync(kAll, x, mask);
-  }
-  return {__shfl_sync(kAll, x, 0), __shfl_sync(kAll, x, kFoldedLanes)};
-}
 
 }  // namespace fused_reg::cuda

@@ -19,6 +19,8 @@ struct Chunk {
   __device__ int blocks() const { return (size + kBlock - 1) / kBlock; }
 };
 
+__device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
 // The last of `count` starts, in rising order from 0 on, that is at most x: where some are equal, the one that holds x.
 template <class Start>
 __device__ __forceinline__ uint32_t owner(uint32_t count, uint32_t x, const Start& start) {
@@ -118,6 +120,16 @@ class Cursor {
       chunk.streams[s] = stream == nullptr ? nullptr : stream + begin * bytes_of(e.dtype);
     }
     return chunk;
+  }
+
+  // A strip: how many chunks from c on, at() which the cursor is, before `end` and of its tensor, a warp can sum side
+  // by side. They are groups of one block at most, whose vectors of 16 bytes are whole. One is none.
+  __device__ uint32_t strip(const Chunk<View::kStreams>& chunk, uint32_t c, uint32_t end) const {
+    const uintptr_t places = reinterpret_cast<uintptr_t>(chunk.streams[0]) | chunk.size * bytes_of(chunk.dtype);
+    if (!chunk.is_group || chunk.size > kBlock || chunk.dtype == Dtype::kFloat64 || places % sizeof(uint4) != 0) {
+      return 1;
+    }
+    return smaller(smaller(this->end(), end) - c, kBlocks);
   }
 
   // That of chunk c, at() which the cursor is.

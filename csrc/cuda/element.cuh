@@ -74,6 +74,13 @@ constexpr bool kFastMemory = true;
 constexpr bool kFastMemory = !kFewDoubles;
 #endif
 
+// Whether the code for a device has no registers left for the next rows while further terms are summed: A100's.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+constexpr bool kFewRegisters = true;
+#else
+constexpr bool kFewRegisters = false;
+#endif
+
 // Whether moving bits does not make a float64 of it: subnormal, infinite or NaN.
 __device__ __forceinline__ bool is_rare(float x) {
   const unsigned bits = bits_as<unsigned>(x), next = bits + 0x00800000;  // one exponent more

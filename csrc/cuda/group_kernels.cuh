@@ -85,7 +85,11 @@ __device__ __forceinline__ ChunkSums sums_of(const AnyChunk& chunk, Blocks* bloc
     *filled = 1 - *filled;
     const bool may_leave = !std::is_void_v<typename P<known>::Sums> &&
                            (P<known>::kOfAnyDtype || chunk.dtype == Dtype::kFloat64) && exponent == 0;
-    const int again = may_leave ? rescue_exponent(sums.of[0], sums.of[1], has_second) : 0;
+    bool may_be_small = has_second;
+    if constexpr (P<known>::kIsRelative && P<known>::kSumFactors != 0) {
+      may_be_small = has_second && chunk.streams[kImportance] == nullptr;
+    }
+    const int again = may_leave ? rescue_exponent(sums.of[0], sums.of[1], may_be_small) : 0;
     if (again == 0) {
       return {{{sums.of[0], exponent}, {sums.of[1], exponent}}};
     }
@@ -93,30 +97,93 @@ __device__ __forceinline__ ChunkSums sums_of(const AnyChunk& chunk, Blocks* bloc
   }
 }
 
+// Whether short groups are summed in strips: where float64 units do not bound their sums. Those after the soft
+// threshold have no registers left for further loops.
+template <class Pass, int numbers_of_pass>
+constexpr bool kHasStrips =
+    !kFewDoubles && numbers_of_pass == kGroupNumbers && Pass::kSums == kL1L2 && !Pass::kIsRelative;
+
+// Runs that follow on one another, of which a team takes so many at a time: all of its own where a run is one chunk,
+// else no more than strips are worth, for long groups lie together, too.
+__device__ __forceinline__ uint32_t runs_in_turn(const Call& call, const Team& team) {
+  const uint32_t own = (call.runs + team.count() - 1) / team.count();
+  return call.run_length == 1 ? own : smaller(own, (kBlocks / 2 + call.run_length - 1) / call.run_length);
+}
+
+// The sums of a strip of groups, by a warp, and their norms. add(g, penalty) takes the penalty of each in turn.
+template <template <int> class P, int known, class AnyChunk, class Add>
+__device__ __forceinline__ void sum_strip(const Call& call, const AnyChunk& chunk, int groups, Blocks* blocks,
+                                          ChunkNumbers& numbers, const Add& add) {
+  numbers.terms = kL1L2;  // both, also where one is not there: its strength is 0
+  run_strip<P, known>(chunk, groups, blocks, numbers);
+  __syncwarp();
+  const int thread = threadIdx.x % kWarp;
+  const PassSums sums = totals(*blocks, groups, thread);
+  __syncwarp();
+  const ScaledSum of_terms[kSums] = {{sums.of[0], 0}, {sums.of[1], 0}};
+  const ScaledSum& squares = of_terms[L2::kSum];
+  if (thread % 2 == 0 && thread / 2 < groups) {
+    call.norms[chunk.group + thread / 2] = norm_of(squares);
+  }
+  if (call.value != nullptr) {
+    const double own = SummedTerms::penalty(numbers.of, of_terms) + norm_penalty(numbers.of[kNormStrength], squares);
+    for (int g = 0; g < groups; ++g) {
+      add(g, __shfl_sync(kAll, own, 2 * g));
+    }
+  }
+}
+
+// CTAs that are resident, at least: three where numbers, or the loads of sums after the soft threshold, take registers.
+template <class Pass, int numbers_of_pass>
+constexpr int kSumsCtas = numbers_of_pass > kGroupNumbers || (Pass::kSums == kL2 && !Pass::kIsCount)
+                              ? 3
+                              : kSummingCtasPerSm;
+
 // The sums of a pass, of every chunk and group; and where Call.value asks for it, the penalty of the list. With all
-// numbers it takes those of further terms, too.
+// numbers it takes those of further terms, too. With strips a team takes runs that follow on one another.
 template <class Table, template <int> class P, int known, int numbers_of_pass>
-__global__ void __launch_bounds__(kThreads, numbers_of_pass > kGroupNumbers ? 3 : kSummingCtasPerSm)
+__global__ void __launch_bounds__(kThreads, kSumsCtas<P<known>, numbers_of_pass>)
     sums_kernel(const __grid_constant__ Table table) {
   __shared__ Blocks blocks[kWarps];            // a CTA fills one while another is summed; a warp alone has its own
   __shared__ CompensatedSum run_sums[kWarps];  // of the first thread of a team alone; spares the others registers
   CompensatedSum& run_sum = run_sums[threadIdx.x / kWarp];
   constexpr int kRelativeBit = known & kRelative;
   constexpr bool kHasSecond = known == kNone || kRelativeBit != 0;
+  constexpr bool kStrips = kHasStrips<P<known>, numbers_of_pass>;
   const Call& call = table.call;
   const Team team(call.team);
+  const uint32_t each = kStrips ? runs_in_turn(call, team) : 1;
+  const auto add_to_run = [&](uint32_t c, double penalty) {
+    run_sum.add(penalty);
+    if (kStrips && (c + 1 == call.chunks || (c + 1) % call.run_length == 0)) {
+      call.run_sums[c / call.run_length] = result(run_sum);
+      run_sum = {};
+    }
+  };
   int filled = 0;
-  for (uint32_t r = team.index(); r < call.runs; r += team.count()) {
-    uint32_t c = r * call.run_length;
+  for (uint32_t r = team.index() * each; r < call.runs; r += team.count() * each) {
+    uint32_t c = r * call.run_length, taken = 1;
+    const auto end = [&] { return kStrips ? smaller((r + each) * call.run_length, call.chunks) : run_end(call, r); };
     Cursor<TableView<Table, streams_of<P<known>>, numbers_of_pass>> cursor(table, c);
     if (team.is_first_thread()) {
       run_sum = {};
     }
-    for (; c < run_end(call, r); ++c) {
+    for (; c < end(); c += taken) {
       const auto chunk = cursor.at(c);
       ChunkNumbers numbers = cursor.numbers(1, 0);
       const bool is_report = call.norms == nullptr && call.value == nullptr;
       numbers.terms |= is_report ? kL1L2 : call.norms != nullptr ? kL2 : kNone;
+      if constexpr (kStrips) {
+        taken = call.norms == nullptr || team.warps() != 1 ? 1 : cursor.strip(chunk, c, end());
+        if (taken > 1) {
+          sum_strip<P, known>(call, chunk, taken, &blocks[threadIdx.x / kWarp], numbers, [&](int g, double penalty) {
+            if (team.is_first_thread()) {
+              add_to_run(c + g, penalty);
+            }
+          });
+          continue;
+        }
+      }
       ChunkSums sums = sums_of<P, known>(chunk, blocks, team, numbers, kHasSecond || (numbers.terms & kL2), &filled);
       if constexpr (numbers_of_pass > kGroupNumbers) {
         FurtherTerms::each([&](auto term) {
@@ -131,10 +198,10 @@ __global__ void __launch_bounds__(kThreads, numbers_of_pass > kGroupNumbers ? 3 
       if (team.is_first_thread()) {
         const ScaledSum& squares = sums.of[L2::kSum];
         if (call.value != nullptr) {
-          // Relative sums need the registers: their numbers are read once more.
-          const ChunkNumbers own = kRelativeBit != 0 ? cursor.numbers(1, 0) : numbers;
-          run_sum.add(SummedTerms::penalty(own.of, sums.of) +
-                      (chunk.is_group ? norm_penalty(own.of[kNormStrength], squares) : 0));
+          // Relative sums, and those after the soft threshold, need the registers: their numbers are read once more.
+          const ChunkNumbers own = kHasSecond ? cursor.numbers(1, 0) : numbers;
+          add_to_run(c, SummedTerms::penalty(own.of, sums.of) +
+                            (chunk.is_group ? norm_penalty(own.of[kNormStrength], squares) : 0));
         }
         if (is_report) {
           call.chunk_sums[c] = unscaled(sums);
@@ -146,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, numbers_of_pass > kGroupNumbers ? 3 
         add_to_large_group(cursor, c, chunk.group, sums.of[L2::kSum]);
       }
     }
-    if (call.value != nullptr && team.is_first_thread()) {
+    if (!kStrips && call.value != nullptr && team.is_first_thread()) {
       call.run_sums[r] = result(run_sum);
     }
   }

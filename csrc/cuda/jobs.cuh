@@ -51,10 +51,10 @@ class Job {
       kFewDoubles && !kWide<dtype> && known == kL1L2 && std::is_same_v<typename Whole::Sums, PenaltyPass<kL1L2>>;
   static constexpr bool kSumsFirst = kIsExact && streams_in(kReads) > 1;
   // Rows of a block, by vectors V, that are on their way before the first is used, a power of two: 128 bytes for each
-  // thread are 64 KB for a multiprocessor. What takes more registers has fewer.
+  // thread are 64 KB for a multiprocessor. What takes more registers has fewer, as the sums of further terms.
   template <class V>
   static constexpr int rows_ahead() {
-    constexpr bool kTakesMore = kSums == kL2 && (kFewDoubles || !Whole::kIsCount);
+    constexpr bool kTakesMore = kSums == kL2 && (kFewDoubles || Whole::kOfAnyDtype);
     const int few = kFewDoubles && (kTakesMore || !kFastMemory) ? 32 : 64;
     const int most = kTakesMore || kWrites == bit(0) ? few : 128;
     int rows = kRows;
@@ -66,6 +66,10 @@ class Job {
   }
   template <class V>
   static constexpr int kAhead = rows_ahead<V>();
+  // Whether the next rows are on their way while rows are summed. The compiler would put the loads of these sums, which
+  // are long, one after the other, each just before its use.
+  static constexpr bool kReadsEarly =
+      !kFewDoubles && kSums == kL2 && !Whole::kIsCount && !(kFewRegisters && Whole::kOfAnyDtype);
 
   __device__ explicit Job(const ChunkNumbers& numbers, int exponent = 0)
       : terms_(numbers.terms & known), scale_(scaled ? std::ldexp(1.0, -exponent) : 1) {
@@ -116,31 +120,48 @@ class Job {
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         const double d = static_cast<double>(E::widen(w[i])) - static_cast<double>(E::widen(toward[i]));
-        const double weight = E::widen(importance[i]);
-        double sums[2] = {};
-        Whole::template add<TwoRoundings>(sums, d, sum_factors_,
-                                          [&](double y) { return scaled && kWide<dtype> ? y * scale_ : y; });
-        first[i] = first[i] + sums[0] * weight;
-        second[i] = second[i] + sums[1] * weight;
+        const double m = E::widen(importance[i]);
+        double sums[2] = {first[i], second[i]};
+        Whole::add_weighted(sums, scaled && kWide<dtype> ? without_masked(d, m) : d, m, sum_factors_,
+                            [&](double y) { return scaled && kWide<dtype> ? y * scale_ : y; });
+        first[i] = sums[0];
+        second[i] = sums[1];
       }
     }
   }
 
-  // What is written, from what is read: x[s] are elements of stream s.
-  template <int streams, int count>
-  __device__ __forceinline__ void write(Storage (&x)[streams][count], bool adds) const {
+  // body(pass), where pass is the one of the terms that the chunk has.
+  template <class Body>
+  __device__ __forceinline__ void with_pass(const Body& body) const {
     if constexpr (known != kL1L2) {
-      return write_with<Whole>(x, adds);
+      body(Whole{});
     } else {
       switch (terms_) {
         case kL1:
-          return write_with<P<kL1>>(x, adds);
+          return body(P<kL1>{});
         case kL2:
-          return write_with<P<kL2>>(x, adds);
+          return body(P<kL2>{});
         case kL1L2:
-          return write_with<P<kL1L2>>(x, adds);
+          return body(P<kL1L2>{});
         default:
-          return write_with<P<kNone>>(x, adds);
+          return body(P<kNone>{});
+      }
+    }
+  }
+
+  // What a pass writes, from what is read: x[s] are elements of stream s.
+  template <class Pass, int streams, int count>
+  __device__ __forceinline__ void write(Storage (&x)[streams][count], bool adds) const {
+    rewrite<E, kReads, kWrites>(x, [&](Scalar* wide) {
+      if constexpr (kAdds) {
+        adds ? Pass::element(wide, factors_) : Pass::Fresh::element(wide, factors_);
+      } else {
+        Pass::element(wide, factors_);
+      }
+    });
+    if constexpr (Pass::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
+      for (Storage& w : x[0]) {
+        w = with_positive_zero(w);
       }
     }
   }
@@ -217,22 +238,6 @@ class Job {
     *second = twos[0];
   }
 
-  template <class Pass, int streams, int count>
-  __device__ __forceinline__ void write_with(Storage (&x)[streams][count], bool adds) const {
-    rewrite<E, kReads, kWrites>(x, [&](Scalar* wide) {
-      if constexpr (kAdds) {
-        adds ? Pass::element(wide, factors_) : Pass::Fresh::element(wide, factors_);
-      } else {
-        Pass::element(wide, factors_);
-      }
-    });
-    if constexpr (Pass::kPositiveZeros && sizeof(Storage) == sizeof(uint16_t)) {
-      for (Storage& w : x[0]) {
-        w = with_positive_zero(w);
-      }
-    }
-  }
-
   int terms_;
   Scalar factors_[Whole::kFactors + 1];
   double sum_factors_[Whole::kSumFactors + 1];
@@ -260,6 +265,18 @@ __device__ __forceinline__ void run_chunk(const AnyChunk& chunk, Blocks* blocks,
                                           const ChunkNumbers& numbers, int exponent = 0) {
   with_dtype(chunk.dtype, [&](auto dtype) {
     ChunkPass(chunk, Job<decltype(dtype)::value, P, known, scaled>(numbers, exponent)).run(blocks, team);
+  });
+}
+
+// Of so many that are a strip (Cursor::strip), by a warp.
+template <template <int> class P, int known, class AnyChunk>
+__device__ __forceinline__ void run_strip(const AnyChunk& chunk, int chunks, Blocks* blocks,
+                                          const ChunkNumbers& numbers) {
+  with_dtype(chunk.dtype, [&](auto dtype) {
+    constexpr Dtype kDtype = decltype(dtype)::value;
+    if constexpr (!kWide<kDtype>) {
+      ChunkPass(chunk, Job<kDtype, P, known, false>(numbers)).run_strip(blocks, chunks);
+    }
   });
 }
 

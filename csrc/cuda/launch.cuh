@@ -8,7 +8,7 @@
 #include <mutex>
 #include <utility>
 
-#include "chunk_pass.cuh"
+#include "team.cuh"
 
 namespace fused_reg::cuda {
 

@@ -148,7 +148,7 @@ class StepJob {
   static constexpr bool kSumsFirst = kSums != 0 && Sums::kIsExact;
   // With sums of four elements at most; of two, of which all rows are there at a time, where sums come first.
   using Vector = std::conditional_t<kSumsFirst || sizeof(Storage) == sizeof(uint16_t), uint2, uint4>;
-  static constexpr bool kAdds = false;
+  static constexpr bool kAdds = false, kReadsEarly = false;
   template <class V>
   static constexpr int kAhead =
       (streams_in(kReads) > 3 ? 2 : 4) / (kWide<dtype> ? 2 : 1) * (kSumsFirst && kFastMemory ? 2 : 1);
@@ -167,7 +167,12 @@ class StepJob {
     sums_.add_rows(w, first, second, again);
   }
 
-  template <int streams, int count>
+  template <class Body>
+  static __device__ __forceinline__ void with_pass(const Body& body) {
+    body(Pass{});
+  }
+
+  template <class, int streams, int count>
   __device__ __forceinline__ void write(Storage (&x)[streams][count], bool) const {
     const unsigned options = shared_.numbers.options;
     rewrite<E, kReads, kWrites>(x, [&](Scalar* wide) {

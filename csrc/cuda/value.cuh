@@ -1,7 +1,7 @@
 // The penalty of a list, from those of its runs of chunks: the CTA that is the last to be done sums them.
 #pragma once
 
-#include "chunk_pass.cuh"
+#include "team.cuh"
 
 namespace fused_reg::cuda {
 

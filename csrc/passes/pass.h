@@ -20,6 +20,8 @@
 //                              left the range of float64, that of rescue_exponent()
 //     add<MultiplyAdd>(sums, w, f, scaled)
 //                              adds a parameter's element to the sums, in float64; scaled(x) is x / 2^exponent
+//     add_weighted(sums, w, importance, f, scaled)
+//                              the same of relative terms with importances
 //     Sums                     the pass that takes its sums alone, where they can leave the range of float64; else void
 //     kOfAnyDtype              whether those of elements that are narrower than float64 can
 //     kIsCount                 whether what it adds is 0 or 1: that of a lane may be taken in the type of the elements

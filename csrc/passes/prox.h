@@ -112,6 +112,12 @@ struct SoftSquaresPass : AnyPass {
   static FUSED_REG_INLINE void add(D* sums, D w, const D* f, const Scaled& scaled) {
     sums[1] = L2::add<TwoRoundings>(sums[1], scaled(soft(w, f[0])));
   }
+
+  // Norms come without importances.
+  template <class D, class Scaled>
+  static FUSED_REG_INLINE void add_weighted(D* sums, D w, D, const D* f, const Scaled& scaled) {
+    add<TwoRoundings>(sums, w, f, scaled);
+  }
 };
 
 }  // namespace fused_reg

@@ -21,6 +21,17 @@ struct PenaltyPass : AnyPass {
       sums[1] = L2::add<MultiplyAdd>(sums[1], scaled(w));
     }
   }
+
+  template <class D, class Scaled>
+  static FUSED_REG_INLINE void add_weighted(D* sums, D w, D importance, const D*, const Scaled& scaled) {
+    const D x = scaled(w), weighted = x * importance;
+    if constexpr (terms & kL1) {
+      sums[0] = L1::add(sums[0], weighted);
+    }
+    if constexpr (terms & kL2) {
+      sums[1] = L2::add<TwoRoundings>(sums[1], x, weighted);
+    }
+  }
 };
 
 // The sum of a further term, in the place of that of L2.
@@ -42,6 +53,11 @@ struct TermSum {
     template <class MultiplyAdd, class D, class Scaled>
     static FUSED_REG_INLINE void add(D* sums, D w, const D* f, const Scaled&) {
       sums[1] = Term::add(sums[1], w, f);
+    }
+
+    template <class D, class Scaled>
+    static FUSED_REG_INLINE void add_weighted(D* sums, D w, D importance, const D* f, const Scaled&) {
+      sums[1] = sums[1] + Term::add(D{}, w, f) * importance;
     }
   };
 };
@@ -142,6 +158,11 @@ struct WithSums : Gradient<terms> {
   template <class MultiplyAdd, class D, class Scaled>
   static FUSED_REG_INLINE void add(D* sums, D w, const D* f, const Scaled& scaled) {
     PenaltyPass<terms>::template add<MultiplyAdd>(sums, w, f, scaled);
+  }
+
+  template <class D, class Scaled>
+  static FUSED_REG_INLINE void add_weighted(D* sums, D w, D importance, const D* f, const Scaled& scaled) {
+    PenaltyPass<terms>::add_weighted(sums, w, importance, f, scaled);
   }
 };
 

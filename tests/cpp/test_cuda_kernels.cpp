@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda_list.h"
+#include "cuda_rows.h"
 #include "expect.h"
 #include "six_streams.h"
 
@@ -334,6 +335,14 @@ int main(int argc, char**) {
     expect_list({{dtype, 100, 0, 0, 0.1, 0.2, false}, {dtype, k + 1}, {dtype, 300, 0, 0, 0.1, 0.2, false}},
                 "no gradient");
   }
+  cuda_on_host::multiprocessors = 1;  // so that a warp has several rows
+  for (const Dtype dtype : kDtypes) {
+    for (const int64_t size : {1, 8, 60, 64, 100, 768, 1000, 1024, 1032}) {
+      expect_rows(dtype, 50 + random_bits() % 40, size, 0, random_bits() % 2 == 0 ? 0 : 0.1);
+      expect_rows(dtype, 1 + random_bits() % 20, size, random_bits() % 9, 0.1);
+    }
+  }
+  expect_rows(Dtype::kBFloat16, kMaxRuns + 600, 8, 0, 0.1);
   for (int i = 0; i < (quick ? 2 : 20); ++i) {
     std::vector<Tensor> tensors(1 + random_bits() % 12);
     for (Tensor& t : tensors) {

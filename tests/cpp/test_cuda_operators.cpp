@@ -359,6 +359,7 @@ void run_all_kernels() {
   at::manual_seed(1);
   const Tensors list{at::randn({2, kChunkSize + 1}), at::randn({5, 9}), at::randn({3, 700}, at::kDouble) * 1e200};
   const Tensors large{at::randn({kChunkSize}), at::randn({kChunkSize})};  // a CTA takes a chunk
+  const Tensors short_rows{at::randn({400, 8})};                          // a warp takes some together
   for (const int multiprocessors : {1, 100}) {                            // fewer CTAs than chunks, and one for each
     cuda_on_host::multiprocessors = multiprocessors;
     for (const Grouping group : {Grouping::kNone, Grouping::kTensor, Grouping::kRow}) {
@@ -368,6 +369,7 @@ void run_all_kernels() {
       expect_step_of(list, s, "all kernels");
     }
     expect_penalty(large, Given::of({0.1, 0.2, 0.3}, Grouping::kTensor), "all kernels");
+    expect_penalty(short_rows, Given::of({0.1, 0.2, 0.3}, Grouping::kRow), "all kernels");
     expect_gradients(list, Given::of({0.1, 0.2, 0, 0.1, 0.3, 0.5}), "all kernels");
     EXPECT(same_bits(OnCuda::sums(list, true, GIVEN(Given::of({}))), OnCpu::sums(list, true, GIVEN(Given::of({})))));
     Step there(Tensors(20, at::randn({300})));  // several chunks for a CTA
@@ -424,6 +426,15 @@ int main(int argc, char**) {
       expect_prox(rows, Given::of({0, 0.2, 0.3, 0.1}, group), "many groups, without L1");
     }
   }
+  cuda_on_host::multiprocessors = 1;  // so that a warp has several rows
+  Tensors short_rows;
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble}) {
+    for (const int64_t size : {8, 100, 768, 1000}) {
+      short_rows.push_back(draw({10 + below(40), size}, dtype, Content::kSparse));
+    }
+  }
+  expect_penalty(short_rows, Given::of({0.1, 0.2, 0.3}, Grouping::kRow), "short rows");
+  expect_prox(short_rows, Given::of({0.1, 0.2, 0.3, 0.1}, Grouping::kRow), "short rows");
   const Tensors runs{at::randn({6, 8}), at::randn({12, 4, 3}), at::randn({36})};
   const auto several = [](Grouping kind, int64_t n) {
     return Given::of({0.1, 0.2, 0.3, 0.1}, static_cast<Grouping>(static_cast<int64_t>(kind) + kGroupings * (n - 1)));
