@@ -486,18 +486,18 @@ def test_importances_of_any_size_of_other_terms(importance, device):
 @pytest.mark.parametrize("name", ["toward", "importance"])
 def test_a_reference_is_not_written(name, device):
     """Another parameter of the call, or its gradient, whole or in part, between others of one matrix or not."""
-    params = [draw(300, device=device), draw((20, 7), device=device, seed=1)[:, 2], draw(5, device=device)]
-    memory = draw((300, 2), device=device)
+    of_rows, memory = draw((20, 7), device=device).abs(), draw((300, 2), device=device).abs()
+    params = [draw(300, device=device).abs(), of_rows[:, 2], draw(5, device=device).abs()]
     params.append(memory[:, 0])
     for i, other in ((0, params[3]), (3, params[0]), (2, params[0][7:12]), (1, params[3][100:120])):
-        own = [p.detach().abs() for p in map(torch.clone, params)]
+        own = [p.clone() for p in params]
         own[i] = other
         before = [p.clone() for p in params]
         with pytest.raises(ValueError, match=rf"^prox_: {name}\[{i}\] must not share memory with params\[[03]\]; use"):
             prox_(params, l2=0.1, step=1.0, **{name: own})
         assert_same_bits(params, before)
-    own = [p.detach().abs() for p in map(torch.clone, params)]
-    own[3] = memory[:, 1].abs_()  # beside it
+    own = [p.clone() for p in params]
+    own[3] = memory[:, 1]  # beside it
     prox_(params, l2=0.1, step=1.0, **{name: own})
     leaves = [p.clone().requires_grad_() for p in params]
     for p in leaves:
