@@ -121,9 +121,9 @@ class Regularizer:
         TypeError: chosen parameters are of no supported kind, a strength is no number, or a type none of modules.
         ValueError: something has no effect: a pattern or type that matches no parameter or none that is left, a rule
             behind others, a term, ``group`` or mark that is nobody's, a dictionary of tensors without any, or with a
-            name that is nobody's; a tied parameter with two marks, or two tensors; a strength that is negative, infinite or NaN; ``zeros`` that are no share, or that
-            these parameters cannot have; ``toward`` lacks a parameter, ``importance`` names none, or one of them is not
-            of its shape, dtype and device.
+            name that is nobody's; a tied parameter with two marks, or two tensors; a strength that is negative,
+            infinite or NaN; ``zeros`` that are no share, or that these parameters cannot have; ``toward`` lacks a
+            parameter, ``importance`` names none, or one of them is not of its shape, dtype and device.
 
     Warns:
         UserWarning: its module has changed; a schedule is never advanced; it was copied without its module.
@@ -210,9 +210,8 @@ class Regularizer:
         references = References(**given, is_saved=save_references)
         table = Table(Source(params, choice), references, Groups(*groups.values()), zeros_per is not None)
         self._begin(table)
-        aims = {entry.aim for entry in self._table.entries} - {None}
-        if zeros_per is not None and all(aim is None or aim.pattern for aim in aims):
-            got = "a pattern, which is of each row" if aims else "none"
+        if zeros_per is not None and all(e.zeros is None or (e.aim and e.aim.pattern) for e in table.entries):
+            got = "none" if all(e.zeros is None for e in table.entries) else "a pattern, which is of each row"
             raise ValueError(f'Regularizer: zeros_per="{zeros_per}" must come with a share of zeros, got {got}')
         self._current()
 
