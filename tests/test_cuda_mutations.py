@@ -33,7 +33,7 @@ MUTATIONS = [
     (MANY, "chunk_pass.cuh", "(can && {i + kCount <= end})", "i + kCount <= end + 1"),
     (MANY, "chunk_pass.cuh", "Part::kOfVectors || {i < end};", "i <= end"),
     (MANY, "cursor.cuh", "{chunk.size > kBlock} ||", "chunk.size > 2 * kBlock"),
-    (MANY, "group_kernels.cuh", "{thread / 2 < groups})", "thread / 2 <= groups"),
+    (MANY, "strips.cuh", "{thread / 2 < groups})", "thread / 2 <= groups"),
     (MANY, "group_kernels.cuh", "{(c + 1) % call.run_length == 0}))", "c % call.run_length == 0"),
     (MANY, "penalty_kernels.cuh", "{r < call.runs};", "r <= call.runs"),
     (FEW, "chunk_pass.cuh", "return {i < end} ? load(", "i <= end"),

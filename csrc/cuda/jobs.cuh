@@ -268,16 +268,4 @@ __device__ __forceinline__ void run_chunk(const AnyChunk& chunk, Blocks* blocks,
   });
 }
 
-// Of so many that are a strip (Cursor::strip), by a warp.
-template <template <int> class P, int known, class AnyChunk>
-__device__ __forceinline__ void run_strip(const AnyChunk& chunk, int chunks, Blocks* blocks,
-                                          const ChunkNumbers& numbers) {
-  with_dtype(chunk.dtype, [&](auto dtype) {
-    constexpr Dtype kDtype = decltype(dtype)::value;
-    if constexpr (!kWide<kDtype>) {
-      ChunkPass(chunk, Job<kDtype, P, known, false>(numbers)).run_strip(blocks, chunks);
-    }
-  });
-}
-
 }  // namespace fused_reg::cuda

@@ -114,15 +114,4 @@ __device__ __forceinline__ PassSums total(const Blocks& blocks, int count, int t
   return {__shfl_sync(kAll, x, 0), __shfl_sync(kAll, x, kFoldedLanes)};
 }
 
-// Those of a strip, each of one block: two threads of a warp have those of each.
-__device__ __forceinline__ PassSums totals(const Blocks& blocks, int count, int thread) {
-  static_assert(kWarp == 2 * kBlocks && kPassSums == 2 && kFoldedLanes == 8);
-  const int b = thread / 2, term = thread % 2;
-  const auto pair = [&](int lane) {
-    return b < count ? blocks.sums[b][term][lane] + blocks.sums[b][term][lane + 4] : 0.0;
-  };
-  const double own = (pair(0) + pair(2)) + (pair(1) + pair(3)), other = __shfl_xor_sync(kAll, own, 1);
-  return term == 0 ? PassSums{own, other} : PassSums{other, own};
-}
-
 }  // namespace fused_reg::cuda

@@ -61,8 +61,10 @@ class Trained {
       case 3:
         step(s.group);
         break;
-      default:
-        keep({OnCuda::sums(there_, false, GIVEN(s))}, {OnCpu::sums(here_, false, GIVEN(s))});
+      default: {
+        const Given none = Given::of({});
+        keep({OnCuda::sums(there_, false, GIVEN(none))}, {OnCpu::sums(here_, false, GIVEN(none))});
+      }
     }
   }
 

@@ -43,10 +43,13 @@ Answer without(int site, const Workload& workload) {
   return answer;
 }
 
-// Where the kernels have such a place, and no thread has come to it.
+// Where the kernels have such a place, and no thread has come to it. Cards with few float64 units have no strips.
 inline std::vector<std::string> unreached(const std::filesystem::path& folder) {
   std::vector<std::string> found;
   for (const auto& file : std::filesystem::directory_iterator(folder)) {
+    if (fused_reg::cuda::kFewDoubles && file.path().filename() == "strips.cuh") {
+      continue;
+    }
     std::ifstream lines(file.path());
     std::string line;
     for (int number = 1; file.path().extension() == ".cuh" && std::getline(lines, line); ++number) {
