@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -116,6 +118,35 @@ def check_like(name: str, x: Any, p: Any, of: str) -> None:
     has_memory = not is_compiling() and x.layout is torch.strided and are_run((x, p))
     if x is p or (has_memory and 0 != x.data_ptr() == p.data_ptr()):
         raise ValueError(f"{name} must not be {of} itself, whose changes it would follow; use `.detach().clone()`")
+
+
+def check_apart(written: Iterable[tuple[str, Tensor]], read: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises where a reference is in memory that steps write to, of tensors without gaps; the operators find out about
+    others when they are to write."""
+    spans: dict[torch.device, list[tuple[int, int, str]]] = {}
+    for name, x in written:
+        if (span := _span_of(x)) is not None:
+            spans.setdefault(x.device, []).append((*span, name))
+    for own in spans.values():
+        own.sort()
+    for name, x in read:
+        if (span := _span_of(x)) is not None and (own := spans.get(x.device, [])):
+            begin, end = span
+            _, last, of = own[bisect_left(own, (end,)) - 1]
+            if own[0][0] < end and last > begin:
+                raise ValueError(
+                    f"{name} must not share memory with {of}, whose changes it would follow; use `.detach().clone()`"
+                )
+
+
+def _span_of(x: Tensor) -> tuple[int, int] | None:
+    """Where the bytes are of a tensor without gaps."""
+    if not are_run((x,)) or x.layout is not torch.strided or x.numel() == 0 or x.data_ptr() == 0:
+        return None
+    dims = [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True) if stride != 0]
+    count = sum((size - 1) * stride for size, stride in dims) + 1
+    has_gaps = count != math.prod(size for size, _ in dims)
+    return None if has_gaps else (x.data_ptr(), x.data_ptr() + count * x.element_size())
 
 
 def check_importance(name: str, x: Any) -> None:

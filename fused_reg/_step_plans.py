@@ -100,8 +100,9 @@ class Plans:
         plan = Plan(launches, *self._rest, dtype, may_be_inert)
         self._batches, self._relations, self._guest, self._fingerprint = batches, relations, guest, found
         if all(own.is_fixed for own in numbers):
+            penalized_groups = filter(has_penalty, optimizer.param_groups)
+            self._fits = fits_of(f"{type(optimizer).__name__}: ", penalized_groups, optimizer.param_groups)
             self._plan = plan
-            self._fits = fits_of(f"{type(optimizer).__name__}: ", filter(has_penalty, optimizer.param_groups))
         self._given = [list(group.items()) for group in optimizer.param_groups]
         self._kept = list(optimizer.state.values())
         return plan

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from torch import Tensor
 
 from fused_reg._fits import Fits
-from fused_reg._references import Tensors, as_tensors, check_importance, check_like, followed, relative
+from fused_reg._references import Tensors, as_tensors, check_apart, check_importance, check_like, followed, relative
 from fused_reg._terms import Strengths
 from fused_reg._warnings import warn
 
@@ -45,14 +45,17 @@ def references_of(own: Sequence[Penalized]) -> dict[str, Any]:
     return {name: [getattr(x, name) for x in own] for name in REFERENCES if own and getattr(own[0], name) is not None}
 
 
-def fits_of(where: str, groups: Iterable[Mapping[str, Any]]) -> Fits:
-    """Of the references of an optimizer, as `read_references` has left them."""
+def fits_of(where: str, groups: Iterable[Mapping[str, Any]], written: Iterable[Mapping[str, Any]]) -> Fits:
+    """Of the references of an optimizer's groups, as `read_references` has left them; ``written``: all its groups.
+    Raises where a reference is in the memory of a parameter."""
     given = [
         (name, i, p, x)
         for group in groups
         for name in REFERENCES
         for i, (p, x) in enumerate(zip(group["params"], group[name] or (), strict=False))
     ]
+    params = ((f"params[{i}]", p) for group in written for i, p in enumerate(group["params"]) if p.requires_grad)
+    check_apart(params, [(f"{where}{name}[{i}]", x) for name, i, _, x in given])
     return Fits(
         [(p, partial(check_like, f"{where}{name}[{i}]", x, p, f"params[{i}]")) for name, i, p, x in given],
         [(p, x, partial(check_importance, f"{where}{n}[{i}]", x)) for n, i, p, x in given if n == "importance"],

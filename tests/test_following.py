@@ -361,6 +361,11 @@ def test_a_functional_call_with_tensors_that_train_nothing(with_grad):
     assert_penalty(net.regularizer, list(net.parameters()), l1=0.125)
     net.layer.bias.requires_grad_(False)  # a parameter that is frozen is left out
     assert_penalty(net.regularizer, [net.layer.weight], l1=0.125)
+    for _ in range(2):
+        value = torch.func.functional_call(net, {name: p.detach() for name, p in net.named_parameters()}, ())
+        torch.testing.assert_close(value, net.regularizer().detach())
+    net.layer.bias.requires_grad_(True)
+    assert_penalty(net.regularizer, list(net.parameters()), l1=0.125)
 
 
 def test_a_list_is_kept():

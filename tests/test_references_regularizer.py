@@ -9,7 +9,7 @@ from optim_cases import ONE_EACH, assert_same, backward, named, net, pair, train
 from oracle import assert_same_bits
 from torch import nn
 
-from fused_reg import Regularizer, fused_penalty, prox_, reference
+from fused_reg import Regularizer, fused_penalty, optim, prox_, reference
 from fused_reg.distributed import parts
 
 
@@ -355,10 +355,57 @@ def test_a_tied_parameter_may_have_one_tensor_by_two_names():
 
 def test_another_parameter_is_no_reference():
     a, b = (nn.Parameter(torch.full((3,), x)) for x in (1.0, 2.0))
-    with pytest.raises(ValueError, match=r"toward\['0'\] must not be params\['1'\], whose changes it would follow"):
+    with pytest.raises(ValueError, match=r"toward\['0'\] must not share memory with params\['1'\], whose"):
         Regularizer([a, b], l2=0.1, toward=[b.detach(), a.detach()])
     b.requires_grad_(False)
     assert Regularizer([a], l2=0.5, toward=[b.detach()])() == 1.5
+
+
+@pytest.mark.parametrize("name", ["toward", "importance"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, optim.SGD, optim.Adam])
+def test_memory_that_a_step_writes_is_no_reference(optimizer, name):
+    """In part, or of another group: found out before anything is written."""
+    memory = torch.ones(30)
+    w, v = nn.Parameter(torch.ones(10)), nn.Parameter(memory[:10])
+    with pytest.raises(ValueError, match=rf"{name}\['v'\] must not share memory with params\['v'\], whose changes"):
+        Regularizer([("w", w), ("v", v)], l1=0.1, **{name: {"w": torch.ones(10), "v": memory[5:15]}})
+    beside = {"w": memory[10:20], "v": memory[20:]}
+    regularizer = Regularizer([("w", w), ("v", v)], l1=0.1, **{name: beside})
+    regularizer.attach(optimizer([w, v], lr=0.1), mode="prox").remove()
+    if optimizer is not torch.optim.SGD:
+        groups = [{"params": [w], "l1": 0.1}, {"params": [v], "l1": 0.1, name: [memory[9:19]]}]
+        own = optimizer(groups, lr=1.0)
+        w.grad, v.grad = torch.ones(10), torch.ones(10)
+        before = w.detach().clone()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"{name}\[0\] must not share memory with params\[0\]"):
+                own.step()
+        assert_same_bits([w], [before])
+
+
+class _Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("weight", torch.ones(1))
+        self.register_buffer("later", torch.ones(1), persistent=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when it is to compile
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel],
+    ids=["plain", "data parallel", "compiled", "averaged"],
+)
+def test_buffers_of_a_state_dict(wrap):
+    """By whole names, without the parts of wrappers or with them."""
+    model = wrap(nn.Sequential(_Scaled(), nn.BatchNorm1d(2)))
+    inner = {name: x.clone() for name, x in nn.Sequential(_Scaled(), nn.BatchNorm1d(2)).state_dict().items()}
+    for given in (inner, {name: x.clone() for name, x in model.state_dict().items()}, inner | {"0._extra_state": None}):
+        Regularizer(model, l2=0.1, toward=given)
+    for name in ("body.weight", "0.layer.wieght", "running_mean", "9._extra_state"):
+        with pytest.raises(ValueError, match=f"toward must name parameters, or buffers of the module, got '{name}'"):
+            Regularizer(model, l2=0.1, toward=inner | {name: torch.ones(1)})
 
 
 def test_a_module_is_no_state_dict():

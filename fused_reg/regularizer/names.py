@@ -64,6 +64,16 @@ def walk(
             yield from walk(child, path if wraps else f"{path}{key}.", f"{full_path}{key}.", outer)
 
 
+def names_beside(module: Module, path: str = "", full_path: str = "") -> Iterator[str]:
+    """What a state dict of the module may have beside parameters, with the parts of wrappers and without."""
+    for key in (*module._buffers, "_extra_state"):
+        yield path + key
+        yield full_path + key
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from names_beside(child, path if _is_wrapper(module) else f"{path}{key}.", f"{full_path}{key}.")
+
+
 def _is_wrapper(module: Module) -> bool:
     """Whether it has nothing but another module's parameters, under a name that says so: ``module``, ``_orig_mod``.
     Such a name is no part of a parameter's."""

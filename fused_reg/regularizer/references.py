@@ -12,9 +12,10 @@ from torch.compiler import is_compiling
 from torch.nn import Module, Parameter
 
 from fused_reg._arguments import are_run, is_dtensor
-from fused_reg._references import check_importance, check_like, expanded, followed
+from fused_reg._references import check_apart, check_importance, check_like, expanded, followed
 from fused_reg._terms import ABSENT
 from fused_reg.regularizer.keys import Named
+from fused_reg.regularizer.names import names_beside
 
 #: By name, as a state dict; or one for each parameter, in their order.
 Weights: TypeAlias = "Mapping[str, Tensor] | Iterable[Tensor]"
@@ -66,9 +67,8 @@ class References:
                     )
                 self._given[name] = {c.names[0]: x for c, x in zip(candidates, given, strict=True)}
         owners = {n: c for c in candidates for n in c.names}
-        buffers = [n for n, _ in module.named_buffers(remove_duplicate=False)] if module is not None else []
         for kind, given in self._given.items():
-            of_buffers = (*buffers, "_extra_state") if kind == "toward" else ()
+            others = {*names_beside(module)} if kind == "toward" and given and module is not None else set()
             found: dict[str, str] = {}  # of each parameter, by its first name: the name that gives its tensor
             for name in given or ():
                 if (owner := owners.get(name)) is not None:
@@ -78,8 +78,8 @@ class References:
                             f"Regularizer: {kind} of {first!r}, a tied parameter, must be one tensor, got another for "
                             f"{name!r}"
                         )
-                elif not any(f".{name}".endswith(f".{buffer}") for buffer in of_buffers):
-                    what = "parameters, or buffers of the module," if of_buffers else "parameters,"
+                elif name not in others:
+                    what = "parameters, or buffers of the module," if kind == "toward" else "parameters,"
                     raise ValueError(f"Regularizer: {kind} must name {what} got {name!r}")
 
     def check_used(self, entries: Sequence[Any]) -> None:
@@ -91,17 +91,11 @@ class References:
             )
 
     def check_apart(self, entries: Sequence[Any]) -> None:
-        """Raises where a reference is another of these parameters, whose changes it would follow."""
-        if not self._has_any or is_compiling():
-            return
-        places = {p.data_ptr(): e.name for e in entries if _has_place(p := e.param) and p.requires_grad}
-        for e in entries:
-            for kind, x in e.references():
-                if x is not None and _has_place(x) and (name := places.get(x.data_ptr())) is not None:
-                    raise ValueError(
-                        f"Regularizer: {kind}[{e.name!r}] must not be params[{name!r}], whose changes it would follow; "
-                        "use `.detach().clone()`"
-                    )
+        """Raises where a reference is in the memory of another of these parameters, whose changes it would follow."""
+        if self._has_any and not is_compiling():
+            trained = [(f"params[{e.name!r}]", e.param) for e in entries if e.param.requires_grad]
+            own = ((f"Regularizer: {kind}[{e.name!r}]", x) for e in entries for kind, x in e.references())
+            check_apart(trained, [(name, x) for name, x in own if x is not None])
 
     def of(self, param: Tensor, names: Sequence[str], before: Any) -> tuple[Tensor | None, Tensor | None]:
         """Those of a parameter. ``before``: the entry that it or its name had."""
@@ -201,10 +195,6 @@ def _are_same(x: Any, other: Any) -> bool:
         return x is other
     is_alike = x.shape == other.shape and x.device == other.device
     return is_alike and (not are_run((x, other)) or bool(((x == other) | (x.isnan() & other.isnan())).all()))
-
-
-def _has_place(x: Tensor) -> bool:
-    return are_run((x,)) and x.layout is torch.strided and x.data_ptr() != 0
 
 
 def _is_other(x: Tensor | None, param: Tensor) -> bool:

@@ -144,7 +144,7 @@ class Table:
             references = self.references.of(candidate.param, names, before)
             entry = Entry(candidate.param, names, candidate.types, group, {}, given, *references)
             entry.runs, entry.named_group = candidate.runs_of(penalty.group), penalty.group
-            entry.is_lent = candidate.is_lent
+            entry.is_lent = candidate.is_lent and (before is None or before.has_penalty)
             entry.zeros, entry.aim = zeros, self._aim_of(zeros, penalty.group, before, aims)
             entries.append(entry)
         self._groups.settle(entries, self._source)
