@@ -241,6 +241,7 @@ def test_a_wrong_result_ends_the_run_before_it_is_timed(monkeypatch):
         "cpu-compiled",
         "cpu-compiled-small",
         "cpu-relative",
+        "cpu-memory",
     ],
 )
 def test_the_committed_results(name, tmp_path):
