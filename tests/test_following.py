@@ -315,18 +315,20 @@ def test_compiled_code_sees_a_mark():
         assert strengths_of(regularizer)["0.weight"] == (strength, 0, 0)
 
 
+class Penalized(nn.Module):
+    """With a penalty in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.regularizer = Regularizer(self.layer, l1=0.125)
+
+    def forward(self):
+        return self.regularizer()
+
+
 def test_a_functional_call_is_followed():
     """A penalty in a module's forward is that of the parameters which the call puts there, for as long as it lasts."""
-
-    class Penalized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-            self.regularizer = Regularizer(self.layer, l1=0.125)
-
-        def forward(self):
-            return self.regularizer()
-
     net = Penalized()
     params = {name: torch.randn_like(p) for name, p in net.named_parameters()}
     grads = torch.func.grad(lambda params: torch.func.functional_call(net, params, ()))(params)
@@ -337,16 +339,6 @@ def test_a_functional_call_is_followed():
 @pytest.mark.parametrize("with_grad", [True, False])
 def test_a_functional_call_with_tensors_that_train_nothing(with_grad):
     """As when a model is evaluated with other weights, or many models in one call."""
-
-    class Penalized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-            self.regularizer = Regularizer(self.layer, l1=0.125)
-
-        def forward(self):
-            return self.regularizer()
-
     net, models = Penalized(), [nn.Linear(3, 2) for _ in range(4)]
     params = {f"layer.{name}": p for name, p in torch.func.stack_module_state(models)[0].items()}
     first = {name: p[0].detach() for name, p in params.items()}
