@@ -376,8 +376,9 @@ class Regularizer:
 
         Raises:
             TypeError: a strength is no number; none is given.
-            ValueError: a strength is negative, infinite or NaN; no name matches; these parameters cannot have
-                ``zeros``, or are attached with mode "grad", or bounds leave zero out. Nothing has changed then.
+            ValueError: a strength is negative, infinite or NaN; no name matches; a lower bound is not below the upper
+                one; norms are given beside ``importance``; these parameters cannot have ``zeros``, or are attached with
+                mode "grad", or bounds leave zero out. Nothing has changed then.
 
         Example:
             >>> import torch
