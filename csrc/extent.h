@@ -131,9 +131,10 @@ inline bool Extent::overlaps_itself() const {
   return overlaps_itself_ || (is_interleaved_ && Marks(begin_, end_, element_size_).set_until_any(*this));
 }
 
-// Of all pairs of a list that share memory the first one: the least second, and for it the least first.
+// Of all pairs of a list that share memory the first one: the least second, and for it the least first. Those from
+// `read` on may share it with one another.
 template <class Marks = fused_reg::Marks, class AnyExtent>  // a test counts what is marked
-std::optional<std::pair<size_t, size_t>> first_shared(const std::vector<AnyExtent>& list) {
+std::optional<std::pair<size_t, size_t>> first_shared(const std::vector<AnyExtent>& list, size_t read = SIZE_MAX) {
   std::vector<size_t> by_address(list.size());
   std::iota(by_address.begin(), by_address.end(), size_t{0});
   std::sort(by_address.begin(), by_address.end(),
@@ -162,7 +163,9 @@ std::optional<std::pair<size_t, size_t>> first_shared(const std::vector<AnyExten
         break;
       }
       if (!before.any(list[second])) {
-        before.set(list[second]);
+        if (second < read) {
+          before.set(list[second]);
+        }
         continue;
       }
       Marks own(begin, end, unit);

@@ -136,16 +136,21 @@ inline void check_unshared(at::TensorList written, const NumbersArg& numbers,
       regions.emplace_back(written[i], of_places == nullptr ? i : (*of_places)[i], of_places == nullptr ? "" : ".grad");
     }
   }
-  const WrittenMemory memory(std::move(regions));
-  const auto check = [&](const char* name, at::TensorList given) {
+  const size_t read = regions.size();
+  for (const at::TensorList given : {at::TensorList(numbers.toward), at::TensorList(numbers.importance)}) {
     for (const auto t : c10::irange(given.size())) {
-      const Region* shared = given[t].numel() > 0 ? memory.shared_with(Region(given[t], t, "")) : nullptr;
-      TORCH_CHECK_VALUE(shared == nullptr, name, "[", t, "] must not share memory with ",
-                        shared == nullptr ? "" : shared->name(), "; use `.clone()`");
+      if (given[t].numel() > 0) {
+        regions.emplace_back(given[t], t, "");
+      }
     }
-  };
-  check("toward", numbers.toward);
-  check("importance", numbers.importance);
+  }
+  if (const auto shared = first_shared(regions, read)) {
+    const Region& own = regions[shared->second];
+    const bool is_toward = own.index < numbers.toward.size() && own.tensor == &numbers.toward[own.index];
+    const std::string name = std::string(is_toward ? "toward" : "importance") + "[" + std::to_string(own.index) + "]";
+    TORCH_CHECK_VALUE(false, shared->second < read ? own.name() : name, " must not share memory with ",
+                      regions[shared->first].name(), "; use `.clone()`");
+  }
 }
 
 // What an optimizer's step has for a parameter, beside the numbers.

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "extent.h"
@@ -45,33 +44,5 @@ inline void check_disjoint(std::vector<Region> regions) {
                     first.name());
   TORCH_CHECK_VALUE(false, second.name(), " must not share memory with ", first.name());
 }
-
-// What a call writes, which is disjoint.
-class WrittenMemory {
- public:
-  explicit WrittenMemory(std::vector<Region> regions) : regions_(std::move(regions)), ends_(regions_.size()) {
-    std::sort(regions_.begin(), regions_.end(), [](const Region& a, const Region& b) { return a.begin() < b.begin(); });
-    for (size_t i = 0; i < regions_.size(); ++i) {
-      ends_[i] = std::max(regions_[i].end(), i == 0 ? 0 : ends_[i - 1]);
-    }
-  }
-
-  // The one with an element in common with what is read, if any.
-  const Region* shared_with(const Region& read) const {
-    auto i = std::lower_bound(regions_.begin(), regions_.end(), read.end(),
-                              [](const Region& r, uintptr_t end) { return r.begin() < end; }) -
-             regions_.begin();
-    while (i-- > 0 && ends_[i] > read.begin()) {
-      if (regions_[i].end() > read.begin() && first_shared(std::vector<Region>{regions_[i], read}).has_value()) {
-        return &regions_[i];
-      }
-    }
-    return nullptr;
-  }
-
- private:
-  std::vector<Region> regions_;  // by their beginnings
-  std::vector<uintptr_t> ends_;  // the last of those up to each
-};
 
 }  // namespace fused_reg
